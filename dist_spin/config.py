@@ -1,0 +1,425 @@
+"""The run's settings: one dataclass per component, checked as soon as they are built.
+
+Defaults < YAML file < `key.sub=value` on the command line. A value is read the same way from both places, by the type
+of its setting, so `1e-4` is a number for `optimize.lr`, `off` is a word for `optimize.compile` and `12` is text for
+`name`. Unknown keys fail. `dist-spin VERB --help` prints the docstrings below.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from argparse import SUPPRESS, ArgumentError
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from dist_spin.errors import UserError
+
+BITS = (2, 3, 4, 5, 6, 7, 8, 16)
+NAMED_SOURCES = ("pydoc", "wikitext2", "c4")
+
+
+def _check(config: object, names: str, wanted: Callable[[Any], bool], remedy: str) -> None:
+    """Raise UserError unless every named field is `wanted`, said as what is right so that NaN never passes."""
+    group = type(config).__name__.removesuffix("Config").lower()
+    for name in names.split():
+        value = getattr(config, name)
+        if not wanted(value):
+            key = name if group == "run" else f"{group}.{name}"
+            raise UserError(f"{key} is {value!r}", remedy)
+
+
+def check_source(key: str, source: str) -> None:
+    """Check the form of a text source; whether it can be read is known only when `dist_spin.data` reads it.
+
+    Raises:
+        UserError: `source` is neither a known name nor `hf:…`, `text:…` or `tokens:….npy`.
+    """
+    kind, _, rest = source.partition(":")
+    if source in NAMED_SOURCES or (kind in ("hf", "text") and rest):
+        return
+    if kind == "tokens" and rest.removesuffix("#all").endswith(".npy"):
+        return
+    close = difflib.get_close_matches(source, NAMED_SOURCES, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    choices = f"{', '.join(NAMED_SOURCES)}, hf:NAME, text:PATH or tokens:PATH.npy"
+    raise UserError(f"{key} is {source!r}, which is no text source", f"{hint}use {choices}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """model (the network whose rotations are learned)."""
+
+    path: str
+    """Hugging Face directory or hub id, .gguf file, or package:NAME (the one .gguf in an installed Python package)."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); null takes the newest, so pin it to make a run repeatable."""
+    dtype: Literal["bfloat16", "float32", "float64", "float16"] = "bfloat16"
+    """Number format of weights and compute; bfloat16 is what these models were trained in."""
+    dummy_weights: bool = False
+    """Seeded random weights, only config.json is read: for timing and memory tests without a download."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model; off because that code can do anything."""
+
+    def __post_init__(self) -> None:
+        _check(self, "path", bool, "give a model directory, hub id, .gguf file or package:NAME")
+
+
+@dataclass(frozen=True)
+class RotationConfig:
+    """rotation (where the rotations start, and which are used)."""
+
+    init: Literal["hadamard", "orthogonal", "identity"] = "hadamard"
+    """Start of R1 and R2: randomised Hadamard, random orthogonal, or none. Hadamard is the best unlearned start."""
+    seed: int = 0
+    """Seed of the random start."""
+    online: bool = True
+    """Add R3 (queries, keys) and R4 (down_proj input) at run time, which 4 bits need; false: R1 and R2, free of cost."""
+    r4_block: int = 0
+    """Block size of R4 in channels; 0 rotates the whole intermediate size."""
+    load: str | None = None
+    """File of rotations to start from instead of `init`: R.bin or .safetensors."""
+
+    def __post_init__(self) -> None:
+        _check(self, "seed", lambda n: n >= 0, "use 0 or more")
+        _check(self, "r4_block", lambda n: n >= 0, "use 0 for the whole size, or a block size in channels")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """quant (bits of weights W, inputs of linear layers A, attention keys K and values V)."""
+
+    w_bits: int = 4
+    """Weight bits (2 to 8, or 16 = off). 4 is the published setting."""
+    w_symmetric: bool = True
+    """Weights symmetric around 0, which kernels want; false adds a zero point."""
+    w_group_size: int = 0
+    """Input channels that share one weight scale; 0 means one scale per output channel, as published."""
+    w_mse_clip: bool = True
+    """Search for the weight clipping of least error instead of taking the largest weight."""
+    a_bits: int = 4
+    """Bits of the inputs of linear layers (2 to 8, or 16 = off), quantised per token at run time."""
+    a_symmetric: bool = False
+    """Activations symmetric around 0; false (a zero point) loses less at 4 bits."""
+    a_clip_ratio: float = 1.0
+    """Fraction of the activation range that is kept, above 0 up to 1; 1 clips nothing."""
+    o_per_head: bool = False
+    """Quantise the input of o_proj per head instead of per token; the paper says per token."""
+    k_bits: int = 4
+    """Bits of the keys (2 to 8, or 16 = off), quantised after the position embedding and R3."""
+    k_symmetric: bool = False
+    """Keys symmetric around 0; false (a zero point) loses less at 4 bits."""
+    k_clip_ratio: float = 1.0
+    """Fraction of the key range that is kept, above 0 up to 1; 1 clips nothing."""
+    k_group_size: int = 0
+    """Channels that share one key scale; 0 means the head dimension (one scale per head and token)."""
+    v_bits: int = 4
+    """Bits of the values (2 to 8, or 16 = off)."""
+    v_symmetric: bool = False
+    """Values symmetric around 0; false (a zero point) loses less at 4 bits."""
+    v_clip_ratio: float = 1.0
+    """Fraction of the value range that is kept, above 0 up to 1; 1 clips nothing."""
+    v_group_size: int = 0
+    """Channels that share one value scale; 0 means the head dimension (one scale per head and token)."""
+
+    def __post_init__(self) -> None:
+        _check(self, "w_bits a_bits k_bits v_bits", lambda n: n in BITS, "use 2 to 8 bits, or 16 = off")
+        ratios, sizes = "a_clip_ratio k_clip_ratio v_clip_ratio", "w_group_size k_group_size v_group_size"
+        _check(self, ratios, lambda x: 0 < x <= 1, "use a fraction above 0 and up to 1; 1 clips nothing")
+        _check(self, sizes, lambda n: n >= 0, "use a number of channels, or 0 for the whole row or head")
+
+
+@dataclass(frozen=True)
+class OptimizeConfig:
+    """optimize (learning the rotations)."""
+
+    source: str = "wikitext2"
+    """Text to learn from: pydoc, wikitext2, c4, hf:NAME[:CONFIG][:COLUMN], text:PATH[,PATH…] or tokens:PATH.npy."""
+    split: str = "train"
+    """Part of the source; local sources have train (first 80 %), test (the rest) and all."""
+    seq_len: int = 2048
+    """Length of one sequence, tokens; the published length."""
+    steps: int = 100
+    """Gradient steps; the published number."""
+    batch_size: int = 8
+    """Sequences per step over all processes together, so that the result does not depend on how many there are."""
+    micro_batch_size: int = 1
+    """Sequences per forward pass in one process; larger is faster and takes more memory."""
+    w_bits: int = 16
+    """Weight bits while learning (2 to 8, or 16 = off); 16 when GPTQ follows, quant.w_bits when RTN follows."""
+    lr: float = 1.5
+    """Learning rate, an upper bound: a step is shortened when the gradient is large. The published value."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate over the steps after the warm-up; cosine and linear end at 0."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises from 0; 0 as published, a few calm an unstable start."""
+    momentum: float = 0.0
+    """Momentum, from 0 up to but not including 1; 0 as published."""
+    max_grad_norm: float = 1.0
+    """Joint gradient norm above which gradients are scaled down; 0 switches this off."""
+    optimizer: Literal["cayley_sgd", "cayley_adam"] = "cayley_sgd"
+    """Update rule on the orthogonal matrices; cayley_sgd is the published one."""
+    reproject_every: int = 20
+    """Steps between re-orthogonalisations, which remove rounding drift; 20 keeps it negligible at little cost."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints kept (one is written per step)."""
+    activation_checkpointing: bool = True
+    """Recompute activations in the backward pass: about a third slower, far less memory."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto means on for CUDA and off for CPU, where compiling takes longer than it saves."""
+
+    def __post_init__(self) -> None:
+        check_source("optimize.source", self.source)
+        _check(self, "seq_len", lambda n: n >= 2, "next-token loss needs 2 tokens or more")
+        counts = "steps batch_size micro_batch_size reproject_every keep_checkpoints"
+        _check(self, counts, lambda n: n >= 1, "use 1 or more")
+        most = f"optimize.batch_size is {self.batch_size}, so use at most that"
+        _check(self, "micro_batch_size", lambda n: n <= self.batch_size, most)
+        left = f"optimize.steps is {self.steps}, so use 0 to {self.steps - 1}"
+        _check(self, "warmup_steps", lambda n: 0 <= n < self.steps, left)
+        _check(self, "w_bits", lambda n: n in BITS, "use 2 to 8 bits, or 16 = off")
+        _check(self, "lr", lambda x: 0 < x < math.inf, "use a number above 0")
+        _check(self, "momentum", lambda x: 0 <= x < 1, "use 0 up to but not including 1")
+        _check(self, "max_grad_norm", lambda x: 0 <= x < math.inf, "use a number above 0, or 0 for no limit")
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """quantize (making the quantised weights)."""
+
+    method: Literal["gptq", "rtn", "none"] = "gptq"
+    """GPTQ, round to nearest (rtn), or leave the weights as they are; GPTQ loses least."""
+    source: str = "wikitext2"
+    """Text that GPTQ calibrates on; same forms as optimize.source."""
+    split: str = "train"
+    """Part of the source; never the one that is evaluated."""
+    seq_len: int = 2048
+    """Length of one calibration sequence, tokens; the published length."""
+    n_sequences: int = 128
+    """Calibration sequences; the published number."""
+    seed: int = 0
+    """Seed of the random places where the calibration sequences start."""
+    percdamp: float = 0.01
+    """Damping of GPTQ's Hessian, as a fraction of its mean diagonal; raise it if the solve fails."""
+    block_size: int = 128
+    """Columns that GPTQ updates together; changes speed, hardly the result."""
+    act_order: bool = False
+    """Quantise the columns with the largest activations first; off as published."""
+    quantize_activations: bool = False
+    """Keep activation, key and value quantisers on while calibrating; off as published."""
+    baselines: list[Literal["none", "hadamard", "orthogonal"]] = field(default_factory=list)
+    """Unlearned rotations to quantise and evaluate beside the learned one, for comparison."""
+
+    def __post_init__(self) -> None:
+        check_source("quantize.source", self.source)
+        _check(self, "seq_len n_sequences block_size", lambda n: n >= 1, "use 1 or more")
+        _check(self, "seed", lambda n: n >= 0, "use 0 or more")
+        _check(self, "percdamp", lambda x: 0 < x < math.inf, "use a fraction above 0, such as 0.01")
+        _check(self, "baselines", lambda names: len(set(names)) == len(names), "name each rotation once")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """evaluate (measuring perplexity)."""
+
+    sources: list[str] = field(default_factory=lambda: ["wikitext2"])
+    """Texts to measure on, a list such as [wikitext2, c4]; same forms as optimize.source."""
+    split: str = "test"
+    """Part of each source; c4 has no test part and takes its validation part for it."""
+    seq_len: int = 2048
+    """Length of one sequence, tokens; the published length (perplexities of different lengths do not compare)."""
+    max_sequences: int = 0
+    """Sequences measured per source, from its start; 0 means all."""
+
+    def __post_init__(self) -> None:
+        _check(self, "sources", bool, "name at least one source, such as [wikitext2]")
+        for source in self.sources:
+            check_source("evaluate.sources", source)
+        _check(self, "sources", lambda names: len(set(names)) == len(names), "name each source once")
+        _check(self, "seq_len", lambda n: n >= 2, "next-token loss needs 2 tokens or more")
+        _check(self, "max_sequences", lambda n: n >= 0, "use a number, or 0 for all")
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """distributed (processes and devices)."""
+
+    nproc: int = 1
+    """Processes that `dist-spin run` starts on this machine to learn; torchrun and Slurm set their own number."""
+    timeout_s: int = 600
+    """Seconds that a process waits for the others before it gives up; above the slowest step and model load."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to compute on; auto takes CUDA where there is one."""
+    threads: int = 0
+    """CPU threads per process; 0 shares the cores evenly among the processes of this machine."""
+
+    def __post_init__(self) -> None:
+        _check(self, "nproc timeout_s", lambda n: n >= 1, "use 1 or more")
+        _check(self, "threads", lambda n: n >= 0, "use a number, or 0 for an even share of the cores")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The run."""
+
+    name: str = "run"
+    """Name of the run: its directory under output_dir."""
+    output_dir: str = "runs"
+    """Directory that holds the runs."""
+    model: ModelConfig
+    rotation: RotationConfig = field(default_factory=RotationConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    optimize: OptimizeConfig = field(default_factory=OptimizeConfig)
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+    def __post_init__(self) -> None:
+        name = "use a plain directory name; output_dir says where it lies"
+        _check(self, "name", lambda text: text not in ("", ".", "..") and "/" not in text, name)
+
+
+def load_config(path: str | None, overrides: Sequence[str]) -> RunConfig:
+    """Defaults, then the YAML file at `path`, then `overrides`.
+
+    Args:
+        path: YAML file of (nested or dotted) settings, or None.
+        overrides: `key.sub=value`, `--key.sub=value` or the pair `--key.sub`, `value`; the last of a key wins.
+
+    Raises:
+        UserError: unreadable file, bad YAML, unknown key, wrong type, value out of range, or no `model.path`.
+    """
+    kinds = _kinds()
+    from_file = {} if path is None else _collect(_flatten(_read_yaml(path)), path, kinds)
+    from_command_line = _collect(_read_overrides(overrides), "the command line", kinds)
+    given = from_file | from_command_line
+    if "model.path" not in given:
+        raise UserError("model.path is not set", "add model.path=MODEL (a directory, hub id, .gguf or package:NAME)")
+    for key, value in given.items():
+        if type(None) in typing.get_args(kinds[key]) and str(value).lower() in ("", "~", "null", "none"):
+            given[key] = None
+    parser = _parser()
+    try:
+        settings = parser.parse_object(given)  # nests the dotted keys; turns each text into its setting's type
+    except ArgumentError as error:
+        found = re.search(r'Parser key "([\w.]+)"', str(error))
+        if found is None or found[1] not in given:
+            raise UserError(" ".join(str(error).split()), "see --help for the settings") from error
+        key = found[1]
+        where = "the command line" if key in from_command_line else path
+        raise UserError(f"{key} is {given[key]!r} in {where}", f"it takes {_describe(kinds[key])}") from error
+    return RunConfig(**vars(parser.instantiate(settings)))
+
+
+def dump_config(config: RunConfig) -> str:
+    """YAML of every setting, in the order of the dataclasses; `load_config` reads back an equal RunConfig."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def config_help() -> str:
+    """Every setting as `key=TYPE` with its meaning and default, grouped: for the end of `dist-spin VERB --help`."""
+    text = re.sub(r", --\S+\+ \[ITEM,\.\.\.\]", "", _parser().format_help())  # one way to set a list is enough
+    text = re.sub(r"type:\s+Literal\[[^\]]*\],\s+", "", text)  # the choices already stand beside the name
+    return re.sub(r"^  --(\S+) ", r"  \1=", text, flags=re.MULTILINE).strip() + "\n"
+
+
+def _kinds() -> dict[str, Any]:
+    """Dotted name of every setting -> its type, in the order of the dataclasses."""
+    kinds: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(RunConfig).items():
+        if dataclasses.is_dataclass(kind):
+            kinds |= {f"{name}.{leaf}": hint for leaf, hint in typing.get_type_hints(kind).items()}
+        else:
+            kinds[name] = kind
+    return kinds
+
+
+def _parser() -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(usage=SUPPRESS, add_help=False, exit_on_error=False)
+    parser.add_class_arguments(RunConfig, None)
+    for action in parser._actions:
+        if action.dest not in _kinds():
+            action.help = SUPPRESS  # `--GROUP FILE`: we take one file for all groups
+    return parser
+
+
+class _TextLoader(yaml.BaseLoader):
+    """YAML whose scalars all stay text (no YAML 1.1 surprises such as off = False) and whose keys occur once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise yaml.constructor.ConstructorError(problem="a key is set twice", problem_mark=node.start_mark)
+        return mapping
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_TextLoader)  # text only: safe
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"cannot read {path}: {reason}", "give the path of a YAML file; configs/ has some") from error
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+        where = f"{path}, line {mark.line + 1}" if mark else path
+        problem = " ".join(str(problem).split())
+        raise UserError(f"{where}: {problem}", "write `key: value`, indented by spaces") from error
+    if not isinstance(content or {}, dict):
+        raise UserError(f"{path} holds no settings", "write `key: value` lines; configs/ has examples")
+    return content or {}
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _read_overrides(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+    words = iter(overrides)
+    for word in words:
+        key, equals, value = word.removeprefix("--").partition("=")
+        following = next(words, None) if word.startswith("--") and not equals else value
+        if following is None or not (equals or word.startswith("--")):
+            raise UserError(f"{word!r} on the command line sets nothing", "write key=value, such as optimize.steps=20")
+        yield key, following
+
+
+def _collect(pairs: Iterator[tuple[str, Any]], where: str | None, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted settings by name; the last of a name wins, an unknown name is an error."""
+    flat: dict[str, Any] = {}
+    for key, value in pairs:
+        members = [name for name in kinds if name.startswith(f"{key}.")]
+        if key in kinds:
+            flat[key] = value
+        elif members and value:  # without a value it is a group whose lines are all commented out
+            raise UserError(f"{key} is {value!r} in {where}, but it is a group", f"set {members[0]} or another of it")
+        elif not members:
+            leaf = key.rpartition(".")[2]
+            same_leaf = [name for name in kinds if name.rpartition(".")[2] == leaf]
+            close = same_leaf or difflib.get_close_matches(key, kinds, n=1)
+            remedy = f"did you mean {' or '.join(close)}?" if close else "see --help for the settings"
+            raise UserError(f"unknown setting {key!r} in {where}", remedy)
+    return flat
+
+
+def _describe(kind: Any) -> str:
+    """What a setting of this type takes, in words."""
+    args = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(args)
+    if typing.get_origin(kind) is list:
+        return f"a list such as [a, b], each {_describe(args[0])}"
+    if typing.get_origin(kind) is types.UnionType:
+        return f"{_describe(args[0])} or null"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]

@@ -1,0 +1,148 @@
+"""Process groups, and the few ways in which ranks agree.
+
+The same calls serve a plain `python` process (a group of one), torchrun on one or several hosts, and srun.
+"""
+
+import datetime
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_spin.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, which writes files and talks to the user."""
+        return self.rank == 0
+
+
+def start(device: str = "auto", timeout_s: int = 600, threads: int = 0) -> World:
+    """Join (or make) the process group and pick this rank's device.
+
+    Args:
+        device: "cpu", "cuda", or "auto" (cuda where there is one).
+        timeout_s: seconds after which a collective that does not complete counts as a hang.
+        threads: intra-op CPU threads; 0 shares this machine's cores between its ranks.
+
+    Raises:
+        UserError: cuda was asked for and there is none, or this host starts more ranks than it has GPUs.
+    """
+    env = os.environ
+    rank = int(env.get("RANK", env.get("SLURM_PROCID", 0)) if "WORLD_SIZE" in env or "SLURM_STEP_ID" in env else 0)
+    size = int(env.get("WORLD_SIZE", env.get("SLURM_STEP_NUM_TASKS", 1) if "SLURM_STEP_ID" in env else 1))
+    local_rank = int(env.get("LOCAL_RANK", env.get("SLURM_LOCALID", 0)))
+    local_size = int(env.get("LOCAL_WORLD_SIZE", 1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("distributed.device is cuda but torch sees no GPU", "use distributed.device=cpu")
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}",
+                "start at most one process per GPU (--nproc_per_node)",
+            )
+        place = torch.device("cuda", local_rank)
+        torch.cuda.set_device(place)
+    else:
+        place = torch.device("cpu")
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(threads or max(1, cores // local_size))
+    if not dist.is_initialized():
+        # CPU tensors always travel by gloo, so objects and flags need no GPU.
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        timeout = datetime.timedelta(seconds=timeout_s)
+        if size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            env.setdefault("RANK", str(rank))
+            env.setdefault("WORLD_SIZE", str(size))
+            dist.init_process_group(backend, timeout=timeout)
+    return World(rank, size, local_rank, local_size, place)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is set on any rank; every rank gets the same answer. Ask before any branch that leads to a collective."""
+    if dist.get_world_size() == 1:
+        return flag
+    value = torch.tensor([int(flag)])
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def agree(value: int) -> bool:
+    """Whether every rank holds the same 63-bit `value` (a hash, a step); the answer is the same everywhere."""
+    if dist.get_world_size() == 1:
+        return True
+    both = torch.tensor([value, -value], dtype=torch.int64)
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    return int(both[0]) == -int(both[1])
+
+
+def on_leader(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 alone and hand its result to every rank; an error there is raised everywhere."""
+    box: list[T | BaseException | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = action()
+        except Exception as error:
+            box[0] = error
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], BaseException):
+        raise box[0]
+    return box[0]  # type: ignore[return-value]
+
+
+def together(action: Callable[[], None]) -> None:
+    """Run `action` on every rank; if it fails anywhere, every rank raises, so that none is left waiting in a collective."""
+    failure: Exception | None = None
+    try:
+        action()
+    except Exception as error:
+        failure = error
+    if not any_rank(failure is not None):
+        return
+    raise failure or UserError("another rank failed (its line says why)", "put that right and start again")
+
+
+def sum_over_ranks_(buffer: Tensor) -> Tensor:
+    """Sum `buffer` over all ranks in place; identical bits on every rank.
+
+    CPU buffers are summed in fp64 in the fixed order of ranks, so that a run is reproducible bit by bit on any network.
+    """
+    if dist.get_world_size() == 1:
+        return buffer
+    if buffer.is_cuda:
+        dist.all_reduce(buffer)
+        return buffer
+    parts = [torch.empty_like(buffer) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, buffer)
+    total = parts[0].double()
+    for part in parts[1:]:
+        total += part.double()
+    return buffer.copy_(total)

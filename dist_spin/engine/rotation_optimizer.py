@@ -1,0 +1,130 @@
+"""The optimiser of the rotations: gradients reduced over ranks, then one step on the orthogonal group, split over ranks."""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_spin.distributed import World, sum_over_ranks_
+from dist_spin.model.rotation import Rotations
+from dist_spin.numerics.cayley import newton_schulz, orthogonality_error, retract_rows, step_size, tangent
+
+ADAM_BETAS, ADAM_EPS = (0.9, 0.95), 1e-12
+
+
+class RotationOptimizer:
+    """Steps R1 and all R2 from the packed gradient.
+
+    kind "cayley_sgd": the published step, length min(lr, 1/||W||_1), momentum on the Riemannian gradient.
+    kind "cayley_adam": Adam in the Lie algebra; lr is the angle, in radians, that one step turns a row (root mean square),
+        so that it means the same at every size.
+    """
+
+    def __init__(
+        self,
+        rotations: Rotations,
+        world: World,
+        *,
+        kind: str,
+        momentum: float,
+        max_grad_norm: float,
+        reproject_every: int,
+    ) -> None:
+        self.rotations, self.world, self.kind = rotations, world, kind
+        self.momentum, self.max_grad_norm, self.reproject_every = momentum, max_grad_norm, reproject_every
+        self.step_count = 0
+        moments = {"cayley_sgd": ("momentum",) if momentum else (), "cayley_adam": ("mean", "square")}[kind]
+        masters = {"1": rotations.r1, "2": rotations.r2}
+        self.moments = {f"{m}{r}": torch.zeros_like(x) for m in moments for r, x in masters.items()}
+
+    def reduce_gradients(self) -> float:
+        """Sum the packed gradients over ranks and keep their tangent part, in place; returns its joint norm before clipping.
+
+        This is the one place where rotation gradients meet: no engine reduces them, since no engine owns the rotations.
+        """
+        sum_over_ranks_(self.rotations.gradient)
+        for part in (self.rotations.tilt1, self.rotations.tilt2):
+            part.copy_(tangent(part))
+        return float(self.rotations.gradient.norm())
+
+    def step(self, lr: float, norm: float) -> dict[str, float]:
+        """Move against the reduced gradient and clear it.
+
+        Args:
+            lr: this step's learning rate (see the class). norm: joint gradient norm, as `reduce_gradients` returned it.
+
+        Returns:
+            figures to log: step lengths, how far the rotations turned, orthogonality error.
+        """
+        self.step_count += 1
+        clip = min(1.0, self.max_grad_norm / norm) if self.max_grad_norm and norm > 0 else 1.0
+        figures: dict[str, float] = {}
+        for name, x, gradient in (
+            ("1", self.rotations.r1, self.rotations.tilt1),
+            ("2", self.rotations.r2, self.rotations.tilt2),
+        ):
+            direction = self._direction(name, gradient * clip)
+            if self.kind == "cayley_adam":
+                alpha: Tensor | float = lr / math.sqrt(x.shape[-1])
+            else:
+                alpha = step_size(x, direction, lr)
+                figures[f"alpha_r{name}"] = float(alpha.mean())
+            figures[f"turn_r{name}"] = float((direction * alpha).norm()) / math.sqrt(x.numel() / x.shape[-1])
+            moved = gather_rows(x, direction, alpha, self.world)
+            if self.reproject_every and self.step_count % self.reproject_every == 0:
+                moved = newton_schulz(moved)
+            x.copy_(moved)
+            figures[f"orthogonality_r{name}"] = float(orthogonality_error(x))
+        self.rotations.gradient.zero_()
+        self.rotations.refresh()
+        return figures
+
+    def _direction(self, name: str, gradient: Tensor) -> Tensor:
+        if self.kind == "cayley_adam":
+            mean, square = self.moments[f"mean{name}"], self.moments[f"square{name}"]
+            mean.lerp_(gradient, 1 - ADAM_BETAS[0])
+            square.lerp_(gradient.square(), 1 - ADAM_BETAS[1])
+            m = mean / (1 - ADAM_BETAS[0] ** self.step_count)
+            v = square / (1 - ADAM_BETAS[1] ** self.step_count)
+            return m / (v.sqrt() + ADAM_EPS)  # elementwise, so still skew
+        if self.momentum:
+            return self.moments[f"momentum{name}"].mul_(self.momentum).add_(gradient)
+        return gradient
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs, by name, on the rotations' device."""
+        return {"R1": self.rotations.r1, "R2": self.rotations.r2, **self.moments}
+
+    def load(self, state: dict[str, Tensor], step_count: int) -> None:
+        """Take up a saved state.
+
+        Raises:
+            KeyError: a tensor is missing, so the state is of another optimiser.
+        """
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+        self.step_count = step_count
+        self.rotations.refresh()
+
+
+def gather_rows(x: Tensor, direction: Tensor, alpha: Tensor | float, world: World) -> Tensor:
+    """The next rotation: each rank retracts its own share and all shares are gathered, so every rank holds the same bits.
+
+    A single matrix [n, n] is split by rows, a stack [layers, d, d] by layers.
+    """
+    whole = len(x)
+    share = -(-whole // world.size)
+    start, stop = min(world.rank * share, whole), min((world.rank + 1) * share, whole)
+    if x.dim() == 2:
+        mine = retract_rows(x, direction, alpha, start, stop)
+    else:
+        length = alpha[start:stop] if isinstance(alpha, Tensor) else alpha
+        mine = retract_rows(x[start:stop], direction[start:stop], length)
+    if world.size == 1:
+        return mine
+    padded = x.new_zeros(share, *x.shape[1:])
+    padded[: len(mine)] = mine
+    out = x.new_empty(world.size * share, *x.shape[1:])
+    dist.all_gather_into_tensor(out, padded)
+    return out[:whole]

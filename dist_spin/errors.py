@@ -1,0 +1,35 @@
+"""Errors a user can cause, and the exit codes that scripts and schedulers may rely on.
+
+Every error here is reported by `dist_spin.cli` as one line (what is wrong, where, what to do) without a traceback.
+A traceback therefore always means a bug of ours.
+"""
+
+EXIT_OK = 0
+EXIT_BUG = 1  # an uncaught exception: ours to fix
+EXIT_USER = 2  # wrong configuration, input or environment: the line printed says what to change
+EXIT_NUMERICS = 3  # NaN or infinite loss: the last good checkpoint is kept
+EXIT_HANG = 4  # a collective timed out: another rank died or hangs; start again to resume
+EXIT_INTERRUPTED = 75  # stopped by a signal after saving (EX_TEMPFAIL): the same command continues
+
+
+class UserError(Exception):
+    """Something the user can put right. `exit_code` is what the process returns."""
+
+    exit_code = EXIT_USER
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        """`problem` says what is wrong and where; `remedy` says what to do about it."""
+        self.problem, self.remedy = problem, remedy
+        super().__init__(f"{problem}; {remedy}" if remedy else problem)
+
+
+class NumericsError(UserError):
+    """The computation left the finite numbers; nothing that was saved before is touched."""
+
+    exit_code = EXIT_NUMERICS
+
+
+class Interrupted(UserError):
+    """A signal asked us to stop; the state is saved and the same command continues."""
+
+    exit_code = EXIT_INTERRUPTED

@@ -1,0 +1,103 @@
+"""The fake-quantised network that rotations are learned on: transformers' own layers, embedding to loss, weights frozen."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dist_spin.model.architecture import Shape, attention_masks, rotary, skeleton
+from dist_spin.model.loss import cross_entropy
+from dist_spin.model.rotation import Rotations, Sites, attach, widen_norms
+from dist_spin.model.sites import WideRMSNorm
+
+
+class LearningLayer(nn.Module):
+    """One decoder layer with its sites, its activations recomputed in the backward pass unless `recompute` is off."""
+
+    def __init__(self, layer: nn.Module, recompute: bool, compile: bool) -> None:
+        super().__init__()
+        self.layer, self.recompute = layer, recompute
+        self._run = torch.compile(self._forward) if compile else self._forward
+
+    def _forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        call: dict[str, Any] = {"attention_mask": mask, "position_embeddings": (cos, sin), "use_cache": False}
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.layer, hidden, use_reentrant=False, preserve_rng_state=False, **call)
+        return self.layer(hidden, **call)
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        """hidden [batch, T, h] to the same."""
+        return self._run(hidden, cos, sin, mask)
+
+
+class LossHead(nn.Module):
+    """Final norm (its gain folded into the head), lm_head and the loss."""
+
+    def __init__(self, eps: float, lm_head: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.lm_head = WideRMSNorm(eps), lm_head
+
+    def forward(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """hidden [batch, T, h], ids [batch, T] to the mean next-token cross entropy of each sequence [batch], fp32."""
+        normed = self.norm(hidden)
+        return cross_entropy(normed, self.lm_head.weight, ids)
+
+
+class LearningModel(nn.Module):
+    """Embedding, layers and loss of a model on the meta device; an engine shards it and gives it weights.
+
+    Weights are expected folded (norm gains, R4) but not rotated: see `rotation.folded_rows` for what `parameter_source`
+    names. `rotations` stays outside of the module tree, so that no engine touches it.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        rotations: Rotations,
+        sites: Sites,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        recompute: bool = True,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        base = skeleton(config).to(dtype)
+        self.config, self.device = base.config, device
+        shape = Shape.of(config)
+        sites = sites.to(device, dtype)
+        for i, layer in enumerate(base.model.layers):
+            widen_norms(layer, folded=True)
+            attach(layer, shape, sites, rotations.basis1, rotations.basis2[i])
+        self.embed = base.model.embed_tokens
+        self.layers = nn.ModuleList([LearningLayer(layer, recompute, compile) for layer in base.model.layers])
+        self.head = LossHead(base.config.rms_norm_eps, base.lm_head)
+        # In a tuple, because rotary frequencies are no parameters and must not be sharded or cast.
+        self._rotary = (rotary(base, device),)
+        self._positions: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids [batch, T] to the mean next-token cross entropy of each sequence, fp32 [batch]."""
+        hidden = self.embed(ids)
+        cos, sin = self._position_embeddings(hidden)
+        for layer, mask in zip(self.layers, attention_masks(self.config, hidden), strict=True):
+            hidden = layer(hidden, cos, sin, mask)
+        return self.head(hidden, ids)
+
+    def _position_embeddings(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        T = hidden.shape[1]
+        if T not in self._positions:
+            self._positions[T] = self._rotary[0](hidden, torch.arange(T, device=hidden.device)[None])
+        return self._positions[T]
+
+
+def parameter_source(name: str) -> str:
+    """The checkpoint name of a `LearningModel` parameter."""
+    name = name.replace(".linear.", ".")
+    if name.startswith("embed."):
+        return name.replace("embed.", "model.embed_tokens.", 1)
+    if name.startswith("head."):
+        return name.removeprefix("head.")
+    _, index, _, rest = name.split(".", 3)
+    return f"model.layers.{index}.{rest}"

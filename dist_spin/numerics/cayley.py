@@ -1,0 +1,75 @@
+"""Steps on the orthogonal group by an iterated Cayley transform (Li, Fuxin, Todorovic 2020; used by SpinQuant).
+
+The state is X [..., n, n] with orthonormal rows. Gradients live in the coordinates Omega of X(Omega) = (I + Omega) X: for a
+Euclidean gradient G of X that is G X^T, and its skew part A is all that moves X along the manifold. The published step,
+    W = skew part of (-G^T X),  alpha = min(lr, 1 / ||W||_1),  Y_0 = X^T + alpha W X^T,  Y <- X^T + (alpha/2) W (X^T + Y),  X <- Y^T,
+becomes in these coordinates (W = X^T A X, Y = X^T Z)
+    Z_0 = I + alpha A,  Z <- I + (alpha/2) A (I + Z),  X <- Z^T X,
+whose columns of Z, and so rows of the new X, do not interact: each rank can compute its own.
+"""
+
+import torch
+from torch import Tensor
+
+ITERATIONS = 5  # of the fixed point; the published number
+
+
+def tangent(tilt: Tensor) -> Tensor:
+    """Skew part [..., n, n] of a gradient in the coordinates Omega: the Riemannian gradient, free of normal components."""
+    return (tilt - tilt.mT) / 2
+
+
+def step_size(x: Tensor, direction: Tensor, lr: float) -> Tensor:
+    """alpha = min(lr, 1 / ||X^T A X||_1) for each matrix, ||.||_1 the largest column sum of magnitudes.
+
+    Args:
+        x: orthonormal [..., n, n]. direction: skew A [..., n, n]. lr: upper bound.
+
+    Returns:
+        alpha [..., 1, 1]; lr where the direction is zero.
+    """
+    norm = (x.mT @ (direction @ x)).abs().sum(-2).amax(-1)
+    return torch.where(norm > 0, (1 / norm).clamp(max=lr), lr)[..., None, None]
+
+
+def retract_rows(
+    x: Tensor, direction: Tensor, alpha: Tensor | float, start: int = 0, stop: int | None = None
+) -> Tensor:
+    """Rows [start, stop) of X moved against `direction` by the iterated Cayley transform.
+
+    Args:
+        x: orthonormal [..., n, n]. direction: skew A [..., n, n], the way in which the loss grows.
+        alpha: step length, a number or [..., 1, 1].
+
+    Returns:
+        [..., stop - start, n], the rows of Cayley(-alpha A) X; exact up to (alpha ||A|| / 2)^(ITERATIONS + 1).
+    """
+    n = x.shape[-1]
+    stop = n if stop is None else stop
+    eye = torch.eye(n, dtype=x.dtype, device=x.device)[:, start:stop]  # [n, c]
+    scaled = direction * alpha
+    z = eye + scaled[..., start:stop]
+    for _ in range(ITERATIONS):
+        z = eye + 0.5 * (scaled @ (eye + z))
+    return z.mT @ x
+
+
+def orthogonality_error(x: Tensor) -> Tensor:
+    """Largest |X X^T - I| entry over all matrices of [..., n, n]; a scalar tensor."""
+    return (x @ x.mT - torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)).abs().max()
+
+
+def newton_schulz(x: Tensor, iterations: int = 2) -> Tensor:
+    """Pull a nearly orthonormal X [..., n, n] back to its nearest orthogonal matrix (Newton-Schulz for the polar factor).
+
+    Converges quadratically: an error of 1e-3 is 1e-6 after one iteration and at rounding after two.
+    """
+    for _ in range(iterations):
+        x = 1.5 * x - 0.5 * (x @ x.mT) @ x
+    return x
+
+
+def nearest_orthogonal(x: Tensor) -> Tensor:
+    """The orthogonal polar factor of X [..., n, n], in fp64 by SVD: the nearest orthogonal matrix in Frobenius norm."""
+    u, _, v = torch.linalg.svd(x.double())
+    return u @ v

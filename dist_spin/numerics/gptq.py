@@ -1,0 +1,321 @@
+"""GPTQ (Frantar et al. 2022): round a weight column by column and let the later columns make up for each error.
+
+For a linear y = W x with W [out, in] and H = (2/n) Σ x xᵀ, the loss of a rounded Q is tr((W-Q) H (W-Q)ᵀ). Every row of
+W sees the same H, so one `prepare` (the Cholesky part) serves all linears with the same input, and `solve` may be given
+any rows. Rows are worked on in tiles of `ROW_TILE`, every operation either elementwise or on exactly one tile: rows
+split at multiples of it (`split_rows`) give the codes of the whole matrix bit for bit, on the same kind of device with
+the same number of threads. Keep TF32 off (torch's default) for fp32 Hessians and solves.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_spin.numerics.quantizer import (
+    ROW_TILE,
+    code_dtype,
+    code_range,
+    dequantize_weight,
+    quantize_weight,
+    weight_scales,
+)
+
+TOKEN_CHUNK = 4096  # tokens per product when a Hessian is summed
+FIRST_RETRY_DAMPING = 1e-6  # where retries start when percdamp is smaller
+MAX_DAMPING = 10.0  # a positive semidefinite matrix never needs this much
+
+
+@dataclass(frozen=True)
+class GPTQOptions:
+    """How a weight is quantised. Raises ValueError when a field is out of range.
+
+    `group_size` neighbours along `in` share a scale (0: the whole row); `mse_clip` searches each range, see
+    `weight_scales`. `percdamp` times the mean of H's diagonal is added to the diagonal. `block_size` columns are
+    worked on before the rest is updated: it changes speed, not the result (up to rounding). `act_order` takes columns
+    by falling diagonal of H, with every group's scale fixed from the original weight.
+    """
+
+    bits: int = 4
+    symmetric: bool = True
+    group_size: int = 0
+    mse_clip: bool = False
+    percdamp: float = 0.01
+    block_size: int = 128
+    act_order: bool = False
+
+    def __post_init__(self) -> None:
+        code_range(self.bits, self.symmetric)
+        if self.group_size < 0:
+            raise ValueError(f"group_size must be 0 (the whole row) or positive, not {self.group_size}")
+        if not 0 <= self.percdamp <= MAX_DAMPING:
+            raise ValueError(f"percdamp must be 0 to {MAX_DAMPING:g}, not {self.percdamp}")
+        if self.block_size < 1:
+            raise ValueError(f"block_size must be positive, not {self.block_size}")
+
+
+class Hessian:
+    """Sum of x xᵀ over tokens. `total` [in, in] and `count` are raw, so partial sums of several ranks add up.
+
+    The order of summation is fixed by the order of `add` calls alone. `dtype` is fp32, or fp64 for exact comparisons.
+    """
+
+    def __init__(
+        self, features: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+    ) -> None:
+        self.total = torch.zeros(features, features, dtype=dtype, device=device)
+        self.count = 0  # tokens
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:
+        """Add the tokens of x [..., in]. bf16 and fp16 products are exact in fp32: nothing is rounded to half.
+
+        Raises ValueError when the last dimension of x is not `features`.
+        """
+        features = len(self.total)
+        if x.shape[-1] != features:
+            raise ValueError(f"inputs have {x.shape[-1]} features, the Hessian {features}")
+        tokens = x.reshape(-1, features)
+        half = x.dtype in (torch.bfloat16, torch.float16)
+        on_tensor_cores = half and x.is_cuda and self.total.dtype == torch.float32
+        for chunk in tokens.split(TOKEN_CHUNK):
+            if on_tensor_cores:
+                self.total += torch.mm(chunk.T, chunk, out_dtype=torch.float32)
+            else:
+                chunk = chunk.to(self.total.dtype)
+                self.total.addmm_(chunk.T, chunk)
+        self.count += tokens.shape[0]
+
+    def merge(self, other: "Hessian") -> None:
+        """Add the partial sum of other tokens."""
+        self.total += other.total
+        self.count += other.count
+
+    def mean(self) -> Tensor:
+        """H = (2/n) Σ x xᵀ, [in, in]. Raises ValueError when no token was added."""
+        if not self.count:
+            raise ValueError("the Hessian holds no tokens")
+        return self.total * (2 / self.count)
+
+
+class Factor(NamedTuple):
+    """What `solve` needs of a Hessian; columns in solving order.
+
+    With U upper triangular and Uᵀ U = H⁻¹ (H damped), `feedback` is U with each row divided by its diagonal entry:
+    row j says how much of column j's rounding error every later column takes over.
+    """
+
+    feedback: Tensor  # [in, in], unit upper triangular
+    order: Tensor | None  # [in] original column of each solved one, or None when they are taken from left to right
+    dead: Tensor  # [in] bool, original order: inputs that were always 0
+    damping: float  # what was added to H's diagonal, as a fraction of the mean over live columns
+
+
+class Solution(NamedTuple):
+    """Quantised rows, columns in original order; `dequantize_weight` turns them back into a weight."""
+
+    codes: Tensor  # [out, in] int8 (uint8 for 8-bit asymmetric)
+    scale: Tensor  # [out, n_groups] in the factor's dtype
+    zero: Tensor  # [out, n_groups] integers, same dtype
+
+
+class GPTQResult(NamedTuple):
+    """A `Solution` and how good it is; errors are tr(E H Eᵀ) / tr(W H Wᵀ) with the undamped H."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    error: float
+    damping: float  # fraction of H's mean diagonal; above percdamp if the Cholesky factorisation needed more
+    rtn_error: float  # rounding to nearest on the same scales
+
+
+def gptq_quantize(w: Tensor, hessian: Tensor, options: GPTQOptions) -> GPTQResult:
+    """Quantise w [out, in] against hessian [in, in]; the solve runs in the Hessian's dtype (fp32 or fp64).
+
+    Raises ValueError as `prepare` and `solve` do.
+    """
+    factor = prepare(hessian, options)
+    solution = solve(w, factor, options)
+    gptq, rtn, reference = output_errors(w, solution, hessian, options).tolist()
+    if reference == 0:  # a zero weight, or one that only meets dead inputs, is reproduced exactly
+        return GPTQResult(*solution, error=0.0, damping=factor.damping, rtn_error=0.0)
+    return GPTQResult(*solution, error=gptq / reference, damping=factor.damping, rtn_error=rtn / reference)
+
+
+@torch.no_grad()
+def prepare(hessian: Tensor, options: GPTQOptions) -> Factor:
+    """Factor a Hessian [in, in] (fp32 or fp64) once for every linear that shares its input.
+
+    Dead inputs (diagonal 0) get diagonal 1, which decouples them. Where the factorisation fails, damping grows tenfold
+    until it works. Raises ValueError for a Hessian that is not square, not finite, all zero, or indefinite.
+    """
+    if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1]:
+        raise ValueError(f"a Hessian is square, not {list(hessian.shape)}")
+    if not torch.isfinite(hessian).all():
+        raise ValueError("the Hessian holds NaN or infinity: the layer's calibration inputs overflowed")
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    if dead.all():
+        raise ValueError("the Hessian is all zero: the layer saw no input during calibration")
+    mean = diagonal.sum() / (~dead).sum()
+    order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order else None
+    base = hessian.clone() if order is None else hessian[order][:, order]
+    base.diagonal().add_((dead if order is None else dead[order]).to(base.dtype))
+
+    damping = options.percdamp
+    while (feedback := _feedback(base, damping * mean)) is None:
+        damping = max(10 * damping, FIRST_RETRY_DAMPING)
+        if damping > MAX_DAMPING:
+            raise ValueError(f"the Hessian is not positive definite even with {MAX_DAMPING:g} times its mean diagonal")
+    return Factor(feedback, order, dead, damping)
+
+
+def _feedback(hessian: Tensor, damping: Tensor) -> Tensor | None:
+    """Unit upper triangular factor of the damped Hessian's inverse, or None where it is not positive definite.
+
+    Reversing rows and columns turns a lower Cholesky factor into an upper one, H = R Rᵀ, so that U = R⁻¹ satisfies
+    Uᵀ U = H⁻¹ without ever forming the inverse.
+    """
+    reversed_hessian = hessian.flip(0, 1)
+    reversed_hessian.diagonal().add_(damping)
+    lower, info = torch.linalg.cholesky_ex(reversed_hessian)
+    if info.any():
+        return None
+    upper = lower.flip(0, 1)  # R
+    identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    # Row j of U is divided by U[j, j] = 1 / R[j, j]; that is the inverse of R with columns scaled to unit diagonal.
+    feedback = torch.linalg.solve_triangular(upper / upper.diagonal(), identity, upper=True, unitriangular=True)
+    return feedback if torch.isfinite(feedback).all() else None
+
+
+@torch.no_grad()
+def solve(w: Tensor, factor: Factor, options: GPTQOptions) -> Solution:
+    """Quantise rows w [rows, in], any floating dtype, with a factor prepared under the same options.
+
+    Grouped scales are fitted when the solve reaches the group, from the weight as updated by all earlier columns; with
+    `act_order` (whose columns mix groups) and for whole rows, from the original weight. Columns of dead inputs are 0.
+    Raises ValueError for a weight that is not finite, does not fit the factor, or is not divisible into groups.
+    """
+    rows, columns = w.shape
+    if columns != len(factor.feedback):
+        raise ValueError(f"the weight has {columns} input columns, its Hessian {len(factor.feedback)}")
+    group_size = options.group_size or columns
+    if columns % group_size:
+        raise ValueError(f"group_size {group_size} does not divide the weight's {columns} input columns")
+    if not torch.isfinite(w).all():
+        raise ValueError("the weight holds NaN or infinity")
+    live = torch.where(factor.dead, 0, w.to(factor.feedback.dtype))
+    live = torch.nn.functional.pad(live, (0, 0, 0, -rows % ROW_TILE))
+    if factor.order is None and group_size < columns:
+        grid = None
+    else:
+        grid = weight_scales(live, options.bits, options.symmetric, options.group_size, options.mse_clip)
+    codes, scale, zero = _solve_tiles(live, grid, group_size, factor, options)
+    return Solution(codes[:rows], scale[:rows], zero[:rows])
+
+
+def split_rows(rows: int, parts: int) -> list[tuple[int, int]]:
+    """Ranges (start, stop) that share `rows` among `parts` at multiples of `ROW_TILE`; empty ones if rows are few."""
+    tiles = -(-rows // ROW_TILE)
+    bounds = [min(rows, ROW_TILE * (tiles * part // parts)) for part in range(parts + 1)]
+    return list(pairwise(bounds))
+
+
+def _tiled(x: Tensor) -> Tensor:
+    """[tiles * ROW_TILE, n] to [tiles, n, ROW_TILE]: a column of a tile lies together in memory."""
+    return x.unflatten(0, (-1, ROW_TILE)).transpose(1, 2).contiguous()
+
+
+def _untiled(x: Tensor) -> Tensor:
+    """Inverse of `_tiled`."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _solve_tiles(
+    w: Tensor, grid: tuple[Tensor, Tensor] | None, group_size: int, factor: Factor, options: GPTQOptions
+) -> Solution:
+    """Solve w [tiles * ROW_TILE, in]; `grid` is scale and zero, or None to fit each group when it is reached.
+
+    Nothing in here waits for the device: no tensor value decides a branch.
+    """
+    columns, group_count = w.shape[1], w.shape[1] // group_size
+    tiles = _tiled(w if factor.order is None else w[:, factor.order])  # [T, in, R]
+    if grid is None:
+        scale = tiles.new_ones(len(tiles), group_count, ROW_TILE)  # [T, n, R]
+        zero = torch.zeros_like(scale)
+    else:
+        scale, zero = _tiled(grid[0]), _tiled(grid[1])
+    position = torch.arange(columns, device=w.device) if factor.order is None else factor.order
+    group_of = position // group_size  # [in] group of each solved column
+    codes = torch.empty(tiles.shape, dtype=code_dtype(options.bits, options.symmetric), device=w.device)
+
+    # A group's fit needs its columns fully updated, so no block reaches past a group that waits to be fitted.
+    span = columns if grid is not None else group_size
+    for first in range(0, columns, span):
+        if grid is None:
+            fitted = _fit_group(tiles[:, first : first + span], options)
+            scale[:, first // span], zero[:, first // span] = fitted
+        for start in range(first, first + span, options.block_size):
+            stop = min(start + options.block_size, first + span)
+            groups = group_of[start:stop]
+            block_codes, residual = _solve_block(
+                tiles[:, start:stop],
+                factor.feedback[start:stop, start:stop],
+                scale.index_select(1, groups),
+                zero.index_select(1, groups),
+                *code_range(options.bits, options.symmetric),
+            )
+            codes[:, start:stop] = block_codes
+            feedback = factor.feedback[start:stop, stop:].T  # [rest, B]
+            for tile, error in zip(tiles, residual, strict=True):  # one product per tile: its rounding knows no others
+                tile[stop:].addmm_(feedback, error, alpha=-1)
+
+    solved = _untiled(codes)
+    if factor.order is not None:
+        solved = torch.empty_like(solved).index_copy_(1, factor.order, solved)
+    return Solution(solved, _untiled(scale), _untiled(zero))
+
+
+def _fit_group(tiles: Tensor, options: GPTQOptions) -> tuple[Tensor, Tensor]:
+    """Scale and zero [T, R] of one group's columns [T, group, R]."""
+    scale, zero = weight_scales(_untiled(tiles), options.bits, options.symmetric, 0, options.mse_clip)
+    return scale.view(-1, ROW_TILE), zero.view(-1, ROW_TILE)
+
+
+def _solve_block(
+    w: Tensor, feedback: Tensor, scale: Tensor, zero: Tensor, lowest: int, highest: int
+) -> tuple[Tensor, Tensor]:
+    """Round the columns of one block in turn, each error fed to the block's later columns.
+
+    w: [T, B, R], overwritten; feedback: [B, B], unit upper triangular; scale, zero: [T, B, R]. Returns codes (as
+    floats) and residuals w - q at the time of rounding, both [T, B, R]. Elementwise in T and R: a fused kernel with the
+    same arguments may take its place.
+    """
+    low, high = lowest - zero, highest - zero  # bounds of round(w / scale), which saves adding zero in the loop
+    steps, residual = torch.empty_like(scale), torch.empty_like(scale)
+    for j in range(w.shape[1]):
+        column, step, error, unit = w[:, j], steps[:, j], residual[:, j], scale[:, j]  # [T, R]
+        torch.div(column, unit, out=step).round_().clamp_(low[:, j], high[:, j])
+        torch.mul(step, unit, out=error)
+        torch.sub(column, error, out=error)
+        w[:, j + 1 :].addcmul_(feedback[j, j + 1 :, None], error[:, None], value=-1)
+    return steps.add_(zero), residual
+
+
+@torch.no_grad()
+def output_errors(w: Tensor, solution: Solution, hessian: Tensor, options: GPTQOptions) -> Tensor:
+    """[tr(E H Eᵀ) of the solution, the same of RTN on its scales, tr(W H Wᵀ)] for rows w [rows, in]; fp64 [3].
+
+    The three add up over disjoint rows, so that ranks can reduce them before dividing.
+    """
+    codes, scale, zero = solution
+    w = w.to(hessian.dtype)
+    nearest = quantize_weight(w, scale, zero, options.bits, options.symmetric, options.group_size)
+    sums = []
+    for q in (codes, nearest, None):
+        error = w if q is None else w - dequantize_weight(q, scale, zero, options.group_size, w.dtype)
+        sums.append((error @ hessian).mul_(error).sum(dtype=torch.float64))
+    return torch.stack(sums)

@@ -1,0 +1,390 @@
+"""Hadamard matrices of every order that a transformer needs, and their fast application.
+
+One matrix is defined per order and every path here computes that same matrix, because a rotation folded into saved
+weights must still be undone by the online transform of a later release:
+
+    H_n = H_K (x) S_{n/K},    S_1 = [1],    S_{2m} = [[1, 1], [1, -1]] (x) S_m   (Sylvester),
+
+with K the smallest order sharing n's odd part for which a core is known here (K = 1 when n is a power of two). A core
+comes from the first of these that applies:
+
+1. Paley I, order q + 1, for a prime power q = 3 mod 4 (Paley 1933, J. Math. Phys. 12, lemma 3).
+2. Paley II, order 2(q + 1), for a prime power q = 1 mod 4 (same paper, lemma 4).
+3. Four circulants in the array of Goethals and Seidel (1967, Canad. J. Math. 19), order 4m, from `_CIRCULANTS`. When
+   the four are symmetric these are Williamson's matrices (1944, Duke Math. J. 11).
+4. The Kronecker product of two smaller cores.
+
+Rows are vectors: a rotation acts as y = x @ R with R = H / sqrt(n). `kronecker_*` is the path for modules and
+compiled code; `hadamard_transform` is a convenience for everything else.
+"""
+
+import importlib
+import math
+from collections.abc import Callable
+from functools import cache, lru_cache, partial
+from typing import cast
+
+import torch
+from torch import Tensor
+
+# m: (g, four rows). Each row is the first row of an m x m circulant and takes one sign on each orbit of i -> g*i mod m;
+# the string lists those signs with the orbits in the order of their least element. Found by matching pairs of power
+# spectra: the four must add up to 4m at every frequency, which is what makes H @ H.T = 4m I.
+_CIRCULANTS = {
+    23: (22, ("+--++-+-+-++", "+--+--+++---", "+++---++--++", "+--+-+-+++++")),
+    29: (28, ("++-+++---+--+-+", "++++---+++-+--+", "+-+-++---+--+-+", "+++++++---+-++-")),
+    39: (16, ("+++--+++--+----", "+++++++---+----", "+++----+++--+-+", "++------++++---")),
+    43: (4, ("+--+++-", "+-+-++-", "++-+-+-", "+-++---")),
+    65: (29, ("+-++----+++-++-", "+++-++-+---+---", "+--+++--+++----", "+-++--+--+-----")),
+    67: (
+        37,
+        ("+--++--+-++-++-+++-+---", "+---++-++----++++----+-", "++-++---+----++++-+-+--", "++++-+--+---+++-------+"),
+    ),
+    73: (2, ("+++++----", "+++--+--+", "+-++---++", "+++-----+")),
+    101: (95, ("+++-+--+++--+--+---+-", "+-++++----+++++------", "++-+-+++++-++---+-+--", "+-+++++--+++----++-+-")),
+    113: (16, ("+-+-+--+-++++-+--", "+--++++-++----++-", "++++-+-+-+--+--++", "+-+++++--+++---+-")),
+    127: (2, ("++-+--+++-+--++-+--", "++++-+--++--+--+---", "+++-+-+--++-++-----", "++-+----+-++++-+---")),
+}
+
+# One dense matrix beats two up to here: the transform is bound by memory traffic, not by multiplications.
+_DENSE_LIMIT = 256
+
+_INT8_ONE = torch.ones(1, 1, dtype=torch.int8, device="cpu")
+_INT8_TWO = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8, device="cpu")
+
+# What the CUDA kernel of fast_hadamard_transform takes.
+_LIBRARY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_LIBRARY_LIMIT = 2**15
+
+
+class NoHadamard(ValueError):
+    """No Hadamard matrix of the order asked for can be built here."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which orders exist, and their matrices
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def hadamard_core(n: int) -> tuple[int, int]:
+    """(K, 2^m) with n = K * 2^m, K the order of the core of H_n; K = 1 for a power of two.
+
+    Raises NoHadamard if n is not a positive int or no core is known for it.
+    """
+    _check_order(n)
+    core = _core_order(n)
+    if core is None:
+        raise NoHadamard(f"no Hadamard matrix of order {n} is known here; its largest block is {largest_block(n)}")
+    return core, n // core
+
+
+def hadamard_matrix(n: int) -> Tensor:
+    """H_n as int8 [n, n] on the CPU, entries +1 and -1, H_n @ H_n.T = n I. Raises NoHadamard.
+
+    Builds all n^2 entries: for large n apply `kronecker_factors` instead.
+    """
+    core, power = hadamard_core(n)
+    return torch.kron(_core_matrix(core), _sylvester(power))
+
+
+def largest_block(n: int) -> int:
+    """The largest order dividing n that has a Hadamard matrix here; n itself whenever possible, 1 for an unlucky odd n.
+
+    I_{n/b} (x) H_b with b = largest_block(n) is the fall-back for a width without a Hadamard matrix of its own: every
+    block is rotated alike and blocks do not mix. Raises NoHadamard if n is not a positive int.
+    """
+    _check_order(n)
+    odd = n // _power_of_two_in(n)
+    divisors = [d for d in range(1, odd + 1, 2) if odd % d == 0]
+    return max(d * (n // odd) for d in divisors if _core_order(d * (n // odd)) is not None)
+
+
+def _check_order(n: int) -> None:
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise NoHadamard(f"the order of a Hadamard matrix is a positive integer, not {n!r}")
+
+
+def _power_of_two_in(n: int) -> int:
+    return n & -n
+
+
+def _core_order(n: int) -> int | None:
+    power = _power_of_two_in(n)
+    if power == n:
+        return 1
+    candidates = (n // power << j for j in range(2, power.bit_length()))
+    return next((k for k in candidates if _builder(k) is not None), None)
+
+
+@cache
+def _builder(k: int) -> Callable[[], Tensor] | None:
+    """What builds a core of order k, a multiple of 4 but no power of two; or None. The order of the tries is fixed."""
+    if _prime_power(k - 1):
+        return partial(_paley_one, k - 1)
+    if k % 8 == 4 and _prime_power(k // 2 - 1):
+        return partial(_paley_two, k // 2 - 1)
+    if k // 4 in _CIRCULANTS:
+        return partial(_goethals_seidel, k // 4)
+    for a in range(12, math.isqrt(k) + 1, 4):
+        b = k // a
+        odd_parts = a * b == k and b % 4 == 0 and _power_of_two_in(a) < a and _power_of_two_in(b) < b
+        if odd_parts and _builder(a) and _builder(b):
+            return partial(_product, a, b)
+    return None
+
+
+@cache
+def _core_matrix(k: int) -> Tensor:
+    """int8 [k, k]; shared, so never to be written to."""
+    build = _builder(k) if k > 1 else partial(_sylvester, 1)
+    assert build is not None  # k came from _core_order
+    # Built on request anywhere in a program, kept for good: not as a tensor that autograd would refuse later.
+    with torch.inference_mode(False):
+        return build()
+
+
+def _sylvester(power: int) -> Tensor:
+    """int8 [power, power] for a power of two."""
+    matrix = _INT8_ONE
+    while len(matrix) < power:
+        matrix = torch.kron(_INT8_TWO, matrix)
+    return matrix
+
+
+def _product(a: int, b: int) -> Tensor:
+    return torch.kron(_core_matrix(a), _core_matrix(b))
+
+
+def _paley_one(q: int) -> Tensor:
+    """I + [[0, 1], [-1, Q]]: Q is skew for q = 3 mod 4, and the bordered Q squares to -q I."""
+    bordered = torch.ones(q + 1, q + 1, dtype=torch.int8, device="cpu")
+    bordered[1:, 0] = -1
+    bordered[1:, 1:] = _jacobsthal(q)
+    return bordered.fill_diagonal_(1)
+
+
+def _paley_two(q: int) -> Tensor:
+    """C (x) [[1, 1], [1, -1]] + I (x) [[1, -1], [-1, -1]] with C = [[0, 1], [1, Q]], symmetric for q = 1 mod 4."""
+    conference = torch.ones(q + 1, q + 1, dtype=torch.int8, device="cpu")
+    conference[1:, 1:] = _jacobsthal(q)
+    conference[0, 0] = 0
+    identity = torch.eye(q + 1, dtype=torch.int8, device="cpu")
+    corner = torch.tensor([[1, -1], [-1, -1]], dtype=torch.int8, device="cpu")
+    return torch.kron(conference, _INT8_TWO) + torch.kron(identity, corner)
+
+
+def _jacobsthal(q: int) -> Tensor:
+    """Q [q, q] int8: +1 where the difference of two elements of GF(q) is a nonzero square, -1 where none, 0 if zero.
+
+    The element of number i has the base-p digits of i as its coefficients.
+    """
+    p, k = cast(tuple[int, int], _prime_power(q))
+    weights = torch.tensor([p**t for t in range(k)], device="cpu")
+    elements = torch.arange(q, device="cpu")[:, None] // weights % p  # [q, k]
+    character = torch.full((q,), -1, dtype=torch.int8, device="cpu")
+    character[_nonzero_squares(elements, weights, p)] = 1
+    character[0] = 0
+    difference = torch.zeros(q, q, dtype=torch.int64, device="cpu")
+    for digit, weight in zip(elements.T, weights, strict=True):
+        difference += (digit - digit[:, None]) % p * weight
+    return character[difference]
+
+
+def _nonzero_squares(elements: Tensor, weights: Tensor, p: int) -> Tensor:
+    """Numbers of the nonzero squares of GF(p^k), modulo the first polynomial of degree k that gives a field.
+
+    GF(p)[x] / f is a field exactly if the squares of its nonzero elements are nonzero and each is met just twice: a
+    repeated factor of f gives an element that squares to zero, two coprime factors give four roots of 1.
+    """
+    q, k = elements.shape
+    squares = torch.zeros(q, 2 * k - 1, dtype=torch.int64, device="cpu")
+    for t in range(k):
+        squares[:, t : t + k] += elements[:, t, None] * elements
+    for low in elements:  # f = x^k + the polynomial `low`
+        reduced = squares.clone()
+        for t in range(2 * k - 2, k - 1, -1):
+            reduced[:, t - k : t] -= reduced[:, t, None] % p * low
+        numbers = (reduced[1:, :k] % p * weights).sum(1).unique()
+        if len(numbers) == (q - 1) // 2 and numbers[0] > 0:
+            return numbers
+    raise AssertionError(f"there is a field of order {q}")
+
+
+def _prime_power(q: int) -> tuple[int, int] | None:
+    """(p, k) with q = p^k, p an odd prime; None if there is none."""
+    p = next((d for d in range(3, math.isqrt(q) + 1, 2) if q % d == 0), q)
+    k = round(math.log(q, p))
+    return (p, k) if q % 2 and p**k == q else None
+
+
+def _goethals_seidel(m: int) -> Tensor:
+    """Order 4m from the circulants A, B, C, D of `_CIRCULANTS[m]`; flip(1) is the product with the back-identity."""
+    g, rows = _CIRCULANTS[m]
+    orbit = [-1] * m  # orbit[i]: which orbit i lies in
+    for i in range(m):
+        if orbit[i] < 0:
+            number, j = max(orbit) + 1, i
+            while orbit[j] < 0:
+                orbit[j], j = number, j * g % m
+    index = torch.arange(m, device="cpu")
+    shift = (index - index[:, None]) % m
+    circulants = []
+    for row in rows:
+        first = torch.tensor([1 if row[o] == "+" else -1 for o in orbit], dtype=torch.int8, device="cpu")
+        circulants.append(first[shift])
+    a = circulants[0]
+    b, c, d = (x.flip(1) for x in circulants[1:])  # BR, CR, DR
+    bt, ct, dt = (x.T.flip(1) for x in circulants[1:])  # B^T R, C^T R, D^T R
+    blocks = [[a, b, c, d], [-b, a, dt, -ct], [-c, -dt, a, bt], [-d, ct, -bt, a]]
+    return torch.cat([torch.cat(line, 1) for line in blocks])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Application
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kronecker_factors(
+    n: int, block: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[Tensor, ...]:
+    """Dense factors of the rotation I_{n/block} (x) H_block / sqrt(block), for `kronecker_apply`.
+
+    Args:
+        n: width that will be rotated. block: order of the Hadamard matrix, a divisor of n; 0 means n.
+        dtype, device: of the factors. Build them in the dtype of the activations.
+
+    Returns:
+        (A [a, a], B [b, b]) with A (x) B = H_block / sqrt(block), split so that a + b, the multiplications per element,
+        is least; or (H_block / sqrt(block),) if block is a power of two up to 256 or has nothing to split off. All
+        entries of a factor have one magnitude. A is H_K (x) S, B is Sylvester.
+
+    Raises NoHadamard if there is none of order `block`, ValueError if `block` does not divide n.
+    """
+    block = _check_block(n, block)
+    core, power = hadamard_core(block)
+    if power == 1 or (core == 1 and block <= _DENSE_LIMIT):
+        return (hadamard_matrix(block).to(device, dtype) * block**-0.5,)
+    right = min((1 << j for j in range(1, power.bit_length())), key=lambda b: (block // b + b, b))
+    left = block // right
+    scale_left, scale_right = _scales(left, right)
+    return (
+        hadamard_matrix(left).to(device, dtype) * scale_left,
+        _sylvester(right).to(device, dtype) * scale_right,
+    )
+
+
+def kronecker_apply(x: Tensor, factors: tuple[Tensor, ...], inverse: bool = False) -> Tensor:
+    """y = x @ (I (x) A (x) B), or by the transpose if `inverse`; x and y [..., n], n a multiple of a * b.
+
+    Computes in x.dtype; differentiable in x; plain torch operations without caches, so it compiles into one graph.
+    Raises ValueError if the width does not fit.
+    """
+    block = math.prod(factor.shape[0] for factor in factors)
+    if x.shape[-1] % block:
+        raise ValueError(f"the last dimension of x is {x.shape[-1]}, no multiple of the Hadamard block {block}")
+    matrices = [factor.to(x.dtype).mT if inverse else factor.to(x.dtype) for factor in factors]
+    y = x.reshape(-1, *(factor.shape[0] for factor in factors))  # [tokens * n/block, a, b] or [tokens * n/block, block]
+    y = y @ matrices[-1]
+    if len(matrices) == 2:
+        y = matrices[0].mT @ y
+    return y.reshape(x.shape)
+
+
+def hadamard_transform(x: Tensor, block: int = 0, inverse: bool = False) -> Tensor:
+    """x @ (I (x) H_block / sqrt(block)), or its transpose if `inverse`; x [..., n], block 0 means n.
+
+    On CUDA the Sylvester part runs in the kernel of the package fast_hadamard_transform where that is installed; the
+    numbers are those of `kronecker_apply` to rounding. Raises as `kronecker_factors` does.
+    """
+    block = _check_block(x.shape[-1], block)
+    library = _library() if x.is_cuda and x.dtype in _LIBRARY_DTYPES else None
+    if library is None or not 1 < hadamard_core(block)[1] <= _LIBRARY_LIMIT:
+        return kronecker_apply(x, _cached_factors(block, x.dtype, x.device), inverse)
+    return _library_apply(library, x, block, inverse)
+
+
+def _library_apply(library: Callable[[Tensor, float], Tensor], x: Tensor, block: int, inverse: bool) -> Tensor:
+    """`hadamard_transform` with library(x, scale) = scale * x @ S over the last dimension."""
+    core, power = hadamard_core(block)
+    y = library(x.reshape(-1, power), block**-0.5)
+    if core > 1:
+        signs = _cached_core(core, x.dtype, x.device)
+        y = (signs if inverse else signs.mT) @ y.reshape(-1, core, power)
+    return y.reshape(x.shape)
+
+
+@lru_cache(maxsize=1)
+def _library() -> Callable[[Tensor, float], Tensor] | None:
+    try:
+        module = importlib.import_module("fast_hadamard_transform")
+    except ImportError:
+        return None
+    return cast(Callable[[Tensor, float], Tensor], module.hadamard_transform)
+
+
+@lru_cache(maxsize=64)
+def _cached_factors(block: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    with torch.inference_mode(False):  # autograd refuses to save tensors made in inference mode, and these stay
+        return kronecker_factors(block, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=64)
+def _cached_core(core: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return _core_matrix(core).to(device, dtype)
+
+
+def _check_block(n: int, block: int) -> int:
+    """The order of the Hadamard matrix that the caller means by `block`."""
+    _check_order(n)
+    if block < 0 or (block and n % block):
+        raise ValueError(f"a Hadamard block of {block} does not divide the width {n}")
+    return block or n
+
+
+def _scales(left: int, right: int) -> tuple[float, float]:
+    """Magnitudes (s, t) of the entries of the factors, s * t = 1 / sqrt(left * right).
+
+    Rounding 1 / sqrt(left) and 1 / sqrt(right) to bfloat16 could change the norm of a rotated vector by 0.4%, the same
+    way for every vector. So s is the number of eight significant bits for which t is nearest to one: then both are
+    kept by float16 and bfloat16, whenever the factors are cast, and in float64 the product is still exact.
+    """
+
+    def rounding(value: float) -> float:
+        mantissa = math.frexp(value)[0] * 256
+        return abs(mantissa - round(mantissa)) / mantissa
+
+    exponent = math.frexp(left**-0.5)[1]
+    scale = (left * right) ** -0.5
+    s = min((math.ldexp(m, exponent - 8) for m in range(128, 256)), key=lambda s: rounding(scale / s))
+    return s, scale / s
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random rotations
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def random_hadamard(n: int, generator: torch.Generator, dtype: torch.dtype = torch.float64) -> Tensor:
+    """diag(signs) @ (I (x) H_b / sqrt(b)) [n, n] on the CPU, b = largest_block(n), signs +1 or -1 drawn at random.
+
+    The randomised Hadamard rotation of QuaRot and SpinQuant. Computed in float64, then cast; `generator` is a CPU one.
+    """
+    block = largest_block(n)
+    signs = torch.randint(0, 2, (n, 1), generator=generator, device="cpu") * 2 - 1
+    copies = torch.eye(n // block, dtype=torch.int8, device="cpu")
+    rotation = torch.kron(copies, hadamard_matrix(block)).to(torch.float64)
+    rotation *= signs * block**-0.5
+    return rotation.to(dtype)
+
+
+def random_orthogonal(n: int, generator: torch.Generator, dtype: torch.dtype = torch.float64) -> Tensor:
+    """An orthogonal [n, n] on the CPU from the Haar measure: Q of a Gaussian matrix, with the diagonal of R positive.
+
+    Without that sign fix Q depends on the QR routine (Mezzadri 2007, Notices of the AMS 54, section 5). Computed in
+    float64, then cast; `generator` is a CPU one.
+    """
+    _check_order(n)
+    gaussian = torch.randn(n, n, generator=generator, dtype=torch.float64, device="cpu")
+    q, r = torch.linalg.qr(gaussian)
+    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).to(dtype)

@@ -1,0 +1,230 @@
+"""Uniform integer quantisers: dynamic for activations, fixed scales for weights.
+
+One grid serves both. A value x becomes the code `clamp(round(x / scale) + zero, lowest, highest)` and comes back as
+`(code - zero) * scale`; the symmetric grid has zero = 0 and codes -2^(b-1) … 2^(b-1)-1, the asymmetric one codes
+0 … 2^b-1. Rounding is half to even. Arithmetic is fp32, or fp64 when the input is fp64.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+UNQUANTIZED_BITS = 16
+ROW_TILE = 128  # rows that are always processed together; work split at its multiples gives bit-identical results
+CLIP_NORM = 2.4  # exponent of the clip search's error (SpinQuant release; between least squares and least maximum)
+CLIP_FACTORS = tuple(1 - step / 100 for step in range(80))  # 1.00 down to 0.21
+CLIP_SEARCH_ELEMENTS = 2**16  # factors are tried together while their errors stay below this many elements
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one activation site is quantised. `bits` 16 leaves it alone.
+
+    `group_size` counts neighbouring elements of the last dimension that share a scale; 0 means all of them (per token).
+    `clip_ratio` shrinks the range that the codes span. Raises ValueError when a field is out of range.
+    """
+
+    bits: int = UNQUANTIZED_BITS
+    symmetric: bool = False
+    group_size: int = 0
+    clip_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.bits != UNQUANTIZED_BITS:
+            code_range(self.bits, self.symmetric)
+        if self.group_size < 0:
+            raise ValueError(f"group_size must be 0 (the whole last dimension) or positive, not {self.group_size}")
+        if not 0 < self.clip_ratio <= 1:
+            raise ValueError(f"clip_ratio must be above 0 and at most 1, not {self.clip_ratio}")
+
+    @property
+    def enabled(self) -> bool:
+        return self.bits < UNQUANTIZED_BITS
+
+
+def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
+    """Lowest and highest code. Raises ValueError unless bits is 2 … 8."""
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits must be 2 to 8 (or 16 for no quantisation), not {bits}")
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    if not x.is_floating_point():
+        raise ValueError(f"a quantiser needs floating point input, not {x.dtype}")
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _grouped(x: Tensor, group_size: int) -> Tensor:
+    """View [..., d] as [..., d / group, group]. Raises ValueError when the group does not divide d."""
+    width = x.shape[-1]
+    group = group_size or width
+    if width % group:
+        raise ValueError(f"group_size {group} does not divide the last dimension, {width}")
+    return x.unflatten(-1, (width // group, group))
+
+
+def _range(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value over the last dimension, the range stretched to include 0."""
+    low, high = torch.aminmax(x, dim=-1)
+    return low.clamp(max=0), high.clamp(min=0)
+
+
+def _scale_and_zero(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Grid that spans [low, high], low <= 0 <= high. A NaN bound gives a NaN scale, so it shows in the output."""
+    lowest, highest = code_range(bits, symmetric)
+    scale = torch.maximum(-low, high) / highest if symmetric else (high - low) / (highest - lowest)
+    # An all-zero group, or one so small that its scale is not a normal number, becomes zeros instead of 0/0.
+    scale = torch.where(scale < torch.finfo(scale.dtype).tiny, 1.0, scale)
+    return scale, torch.zeros_like(scale) if symmetric else torch.round(-low / scale)
+
+
+def _encode(x: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """Codes as floats, so that NaN survives; `scale` and `zero` must broadcast against x."""
+    lowest, highest = code_range(bits, symmetric)
+    return torch.clamp(torch.round(x / scale) + zero, lowest, highest)
+
+
+# Activations -----------------------------------------------------------------------------------------------------
+
+
+def quantize_activation(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Dynamic quantisation along the last dimension.
+
+    x: [..., d], any floating dtype. Returns codes [..., d], scale and zero [..., d / group], all in fp32 (fp64 for
+    fp64 input); codes and zero hold integers, or NaN where the input's group holds NaN or infinity.
+    Raises ValueError for a disabled spec, a group that does not divide d, or an integer tensor.
+    """
+    groups = _grouped(x.to(_compute_dtype(x)), spec.group_size)  # [..., n, group]
+    low, high = _range(groups)
+    scale, zero = _scale_and_zero(low * spec.clip_ratio, high * spec.clip_ratio, spec.bits, spec.symmetric)
+    codes = _encode(groups, scale.unsqueeze(-1), zero.unsqueeze(-1), spec.bits, spec.symmetric)
+    return codes.flatten(-2), scale, zero
+
+
+def dequantize_activation(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Inverse of `quantize_activation`: codes [..., d], scale and zero [..., n] to values [..., d] in scale's dtype."""
+    groups = codes.unflatten(-1, (scale.shape[-1], codes.shape[-1] // scale.shape[-1]))
+    return ((groups - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(-2)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Quantise forward, identity backward. `x + (q - x).detach()` would round twice and miss q in low precision."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spec: QuantSpec) -> Tensor:
+        return dequantize_activation(*quantize_activation(x, spec)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return grad_outputs[0], None
+
+
+def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:
+    """Quantise and dequantise x [..., d] along its last dimension; same shape and dtype.
+
+    The gradient is the identity everywhere, also for clamped values (straight-through estimator, Bengio et al. 2013);
+    scale and zero carry none. With `bits` 16, x itself is returned. A weight [out, in] may be passed as well: the
+    result equals its quantisation with unsearched `weight_scales`. Raises ValueError as `quantize_activation` does.
+    """
+    if not spec.enabled:
+        return x
+    return _StraightThrough.apply(x, spec)  # type: ignore[no-untyped-call, no-any-return]
+
+
+# Weights ---------------------------------------------------------------------------------------------------------
+
+
+def weight_scales(
+    w: Tensor, bits: int, symmetric: bool = True, group_size: int = 0, mse_clip: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero of each row, or each group of `group_size` neighbours along `in` (0: the whole row).
+
+    w: [out, in]. Returns scale and zero [out, n_groups] in fp32 (fp64 for fp64 w). With `mse_clip`, the range of each
+    group is the best of 80 shrunken ones, 1.00 down to 0.21, by the sum of |error|^2.4; the widest wins a tie.
+    Raises ValueError for bits outside 2 … 8 and a group that does not divide `in`.
+    """
+    groups = _grouped(w.to(_compute_dtype(w)), group_size)  # [out, n, group]
+    low, high = _range(groups)
+    if not mse_clip:
+        return _scale_and_zero(low, high, bits, symmetric)
+    # On a CPU the last elements of a loop take the scalar `pow`, whose last bit differs from the vector one's: equal
+    # chunks keep a row's result the same whichever rows come with it, and fit the cache. A GPU has one `pow`.
+    rows = ROW_TILE if w.device.type == "cpu" else max(1, w.shape[0])
+    chunks = zip(groups.split(rows), low.split(rows), high.split(rows), strict=True)
+    scales, zeros = zip(*(_search_clip(*chunk, bits, symmetric) for chunk in chunks), strict=True)
+    return torch.cat(scales), torch.cat(zeros)
+
+
+def _search_clip(groups: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Best grid among the shrunken ranges; groups [rows, n, group], low and high [rows, n]."""
+    members = groups.movedim(-1, 0).unsqueeze(1).contiguous()  # [group, 1, rows, n]: sums fold along whole rows
+    at_once = max(1, CLIP_SEARCH_ELEMENTS // max(1, members.numel()))
+    best_error, best_scale, best_zero = torch.full_like(low, torch.inf), low, low
+    for factors in torch.tensor(CLIP_FACTORS, dtype=low.dtype, device=low.device)[:, None, None].split(at_once):
+        scale, zero = _scale_and_zero(low * factors, high * factors, bits, symmetric)  # [factors, rows, n]
+        error = _encode(members, scale, zero, bits, symmetric).sub_(zero).mul_(scale).sub_(members)
+        total, index = _folded_sum(error.abs_().pow_(CLIP_NORM)).min(0, keepdim=True)
+        better = ~(total[0] >= best_error)  # the widest range wins a tie; NaN replaces numbers, so it shows
+        best_error = torch.where(better, total[0], best_error)
+        best_scale = torch.where(better, scale.gather(0, index)[0], best_scale)
+        best_zero = torch.where(better, zero.gather(0, index)[0], best_zero)
+    return best_scale, best_zero
+
+
+def _folded_sum(x: Tensor) -> Tensor:
+    """Sum over the first dimension, overwriting x, in an order fixed by its length: library sums heed the rest too."""
+    while (length := len(x)) > 1:
+        half = length // 2
+        x[:half] += x[length - half :]
+        x = x[: length - half]
+    return x[0]
+
+
+def code_dtype(bits: int, symmetric: bool) -> torch.dtype:
+    """int8, except for 8-bit asymmetric codes 0 … 255, which are uint8."""
+    return torch.uint8 if code_range(bits, symmetric)[1] > 127 else torch.int8
+
+
+def quantize_weight(
+    w: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool = True, group_size: int = 0
+) -> Tensor:
+    """Round w [out, in] to the nearest code of its grid (RTN).
+
+    scale, zero: [out, n_groups] as from `weight_scales`. Returns codes [out, in] in `code_dtype(bits, symmetric)`; NaN
+    has no code, so w must be finite. Raises ValueError as `weight_scales` does.
+    """
+    groups = _grouped(w.to(scale.dtype), group_size)  # [out, n, group]
+    codes = _encode(groups, scale.unsqueeze(-1), zero.unsqueeze(-1), bits, symmetric)
+    return codes.flatten(-2).to(code_dtype(bits, symmetric))
+
+
+def dequantize_weight(
+    codes: Tensor, scale: Tensor, zero: Tensor, group_size: int = 0, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Weight [out, in] in `dtype` from codes [out, in] and scale, zero [out, n_groups]; computed in scale's dtype."""
+    groups = _grouped(codes.to(scale.dtype), group_size)  # [out, n, group]
+    return ((groups - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Two 4-bit codes per byte: int8 [..., in] to uint8 [..., in / 2], the even column in the low nibble.
+
+    Raises ValueError when `in` is odd, or when the codes fit neither -8 … 7 nor 0 … 15.
+    """
+    if codes.shape[-1] % 2:
+        raise ValueError(f"4-bit codes are packed in pairs; the last dimension, {codes.shape[-1]}, is odd")
+    if codes.numel():
+        lowest, highest = (int(bound) for bound in torch.aminmax(codes))
+        if not (-8 <= lowest and highest <= 7) and not (0 <= lowest and highest <= 15):
+            raise ValueError(f"codes span {lowest} … {highest}, which fits neither -8 … 7 nor 0 … 15")
+    nibbles = codes.to(torch.uint8) & 0xF
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+
+
+def unpack_int4(packed: Tensor, symmetric: bool = True) -> Tensor:
+    """Inverse of `pack_int4`: uint8 [..., in / 2] to int8 [..., in]; `symmetric` codes are -8 … 7, others 0 … 15."""
+    nibbles = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2).to(torch.int8)
+    return (nibbles ^ 8) - 8 if symmetric else nibbles

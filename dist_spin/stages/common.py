@@ -1,0 +1,109 @@
+"""What several stages build from a configuration in the same way."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_spin.config import RunConfig
+from dist_spin.distributed import on_leader
+from dist_spin.errors import UserError
+from dist_spin.model.architecture import Shape
+from dist_spin.model.loading import ModelFiles, open_model
+from dist_spin.model.rotation import Sites, initial
+from dist_spin.numerics.hadamard import NoHadamard, kronecker_factors, largest_block
+from dist_spin.numerics.quantizer import QuantSpec
+from dist_spin.rotation_files import load_rotations
+from dist_spin.rundir import RunDir
+
+
+def say(text: str) -> None:
+    """One line to the user, on stderr: standard output is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def run_dir(config: RunConfig) -> RunDir:
+    """The run directory that a configuration names."""
+    return RunDir(Path(config.output_dir) / config.name)
+
+
+def model_dtype(config: RunConfig) -> torch.dtype:
+    """The dtype of weights and compute."""
+    return getattr(torch, config.model.dtype)
+
+
+def open_configured_model(config: RunConfig) -> ModelFiles:
+    """Open the model on every rank; what has to be downloaded or converted is so once, by rank 0."""
+
+    def find() -> ModelFiles:
+        return open_model(
+            config.model.path,
+            revision=config.model.revision,
+            dtype=model_dtype(config),
+            dummy=config.model.dummy_weights,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+
+    on_leader(lambda: find() and None)
+    return find()
+
+
+def hadamard_factors(size: int, block: int, setting: str) -> tuple[Tensor, ...]:
+    """fp64 Kronecker factors of the online Hadamard of `size`, or of blocks of it.
+
+    Raises:
+        UserError: nobody knows a Hadamard matrix of this order; names the largest block that works.
+    """
+    try:
+        if block and size % block:
+            raise UserError(
+                f"{setting}={block} does not divide {size}", f"use {largest_block(size)}, or 0 for all of it"
+            )
+        return kronecker_factors(size, block, dtype=torch.float64, device="cpu")
+    except NoHadamard as error:
+        raise UserError(str(error), f"set {setting}={largest_block(size)} for a block-Hadamard") from error
+
+
+def sites_for(config: RunConfig, shape: Shape, *, rotated: bool = True) -> Sites:
+    """The sites of a configuration; an unrotated baseline has no online Hadamards.
+
+    Raises:
+        UserError: a group size does not fit the model's head size, or an order has no Hadamard.
+    """
+    q, d = config.quant, shape.head_dim
+    for which in ("k", "v"):
+        group = getattr(q, f"{which}_group_size")
+        if group and d % group:
+            raise UserError(
+                f"quant.{which}_group_size={group} does not divide this model's head size {d}", f"use {d}, or 0 for it"
+            )
+
+    def spec(which: str, default_group: int) -> QuantSpec:
+        bits, symmetric, clip, group = (
+            getattr(q, f"{which}_{part}", 0) for part in ("bits", "symmetric", "clip_ratio", "group_size")
+        )
+        return QuantSpec(bits, symmetric, group or default_group, clip)
+
+    online = config.rotation.online and rotated
+    return Sites(
+        a=spec("a", 0),
+        o=QuantSpec(q.a_bits, q.a_symmetric, d if q.o_per_head else 0, q.a_clip_ratio),
+        k=spec("k", d),
+        v=spec("v", d),
+        r3=hadamard_factors(d, 0, "rotation.online") if online and q.k_bits < 16 else (),
+        r4=hadamard_factors(shape.intermediate, config.rotation.r4_block, "rotation.r4_block") if online else (),
+    )
+
+
+def starting_rotations(config: RunConfig, shape: Shape) -> tuple[Tensor, Tensor]:
+    """R1 and R2 that learning starts from, fp64: seeded, or read from `rotation.load`."""
+    if config.rotation.load:
+        return load_rotations(Path(config.rotation.load), shape.hidden, shape.head_dim, shape.layers)
+    return initial(config.rotation.init, shape, config.rotation.seed)
+
+
+def flat(settings: Any, prefix: str) -> dict[str, Any]:
+    """The fields of a settings dataclass as `prefix.field`, for fingerprints."""
+    return {f"{prefix}.{name}": value for name, value in vars(settings).items()}

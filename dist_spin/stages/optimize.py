@@ -1,0 +1,271 @@
+"""Learn the rotations. Start it again, with any number of ranks, and it continues.
+
+dist-spin optimize configs/quickstart.yaml
+torchrun --nproc_per_node 2 -m dist_spin optimize configs/quickstart.yaml optimize.steps=50
+"""
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_spin import __version__
+from dist_spin.config import RunConfig, dump_config
+from dist_spin.data import batch_indices, fingerprint, load_tokens, rank_share
+from dist_spin.distributed import World, agree, any_rank, on_leader, sum_over_ranks_, together
+from dist_spin.engine import fsdp
+from dist_spin.engine.rotation_optimizer import RotationOptimizer
+from dist_spin.errors import Interrupted, NumericsError, UserError
+from dist_spin.model.learning import LearningModel
+from dist_spin.model.loading import ModelFiles
+from dist_spin.model.rotation import Rotations
+from dist_spin.numerics.cayley import nearest_orthogonal
+from dist_spin.progress import Progress
+from dist_spin.rotation_files import save_final
+from dist_spin.rundir import (
+    RunDir,
+    append_line,
+    check_fingerprint,
+    checkpoint_path,
+    newest_checkpoint,
+    prune_checkpoints,
+    read_lines,
+    save_tensors,
+    write_json,
+    write_text,
+)
+from dist_spin.signals import StopRequest
+from dist_spin.stages.common import (
+    flat,
+    model_dtype,
+    open_configured_model,
+    run_dir,
+    say,
+    sites_for,
+    starting_rotations,
+)
+
+# Settings that change how fast or where a run computes, not what: they may differ when it is continued.
+FREE_SETTINGS = {"micro_batch_size", "keep_checkpoints", "activation_checkpointing", "compile"}
+
+
+@dataclass
+class Learning:
+    """Everything the loop works on."""
+
+    config: RunConfig
+    world: World
+    run: RunDir
+    model: LearningModel
+    optimizer: RotationOptimizer
+    tokens: Tensor  # [blocks, seq_len]
+    fingerprint: dict[str, object]
+    step: int = 0
+
+
+def optimize(config: RunConfig, world: World) -> None:
+    """Learn R1 and R2 from where the run directory stands, and write rotations/final.safetensors and R.bin.
+
+    Raises:
+        Interrupted: a signal came; the state is saved.
+        NumericsError: loss or gradient is not finite; the checkpoints before it are kept.
+        UserError: something in the configuration or the run directory is in the way.
+    """
+    stop = StopRequest()
+    learning = set_up(config, world)
+    settings = config.optimize
+    progress = Progress("learn rotations: step", settings.steps, learning.step, show=world.leads)
+    while learning.step < settings.steps:
+        began = time.monotonic()
+        loss = backward(learning)
+        norm = learning.optimizer.reduce_gradients()
+        if not math.isfinite(loss + norm):
+            raise NumericsError(
+                f"step {learning.step + 1}: loss {loss} and gradient norm {norm} are not finite",
+                f"the state after step {learning.step} is kept; lower optimize.lr or check the data",
+            )
+        lr = learning_rate(config, learning.step)
+        figures = learning.optimizer.step(lr, norm)
+        learning.step += 1
+        assert_same_rotations(learning)
+        log(learning, {"loss": loss, "grad_norm": norm, "lr": lr, **figures, "seconds": time.monotonic() - began})
+        save(learning)
+        progress.advance(f"loss {loss:.4f}")
+        if learning.step < settings.steps and any_rank(bool(stop)):
+            if world.leads:
+                learning.run.event("interrupted", stage="optimize", step=learning.step, signal=stop.name)
+            raise Interrupted(f"stopped by a signal after step {learning.step}", "the same command continues")
+    finish(learning)
+
+
+def set_up(config: RunConfig, world: World) -> Learning:
+    """Model, data, rotations and optimiser, at the newest whole checkpoint if there is one."""
+    run = run_dir(config)
+    files = open_configured_model(config)
+    shape, dtype, settings = files.shape, model_dtype(config), config.optimize
+    sites = sites_for(config, shape)
+    tokenizer = None if settings.source.startswith("tokens:") else files.tokenizer()
+    tokens = on_leader(lambda: load_tokens(settings.source, settings.split, settings.seq_len, tokenizer))
+    identity = run_fingerprint(config, files, tokens)
+
+    def check() -> None:
+        check_fingerprint(run.path / "fingerprint.json", identity, f"run {config.name}")
+        write_text(run.path / "config.yaml", dump_config(config))
+
+    on_leader(check)
+    r1, r2 = starting_rotations(config, shape)
+    rotations = Rotations(r1, r2, world.device, dtype, learn=True)
+    compiled = settings.compile == "on" or (settings.compile == "auto" and world.device.type == "cuda")
+    model = LearningModel(
+        files.config,
+        rotations,
+        sites,
+        device=world.device,
+        dtype=dtype,
+        recompute=settings.activation_checkpointing,
+        compile=compiled,
+    )
+    fsdp.shard(model, world)
+    together(lambda: fsdp.load(model, files.weights, sites.r4))
+    optimizer = RotationOptimizer(
+        rotations,
+        world,
+        kind=settings.optimizer,
+        momentum=settings.momentum,
+        max_grad_norm=settings.max_grad_norm,
+        reproject_every=settings.reproject_every,
+    )
+    learning = Learning(config, world, run, model, optimizer, tokens, identity)
+    resume(learning)
+    return learning
+
+
+def run_fingerprint(config: RunConfig, files: ModelFiles, tokens: Tensor) -> dict[str, object]:
+    """What must not change between the starts of one run, field by field."""
+    learned = {k: v for k, v in flat(config.optimize, "optimize").items() if k.split(".")[1] not in FREE_SETTINGS}
+    sites = {k: v for k, v in flat(config.quant, "quant").items() if not k.startswith("quant.w_")}
+    return {
+        "model weights": files.weights.fingerprint(),
+        "model.dtype": config.model.dtype,
+        "learning data": fingerprint(tokens),
+        **flat(config.rotation, "rotation"),
+        **sites,
+        **learned,
+        "dist_spin": __version__,
+    }
+
+
+def backward(learning: Learning) -> float:
+    """Forward and backward of this rank's share of the global batch; returns the loss of the whole batch.
+
+    Every rank makes the same number of passes, since sharded layers are gathered by all; a rank with fewer sequences
+    repeats one with weight zero. So the result does not depend on how the batch divides.
+    """
+    settings, world = learning.config.optimize, learning.world
+    indices = batch_indices(learning.step, settings.batch_size, len(learning.tokens), learning.config.rotation.seed)
+    mine = rank_share(indices, world.rank, world.size)
+    passes = -(-len(rank_share(indices, 0, world.size)) // settings.micro_batch_size)
+    padded = mine + [indices[0]] * (passes * settings.micro_batch_size - len(mine))
+    weights = torch.tensor([1.0] * len(mine) + [0.0] * (len(padded) - len(mine)), device=world.device) / len(indices)
+    total = torch.zeros((), device=world.device, dtype=torch.float64)
+    for i in range(0, len(padded), settings.micro_batch_size):
+        chosen = slice(i, i + settings.micro_batch_size)
+        ids = learning.tokens[padded[chosen]].to(world.device)  # [micro, seq_len]
+        losses = learning.model(ids)  # [micro]
+        loss = (losses * weights[chosen].to(losses.dtype)).sum()
+        loss.backward()
+        total += loss.detach()
+    fsdp.assert_sharded(learning.model, world)
+    return float(sum_over_ranks_(total))
+
+
+def learning_rate(config: RunConfig, step: int) -> float:
+    """The learning rate of step `step` (from 0): linear warm-up, then cosine, linear or constant to the last step."""
+    settings = config.optimize
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps)
+    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
+    return settings.lr * shape[settings.schedule]
+
+
+def assert_same_rotations(learning: Learning) -> None:
+    """Every rank holds the same bits of R1 and R2; a difference would be a bug that averages nothing away."""
+    rotations = learning.optimizer.rotations
+    kind = torch.int64 if rotations.r1.dtype == torch.float64 else torch.int32
+    bits = sum(int(r.view(kind).sum(dtype=torch.int64)) for r in (rotations.r1, rotations.r2))
+    if not agree(bits % (1 << 62)):
+        raise AssertionError(f"rotations differ between ranks after step {learning.step}")
+
+
+def log(learning: Learning, figures: dict[str, float]) -> None:
+    """One line per step in metrics.jsonl."""
+    if learning.world.leads:
+        append_line(learning.run.path / "metrics.jsonl", {"step": learning.step, **figures})
+
+
+def save(learning: Learning) -> None:
+    """The state after this step, on disk, atomically; a failure to write stops every rank."""
+
+    def write() -> None:
+        path = checkpoint_path(learning.run, learning.step)
+        settings = learning.config.optimize
+        metadata = {
+            "step": str(learning.step),
+            "seed": str(learning.config.rotation.seed),
+            "optimizer": settings.optimizer,
+        }
+        save_tensors(path, learning.optimizer.state(), metadata)
+        write_json(learning.run.rotations / "latest.json", {"step": learning.step, "file": path.name})
+        prune_checkpoints(learning.run, settings.keep_checkpoints)
+
+    on_leader(write)
+
+
+def resume(learning: Learning) -> None:
+    """Continue from the newest whole checkpoint, read by rank 0 and handed to all; start at step 0 without one."""
+    found = on_leader(lambda: newest_checkpoint(learning.run, say))
+    if found is None:
+        on_leader(lambda: learning.run.event("start", stage="optimize", ranks=learning.world.size))
+        return
+    state, metadata = found
+    try:
+        learning.optimizer.load(state, int(metadata["step"]))
+    except KeyError as error:
+        raise UserError(
+            f"the newest checkpoint lacks {error}", "it was written with another optimize.optimizer"
+        ) from error
+    learning.step = int(metadata["step"])
+
+    def note() -> None:
+        # Lines of steps that were never saved would otherwise stand twice.
+        metrics = learning.run.path / "metrics.jsonl"
+        with contextlib.suppress(FileNotFoundError):
+            import json
+
+            kept = [json.dumps(line) + "\n" for line in read_lines(metrics) if line["step"] <= learning.step]
+            write_text(metrics, "".join(kept))
+        learning.run.event("resume", stage="optimize", step=learning.step, ranks=learning.world.size)
+        if learning.step < learning.config.optimize.steps:
+            say(f"continuing after step {learning.step} of {learning.config.optimize.steps}")
+
+    on_leader(note)
+
+
+def finish(learning: Learning) -> None:
+    """Re-orthogonalise in fp64 and write the files that other stages and other tools read."""
+    rotations = learning.optimizer.rotations
+
+    def write() -> None:
+        dtype = rotations.r1.dtype
+        r1, r2 = (nearest_orthogonal(r).to(dtype) for r in (rotations.r1, rotations.r2))
+        save_final(learning.run, r1, r2, {"step": str(learning.step), "seed": str(learning.config.rotation.seed)})
+        learning.run.event("done", stage="optimize", step=learning.step)
+        say(f"wrote {learning.run.rotations / 'final.safetensors'} and R.bin")
+
+    if learning.world.leads and (learning.run.rotations / "final.safetensors").exists():
+        say(f"rotations of run {learning.config.name} are complete")
+    on_leader(lambda: None if (learning.run.rotations / "final.safetensors").exists() else write())

@@ -1,0 +1,81 @@
+"""Packaging of dist_spin: the library, its launchers and the `dist-spin` command.
+
+    pip install -c constraints.txt -e .            run it
+    pip install -c constraints.txt -e '.[dev]'     run it, and test, lint and type-check it
+
+Ranges say what the code supports; `constraints.txt` says what it is tested with. Tool settings are in `pyproject.toml`.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+RUNTIME = [
+    "torch>=2.11,<2.15",
+    "transformers>=5.17,<6",
+    "accelerate>=1.15,<2",
+    "datasets>=5,<6",
+    "safetensors>=0.8,<1",
+    "numpy>=2.2,<3",
+    "submitit>=1.5,<2",
+    "jsonargparse[signatures]>=4.50,<5",
+    "pyyaml>=6,<7",
+    "rich>=15,<16",
+    # transformers needs these three to read GGUF files and the tokenizers in them; it does not install them itself.
+    "gguf>=0.19,<0.20",
+    "sentencepiece>=0.2.1,<0.3",
+    "protobuf>=6,<8",
+]
+
+EXTRAS = {
+    # Source only: building it needs nvcc and a CUDA build of torch that is already installed, so
+    # `pip install --no-build-isolation '.[cuda]'`. Without it the same transform runs in plain torch.
+    "cuda": ["fast-hadamard-transform>=1.1,<2"],
+    # Install with DS_BUILD_OPS=0: its kernels are then compiled when first used.
+    "deepspeed": ["deepspeed>=0.19.8,<0.20"],
+    "dev": [
+        "pytest>=9,<10",
+        "pytest-timeout>=2.4,<3",
+        "pytest-xdist>=3.8,<4",
+        "hypothesis>=6.150,<7",
+        "ruff>=0.17,<0.18",
+        "mypy>=2.4,<3",
+        "import-linter>=2.16,<3",
+        "types-PyYAML>=6,<7",
+    ],
+}
+
+
+def version() -> str:
+    """The `__version__` literal of `dist_spin/__init__.py`, read without importing it (torch may not be installed)."""
+    source = (ROOT / "dist_spin" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__(?:: str)? = "([^"]+)"$', source, re.MULTILINE)
+    if not found:
+        raise RuntimeError('dist_spin/__init__.py must have a line of the form __version__ = "1.2.3"')
+    return found[1]
+
+
+setup(
+    name="dist-spin",
+    version=version(),
+    description="Learned-rotation quantization of large language models, distributed over GPUs and Slurm nodes",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["dist_spin", "dist_spin.*", "launch", "launch.*"]),
+    package_data={"dist_spin": ["py.typed"]},
+    install_requires=RUNTIME,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["dist-spin = dist_spin.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Operating System :: POSIX :: Linux",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

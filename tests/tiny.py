@@ -1,0 +1,52 @@
+"""Tiny random models of each supported shape, written as real checkpoints to a temporary directory."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+COMMON = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+# name -> config; between them: with and without GQA, tied and untied, biases, q/k norms, head size apart from hidden / heads
+SHAPES = {
+    "mha": LlamaConfig(**COMMON, num_key_value_heads=4, tie_word_embeddings=False),
+    "gqa_tied": LlamaConfig(**COMMON, num_key_value_heads=2, tie_word_embeddings=True),
+    "biases": LlamaConfig(
+        **COMMON, num_key_value_heads=2, attention_bias=True, mlp_bias=True, tie_word_embeddings=False
+    ),
+    "mistral_window": MistralConfig(**COMMON, num_key_value_heads=2, sliding_window=7, head_dim=16),
+    "qwen2": Qwen2Config(**COMMON, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**COMMON, num_key_value_heads=2, head_dim=16),
+}
+
+
+def write_model(kind: str, directory: Path, *, layers: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0) -> Path:
+    """A seeded random checkpoint whose norm gains and biases are far from their trivial values."""
+    import copy
+
+    config = copy.deepcopy(SHAPES[kind])
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = (list(config.layer_types) * layers)[:layers]
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 2.0)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.3)
+            else:
+                parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
+    model.save_pretrained(directory)
+    return directory
