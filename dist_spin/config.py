@@ -7,6 +7,7 @@ of its setting, so `1e-4` is a number for `optimize.lr`, `off` is a word for `op
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import types
@@ -81,7 +82,7 @@ class RotationConfig:
     seed: int = 0
     """Seed of the random start."""
     online: bool = True
-    """Add R3 (queries, keys) and R4 (down_proj input) at run time, which 4 bits need; false: R1 and R2, free of cost."""
+    """Add R3 (queries, keys) and R4 (down_proj input) at run time, which 4 bits need; false: R1 and R2, at no cost."""
     r4_block: int = 0
     """Block size of R4 in channels; 0 rotates the whole intermediate size."""
     load: str | None = None
@@ -107,7 +108,7 @@ class QuantConfig:
     a_bits: int = 4
     """Bits of the inputs of linear layers (2 to 8, or 16 = off), quantised per token at run time."""
     a_symmetric: bool = False
-    """Activations symmetric around 0; false (a zero point) loses less at 4 bits."""
+    """Activations symmetric around 0; false adds a zero point, as published."""
     a_clip_ratio: float = 1.0
     """Fraction of the activation range that is kept, above 0 up to 1; 1 clips nothing."""
     o_per_head: bool = False
@@ -115,7 +116,7 @@ class QuantConfig:
     k_bits: int = 4
     """Bits of the keys (2 to 8, or 16 = off), quantised after the position embedding and R3."""
     k_symmetric: bool = False
-    """Keys symmetric around 0; false (a zero point) loses less at 4 bits."""
+    """Keys symmetric around 0; false adds a zero point, as published."""
     k_clip_ratio: float = 1.0
     """Fraction of the key range that is kept, above 0 up to 1; 1 clips nothing."""
     k_group_size: int = 0
@@ -123,7 +124,7 @@ class QuantConfig:
     v_bits: int = 4
     """Bits of the values (2 to 8, or 16 = off)."""
     v_symmetric: bool = False
-    """Values symmetric around 0; false (a zero point) loses less at 4 bits."""
+    """Values symmetric around 0; false adds a zero point, as published."""
     v_clip_ratio: float = 1.0
     """Fraction of the value range that is kept, above 0 up to 1; 1 clips nothing."""
     v_group_size: int = 0
@@ -143,7 +144,7 @@ class OptimizeConfig:
     source: str = "wikitext2"
     """Text to learn from: pydoc, wikitext2, c4, hf:NAME[:CONFIG][:COLUMN], text:PATH[,PATH…] or tokens:PATH.npy."""
     split: str = "train"
-    """Part of the source; local sources have train (first 80 %), test (the rest) and all."""
+    """Part of the source; local ones have train (first 80 %), test (the rest) and all (also text:PATH#all)."""
     seq_len: int = 2048
     """Length of one sequence, tokens; the published length."""
     steps: int = 100
@@ -167,9 +168,11 @@ class OptimizeConfig:
     optimizer: Literal["cayley_sgd", "cayley_adam"] = "cayley_sgd"
     """Update rule on the orthogonal matrices; cayley_sgd is the published one."""
     reproject_every: int = 20
-    """Steps between re-orthogonalisations, which remove rounding drift; 20 keeps it negligible at little cost."""
+    """Steps between re-orthogonalisations, which remove rounding drift; rare enough to cost little."""
     keep_checkpoints: int = 3
     """Newest checkpoints kept (one is written per step)."""
+    seed: int = 0
+    """Seed of the order of the sequences; -1 takes them as they come, as published."""
     activation_checkpointing: bool = True
     """Recompute activations in the backward pass: about a third slower, far less memory."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -180,6 +183,7 @@ class OptimizeConfig:
         _check(self, "seq_len", lambda n: n >= 2, "next-token loss needs 2 tokens or more")
         counts = "steps batch_size micro_batch_size reproject_every keep_checkpoints"
         _check(self, counts, lambda n: n >= 1, "use 1 or more")
+        _check(self, "seed", lambda n: n >= -1, "use 0 or more, or -1 for the order as it comes")
         most = f"optimize.batch_size is {self.batch_size}, so use at most that"
         _check(self, "micro_batch_size", lambda n: n <= self.batch_size, most)
         left = f"optimize.steps is {self.steps}, so use 0 to {self.steps - 1}"
@@ -237,6 +241,8 @@ class EvaluateConfig:
     """Length of one sequence, tokens; the published length (perplexities of different lengths do not compare)."""
     max_sequences: int = 0
     """Sequences measured per source, from its start; 0 means all."""
+    unquantized_weights: bool = False
+    """Also measure every rotation with 16-bit weights: what learning achieved before the weights were rounded."""
 
     def __post_init__(self) -> None:
         _check(self, "sources", bool, "name at least one source, such as [wikitext2]")
@@ -252,7 +258,7 @@ class DistributedConfig:
     """distributed (processes and devices)."""
 
     nproc: int = 1
-    """Processes that `dist-spin run` starts on this machine to learn; torchrun and Slurm set their own number."""
+    """Processes that `dist-spin run` starts on this machine; torchrun and Slurm set their own number."""
     timeout_s: int = 600
     """Seconds that a process waits for the others before it gives up; above the slowest step and model load."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -320,7 +326,7 @@ def load_config(path: str | None, overrides: Sequence[str]) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """YAML of every setting, in the order of the dataclasses; `load_config` reads back an equal RunConfig."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, width=120)
 
 
 def config_help() -> str:
@@ -341,12 +347,14 @@ def _kinds() -> dict[str, Any]:
     return kinds
 
 
+@functools.cache
 def _parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(usage=SUPPRESS, add_help=False, exit_on_error=False)
     parser.add_class_arguments(RunConfig, None)
+    kinds = _kinds()
     for action in parser._actions:
-        if action.dest not in _kinds():
+        if action.dest not in kinds:
             action.help = SUPPRESS  # `--GROUP FILE`: we take one file for all groups
     return parser
 

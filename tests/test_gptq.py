@@ -174,7 +174,8 @@ def test_a_singular_hessian_gets_more_damping(percdamp: float) -> None:
     w = torch.randn(4, 16, generator=torch.Generator().manual_seed(4))
     result = gptq_quantize(w, torch.ones(16, 16), GPTQOptions(percdamp=percdamp))  # rank 1
     assert percdamp < result.damping <= 1e-2
-    assert result.error < 0.1 * result.rtn_error  # the sum of each row is all that matters, and is nearly kept
+    kept = (w - dequantize_weight(result.codes, result.scale, result.zero)).sum(1).abs()
+    assert (kept < 0.51 * result.scale[:, 0]).all()  # only the sum of a row matters, and the last column rounds it
 
 
 def test_unusable_hessians_are_refused() -> None:
@@ -200,7 +201,7 @@ def test_unusable_weights_and_options_are_refused() -> None:
         gptq_quantize(torch.ones(2, 4), torch.eye(4), GPTQOptions(group_size=3))
     for fields in ({"bits": 16}, {"group_size": -1}, {"percdamp": -0.1}, {"percdamp": 11.0}, {"block_size": 0}):
         with pytest.raises(ValueError, match=next(iter(fields))):
-            GPTQOptions(**fields)  # type: ignore[arg-type]
+            GPTQOptions(**fields)
 
 
 def test_a_zero_weight_has_no_error() -> None:

@@ -1,18 +1,225 @@
-"""Rotations change nothing but what is quantised: folding, merging, attaching and their gradients, in fp64."""
+"""Rotations change nothing but what is quantised: folding, merging, attaching and their gradients."""
 
 import pytest
 import torch
-import transformers
 from tiny import SHAPES, write_model
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from dist_spin.model.architecture import Shape
+from dist_spin.errors import UserError
+from dist_spin.model.layers import LayerRunner, RotatedWeights
 from dist_spin.model.learning import LearningModel, parameter_source
-from dist_spin.model.loading import open_model
+from dist_spin.model.loading import ModelFiles, open_model
 from dist_spin.model.rotation import Rotations, Sites, folded_rows, initial
+from dist_spin.model.sites import Basis, WideRMSNorm, rotate_quantize
+from dist_spin.numerics.cayley import tangent
 from dist_spin.numerics.hadamard import kronecker_factors
-from dist_spin.numerics.quantizer import QuantSpec
+from dist_spin.numerics.quantizer import QuantSpec, fake_quantize
+
+CPU = torch.device("cpu")
 
 
-def test_placeholder_import():
-    assert transformers.__version__
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def online_sites(files: ModelFiles, bits: int) -> Sites:
+    shape = files.shape
+    d = shape.head_dim
+    r3, r4 = (kronecker_factors(n, 0, dtype=torch.float64, device="cpu") for n in (d, shape.intermediate))
+    head = QuantSpec(bits, group_size=d)
+    return Sites(QuantSpec(bits), QuantSpec(bits), head, head, r3, r4)
+
+
+def reference_logits(files: ModelFiles, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """transformers' own model, its norms in the input's precision instead of fp32."""
+    model = AutoModelForCausalLM.from_pretrained(files.directory, dtype=dtype)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                setattr(module, name, WideRMSNorm(child.variance_epsilon, child.weight))
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def merged_logits(
+    files: ModelFiles, rotations: tuple[Tensor, Tensor] | None, sites: Sites, ids: Tensor, dtype
+) -> Tensor:
+    weights = RotatedWeights(files.weights, files.shape, rotations, sites.r4, CPU, dtype)
+    runner = LayerRunner(files.config, sites, device=CPU, dtype=dtype, rotated=rotations is not None)
+    hidden = weights.embedding()[ids]
+    for i in range(files.shape.layers):
+        hidden = runner.run(runner.build(i, weights.layer(i)), i, hidden)
+    return weights.head(files.config.rms_norm_eps).logits(hidden)
+
+
+def learning_model(
+    files: ModelFiles, rotations: Rotations, sites: Sites, dtype: torch.dtype, **kwargs
+) -> LearningModel:
+    model = LearningModel(files.config, rotations, sites, device=CPU, dtype=dtype, **kwargs)
+    model.to_empty(device="cpu")
+    for name, parameter in model.named_parameters():
+        folded_rows(files.weights, parameter_source(name), parameter.data, 0, sites.r4)
+    return model
+
+
+@pytest.fixture(params=SHAPES)
+def files(request, tmp_path) -> ModelFiles:
+    return open_model(str(write_model(request.param, tmp_path)))
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_function_is_preserved_by_fold_and_merge_with_online_hadamards(files, ids, dtype, bound):
+    rotations = initial("orthogonal", files.shape, seed=3)
+    logits = merged_logits(files, rotations, online_sites(files, 16), ids, dtype)
+    assert relative(logits, reference_logits(files, ids, dtype)) < bound
+
+
+def test_unrotated_layers_are_transformers_own_function(files, ids):
+    logits = merged_logits(files, None, Sites(), ids, torch.float64)
+    assert relative(logits, reference_logits(files, ids, torch.float64)) < 1e-12
+
+
+def test_attach_equals_merge_with_quantised_sites(files, ids):
+    r1, r2 = initial("hadamard", files.shape, seed=5)
+    sites = online_sites(files, 4)
+    learned = learning_model(files, Rotations(r1, r2, CPU, torch.float64), sites, torch.float64)
+    with torch.no_grad():
+        attached = learned(ids)
+    logits = merged_logits(files, (r1, r2), sites, ids, torch.float64)
+    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    torch.testing.assert_close(attached, loss.view(2, -1).mean(-1), rtol=1e-9, atol=0)
+    full = reference_logits(files, ids, torch.float64)
+    assert relative(logits, full) > 1e-3  # the quantisers really are on
+
+
+class WeightSide(nn.Module):
+    """The release's formulation, written independently: every weight rotated in every forward pass, plain autograd."""
+
+    def __init__(self, files: ModelFiles, sites: Sites, r1: Tensor, r2: Tensor) -> None:
+        super().__init__()
+        self.files, self.sites = files, sites
+        self.r1, self.r2 = nn.Parameter(r1.clone()), nn.Parameter(r2.clone())
+
+    def weights(self, i: int) -> dict[str, Tensor]:
+        source, d, prefix = self.files.weights, self.files.shape.head_dim, f"model.layers.{i}."
+        raw = lambda name: source.rows(prefix + name).double()
+        out: dict[str, Tensor] = {}
+        for role, norm in (
+            ("self_attn.q_proj", "input_layernorm"),
+            ("self_attn.k_proj", "input_layernorm"),
+            ("self_attn.v_proj", "input_layernorm"),
+            ("mlp.gate_proj", "post_attention_layernorm"),
+            ("mlp.up_proj", "post_attention_layernorm"),
+        ):
+            out[f"{role}.weight"] = (raw(f"{role}.weight") * raw(f"{norm}.weight")) @ self.r1
+            if source.has(f"{prefix}{role}.bias"):
+                out[f"{role}.bias"] = raw(f"{role}.bias")
+        heads, kv = self.files.shape.heads, self.files.shape.kv_heads
+        block = lambda n: torch.block_diag(*[self.r2[i]] * n)
+        out["self_attn.v_proj.weight"] = block(kv).T @ out["self_attn.v_proj.weight"]
+        if "self_attn.v_proj.bias" in out:
+            out["self_attn.v_proj.bias"] = out["self_attn.v_proj.bias"] @ block(kv)
+        out["self_attn.o_proj.weight"] = self.r1.T @ raw("self_attn.o_proj.weight") @ block(heads)
+        a, b = self.sites.r4
+        out["mlp.down_proj.weight"] = self.r1.T @ raw("mlp.down_proj.weight") @ torch.kron(a, b)
+        for role in ("self_attn.o_proj", "mlp.down_proj"):
+            if source.has(f"{prefix}{role}.bias"):
+                out[f"{role}.bias"] = raw(f"{role}.bias") @ self.r1
+        for norm in ("self_attn.q_norm", "self_attn.k_norm"):
+            if source.has(f"{prefix}{norm}.weight"):
+                out[f"{norm}.weight"] = raw(f"{norm}.weight")
+        del d
+        return out
+
+    def forward(self, ids: Tensor) -> Tensor:
+        source = self.files.weights
+        runner = LayerRunner(self.files.config, self.sites, device=CPU, dtype=torch.float64, rotated=True)
+        hidden = source.rows("model.embed_tokens.weight").double()[ids] @ self.r1
+        for i in range(self.files.shape.layers):
+            weights = self.weights(i)
+            layer = runner.build(i, {name: w.detach() for name, w in weights.items()})
+            wrapped = {}
+            for name, w in weights.items():  # o, v and down live one module deeper, inside their sites
+                role, kind = name.rsplit(".", 1)
+                deeper = role.endswith(("v_proj", "o_proj", "down_proj"))
+                wrapped[f"{role}.linear.{kind}" if deeper else name] = w
+            hidden = torch.func.functional_call(
+                layer,
+                wrapped,
+                hidden,
+                {
+                    "attention_mask": __import__("dist_spin.model.architecture", fromlist=["x"]).attention_masks(
+                        self.files.config, hidden
+                    )[i],
+                    "position_embeddings": runner._rotary(hidden, torch.arange(ids.shape[1])[None]),
+                    "use_cache": False,
+                },
+            )
+        head = (source.rows("lm_head.weight").double() * source.rows("model.norm.weight").double()) @ self.r1
+        logits = WideRMSNorm(self.files.config.rms_norm_eps)(hidden) @ head.T
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def test_gradients_equal_those_of_rotating_the_weights(files, ids):
+    r1, r2 = initial("hadamard", files.shape, seed=7)
+    sites = online_sites(files, 4)
+    rotations = Rotations(r1, r2, CPU, torch.float64, learn=True)
+    learned = learning_model(files, rotations, sites, torch.float64)
+    loss = learned(ids).mean()
+    loss.backward()
+    oracle = WeightSide(files, sites, r1, r2)
+    oracle_loss = oracle(ids)
+    oracle_loss.backward()
+    torch.testing.assert_close(loss, oracle_loss, rtol=1e-9, atol=0)
+    # The two formulations extend the network differently off the manifold, so what must agree is the gradient along it.
+    assert relative(tangent(rotations.tilt1), tangent(oracle.r1.grad @ r1.T)) < 1e-9
+    assert relative(tangent(rotations.tilt2), tangent(oracle.r2.grad @ r2.mT)) < 1e-9
+    assert float(tangent(rotations.tilt1).norm()) > 1e-3
+
+
+def test_site_gradient_is_the_plain_autograd_of_one_quantised_linear():
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(40, 24, generator=g, dtype=torch.float64), torch.randn(16, 24, generator=g, dtype=torch.float64)
+    r = torch.linalg.qr(torch.randn(24, 24, generator=g, dtype=torch.float64))[0]
+    out_gradient, spec = torch.randn(40, 16, generator=g, dtype=torch.float64), QuantSpec(4)
+    plain_x, plain_r = x.clone().requires_grad_(), r.clone().requires_grad_()
+    plain = fake_quantize(plain_x @ plain_r, spec) @ (w @ plain_r).T
+    plain.backward(out_gradient)
+    tilt, site_x = torch.zeros_like(r).requires_grad_(), x.clone().requires_grad_()
+    site = rotate_quantize(site_x, Basis(r, tilt), spec) @ w.T
+    site.backward(out_gradient)
+    torch.testing.assert_close(site, plain, rtol=1e-12, atol=1e-12)
+    assert relative(site_x.grad, plain_x.grad) < 1e-12
+    assert relative(tangent(tilt.grad), tangent(plain_r.grad @ r.T)) < 1e-9
+
+
+def test_recomputing_activations_changes_no_gradient(tmp_path, ids):
+    files = open_model(str(write_model("gqa_tied", tmp_path)))
+    gradients = []
+    for recompute in (False, True):
+        rotations = Rotations(*initial("hadamard", files.shape, 0), CPU, torch.float64, learn=True)
+        learning_model(files, rotations, online_sites(files, 4), torch.float64, recompute=recompute)(
+            ids
+        ).sum().backward()
+        gradients.append(rotations.gradient)
+    assert torch.equal(*gradients)
+
+
+def test_unknown_architecture_is_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}')
+    with pytest.raises(UserError, match="'gemma2' is not supported: norms on the outputs"):
+        open_model(str(tmp_path))
+
+
+def test_missing_model_is_one_line_with_a_remedy(tmp_path):
+    with pytest.raises(UserError, match="model.path"):
+        open_model(str(tmp_path / "nowhere" / "model.gguf"))
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(UserError, match="safetensors"):
+        open_model(str(tmp_path))

@@ -30,7 +30,9 @@ SHAPES = {
 }
 
 
-def write_model(kind: str, directory: Path, *, layers: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0) -> Path:
+def write_model(
+    kind: str, directory: Path, *, layers: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> Path:
     """A seeded random checkpoint whose norm gains and biases are far from their trivial values."""
     import copy
 

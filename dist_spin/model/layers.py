@@ -48,16 +48,18 @@ class LayerRunner:
         attach(layer, self.shape, self.sites if sites is None else sites.to(self.device, self.dtype))
         return layer.requires_grad_(False)
 
+    def context(self, index: int, hidden: Tensor) -> dict[str, Any]:
+        """What a layer or its attention takes beside hidden states [batch, T, h]: mask and rotary embeddings."""
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        return {
+            "attention_mask": attention_masks(self.config, hidden)[index],
+            "position_embeddings": self._rotary(hidden, positions),
+        }
+
     @torch.no_grad()
     def run(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """hidden [batch, T, h] on the runner's device through one layer."""
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        return layer(
-            hidden,
-            attention_mask=attention_masks(self.config, hidden)[index],
-            position_embeddings=self._rotary(hidden, positions),
-            use_cache=False,
-        )
+        return layer(hidden, use_cache=False, **self.context(index, hidden))
 
 
 class RotatedWeights:

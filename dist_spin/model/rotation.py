@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from dist_spin.model.architecture import ATTENTION_NORM, FINAL_NORM, HEAD, MLP_NORM, Shape, layer_name
 from dist_spin.model.loading import WeightSource
-from dist_spin.model.sites import Basis, DownSite, KeySite, NormSite, OutputSite, ValueSite, WideRMSNorm
+from dist_spin.model.sites import (
+    Basis,
+    DownFront,
+    FrontedLinear,
+    KeySite,
+    NormSite,
+    OutputFront,
+    ValueSite,
+    WideRMSNorm,
+)
 from dist_spin.numerics.hadamard import kronecker_apply, random_hadamard, random_orthogonal
 from dist_spin.numerics.quantizer import QuantSpec
 
@@ -111,8 +120,8 @@ def attach(layer: nn.Module, shape: Shape, sites: Sites, r1: Basis | None = None
     for name in (ATTENTION_NORM, MLP_NORM):
         setattr(layer, name, NormSite(getattr(layer, name), sites.a, r1))
     attention.v_proj = ValueSite(attention.v_proj, sites.v, shape.head_dim, r2)
-    attention.o_proj = OutputSite(attention.o_proj, sites.o, shape.head_dim, r2)
-    mlp.down_proj = DownSite(mlp.down_proj, sites.a, sites.r4)
+    attention.o_proj = FrontedLinear(OutputFront(sites.o, shape.head_dim, r2), attention.o_proj)
+    mlp.down_proj = FrontedLinear(DownFront(sites.a, sites.r4), mlp.down_proj)
     attention.key_site = KeySite(sites.k, sites.r3)
 
 

@@ -120,32 +120,44 @@ class ValueSite(nn.Module):
         return fake_quantize(v, self.spec).flatten(-2)
 
 
-class OutputSite(nn.Module):
-    """o_proj with its input quantised in the R2 basis: o(Q(a) R2^T), by token or by head (`spec.group_size`)."""
+class OutputFront(nn.Module):
+    """What o_proj reads: Q(a) R2^T, quantised in the R2 basis, by token or by head (`spec.group_size`)."""
 
-    def __init__(self, linear: nn.Module, spec: QuantSpec, head_dim: int, basis: Basis | None = None) -> None:
+    def __init__(self, spec: QuantSpec, head_dim: int, basis: Basis | None) -> None:
         super().__init__()
-        self.linear, self.spec, self.head_dim, self.basis = linear, spec, head_dim, basis
+        self.spec, self.head_dim, self.basis = spec, head_dim, basis
 
     def forward(self, attended: Tensor) -> Tensor:
+        """attended [..., heads * d] to the same."""
         a = fake_quantize(attended, self.spec)
-        if self.basis is not None:
-            a = (a.unflatten(-1, (-1, self.head_dim)) @ _differentiable(self.basis, a.dtype).T).flatten(-2)
-        return self.linear(a)
+        if self.basis is None:
+            return a
+        return (a.unflatten(-1, (-1, self.head_dim)) @ _differentiable(self.basis, a.dtype).T).flatten(-2)
 
 
-class DownSite(nn.Module):
-    """down_proj with its input rotated online by the Hadamard R4 and quantised; R4 is folded into the weight's columns."""
+class DownFront(nn.Module):
+    """What down_proj reads: its input rotated online by the Hadamard R4 and quantised."""
 
-    def __init__(self, linear: nn.Module, spec: QuantSpec, hadamard: tuple[Tensor, ...] = ()) -> None:
+    def __init__(self, spec: QuantSpec, hadamard: tuple[Tensor, ...]) -> None:
         super().__init__()
-        self.linear, self.spec = linear, spec
+        self.spec = spec
         self.hadamard = hadamard  # Kronecker factors of R4, normalised; () leaves R4 out
 
     def forward(self, m: Tensor) -> Tensor:
-        if self.hadamard:
-            m = kronecker_apply(m, self.hadamard)
-        return self.linear(fake_quantize(m, self.spec))
+        """m [..., intermediate] to the same."""
+        return fake_quantize(kronecker_apply(m, self.hadamard) if self.hadamard else m, self.spec)
+
+
+class FrontedLinear(nn.Module):
+    """A linear behind the site that prepares its input; apart, so that calibration can read what lies between them."""
+
+    def __init__(self, front: nn.Module, linear: nn.Module) -> None:
+        super().__init__()
+        self.front, self.linear = front, linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The linear of the prepared input."""
+        return self.linear(self.front(x))
 
 
 class KeySite(nn.Module):

@@ -14,6 +14,9 @@ comes from the first of these that applies:
    the four are symmetric these are Williamson's matrices (1944, Duke Math. J. 11).
 4. The Kronecker product of two smaller cores.
 
+Order 4m is missing for m = 47, 59, 81, 89, 93, 103, 107 and some above 107; a multiple 2^j of it may exist. Of the model
+sizes we know, only 107 * 128 and 107 * 256 (Qwen1.5-14B and -32B) must fall back to `largest_block`.
+
 Rows are vectors: a rotation acts as y = x @ R with R = H / sqrt(n). `kronecker_*` is the path for modules and
 compiled code; `hadamard_transform` is a convenience for everything else.
 """
@@ -46,8 +49,9 @@ _CIRCULANTS = {
     127: (2, ("++-+--+++-+--++-+--", "++++-+--++--+--+---", "+++-+-+--++-++-----", "++-+----+-++++-+---")),
 }
 
-# One dense matrix beats two up to here: the transform is bound by memory traffic, not by multiplications.
-_DENSE_LIMIT = 256
+# One dense matrix beats two up to here on an H100 (bfloat16; twice as fast at 1024, slower at 2048). Powers of two only:
+# the entries of a single factor have no partner to make up for the rounding of their magnitude (see `_scales`).
+_DENSE_LIMIT = 1024
 
 _INT8_ONE = torch.ones(1, 1, dtype=torch.int8, device="cpu")
 _INT8_TWO = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8, device="cpu")
@@ -88,7 +92,7 @@ def hadamard_matrix(n: int) -> Tensor:
 
 
 def largest_block(n: int) -> int:
-    """The largest order dividing n that has a Hadamard matrix here; n itself whenever possible, 1 for an unlucky odd n.
+    """The largest order dividing n that has a Hadamard matrix here: n itself whenever possible, 1 if n is odd.
 
     I_{n/b} (x) H_b with b = largest_block(n) is the fall-back for a width without a Hadamard matrix of its own: every
     block is rotated alike and blocks do not mix. Raises NoHadamard if n is not a positive int.
@@ -255,7 +259,7 @@ def kronecker_factors(
 
     Returns:
         (A [a, a], B [b, b]) with A (x) B = H_block / sqrt(block), split so that a + b, the multiplications per element,
-        is least; or (H_block / sqrt(block),) if block is a power of two up to 256 or has nothing to split off. All
+        is least; or (H_block / sqrt(block),) if block is a power of two up to 1024 or has nothing to split off. All
         entries of a factor have one magnitude. A is H_K (x) S, B is Sylvester.
 
     Raises NoHadamard if there is none of order `block`, ValueError if `block` does not divide n.
@@ -279,11 +283,12 @@ def kronecker_apply(x: Tensor, factors: tuple[Tensor, ...], inverse: bool = Fals
     Computes in x.dtype; differentiable in x; plain torch operations without caches, so it compiles into one graph.
     Raises ValueError if the width does not fit.
     """
-    block = math.prod(factor.shape[0] for factor in factors)
+    sizes = [factor.shape[0] for factor in factors]  # a list: the compiler takes no generator
+    block = math.prod(sizes)
     if x.shape[-1] % block:
         raise ValueError(f"the last dimension of x is {x.shape[-1]}, no multiple of the Hadamard block {block}")
     matrices = [factor.to(x.dtype).mT if inverse else factor.to(x.dtype) for factor in factors]
-    y = x.reshape(-1, *(factor.shape[0] for factor in factors))  # [tokens * n/block, a, b] or [tokens * n/block, block]
+    y = x.reshape(-1, *sizes)  # [tokens * n/block, a, b] or [tokens * n/block, block]
     y = y @ matrices[-1]
     if len(matrices) == 2:
         y = matrices[0].mT @ y
@@ -374,7 +379,7 @@ def random_hadamard(n: int, generator: torch.Generator, dtype: torch.dtype = tor
     signs = torch.randint(0, 2, (n, 1), generator=generator, device="cpu") * 2 - 1
     copies = torch.eye(n // block, dtype=torch.int8, device="cpu")
     rotation = torch.kron(copies, hadamard_matrix(block)).to(torch.float64)
-    rotation *= signs * block**-0.5
+    rotation *= signs.to(torch.float64) * block**-0.5  # an integer tensor times a float would be float32
     return rotation.to(dtype)
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 UNQUANTIZED_BITS = 16
 ROW_TILE = 128  # rows that are always processed together; work split at its multiples gives bit-identical results
 CLIP_NORM = 2.4  # exponent of the clip search's error (SpinQuant release; between least squares and least maximum)
-CLIP_FACTORS = tuple(1 - step / 100 for step in range(80))  # 1.00 down to 0.21
-CLIP_SEARCH_ELEMENTS = 2**16  # factors are tried together while their errors stay below this many elements
+CLIP_PERCENTAGES = (100, 20, -1)  # of the range, as arguments of `arange`: 1.00 down to 0.21
+CPU_SEARCH_ELEMENTS = 2**16  # clip factors are tried together while their errors stay below this: they fit the cache
+GPU_SEARCH_ELEMENTS = 2**25  # the same, where few launches count for more
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:
     """
     if not spec.enabled:
         return x
-    return _StraightThrough.apply(x, spec)  # type: ignore[no-untyped-call, no-any-return]
+    return _StraightThrough.apply(x, spec)
 
 
 # Weights ---------------------------------------------------------------------------------------------------------
@@ -161,9 +162,11 @@ def weight_scales(
 def _search_clip(groups: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Best grid among the shrunken ranges; groups [rows, n, group], low and high [rows, n]."""
     members = groups.movedim(-1, 0).unsqueeze(1).contiguous()  # [group, 1, rows, n]: sums fold along whole rows
-    at_once = max(1, CLIP_SEARCH_ELEMENTS // max(1, members.numel()))
+    limit = CPU_SEARCH_ELEMENTS if groups.device.type == "cpu" else GPU_SEARCH_ELEMENTS
+    # Made on the device: copying a list there would wait for it.
+    percentages = torch.arange(*CLIP_PERCENTAGES, dtype=low.dtype, device=low.device)[:, None, None]
     best_error, best_scale, best_zero = torch.full_like(low, torch.inf), low, low
-    for factors in torch.tensor(CLIP_FACTORS, dtype=low.dtype, device=low.device)[:, None, None].split(at_once):
+    for factors in (percentages / 100).split(max(1, limit // max(1, members.numel()))):
         scale, zero = _scale_and_zero(low * factors, high * factors, bits, symmetric)  # [factors, rows, n]
         error = _encode(members, scale, zero, bits, symmetric).sub_(zero).mul_(scale).sub_(members)
         total, index = _folded_sum(error.abs_().pow_(CLIP_NORM)).min(0, keepdim=True)

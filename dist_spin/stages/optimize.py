@@ -165,7 +165,7 @@ def backward(learning: Learning) -> float:
     repeats one with weight zero. So the result does not depend on how the batch divides.
     """
     settings, world = learning.config.optimize, learning.world
-    indices = batch_indices(learning.step, settings.batch_size, len(learning.tokens), learning.config.rotation.seed)
+    indices = batch_indices(learning.step, settings.batch_size, len(learning.tokens), settings.seed)
     mine = rank_share(indices, world.rank, world.size)
     passes = -(-len(rank_share(indices, 0, world.size)) // settings.micro_batch_size)
     padded = mine + [indices[0]] * (passes * settings.micro_batch_size - len(mine))

@@ -1,0 +1,109 @@
+"""The command line: parse, build, call one stage.
+
+dist-spin run configs/quickstart.yaml optimize.steps=20
+torchrun --nproc_per_node 2 -m dist_spin optimize configs/quickstart.yaml
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dist_spin.config import RunConfig, config_help, load_config
+from dist_spin.errors import EXIT_HANG, EXIT_OK, UserError
+
+VERBS = {
+    "run": "learn rotations, quantise, measure: every stage, on this machine",
+    "optimize": "learn the rotations",
+    "quantize": "merge the rotations and quantise the weights",
+    "evaluate": "measure perplexity",
+    "status": "show where a run stands",
+}
+USAGE = "usage: dist-spin VERB CONFIG.yaml [key.sub=value ...]\n       dist-spin status RUN [--json]"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; returns the process's exit code (see `dist_spin.errors`)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _main(words)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0" or not getattr(error, "shared", True):
+            print(f"dist-spin: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def _main(words: list[str]) -> int:
+    verb = words[0] if words else "--help"
+    if verb in ("--help", "-h", "help"):
+        print(f"{USAGE}\n\nverbs:\n" + "\n".join(f"  {name:10}{what}" for name, what in VERBS.items()))
+        print("\n`dist-spin VERB --help` lists every setting.")
+        return EXIT_OK
+    if verb not in VERBS:
+        raise UserError(f"there is no verb '{verb}'", f"use one of {', '.join(VERBS)}")
+    rest = words[1:]
+    if "--help" in rest or "-h" in rest:
+        print(f"dist-spin {verb}: {VERBS[verb]}\n{USAGE}\n\n{config_help()}")
+        return EXIT_OK
+    if verb == "status":
+        return _status(rest)
+    path = rest.pop(0) if rest and "=" not in rest[0] and not rest[0].startswith("--") else None
+    config = load_config(path, rest)
+    if verb == "run":
+        from launch.local import run_stages
+
+        return run_stages(([path] if path else []) + rest, config.distributed.nproc)
+    return _stage(verb, config)
+
+
+def _stage(verb: str, config: RunConfig) -> int:
+    # Imported late, so that --help and mistakes in the configuration answer at once.
+    import torch.distributed as dist
+
+    from dist_spin.distributed import start, stop
+    from dist_spin.stages.evaluate import evaluate
+    from dist_spin.stages.optimize import optimize
+    from dist_spin.stages.quantize import quantize
+
+    stages: dict[str, Callable[..., Any]] = {"optimize": optimize, "quantize": quantize, "evaluate": evaluate}
+    quieten_libraries()
+    world = start(config.distributed.device, config.distributed.timeout_s, config.distributed.threads)
+    try:
+        stages[verb](config, world)
+    except (dist.DistBackendError, dist.DistNetworkError, RuntimeError) as error:
+        if "imed out" not in str(error) and "Connection" not in str(error) and "connection" not in str(error):
+            raise
+        first = str(error).strip().splitlines()[0][:200]
+        print(
+            f"dist-spin: rank {world.rank}: another rank is gone or hangs ({first}); start again to resume",
+            file=sys.stderr,
+        )
+        sys.stderr.flush()
+        os._exit(EXIT_HANG)  # the process group cannot be left in order any more
+    finally:
+        stop()
+    return EXIT_OK
+
+
+def quieten_libraries() -> None:
+    """Leave the terminal to our own progress: transformers draws bars while it converts a model."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _status(rest: list[str]) -> int:
+    from dist_spin.stages.status import status, status_text
+
+    paths = [word for word in rest if not word.startswith("--")]
+    unknown = [word for word in rest if word.startswith("--") and word != "--json"]
+    if len(paths) != 1 or unknown:
+        raise UserError(
+            f"status takes one run directory, not {' '.join(rest) or 'nothing'}", "dist-spin status runs/NAME"
+        )
+    figures = status(Path(paths[0]))
+    print(json.dumps(figures, indent=1) if "--json" in rest else status_text(figures))
+    return EXIT_OK

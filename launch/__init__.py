@@ -1,0 +1,1 @@
+"""Where stages run: this machine, torchrun, a scheduler. Thin: what is computed never depends on it."""
