@@ -145,11 +145,17 @@ def tensors_digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """Of a whole file: its tensors, and its metadata but for the checksum itself."""
+    about = {name: value for name, value in metadata.items() if name != "sha256"}
+    return hashlib.sha256((tensors_digest(tensors) + json.dumps(about, sort_keys=True)).encode()).hexdigest()
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """One safetensors file, written atomically, that carries the checksum of its tensors in its metadata."""
+    """One safetensors file, written atomically, that carries the checksum of its content in its metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic(path) as temporary:
-        save_file(tensors, temporary, {**metadata, "sha256": tensors_digest(tensors)})
+        save_file(tensors, temporary, {**metadata, "sha256": _checksum(tensors, metadata)})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -164,7 +170,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise CorruptFile(f"{path}: {str(error).splitlines()[0]}") from error
-    if metadata.get("sha256") != tensors_digest(tensors):
+    if metadata.get("sha256") != _checksum(tensors, metadata):
         raise CorruptFile(f"{path}: checksum does not match")
     return tensors, metadata
 

@@ -5,7 +5,7 @@ already quantised (Frantar et al. 2022). Each part of the layer runs once per se
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -46,7 +46,8 @@ class LayerQuantizer:
             self.options.symmetric,
             self.options.group_size,
         )
-        attention, mlp = self._layer.self_attn, self._layer.mlp
+        attention: Any = self._layer.self_attn
+        mlp: Any = self._layer.mlp
         attention_norm, mlp_norm = getattr(self._layer, ATTENTION_NORM), getattr(self._layer, MLP_NORM)
 
         linears = ("q_proj", "k_proj", "v_proj")
@@ -69,7 +70,8 @@ class LayerQuantizer:
         return self._result
 
     def _attend(self, index: int, normed: Tensor) -> Tensor:
-        return self._layer.self_attn(hidden_states=normed, **self.runner.context(index, normed))[0]
+        attention: Any = self._layer.self_attn
+        return attention(hidden_states=normed, **self.runner.context(index, normed))[0]
 
     def _solve(self, roles: list[str], inputs: Callable[[], Any]) -> None:
         """Quantise the linears of one site and put their dequantised weights into the layer."""
@@ -110,7 +112,7 @@ class LayerQuantizer:
 
 def _linear(layer: nn.Module, role: str) -> nn.Linear:
     module = layer.get_submodule(role)
-    return getattr(module, "linear", module)
+    return cast(nn.Linear, getattr(module, "linear", module))
 
 
 def _gather(part: Tensor, rows: int, world: World) -> Tensor:

@@ -5,6 +5,7 @@ torchrun --nproc_per_node 2 -m dist_spin quantize configs/quickstart.yaml
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,8 +144,7 @@ def quantize_variant(
             hidden = [runner.run(module, index, h) for h in hidden]
             continue
         layer = quantizer.quantize(index, chosen.weights.layer(index), hidden)
-        done = layer
-        on_leader(lambda path=path, done=done: save_layer(path, done, made_under))
+        on_leader(functools.partial(save_layer, path, layer, made_under))
         if world.leads:
             run.event("layer", variant=chosen.name, layer=index, **worst(layer))
         progress.advance(f"worst output error {worst(layer)['error']:.4f}")
