@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _main(words)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or not getattr(error, "shared", True):
+        if not error.said_elsewhere:
             print(f"dist-spin: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 
@@ -53,7 +53,11 @@ def _main(words: list[str]) -> int:
     if verb == "status":
         return _status(rest)
     path = rest.pop(0) if rest and "=" not in rest[0] and not rest[0].startswith("--") else None
-    config = load_config(path, rest)
+    try:
+        config = load_config(path, rest)
+    except UserError as error:
+        error.said_elsewhere = os.environ.get("RANK", "0") != "0"  # every rank reads the same settings
+        raise
     if verb == "run":
         from launch.local import run_stages
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dist_spin.errors import UserError
 
+HEADER = "dist_spin"  # the metadata entry of our safetensors files
 CHECKPOINT = re.compile(r"step_(\d{6,})\.safetensors")
 
 
@@ -145,17 +146,13 @@ def tensors_digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    """Of a whole file: its tensors, and its metadata but for the checksum itself."""
-    about = {name: value for name, value in metadata.items() if name != "sha256"}
-    return hashlib.sha256((tensors_digest(tensors) + json.dumps(about, sort_keys=True)).encode()).hexdigest()
-
-
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """One safetensors file, written atomically, that carries the checksum of its content in its metadata."""
+    """One safetensors file, written atomically, with a checksum of its tensors and metadata; equal content, equal bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    about = {"metadata": metadata, "sha256": _checksum(tensors, metadata)}
     with atomic(path) as temporary:
-        save_file(tensors, temporary, {**metadata, "sha256": _checksum(tensors, metadata)})
+        # One entry, because safetensors writes several in an order that changes from process to process.
+        save_file(tensors, temporary, {HEADER: json.dumps(about, sort_keys=True)})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -166,13 +163,19 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
+            about = json.loads((file.metadata() or {})[HEADER])
+            metadata, checksum = dict(about["metadata"]), about["sha256"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CorruptFile(f"{path}: {str(error).splitlines()[0]}") from error
-    if metadata.get("sha256") != _checksum(tensors, metadata):
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptFile(f"{path}: cannot be read ({(str(error) or 'empty').splitlines()[0]})") from error
+    if checksum != _checksum(tensors, metadata):
         raise CorruptFile(f"{path}: checksum does not match")
     return tensors, metadata
+
+
+def _checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    about = json.dumps(metadata, sort_keys=True)
+    return hashlib.sha256(f"{tensors_digest(tensors)} {about}".encode()).hexdigest()
 
 
 def checkpoint_path(run: RunDir, step: int) -> Path:
