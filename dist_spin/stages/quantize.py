@@ -111,7 +111,13 @@ def prepare_works(config: RunConfig, world: World) -> list["Work"]:
     files = open_configured_model(config)
     tokens = calibration_tokens(config, files)
     run = run_dir(config)
-    on_leader(lambda: (run.path / "config.yaml").exists() or write_text(run.path / "config.yaml", dump_config(config)))
+
+    def note() -> None:
+        if not (run.path / "config.yaml").exists():
+            write_text(run.path / "config.yaml", dump_config(config))
+        run.event("quantize", layers=files.shape.layers, layers_per_job=config.quantize.layers_per_job)
+
+    on_leader(note)
     return [
         Work(config, world, files, variant(config, files, name, world.device), tokens, stop)
         for name in (*config.quantize.baselines, LEARNED)
