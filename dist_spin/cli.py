@@ -74,7 +74,7 @@ def _quantize(rest: list[str]) -> int:
     boundaries = "--boundaries" in rest
     rest = [word for word in rest if word != "--boundaries"]
     layers, cluster, workers, retries = (
-        (_option(rest, name) or [None])[-1] for name in ("--layers", "--cluster", "--workers", "--retries")
+        next(reversed(_option(rest, name)), None) for name in ("--layers", "--cluster", "--workers", "--retries")
     )
     scheduler = _option(rest, "--slurm")
     path = _config_path(rest)

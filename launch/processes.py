@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ class LocalExecutor:
         if gpus and self.slots > len(gpus):
             raise UserError(f"--workers is {self.slots}, but this machine shows {len(gpus)} GPUs", "use at most that")
         # A child of the fork server must not inherit a CUDA context, so with GPUs every job starts afresh.
-        self._context = multiprocessing.get_context("spawn" if gpus else "forkserver")
+        self._context: Any = multiprocessing.get_context("spawn" if gpus else "forkserver")
         if not gpus:
             self._context.set_forkserver_preload(["launch.worker"])
         self._environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[: self.slots]] or [{}] * self.slots

@@ -5,16 +5,14 @@ Imported once by the fork server, so that a job on the CPU begins in millisecond
 
 import ctypes
 import os
+import runpy
 import signal
 import sys
-import traceback
 
 # Imported for the fork server's sake; the command line imports them late.
 import dist_spin.stages.evaluate
 import dist_spin.stages.optimize
 import dist_spin.stages.quantize  # noqa: F401
-from dist_spin.cli import main
-from dist_spin.errors import EXIT_BUG
 from dist_spin.signals import STOPPING
 
 PR_SET_PDEATHSIG = 1  # Linux: the signal a process gets when its parent dies
@@ -31,11 +29,5 @@ def work(arguments: list[str], environment: dict[str, str], log: str) -> None:
     os.dup2(stream, 1)
     os.dup2(stream, 2)
     print(f"dist-spin {' '.join(arguments)}", file=sys.stderr, flush=True)
-    try:
-        code = main(arguments)
-    except BaseException:
-        traceback.print_exc()
-        code = EXIT_BUG
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    sys.argv = ["dist-spin", *arguments]
+    runpy.run_module("dist_spin", run_name="__main__")  # leaves through sys.exit with the command's code

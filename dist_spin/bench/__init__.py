@@ -1,0 +1,1 @@
+"""How fast the product's own code runs: nothing is timed here that a stage does not call."""
