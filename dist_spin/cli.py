@@ -20,6 +20,7 @@ VERBS = {
     "quantize": "merge the rotations and quantise the weights",
     "evaluate": "measure perplexity",
     "status": "show where a run stands",
+    "bench": "time a stage on this machine's devices: bench optimize SHAPE, bench quantize --shape 8b",
 }
 USAGE = """usage: dist-spin VERB CONFIG.yaml [key.sub=value ...]
        dist-spin quantize CONFIG.yaml [--layers A:B | --boundaries] [key.sub=value ...]
@@ -48,6 +49,8 @@ def _main(words: list[str]) -> int:
     if verb not in VERBS:
         raise UserError(f"there is no verb '{verb}'", f"use one of {', '.join(VERBS)}")
     rest = words[1:]
+    if verb == "bench":
+        return _bench(rest)
     if "--help" in rest or "-h" in rest:
         print(f"dist-spin {verb}: {VERBS[verb]}\n{USAGE}\n\n{config_help()}")
         return EXIT_OK
@@ -157,6 +160,19 @@ def _stage(verb: str, config: RunConfig, **options: Any) -> int:
     finally:
         stop()
     return EXIT_OK
+
+
+def _bench(rest: list[str]) -> int:
+    from dist_spin.bench import optimize, quantize
+
+    benches = {"optimize": optimize.main, "quantize": quantize.main}
+    if not rest or rest[0] not in benches:
+        raise UserError(
+            f"bench takes one of {', '.join(benches)}",
+            "dist-spin bench optimize configs/shapes/llama-3-8b, or bench quantize --shape 8b",
+        )
+    quieten_libraries()
+    return benches[rest[0]](rest[1:])
 
 
 def quieten_libraries() -> None:

@@ -173,8 +173,9 @@ class OptimizeConfig:
     """Newest checkpoints kept (one is written per step)."""
     seed: int = 0
     """Seed of the order of the sequences; -1 takes them as they come, as published."""
-    activation_checkpointing: bool = True
-    """Recompute activations in the backward pass: about a third slower, far less memory."""
+    recompute: Literal["auto", "none", "sites", "layer"] = "auto"
+    """What is computed again in the backward pass to save memory: nothing, all but the quantised sites, or whole layers;
+    auto keeps as much as measured free GPU memory allows, and on the CPU keeps the sites."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto means on for CUDA and off for CPU, where compiling takes longer than it saves."""
 

@@ -1,1 +1,1 @@
-"""How fast the product's own code runs: nothing is timed here that a stage does not call."""
+"""Speed measured by the product's own code: `dist-spin bench optimize|quantize`; never part of the tests."""

@@ -8,7 +8,6 @@ Parts are timed apart: merging the rotations, forward passes, Hessians, factoris
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections import defaultdict
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dist_spin import distributed
+from dist_spin.bench.device import describe, synchronize
 from dist_spin.bench.plain_gptq import plain_gptq
 from dist_spin.engine.layerwise import PARTS, LayerQuantizer
 from dist_spin.model.architecture import Shape
@@ -111,8 +111,8 @@ def measure(args: argparse.Namespace, world: distributed.World) -> dict[str, Any
     runs: list[dict[str, float]] = []
     for repeat in range(args.repeats + 1):
         hidden = random_hidden(args.sequences, args.seq_len, shape.hidden, dtype, device)
+        synchronize(device)
         if on_gpu:
-            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         watch = Stopwatch(device)
         quantizer = LayerQuantizer(runner, world, "gptq", options, torch.float32, watch)
@@ -129,8 +129,7 @@ def measure(args: argparse.Namespace, world: distributed.World) -> dict[str, Any
         "seq_len": args.seq_len,
         "group_size": args.group_size,
         "mse_clip": options.mse_clip,
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "cpu",
-        "torch": torch.__version__,
+        "device": describe(device),
         "dtype": str(dtype),
         "seconds": seconds,
         "runs": runs,
@@ -184,12 +183,10 @@ def compare_solvers(
     w = torch.randn(shape.hidden, shape.intermediate, generator=generator, device=device) * 0.02
 
     def clocked(call: Any) -> tuple[float, Any]:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         began = time.perf_counter()
         result = call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         return time.perf_counter() - began, result
 
     def ours() -> Any:
@@ -215,7 +212,7 @@ def table(figures: dict[str, Any]) -> str:
     """The same for a person to read."""
     f, seconds = figures, figures["seconds"]
     lines = [
-        f"one {f['shape']} decoder layer, {f['sequences']} x {f['seq_len']} tokens, {f['device']}, torch {f['torch']}",
+        f"one {f['shape']} decoder layer, {f['sequences']} x {f['seq_len']} tokens, {f['device']}",
         *(f"  {part:8} {seconds[part]:8.3f} s" for part in (MERGE, *PARTS, LAYER)),
     ]
     if f["peak_gib"] is not None:

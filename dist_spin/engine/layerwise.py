@@ -6,7 +6,7 @@ already quantised (Frantar et al. 2022). Each part of the layer runs once per se
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -151,8 +151,8 @@ class LayerQuantizer:
 
 
 def _linear(layer: nn.Module, role: str) -> nn.Linear:
-    module: Any = layer.get_submodule(role)
-    return getattr(module, "linear", module)
+    module = layer.get_submodule(role)
+    return cast(nn.Linear, getattr(module, "linear", module))
 
 
 def _whole_tiles(weight: Tensor) -> Tensor:

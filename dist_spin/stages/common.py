@@ -46,8 +46,9 @@ def open_configured_model(config: RunConfig) -> ModelFiles:
             trust_remote_code=config.model.trust_remote_code,
         )
 
-    on_leader(lambda: find() and None)
-    return find()
+    files: list[ModelFiles] = []
+    on_leader(lambda: files.append(find()))  # not returned: open files do not travel
+    return files[0] if files else find()
 
 
 def hadamard_factors(size: int, block: int, setting: str) -> tuple[Tensor, ...]:
@@ -81,10 +82,9 @@ def sites_for(config: RunConfig, shape: Shape, *, rotated: bool = True) -> Sites
             )
 
     def spec(which: str, default_group: int) -> QuantSpec:
-        bits, symmetric, clip, group = (
-            getattr(q, f"{which}_{part}", 0) for part in ("bits", "symmetric", "clip_ratio", "group_size")
-        )
-        return QuantSpec(bits, symmetric, group or default_group, clip)
+        values = vars(q)
+        group = values.get(f"{which}_group_size") or default_group
+        return QuantSpec(values[f"{which}_bits"], values[f"{which}_symmetric"], group, values[f"{which}_clip_ratio"])
 
     online = config.rotation.online and rotated
     return Sites(

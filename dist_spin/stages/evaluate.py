@@ -214,7 +214,10 @@ def quantized_weights(
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Results as a plain text table, best quantised perplexity of each bit width and source marked with *."""
-    bits = lambda r: f"W{r['w_bits']}A{r['a_bits']}K{r['k_bits']}V{r['v_bits']}"
+
+    def bits(r: dict[str, Any]) -> str:
+        return f"W{r['w_bits']}A{r['a_bits']}K{r['k_bits']}V{r['v_bits']}"
+
     best: dict[tuple[str, str], float] = {}
     for r in rows:
         key = (r["dataset"], bits(r))

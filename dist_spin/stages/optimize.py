@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from dist_spin import __version__
+from dist_spin.checkpoint_writer import CheckpointWriter
 from dist_spin.config import RunConfig, dump_config
 from dist_spin.data import batch_indices, fingerprint, load_tokens, rank_share
 from dist_spin.distributed import World, agree, any_rank, on_leader, sum_over_ranks_, together
 from dist_spin.engine import fsdp
+from dist_spin.engine.memory import recompute_levels
 from dist_spin.engine.rotation_optimizer import RotationOptimizer
 from dist_spin.errors import Interrupted, NumericsError, UserError
 from dist_spin.model.learning import LearningModel
@@ -49,7 +51,7 @@ from dist_spin.stages.common import (
 )
 
 # Settings that change how fast or where a run computes, not what: they may differ when it is continued.
-FREE_SETTINGS = {"micro_batch_size", "keep_checkpoints", "activation_checkpointing", "compile"}
+FREE_SETTINGS = {"micro_batch_size", "keep_checkpoints", "recompute", "compile"}
 
 
 @dataclass
@@ -78,11 +80,13 @@ def optimize(config: RunConfig, world: World) -> None:
     learning = set_up(config, world)
     settings = config.optimize
     progress = Progress("learn rotations: step", settings.steps, learning.step, show=world.leads)
+    writer = CheckpointWriter(lambda state, step: write_checkpoint(learning, state, step))
     while learning.step < settings.steps:
         began = time.monotonic()
         loss = backward(learning)
         norm = learning.optimizer.reduce_gradients()
         if not math.isfinite(loss + norm):
+            on_leader(writer.close)
             raise NumericsError(
                 f"step {learning.step + 1}: loss {loss} and gradient norm {norm} are not finite",
                 f"the state after step {learning.step} is kept; lower optimize.lr or check the data",
@@ -91,13 +95,17 @@ def optimize(config: RunConfig, world: World) -> None:
         figures = learning.optimizer.step(lr, norm)
         learning.step += 1
         assert_same_rotations(learning)
-        log(learning, {"loss": loss, "grad_norm": norm, "lr": lr, **figures, "seconds": time.monotonic() - began})
-        save(learning)
+        # Rank 0 alone writes; a write that failed stops every rank.
+        stall = on_leader(lambda: writer.submit(learning.optimizer.state(), learning.step))
+        seconds = time.monotonic() - began
+        log(learning, {"loss": loss, "grad_norm": norm, "lr": lr, **figures, "stall": stall, "seconds": seconds})
         progress.advance(f"loss {loss:.4f}")
         if learning.step < settings.steps and any_rank(bool(stop)):
+            on_leader(writer.close)
             if world.leads:
                 learning.run.event("interrupted", stage="optimize", step=learning.step, signal=stop.name)
             raise Interrupted(f"stopped by a signal after step {learning.step}", "the same command continues")
+    on_leader(writer.close)
     finish(learning)
 
 
@@ -125,11 +133,12 @@ def set_up(config: RunConfig, world: World) -> Learning:
         sites,
         device=world.device,
         dtype=dtype,
-        recompute=settings.activation_checkpointing,
         compile=compiled,
     )
     fsdp.shard(model, world)
     together(lambda: fsdp.load(model, files.weights, sites.r4))
+    tokens_at_once = settings.micro_batch_size * settings.seq_len
+    model.set_levels(recompute_levels(settings.recompute, shape, tokens_at_once, dtype, world))
     optimizer = RotationOptimizer(
         rotations,
         world,
@@ -207,22 +216,14 @@ def log(learning: Learning, figures: dict[str, float]) -> None:
         append_line(learning.run.path / "metrics.jsonl", {"step": learning.step, **figures})
 
 
-def save(learning: Learning) -> None:
-    """The state after this step, on disk, atomically; a failure to write stops every rank."""
-
-    def write() -> None:
-        path = checkpoint_path(learning.run, learning.step)
-        settings = learning.config.optimize
-        metadata = {
-            "step": str(learning.step),
-            "seed": str(learning.config.rotation.seed),
-            "optimizer": settings.optimizer,
-        }
-        save_tensors(path, learning.optimizer.state(), metadata)
-        write_json(learning.run.rotations / "latest.json", {"step": learning.step, "file": path.name})
-        prune_checkpoints(learning.run, settings.keep_checkpoints)
-
-    on_leader(write)
+def write_checkpoint(learning: Learning, state: dict[str, Tensor], step: int) -> None:
+    """One state on disk, atomically; called in the writer's thread."""
+    settings = learning.config.optimize
+    path = checkpoint_path(learning.run, step)
+    metadata = {"step": str(step), "seed": str(learning.config.rotation.seed), "optimizer": settings.optimizer}
+    save_tensors(path, state, metadata)
+    write_json(learning.run.rotations / "latest.json", {"step": step, "file": path.name})
+    prune_checkpoints(learning.run, settings.keep_checkpoints)
 
 
 def resume(learning: Learning) -> None:
