@@ -2,7 +2,7 @@
 
 config.yaml fingerprint.json metrics.jsonl events.jsonl results.json
 rotations/step_000042.safetensors rotations/latest.json rotations/final.safetensors rotations/R.bin
-layers/000.safetensors ... baselines/NAME/layers/... export/FORMAT/ report.html
+layers/000.safetensors ... boundaries/010/0000.safetensors ... baselines/NAME/layers/... logs/ export/FORMAT/ report.html
 """
 
 import contextlib
@@ -46,6 +46,15 @@ class RunDir:
     def layers(self, baseline: str = "") -> Path:
         """Quantised layers, of the learned rotations or of a named baseline."""
         return self.path / "baselines" / baseline / "layers" if baseline else self.path / "layers"
+
+    def boundaries(self, baseline: str = "") -> Path:
+        """Hidden states that enter the first layer of each job, beside the layers of the same variant."""
+        return self.layers(baseline).with_name("boundaries")
+
+    @property
+    def logs(self) -> Path:
+        """What the jobs of a fan-out print, one file each."""
+        return self.path / "logs"
 
     def event(self, kind: str, **details: Any) -> None:
         """Append one line to events.jsonl: what happened, when (Unix seconds), and any details."""
@@ -171,6 +180,15 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if checksum != _checksum(tensors, metadata):
         raise CorruptFile(f"{path}: checksum does not match")
     return tensors, metadata
+
+
+def read_metadata(path: Path) -> dict[str, str] | None:
+    """The metadata of a file that `save_tensors` wrote, without reading its tensors; None if it is torn or foreign."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(json.loads((file.metadata() or {})[HEADER])["metadata"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
