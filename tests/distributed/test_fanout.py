@@ -3,8 +3,6 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -192,12 +190,15 @@ class FanOut:
     def __init__(self, place: Path, name: str, *settings: str) -> None:
         self.run, self.log = RunDir(place / "runs" / name), place / f"{name}.log"
         flags = ["--cluster", "local", "--workers", "2", "--retries", str(2 * KILLS)]
-        self.command = [sys.executable, "-m", "dist_spin", "quantize", *flags, *settings]
+        self.words = ["quantize", *flags, *settings]
         self.start()
 
     def start(self) -> None:
-        with self.log.open("ab") as stream:
-            self.process = subprocess.Popen(self.command, stdout=stream, stderr=stream)
+        self.launcher = Job(1, command, *self.words, log=self.log)
+
+    @property
+    def running(self) -> bool:
+        return self.launcher.ranks[0].exitcode is None
 
     def finished(self) -> set[int]:
         return {int(path.stem) for path in self.run.layers().glob("*.safetensors")}
@@ -218,7 +219,7 @@ class FanOut:
         """What is in flight once something is, and something is finished."""
         end = time.monotonic() + PATIENCE
         while not (self.finished() and (flight := self.in_flight())):
-            assert self.process.poll() is None, self.log.read_text()
+            assert self.running, self.log.read_text()
             assert time.monotonic() < end, self.log.read_text()
             time.sleep(0.002)
         return flight
@@ -248,9 +249,9 @@ def test_killed_workers_change_nothing(place):
         except ProcessLookupError:
             continue
         killed.append(pid)
-    if fan.process.poll() is None:  # the launcher too, once: its workers go with it, and another takes over
-        fan.process.kill()
-        fan.process.wait()
+    if fan.running:  # the launcher too, once: its workers go with it, and another takes over
+        fan.launcher.signal(signal.SIGKILL, 0)
+        assert fan.launcher.wait() == [-signal.SIGKILL]
         end = time.monotonic() + PATIENCE
         while (states := status(fan.run.path)["quantize"]["learned"])["running"]:
             assert time.monotonic() < end
@@ -258,7 +259,7 @@ def test_killed_workers_change_nothing(place):
         text = status_text(status(fan.run.path))
         assert f"{len(states['finished'])} layers finished" in text
         fan.start()
-    assert fan.process.wait(PATIENCE) == 0, fan.log.read_text()
+    assert fan.launcher.wait() == [0], fan.log.read_text()
     assert seen >= {"finished", "running", "missing"}
     events = read_lines(fan.run.path / "events.jsonl")
     failures = [event for event in events if event["event"] == "job_failed"]
@@ -275,17 +276,12 @@ def test_killed_workers_change_nothing(place):
 
 def test_a_job_that_cannot_succeed_is_given_up(place):
     """A mistake in the settings is not tried again, and its line is in the log."""
-    given = words(place, "hopeless", "quantize.layers_per_job=2", "rotation.load=nothing")
+    given = words(place, "hopeless", "quantize.layers_per_job=2")
     (place / "runs" / "hopeless" / "layers").mkdir(parents=True)
     (place / "runs" / "hopeless" / "boundaries").write_text("in the way")
-    result = subprocess.run(
-        [sys.executable, "-m", "dist_spin", "quantize", *given, "--cluster", "local", "--workers", "1"],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
-    assert result.returncode == 2, result.stderr
-    assert "job boundaries ended with code 2" in result.stderr
+    flags = ("--cluster", "local", "--workers", "1")
+    job = Job(1, command, "quantize", *given, *flags, log=place / "hopeless.log")
+    assert job.wait() == [2], job.log.read_text()
+    assert "job boundaries ended with code 2" in job.log.read_text()
     assert len([e for e in read_lines(place / "runs/hopeless/events.jsonl") if e["event"] == "job_start"]) == 1
     assert "boundaries" in (place / "runs/hopeless/logs/quantize_boundaries.log").read_text()
