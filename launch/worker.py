@@ -18,13 +18,12 @@ import dist_spin.stages.quantize  # noqa: F401
 from dist_spin.signals import STOPPING
 
 
-def work(arguments: list[str], environment: dict[str, str], log: str) -> None:
+def work(arguments: list[str], log: str) -> None:
     """Run one command with its output appended to `log`; the process's exit code is the command's."""
     threading.Thread(target=_die_with_launcher, daemon=True).start()
     os.setsid()  # ctrl-C reaches the launcher alone, which passes it on once
     for number in STOPPING:
         signal.signal(number, signal.SIG_DFL)
-    os.environ.update(environment)
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
