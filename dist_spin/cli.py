@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _main(words)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or not getattr(error, "shared", True):
+        if not error.said_elsewhere:
             print(f"dist-spin: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 
@@ -59,7 +59,7 @@ def _main(words: list[str]) -> int:
     if verb == "quantize":
         return _quantize(rest)
     path = _config_path(rest)
-    config = load_config(path, rest)
+    config = _settings(path, rest)
     if verb == "run":
         from launch.local import run_stages
 
@@ -72,6 +72,14 @@ def _config_path(rest: list[str]) -> str | None:
     return rest.pop(0) if rest and "=" not in rest[0] and not rest[0].startswith("--") else None
 
 
+def _settings(path: str | None, overrides: list[str]) -> RunConfig:
+    try:
+        return load_config(path, overrides)
+    except UserError as error:
+        error.said_elsewhere = os.environ.get("RANK", "0") != "0"  # every rank reads the same settings
+        raise
+
+
 def _quantize(rest: list[str]) -> int:
     """`quantize` in this process, one job of it, or all of its jobs in parallel."""
     boundaries = "--boundaries" in rest
@@ -81,7 +89,7 @@ def _quantize(rest: list[str]) -> int:
     )
     scheduler = _option(rest, "--slurm")
     path = _config_path(rest)
-    config = load_config(path, rest)
+    config = _settings(path, rest)
     if cluster is None:
         for name, given in (("--workers", workers), ("--retries", retries), ("--slurm", scheduler)):
             if given:

@@ -113,6 +113,8 @@ def on_leader(action: Callable[[], T]) -> T:
             box[0] = error
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], UserError):
+        box[0].said_elsewhere = dist.get_rank() > 0
     if isinstance(box[0], BaseException):
         raise box[0]
     return box[0]  # type: ignore[return-value]

@@ -16,6 +16,7 @@ class UserError(Exception):
     """Something the user can put right. `exit_code` is what the process returns."""
 
     exit_code = EXIT_USER
+    said_elsewhere = False  # another rank prints the same line
 
     def __init__(self, problem: str, remedy: str = "") -> None:
         """`problem` says what is wrong and where; `remedy` says what to do about it."""

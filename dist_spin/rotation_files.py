@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_spin.errors import UserError
-from dist_spin.rundir import RunDir, atomic, load_tensors, save_tensors
+from dist_spin.rundir import HEADER, RunDir, atomic, load_tensors, save_tensors
 
 R2_NAME = "model.layers.{}.self_attn.R2"
 
@@ -28,7 +28,7 @@ def _read(path: Path) -> Any:
     if path.suffix != ".safetensors":
         return torch.load(path, map_location="cpu", weights_only=True)
     with safe_open(path, framework="pt") as file:
-        ours = "sha256" in (file.metadata() or {})
+        ours = HEADER in (file.metadata() or {})
     return load_tensors(path)[0] if ours else load_file(path)
 
 

@@ -5,6 +5,7 @@ torchrun --nproc_per_node 2 -m dist_spin bench optimize configs/shapes/llama-3-7
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -108,7 +109,7 @@ def one_step(learning: Learning, writer: CheckpointWriter) -> dict[str, float]:
     on_leader(lambda: writer.submit(learning.optimizer.state(), learning.step))
     mark()
     names = ("forward_backward", "reduce", "cayley", "stall")
-    parts = dict(zip(names, (b - a for a, b in zip(marks, marks[1:], strict=False)), strict=True))
+    parts = dict(zip(names, (b - a for a, b in itertools.pairwise(marks)), strict=True))
     return {**parts, "step": marks[-1] - marks[0]}
 
 

@@ -97,6 +97,21 @@ def sites_for(config: RunConfig, shape: Shape, *, rotated: bool = True) -> Sites
     )
 
 
+def check_vocabulary(tokens: Tensor, shape: Shape, source: str) -> Tensor:
+    """`tokens`, if the model has an embedding for each; pre-tokenised data may belong to another model.
+
+    Raises:
+        UserError: a token id is beyond the vocabulary.
+    """
+    highest = int(tokens.max())
+    if highest >= shape.vocab:
+        raise UserError(
+            f"{source} holds token id {highest}, but the model's vocabulary has {shape.vocab}",
+            "tokenise with this model's tokenizer",
+        )
+    return tokens
+
+
 def starting_rotations(config: RunConfig, shape: Shape) -> tuple[Tensor, Tensor]:
     """R1 and R2 that learning starts from, fp64: seeded, or read from `rotation.load`."""
     if config.rotation.load:

@@ -29,7 +29,7 @@ from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.progress import Progress
 from dist_spin.rundir import RunDir, write_json
 from dist_spin.signals import StopRequest
-from dist_spin.stages.common import model_dtype, open_configured_model, run_dir, say
+from dist_spin.stages.common import check_vocabulary, model_dtype, open_configured_model, run_dir, say
 from dist_spin.stages.quantize import LEARNED, Variant, calibration_tokens, layer_identity, variant
 
 TOKENS_AT_ONCE = 4096  # of hidden states that go through a layer together
@@ -104,6 +104,7 @@ def measuring_tokens(config: RunConfig, files: ModelFiles, source: str) -> Tenso
     e = config.evaluate
     tokenizer = None if source.startswith("tokens:") else files.tokenizer()
     tokens = on_leader(lambda: load_tokens(source, e.split, e.seq_len, tokenizer))
+    check_vocabulary(tokens, files.shape, source)
     return tokens[: e.max_sequences] if e.max_sequences else tokens
 
 

@@ -41,6 +41,7 @@ from dist_spin.rundir import (
 )
 from dist_spin.signals import StopRequest
 from dist_spin.stages.common import (
+    check_vocabulary,
     flat,
     model_dtype,
     open_configured_model,
@@ -117,6 +118,10 @@ def set_up(config: RunConfig, world: World) -> Learning:
     sites = sites_for(config, shape)
     tokenizer = None if settings.source.startswith("tokens:") else files.tokenizer()
     tokens = on_leader(lambda: load_tokens(settings.source, settings.split, settings.seq_len, tokenizer))
+    check_vocabulary(tokens, shape, settings.source)
+    r1, r2 = starting_rotations(config, shape)
+    if not any(spec.enabled for spec in (sites.a, sites.o, sites.k, sites.v)):
+        raise UserError("every activation quantiser is off, so rotations have nothing to learn", "set quant.a_bits=4")
     identity = run_fingerprint(config, files, tokens)
 
     def check() -> None:
@@ -124,7 +129,6 @@ def set_up(config: RunConfig, world: World) -> Learning:
         write_text(run.path / "config.yaml", dump_config(config))
 
     on_leader(check)
-    r1, r2 = starting_rotations(config, shape)
     rotations = Rotations(r1, r2, world.device, dtype, learn=True)
     compiled = settings.compile == "on" or (settings.compile == "auto" and world.device.type == "cuda")
     model = LearningModel(

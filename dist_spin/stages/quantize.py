@@ -40,7 +40,7 @@ from dist_spin.rotation_files import load_rotations
 from dist_spin.rundir import RunDir, tensors_digest, write_text
 from dist_spin.signals import StopRequest
 from dist_spin.stages.boundaries import Boundaries
-from dist_spin.stages.common import flat, model_dtype, open_configured_model, run_dir, say, sites_for
+from dist_spin.stages.common import check_vocabulary, flat, model_dtype, open_configured_model, run_dir, say, sites_for
 
 LEARNED = "learned"
 
@@ -149,7 +149,8 @@ def calibration_tokens(config: RunConfig, files: ModelFiles) -> Tensor:
     """The calibration sequences [n, T] of a configuration."""
     q = config.quantize
     tokenizer = None if q.source.startswith("tokens:") else files.tokenizer()
-    return on_leader(lambda: calibration_windows(q.source, q.split, q.n_sequences, q.seq_len, q.seed, tokenizer))
+    tokens = on_leader(lambda: calibration_windows(q.source, q.split, q.n_sequences, q.seq_len, q.seed, tokenizer))
+    return check_vocabulary(tokens, files.shape, q.source)
 
 
 def states_identity(config: RunConfig, files: ModelFiles, chosen: Variant, tokens: Tensor) -> dict[str, Any]:
