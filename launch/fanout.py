@@ -129,7 +129,9 @@ def make_executor(
     if cluster in ("slurm", "submitit-local", "debug"):
         from launch.submitit_array import SubmititExecutor
 
-        return SubmititExecutor(arguments, logs, cluster.removeprefix("submitit-"), workers, scheduler)
+        return SubmititExecutor(
+            arguments, logs, cluster.removeprefix("submitit-"), workers, scheduler, config.distributed.device != "cpu"
+        )
     raise UserError(f"there is no cluster '{cluster}'", "use local, slurm, submitit-local or debug")
 
 
