@@ -63,10 +63,18 @@ class SubmititExecutor:
         self._fresh.append(task)
 
     def wait(self, seconds: float) -> Iterable[tuple[Task, int]]:
-        """Submit what is waiting, then hand over jobs that ended; a job that vanished ends with EXIT_BUG."""
+        """Submit what is waiting, then hand over jobs that ended; a job that vanished ends with EXIT_BUG.
+
+        Raises:
+            UserError: the scheduler does not take them.
+        """
         if self._fresh:
             commands = [["quantize", *self._arguments, *task.words] for task in self._fresh]
-            jobs = self._executor.map_array(run_command, commands)
+            try:
+                jobs = self._executor.map_array(run_command, commands)
+            except FailedJobError as error:
+                problem = (str(error).strip().splitlines() or ["no reason given"])[-1]
+                raise UserError(f"the scheduler refuses the jobs ({problem})", "check sinfo, and --slurm") from error
             self._running += zip(self._fresh, jobs, strict=True)
             self._fresh = []
         ended = [(task, job) for task, job in self._running if job.done()]
