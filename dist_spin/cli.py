@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _main(words)
     except UserError as error:
-        if not error.said_elsewhere:
+        if not (error.said_elsewhere or (error.same_everywhere and os.environ.get("RANK", "0") != "0")):
             print(f"dist-spin: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 

@@ -1,6 +1,6 @@
 """The fake-quantised network that rotations are learned on: transformers' own layers, embedding to loss, weights frozen."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ class LearningModel(nn.Module):
     def set_levels(self, levels: list[str]) -> None:
         """What each layer keeps for the backward pass (`recompute.LEVELS`)."""
         for layer, level in zip(self.layers, levels, strict=True):
-            layer.level = level
+            cast(LearningLayer, layer).level = level
 
     def _position_embeddings(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         T = hidden.shape[1]

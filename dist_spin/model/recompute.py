@@ -1,6 +1,5 @@
 """What a layer keeps of its forward pass for the backward pass, and how to choose that from the memory there is."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ def run(layer: nn.Module, level: str, hidden: Tensor, **call: Any) -> Tensor:
     """layer(hidden, **call), keeping for the backward pass what `level` says."""
     if level == "none" or not torch.is_grad_enabled():
         return layer(hidden, **call)
-    extra: dict[str, Callable[[], Any]] = {"context_fn": _contexts} if level == "sites" else {}
+    extra: dict[str, Any] = {"context_fn": _contexts} if level == "sites" else {}
     return checkpoint(layer, hidden, use_reentrant=False, preserve_rng_state=False, **extra, **call)
 
 

@@ -217,7 +217,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Results as a plain text table, best quantised perplexity of each bit width and source marked with *."""
 
     def bits(r: dict[str, Any]) -> str:
-        return f"W{r['w_bits']}A{r['a_bits']}K{r['k_bits']}V{r['v_bits']}"
+        k, v = r["k_bits"], r["v_bits"]
+        return f"W{r['w_bits']}A{r['a_bits']}" + (f"KV{k}" if k == v else f"K{k}V{v}")
 
     best: dict[tuple[str, str], float] = {}
     for r in rows:

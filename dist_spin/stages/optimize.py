@@ -82,6 +82,7 @@ def optimize(config: RunConfig, world: World) -> None:
     settings = config.optimize
     progress = Progress("learn rotations: step", settings.steps, learning.step, show=world.leads)
     writer = CheckpointWriter(lambda state, step: write_checkpoint(learning, state, step))
+    stall = 0.0  # seconds that the checkpoint before this step held it up
     while learning.step < settings.steps:
         began = time.monotonic()
         loss = backward(learning)
@@ -96,10 +97,11 @@ def optimize(config: RunConfig, world: World) -> None:
         figures = learning.optimizer.step(lr, norm)
         learning.step += 1
         assert_same_rotations(learning)
+        # Before the checkpoint, so that none lacks its line; a resumed run drops lines that have no checkpoint.
+        seconds = time.monotonic() - began + stall
+        log(learning, {"loss": loss, "grad_norm": norm, "lr": lr, **figures, "stall": stall, "seconds": seconds})
         # Rank 0 alone writes; a write that failed stops every rank.
         stall = on_leader(lambda: writer.submit(learning.optimizer.state(), learning.step))
-        seconds = time.monotonic() - began
-        log(learning, {"loss": loss, "grad_norm": norm, "lr": lr, **figures, "stall": stall, "seconds": seconds})
         progress.advance(f"loss {loss:.4f}")
         if learning.step < settings.steps and any_rank(bool(stop)):
             on_leader(writer.close)
