@@ -106,6 +106,7 @@ def fan_out(
         if left := open_tasks(works):
             raise UserError(f"layers {left[0].name} are still missing", "see the logs directory of the run")
         for work in works:
+            work.make_ends()  # where a finished run was only given bits for them
             work.stored.remove()
     finally:
         distributed.stop()
