@@ -174,6 +174,9 @@ def _bench(rest: list[str]) -> int:
     from dist_spin.bench import optimize, quantize
 
     benches = {"optimize": optimize.main, "quantize": quantize.main}
+    if rest in (["--help"], ["-h"]):
+        print("dist-spin bench " + "|".join(benches) + " --help explains each")
+        return EXIT_OK
     if not rest or rest[0] not in benches:
         raise UserError(
             f"bench takes one of {', '.join(benches)}",

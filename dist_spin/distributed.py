@@ -142,9 +142,17 @@ def sum_over_ranks_(buffer: Tensor) -> Tensor:
     if buffer.is_cuda:
         dist.all_reduce(buffer)
         return buffer
-    parts = [torch.empty_like(buffer) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, buffer)
+    parts = gather_parts(buffer)
     total = parts[0].double()
     for part in parts[1:]:
         total += part.double()
     return buffer.copy_(total)
+
+
+def gather_parts(part: Tensor) -> list[Tensor]:
+    """Every rank's `part`, in the order of ranks, on every rank; all of one shape and contiguous in one buffer."""
+    size = dist.get_world_size()
+    whole = part.new_empty(size * part.shape[0], *part.shape[1:]) if part.dim() else part.new_empty(size)
+    parts = [p.view(part.shape) for p in whole.chunk(size)]
+    dist.all_gather(parts, part.contiguous())
+    return parts

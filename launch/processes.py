@@ -45,7 +45,8 @@ class LocalExecutor:
         self._logs.mkdir(parents=True, exist_ok=True)
         words = ["quantize", *self._arguments, f"distributed.threads={self._threads}", *task.words]
         log = str(self._logs / f"quantize_{task.name}.log")
-        process = self._context.Process(target=work, args=(words, self._environments[slot], log))
+        process = self._context.Process(target=work, args=(words, log))
+        os.environ.update(self._environments[slot])  # inherited, so that it holds before anything can ask for a GPU
         process.start()
         self._running[slot] = (task, process)
 

@@ -23,6 +23,7 @@ from dist_spin.layer_files import layer_path, load_layer
 from dist_spin.model.architecture import LAYER_LINEARS
 from dist_spin.rundir import RunDir, checkpoints
 
+VARIANTS = ("learned", "none", "hadamard")
 RESULT_FIELDS = (
     *("method", "rotation", "weights", "w_bits", "a_bits", "k_bits", "v_bits", "group_size", "seed"),
     *("dataset", "ppl", "tokens", "seconds"),
@@ -201,7 +202,7 @@ def test_status_of_a_run_in_progress_and_continuing_it(capsys, tmp_path, words):
     assert (learned["step"], learned["steps"], learned["complete"]) == (step, 60, False)
     assert learned["checkpoints"] == [step, step - 1]
     assert learned["seconds_left"] > 0
-    assert figures["quantize"] == {"learned": [], "none": [], "hadamard": []}
+    assert {name: layers["finished"] for name, layers in figures["quantize"].items()} == {v: [] for v in VARIANTS}
     assert figures["last_event"]["event"] == "interrupted"
     assert f"step {step} of 60" in text
     assert "left" in text
@@ -242,7 +243,7 @@ def test_run_does_everything_once(capfd, tmp_path, words):
             for role, figures in layer.figures.items():
                 assert 0 < figures["error"] < figures["rtn_error"], (variant, index, role)
     figures, text = status(capfd, run.path)
-    assert figures["quantize"] == {"learned": [0, 1], "none": [0, 1], "hadamard": [0, 1]}
+    assert {name: layers["finished"] for name, layers in figures["quantize"].items()} == {v: [0, 1] for v in VARIANTS}
     assert figures["results"] == results
     assert "complete" in text
     assert "result    learned rotation, gptq weights" in text

@@ -365,3 +365,8 @@ def test_named_sources_are_the_ones_that_help_mentions() -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_the_shipped_files_load(path: Path) -> None:
     assert load_config(str(path), []).model.path
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_that_we_ship_is_accepted(path):
+    assert load_config(str(path), []).name

@@ -10,10 +10,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_spin.distributed import World, sum_over_ranks_
+from dist_spin.distributed import World, gather_parts, sum_over_ranks_
 from dist_spin.layer_files import QuantizedLayer
 from dist_spin.model.architecture import ATTENTION_NORM, LAYER_LINEARS, MLP_NORM
 from dist_spin.model.layers import LayerRunner
@@ -183,6 +182,5 @@ def _gather(part: Tensor, rows: int, world: World) -> Tensor:
     longest = max(stop - start for start, stop in spans)
     padded = part.new_zeros(longest, *part.shape[1:])
     padded[: len(part)] = part
-    every = part.new_empty(world.size * longest, *part.shape[1:])
-    dist.all_gather_into_tensor(every, padded)
-    return torch.cat([every[r * longest : r * longest + stop - start] for r, (start, stop) in enumerate(spans)])
+    parts = gather_parts(padded)
+    return torch.cat([part[: stop - start] for part, (start, stop) in zip(parts, spans, strict=True)])

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_spin.distributed import World, sum_over_ranks_
+from dist_spin.distributed import World, gather_parts, sum_over_ranks_
 from dist_spin.model.rotation import Rotations
 from dist_spin.numerics.cayley import (
     bounded,
@@ -145,6 +145,4 @@ def gather_rows(x: Tensor, direction: Tensor, alpha: Tensor | float, world: Worl
         return mine
     padded = x.new_zeros(share, *x.shape[1:])
     padded[: len(mine)] = mine
-    out = x.new_empty(world.size * share, *x.shape[1:])
-    dist.all_gather_into_tensor(out, padded)
-    return out[:whole]
+    return torch.cat(gather_parts(padded))[:whole]

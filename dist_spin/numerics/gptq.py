@@ -269,7 +269,7 @@ def _feed_back(tiles: Tensor, feedback: Tensor, residual: Tensor) -> None:
         for tile, error in zip(tiles, residual, strict=True):
             tile.addmm_(feedback, error, alpha=-1)
         return
-    if not len(tiles):
+    if not tiles.numel():
         return
     shared = feedback.expand(GPU_TILES, -1, -1)
     for some, errors in zip(tiles.split(GPU_TILES), residual.split(GPU_TILES), strict=True):

@@ -7,6 +7,8 @@ One grid serves both. A value x becomes the code `clamp(round(x / scale) + zero,
 
 import functools
 import importlib.util
+import os
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +24,15 @@ GPU_SEARCH_ELEMENTS = 2**25  # the same, where few launches count for more
 
 
 @functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _triton_works() -> bool:
+    """Whether Triton is installed, and a C compiler, with which it builds its launchers."""
+    compilers = (os.environ.get("CC", ""), "gcc", "clang")
+    return importlib.util.find_spec("triton") is not None and any(shutil.which(name) for name in compilers if name)
 
 
 def fused_kernels(x: Tensor) -> Any | None:
-    """The module of fused kernels where it serves tensors like x (fp32 on CUDA, Triton installed); None elsewhere."""
-    if not x.is_cuda or x.dtype != torch.float32 or not _triton_installed():
+    """The module of fused kernels where it serves tensors like x (fp32 on CUDA where Triton works); None elsewhere."""
+    if not x.is_cuda or x.dtype != torch.float32 or not _triton_works():
         return None
     from dist_spin.numerics import triton_kernels
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dist_spin.config import RunConfig
-from dist_spin.distributed import on_leader
+from dist_spin.distributed import on_leader, together
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 from dist_spin.model.loading import ModelFiles, open_model
@@ -48,7 +48,9 @@ def open_configured_model(config: RunConfig) -> ModelFiles:
 
     files: list[ModelFiles] = []
     on_leader(lambda: files.append(find()))  # not returned: open files do not travel
-    return files[0] if files else find()
+    # The others only after it is there; one of them may be on a host that does not see the path.
+    together(lambda: None if files else files.append(find()))
+    return files[0]
 
 
 def hadamard_factors(size: int, block: int, setting: str) -> tuple[Tensor, ...]:

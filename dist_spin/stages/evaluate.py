@@ -74,6 +74,11 @@ def evaluate(config: RunConfig, world: World) -> list[dict[str, Any]]:
     calibration = None
     if any(cell.weights != "none" for cell in measured):
         calibration = calibration_tokens(config, files)
+    for cell in measured:
+        missing = [i for i in range(files.shape.layers) if not cell_layer(run, cell, i).exists()]
+        if cell.weights != "none" and missing:
+            problem = f"layer {missing[0]} of '{cell.chosen.name}' is not quantised"
+            raise UserError(problem, "run `dist-spin quantize` first")
     rows = []
     for source in config.evaluate.sources:
         tokens = measuring_tokens(config, files, source)
@@ -217,18 +222,24 @@ def quantized_weights(
     """Dequantised parameters of a layer from its file; None where the cell keeps 16-bit weights."""
     if cell.weights == "none":
         return None
-    path = layer_path(Path(run.layers("" if cell.chosen.name == LEARNED else cell.chosen.name)), index)
+    path = cell_layer(run, cell, index)
     layer = finished_layer(path, made_under, say)
     if layer is None:
         raise UserError(f"layer {index} of '{cell.chosen.name}' is not quantised", "run `dist-spin quantize` first")
     return layer.weights(dtype, world.device)
 
 
+def cell_layer(run: RunDir, cell: Cell, index: int) -> Path:
+    """The file of a quantised layer of a cell's variant."""
+    return layer_path(run.layers("" if cell.chosen.name == LEARNED else cell.chosen.name), index)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Results as a plain text table, best quantised perplexity of each bit width and source marked with *."""
 
     def bits(r: dict[str, Any]) -> str:
-        return f"W{r['w_bits']}A{r['a_bits']}K{r['k_bits']}V{r['v_bits']}"
+        k, v = r["k_bits"], r["v_bits"]
+        return f"W{r['w_bits']}A{r['a_bits']}" + (f"KV{k}" if k == v else f"K{k}V{v}")
 
     best: dict[tuple[str, str], float] = {}
     for r in rows:

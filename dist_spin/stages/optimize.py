@@ -82,10 +82,12 @@ def optimize(config: RunConfig, world: World) -> None:
     settings = config.optimize
     progress = Progress("learn rotations: step", settings.steps, learning.step, show=world.leads)
     writer = CheckpointWriter(lambda state, step: write_checkpoint(learning, state, step))
+    stall = 0.0  # seconds that the checkpoint before this step held it up
     while learning.step < settings.steps:
         began = time.monotonic()
         loss = backward(learning)
         norm = learning.optimizer.reduce_gradients()
+        reduced = bits_of(learning.optimizer.rotations.gradient)
         if not math.isfinite(loss + norm):
             on_leader(writer.close)
             raise NumericsError(
@@ -95,11 +97,12 @@ def optimize(config: RunConfig, world: World) -> None:
         lr = learning_rate(config, learning.step)
         figures = learning.optimizer.step(lr, norm)
         learning.step += 1
-        assert_same_rotations(learning)
+        assert_same_rotations(learning, reduced)
+        # Before the checkpoint, so that none lacks its line; a resumed run drops lines that have no checkpoint.
+        seconds = time.monotonic() - began + stall
+        log(learning, {"loss": loss, "grad_norm": norm, "lr": lr, **figures, "stall": stall, "seconds": seconds})
         # Rank 0 alone writes; a write that failed stops every rank.
         stall = on_leader(lambda: writer.submit(learning.optimizer.state(), learning.step))
-        seconds = time.monotonic() - began
-        log(learning, {"loss": loss, "grad_norm": norm, "lr": lr, **figures, "stall": stall, "seconds": seconds})
         progress.advance(f"loss {loss:.4f}")
         if learning.step < settings.steps and any_rank(bool(stop)):
             on_leader(writer.close)
@@ -205,13 +208,20 @@ def learning_rate(config: RunConfig, step: int) -> float:
     return settings.lr * shape[settings.schedule]
 
 
-def assert_same_rotations(learning: Learning) -> None:
-    """Every rank holds the same bits of R1 and R2; a difference would be a bug that averages nothing away."""
+def bits_of(*tensors: Tensor) -> int:
+    """A number that differs wherever any bit of floating-point tensors does, all but surely: the sum of their words."""
+    words = (t.view(torch.int64 if t.dtype == torch.float64 else torch.int32).sum(dtype=torch.int64) for t in tensors)
+    return sum(int(word) for word in words) % (1 << 62)
+
+
+def assert_same_rotations(learning: Learning, reduced: int) -> None:
+    """Every rank holds the same bits of R1, R2 and of the gradient (`reduced`) that moved them.
+
+    The gradient is asked for too, because shares of R are gathered: a reduction that did not happen would not show in R.
+    """
     rotations = learning.optimizer.rotations
-    kind = torch.int64 if rotations.r1.dtype == torch.float64 else torch.int32
-    bits = sum(int(r.view(kind).sum(dtype=torch.int64)) for r in (rotations.r1, rotations.r2))
-    if not agree(bits % (1 << 62)):
-        raise AssertionError(f"rotations differ between ranks after step {learning.step}")
+    if not agree((bits_of(rotations.r1, rotations.r2) + reduced) % (1 << 62)):
+        raise AssertionError(f"rotations or their gradients differ between ranks after step {learning.step}")
 
 
 def log(learning: Learning, figures: dict[str, float]) -> None:
