@@ -105,6 +105,12 @@ class QuantConfig:
     """Input channels that share one weight scale; 0 means one scale per output channel, as published."""
     w_mse_clip: bool = True
     """Search for the weight clipping of least error instead of taking the largest weight."""
+    down_bits: int = 0
+    """Weight bits of down_proj (2 to 8), such as 8 for the linear that suffers most from rounding; 0 takes w_bits."""
+    embedding_bits: int = 16
+    """Bits of the embedding (2 to 8, or 16 = off): rounded to nearest, symmetric, one scale per token of the vocabulary."""
+    head_bits: int = 16
+    """Bits of lm_head (2 to 8, or 16 = off), rounded as the embedding is; tied weights are rounded apart."""
     a_bits: int = 4
     """Bits of the inputs of linear layers (2 to 8, or 16 = off), quantised per token at run time."""
     a_symmetric: bool = False
@@ -131,7 +137,13 @@ class QuantConfig:
     """Channels that share one value scale; 0 means the head dimension (one scale per head and token)."""
 
     def __post_init__(self) -> None:
-        _check(self, "w_bits a_bits k_bits v_bits", lambda n: n in BITS, "use 2 to 8 bits, or 16 = off")
+        widths = "w_bits embedding_bits head_bits a_bits k_bits v_bits"
+        _check(self, widths, lambda n: n in BITS, "use 2 to 8 bits, or 16 = off")
+        _check(self, "down_bits", lambda n: n in (0, *BITS[:-1]), "use 2 to 8 bits, or 0 for the same as quant.w_bits")
+        if self.w_bits == 16:  # nothing would read them
+            off = "quant.w_bits=16 leaves all weights as they are, so use"
+            _check(self, "down_bits", lambda n: n == 0, f"{off} 0")
+            _check(self, "embedding_bits head_bits", lambda n: n == 16, f"{off} 16")
         ratios, sizes = "a_clip_ratio k_clip_ratio v_clip_ratio", "w_group_size k_group_size v_group_size"
         _check(self, ratios, lambda x: 0 < x <= 1, "use a fraction above 0 and up to 1; 1 clips nothing")
         _check(self, sizes, lambda n: n >= 0, "use a number of channels, or 0 for the whole row or head")

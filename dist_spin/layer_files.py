@@ -1,4 +1,7 @@
-"""One file per quantised decoder layer: codes, scales, what was left alone, where it came from and how good it is."""
+"""One file per quantised decoder layer: codes, scales, what was left alone, where it came from and how good it is.
+
+The embedding and lm_head, where they are quantised, share a file beside them.
+"""
 
 import contextlib
 import hashlib
@@ -7,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +18,8 @@ from torch import Tensor
 from dist_spin.numerics.gptq import Solution
 from dist_spin.numerics.quantizer import dequantize_weight, pack_int4, unpack_int4
 from dist_spin.rundir import CorruptFile, load_tensors, save_tensors
+
+T = TypeVar("T")
 
 FOREIGN = "was made from another model, rotation, data or setting"
 
@@ -25,13 +30,13 @@ class QuantizedLayer:
 
     solutions: linear (`self_attn.q_proj`, ...) -> codes and scales. others: remaining parameters (biases, q/k norms, and the
     layer norms of a model that was not rotated) by their names within the layer. figures: per linear, `error` (relative
-    output error), `rtn_error` (the same for rounding to nearest) and `damping`.
+    output error), `rtn_error` (the same for rounding to nearest) and `damping`. bits: of each linear's codes.
     """
 
     solutions: dict[str, Solution]
     others: dict[str, Tensor]
     figures: dict[str, dict[str, float]]
-    bits: int
+    bits: dict[str, int]
     symmetric: bool
     group_size: int
 
@@ -58,7 +63,7 @@ def save_layer(path: Path, layer: QuantizedLayer, fingerprint: str) -> None:
     """Write one layer, atomically and with a checksum; 4-bit codes are packed two to a byte."""
     tensors = dict(layer.others)
     for role, solution in layer.solutions.items():
-        packed = layer.bits == 4 and solution.codes.shape[-1] % 2 == 0
+        packed = layer.bits[role] == 4 and solution.codes.shape[-1] % 2 == 0
         tensors[f"{role}.packed" if packed else f"{role}.codes"] = (
             pack_int4(solution.codes) if packed else solution.codes
         )
@@ -95,17 +100,56 @@ def load_layer(path: Path) -> tuple[QuantizedLayer, str]:
 
 def finished_layer(path: Path, fingerprint: str, warn: Callable[[str], None]) -> QuantizedLayer | None:
     """The layer at `path` if it is whole and was made under `fingerprint`; anything else is set aside, saying so."""
+    return _finished(path, fingerprint, load_layer, "doing the layer again", warn)
+
+
+def _finished(
+    path: Path, fingerprint: str, load: Callable[[Path], tuple[T, str]], remedy: str, warn: Callable[[str], None]
+) -> T | None:
     if not path.exists():
         return None
     try:
-        layer, made_under = load_layer(path)
+        content, made_under = load(path)
         problem = "" if made_under == fingerprint else FOREIGN
     except CorruptFile as error:
         problem = str(error).removeprefix(f"{path}: ")
     if not problem:
-        return layer
-    set_aside(path, problem, "doing the layer again", warn)
+        return content
+    set_aside(path, problem, remedy, warn)
     return None
+
+
+def ends_path(directory: Path) -> Path:
+    """Where the quantised embedding and lm_head are kept."""
+    return directory / "ends.safetensors"
+
+
+def save_ends(path: Path, ends: dict[str, Solution], bits: dict[str, int], fingerprint: str) -> None:
+    """Write `embedding` and `head`, those there are, atomically and with a checksum; codes are symmetric, one per byte."""
+    tensors = {f"{end}.codes": solution.codes for end, solution in ends.items()}
+    tensors |= {f"{end}.scale": solution.scale for end, solution in ends.items()}
+    save_tensors(path, tensors, {"fingerprint": fingerprint, "name": path.name, "bits": json.dumps(bits)})
+
+
+def load_ends(path: Path) -> tuple[dict[str, Solution], str]:
+    """The ends and the fingerprint they were made under.
+
+    Raises:
+        CorruptFile: see `rundir.load_tensors`; or it is another kind of file.
+    """
+    tensors, metadata = load_tensors(path)
+    if "bits" not in metadata or metadata["name"] != path.name:
+        raise CorruptFile(f"{path}: is the file {metadata.get('name')} of something else")
+    ends = {}
+    for end in json.loads(metadata["bits"]):
+        scale = tensors[f"{end}.scale"]
+        ends[end] = Solution(tensors[f"{end}.codes"], scale, torch.zeros_like(scale))
+    return ends, metadata["fingerprint"]
+
+
+def finished_ends(path: Path, fingerprint: str, warn: Callable[[str], None]) -> dict[str, Solution] | None:
+    """The ends at `path` if they are whole and made under `fingerprint`; anything else is set aside, saying so."""
+    return _finished(path, fingerprint, load_ends, "making it again", warn)
 
 
 def set_aside(path: Path, problem: str, remedy: str, warn: Callable[[str], None]) -> None:

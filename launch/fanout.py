@@ -105,6 +105,7 @@ def fan_out(
         if left := [task.name for task in tasks if finished_count(works, task.layers) < len(works) * len(task.layers)]:
             raise UserError(f"layers {', '.join(left)} are not all there", "the same command continues")
         for work in works:
+            work.make_ends()  # where a finished run was only given bits for them
             work.stored.remove()
     finally:
         distributed.stop()

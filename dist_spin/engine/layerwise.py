@@ -4,6 +4,7 @@ Input statistics are shared per site (q, k, v see one input; gate and up one), a
 already quantised (Frantar et al. 2022). Each part of the layer runs once per sequence.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -23,7 +24,7 @@ PARTS = ("forward", "hessian", "factor", "solve", "errors")  # what a clock is a
 
 
 class LayerQuantizer:
-    """Quantises layers with one set of options.
+    """Quantises layers with one set of options, but for the bits of down_proj if `down_bits` gives it its own.
 
     hessian_dtype: fp32, or fp64 where results must not depend on how sequences are split over ranks. clock: entered
     around each of `PARTS`, for benchmarks.
@@ -37,9 +38,11 @@ class LayerQuantizer:
         options: GPTQOptions,
         hessian_dtype: torch.dtype,
         clock: Callable[[str], AbstractContextManager[object]] = lambda part: nullcontext(),
+        down_bits: int = 0,
     ) -> None:
         self.runner, self.world, self.method, self.options = runner, world, method, options
         self.hessian_dtype, self.clock = hessian_dtype, clock
+        self.down_options = dataclasses.replace(options, bits=down_bits or options.bits)
 
     @torch.no_grad()
     def quantize(self, index: int, weights: dict[str, Tensor], hidden: list[Tensor]) -> QuantizedLayer:
@@ -52,7 +55,7 @@ class LayerQuantizer:
             {},
             {k: w for k, w in weights.items() if not (k.endswith(".weight") and k[: -len(".weight")] in LAYER_LINEARS)},
             {},
-            self.options.bits,
+            {},
             self.options.symmetric,
             self.options.group_size,
         )
@@ -61,20 +64,20 @@ class LayerQuantizer:
         attention_norm, mlp_norm = getattr(self._layer, ATTENTION_NORM), getattr(self._layer, MLP_NORM)
 
         linears = ("q_proj", "k_proj", "v_proj")
-        self._solve([f"self_attn.{n}" for n in linears], (attention_norm(h) for h in hidden))
+        self._solve([f"self_attn.{n}" for n in linears], (attention_norm(h) for h in hidden), self.options)
         output, attention.o_proj = attention.o_proj, attention.o_proj.front
         with self.clock("forward"):
             inputs = [self._attend(index, attention_norm(h)) for h in hidden]  # what o_proj reads
         attention.o_proj = output
-        self._solve(["self_attn.o_proj"], inputs)
+        self._solve(["self_attn.o_proj"], inputs, self.options)
         self._leave(hidden, inputs, output.linear)
 
-        self._solve(["mlp.gate_proj", "mlp.up_proj"], (mlp_norm(h) for h in hidden))
+        self._solve(["mlp.gate_proj", "mlp.up_proj"], (mlp_norm(h) for h in hidden), self.options)
         down, mlp.down_proj = mlp.down_proj, mlp.down_proj.front
         with self.clock("forward"):
             inputs = [mlp(mlp_norm(h)) for h in hidden]  # what down_proj reads
         mlp.down_proj = down
-        self._solve(["mlp.down_proj"], inputs)
+        self._solve(["mlp.down_proj"], inputs, self.down_options)
         self._leave(hidden, inputs, down.linear)
         return self._result
 
@@ -88,23 +91,23 @@ class LayerQuantizer:
         attention: Any = self._layer.self_attn
         return attention(hidden_states=normed, **self.runner.context(index, normed))[0]
 
-    def _solve(self, roles: list[str], inputs: Iterable[Tensor]) -> None:
+    def _solve(self, roles: list[str], inputs: Iterable[Tensor], options: GPTQOptions) -> None:
         """Quantise the linears of one site and put their dequantised weights into the layer."""
         linears = {role: _linear(self._layer, role) for role in roles}
         mean = self._mean_hessian(inputs, next(iter(linears.values())).weight)
         with self.clock("factor"):
-            factor = prepare(mean, self.options) if self.method == "gptq" else None
+            factor = prepare(mean, options) if self.method == "gptq" else None
         # Rows do not know one another, so all linears of the site are solved as one; tiles belong to one linear each.
         tiled = [_whole_tiles(linear.weight) for linear in linears.values()]
         stacked = torch.cat(tiled)
         start, stop = split_rows(len(stacked), self.world.size)[self.world.rank]
         rows = stacked[start:stop]
         with self.clock("solve"):
-            mine = self._round(rows) if factor is None else solve(rows, factor, self.options)
+            mine = self._round(rows, options) if factor is None else solve(rows, factor, options)
         damping = factor.damping if factor is not None else 0.0
         del factor
         with self.clock("errors"):
-            errors = output_errors(rows, mine, mean, self.options)  # [rows, 3]
+            errors = output_errors(rows, mine, mean, options)  # [rows, 3]
         whole = Solution(*(_gather(part, len(stacked), self.world) for part in mine))
         errors = _gather(errors, len(stacked), self.world)
         first = 0
@@ -114,13 +117,14 @@ class LayerQuantizer:
             solution = Solution(*(part[span] for part in whole))
             error, rtn_error, size = errors[span].sum(0).tolist()
             self._result.solutions[role] = solution
+            self._result.bits[role] = options.bits
             self._result.figures[role] = {
                 "error": error / size if size else 0.0,
                 "rtn_error": rtn_error / size if size else 0.0,
                 "damping": damping,
             }
             dtype = linear.weight.dtype
-            linear.weight = nn.Parameter(dequantize_weight(*solution, self.options.group_size, dtype), False)
+            linear.weight = nn.Parameter(dequantize_weight(*solution, options.group_size, dtype), False)
 
     def _mean_hessian(self, inputs: Iterable[Tensor], weight: Tensor) -> Tensor:
         """H over the sequences of all ranks, [in, in]."""
@@ -142,8 +146,7 @@ class LayerQuantizer:
                 return
             yield x
 
-    def _round(self, rows: Tensor) -> Solution:
-        o = self.options
+    def _round(self, rows: Tensor, o: GPTQOptions) -> Solution:
         wide = rows.to(self.hessian_dtype)
         scale, zero = weight_scales(wide, o.bits, o.symmetric, o.group_size, o.mse_clip)
         return Solution(quantize_weight(wide, scale, zero, o.bits, o.symmetric, o.group_size), scale, zero)

@@ -94,12 +94,16 @@ class RotatedWeights:
         """[vocab, h] in the model's dtype."""
         return self._end(EMBEDDING)
 
-    def head(self, eps: float) -> "Head":
-        """Final norm and lm_head."""
+    def head_weight(self) -> Tensor:
+        """lm_head [vocab, h] in the model's dtype."""
+        return self._end(HEAD)
+
+    def head(self, eps: float, weight: Tensor | None = None) -> "Head":
+        """Final norm and lm_head, or `weight` [vocab, h] in its place."""
         gain = None
         if self.rotations is None:
             gain = nn.Parameter(self.source.rows(f"{FINAL_NORM}.weight", device=self.device).to(self.dtype), False)
-        return Head(WideRMSNorm(eps, gain), self._end(HEAD))
+        return Head(WideRMSNorm(eps, gain), self.head_weight() if weight is None else weight)
 
     def _end(self, name: str) -> Tensor:
         if self.rotations is None:

@@ -30,7 +30,15 @@ from dist_spin.progress import Progress
 from dist_spin.rundir import RunDir, write_json
 from dist_spin.signals import StopRequest
 from dist_spin.stages.common import check_vocabulary, model_dtype, open_configured_model, run_dir, say
-from dist_spin.stages.quantize import LEARNED, Variant, calibration_tokens, layer_identity, variant
+from dist_spin.stages.quantize import (
+    LEARNED,
+    WEIGHT_SETTINGS,
+    Variant,
+    calibration_tokens,
+    ends_of,
+    layer_identity,
+    variant,
+)
 
 TOKENS_AT_ONCE = 4096  # of hidden states that go through a layer together
 
@@ -166,10 +174,12 @@ def measure(
 
 
 def cell_identity(config: RunConfig, files: ModelFiles, cell: Cell) -> dict[str, Any]:
-    """What decides a measurement beside its row: model, rotations and site settings."""
+    """What decides a measurement beside its row and layers: model, rotations, site settings and quantised ends."""
     none = torch.zeros(1, 1, dtype=torch.long)
     chosen = layer_identity(config, files, cell.chosen, none)
-    return {k: v for k, v in chosen.items() if not k.startswith(("quantize.", "quant.w_"))}
+    found = {k: v for k, v in chosen.items() if not k.startswith(("quantize.", *WEIGHT_SETTINGS))}
+    ends = ends_of(config, files, cell.chosen)
+    return found if cell.weights == "none" or not ends.bits else found | {"ends": ends.made_under}
 
 
 def window_losses(
@@ -188,7 +198,8 @@ def window_losses(
     runner = LayerRunner(files.config, chosen.sites, device=world.device, dtype=dtype, rotated=rotated)
     mine = tokens[world.rank :: world.size].to(world.device)
     batch = max(1, TOKENS_AT_ONCE // tokens.shape[1])
-    embedding = chosen.weights.embedding()
+    ends = ends_of(config, files, chosen).load(dtype, world.device, say) if cell.weights != "none" else {}
+    embedding = ends.pop("embedding") if "embedding" in ends else chosen.weights.embedding()
     hidden = [embedding[ids] for ids in mine.split(batch)] if len(mine) else []  # each [batch, T, h]
     del embedding
     progress = Progress(f"measure {source}, {cell.label}, {cell.weights} weights: layer", layers, show=world.leads)
@@ -197,7 +208,7 @@ def window_losses(
         module = runner.build(index, weights)
         hidden = [runner.run(module, index, h) for h in hidden]
         progress.advance()
-    head = chosen.weights.head(files.config.rms_norm_eps)
+    head = chosen.weights.head(files.config.rms_norm_eps, ends.get("head"))
     losses = torch.zeros(len(tokens), dtype=torch.float64)
     if hidden:
         parts = [head.loss(h, ids) for h, ids in zip(hidden, mine.split(batch), strict=True)]

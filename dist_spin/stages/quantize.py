@@ -30,7 +30,7 @@ from dist_spin.data import calibration_windows, fingerprint
 from dist_spin.distributed import World, any_rank, on_leader
 from dist_spin.engine.layerwise import LayerQuantizer
 from dist_spin.errors import Interrupted, UserError
-from dist_spin.layer_files import QuantizedLayer, finished_layer, identity_hash, layer_path, save_layer
+from dist_spin.layer_files import QuantizedLayer, ends_path, finished_layer, identity_hash, layer_path, save_layer
 from dist_spin.model.layers import LayerRunner, RotatedWeights
 from dist_spin.model.loading import ModelFiles
 from dist_spin.model.rotation import Sites, initial
@@ -42,8 +42,11 @@ from dist_spin.rundir import RunDir, tensors_digest, write_text
 from dist_spin.signals import StopRequest
 from dist_spin.stages.boundaries import Boundaries
 from dist_spin.stages.common import check_vocabulary, flat, model_dtype, open_configured_model, run_dir, say, sites_for
+from dist_spin.stages.ends import Ends, ends_bits
 
 LEARNED = "learned"
+ENDS_SETTINGS = ("quant.embedding_bits", "quant.head_bits")  # decide nothing about layers
+WEIGHT_SETTINGS = ("quant.w_", "quant.down_bits", *ENDS_SETTINGS)  # beginnings of what decides weights alone
 
 
 @dataclass
@@ -98,6 +101,8 @@ def quantize(
             work.boundaries.make([start for start, _ in open_spans])
         if boundaries_only:
             continue
+        if chosen[0][0] == 0:  # the job of the first layer makes the ends too
+            on_leader(work.make_ends)
         for span in open_spans:
             quantize_span(work, *span)
         if layers is None:
@@ -157,7 +162,7 @@ def calibration_tokens(config: RunConfig, files: ModelFiles) -> Tensor:
 def states_identity(config: RunConfig, files: ModelFiles, chosen: Variant, tokens: Tensor) -> dict[str, Any]:
     """Everything that decides the hidden states of a variant's 16-bit model on the calibration sequences."""
     rotations = dict(zip(("R1", "R2"), chosen.rotations or (), strict=False))
-    quantized = {k: v for k, v in flat(config.quant, "quant").items() if not k.startswith("quant.w_")}
+    quantized = {k: v for k, v in flat(config.quant, "quant").items() if not k.startswith(WEIGHT_SETTINGS)}
     return {
         "model": files.weights.fingerprint(),
         "dtype": config.model.dtype,
@@ -174,7 +179,24 @@ def layer_identity(config: RunConfig, files: ModelFiles, chosen: Variant, tokens
     settings = {k: v for k, v in flat(config.quantize, "quantize").items() if k != "quantize.baselines"}
     if settings["quantize.layers_per_job"] >= files.shape.layers:  # one span, however it was said
         settings["quantize.layers_per_job"] = 0
-    return {**states_identity(config, files, chosen, tokens), **flat(config.quant, "quant"), **settings}
+    quant = {k: v for k, v in flat(config.quant, "quant").items() if k not in ENDS_SETTINGS}
+    if config.quant.down_bits in (0, config.quant.w_bits):  # the same, however it was said
+        del quant["quant.down_bits"]
+    return {**states_identity(config, files, chosen, tokens), **quant, **settings}
+
+
+def ends_of(config: RunConfig, files: ModelFiles, chosen: Variant) -> Ends:
+    """The embedding and lm_head of a variant under a configuration's bits."""
+    bits, clip = ends_bits(config), config.quant.w_mse_clip
+    identity = {
+        "model": files.weights.fingerprint(),
+        "dtype": config.model.dtype,
+        "rotations": tensors_digest(dict(zip(("R1", "R2"), chosen.rotations or (), strict=False))),
+        "bits": bits,
+        "mse_clip": clip,
+    }
+    directory = run_dir(config).layers("" if chosen.name == LEARNED else chosen.name)
+    return Ends(chosen.weights, bits, clip, ends_path(directory), identity_hash(identity))
 
 
 @dataclass
@@ -225,6 +247,11 @@ class Work:
         say(text)
         self.run.event("set_aside", variant=self.chosen.name, problem=text)
 
+    def make_ends(self) -> None:
+        """Quantise the embedding and lm_head where that is asked for and not done yet."""
+        if ends_of(self.config, self.files, self.chosen).make(self.warn):
+            self.run.event("ends", variant=self.chosen.name)
+
     @cached_property
     def runner(self) -> LayerRunner:
         """Builds and runs the variant's layers, with the sites that calibration sees."""
@@ -265,7 +292,10 @@ class Work:
         dtype = model_dtype(self.config)
         options = gptq_options(self.config)
         hessian_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        return LayerQuantizer(self.runner, self.world, self.config.quantize.method, options, hessian_dtype)
+        down_bits = self.config.quant.down_bits
+        return LayerQuantizer(
+            self.runner, self.world, self.config.quantize.method, options, hessian_dtype, down_bits=down_bits
+        )
 
 
 def gptq_options(config: RunConfig) -> GPTQOptions:
