@@ -101,6 +101,12 @@ def test_down_proj_has_its_own_bits(words, tmp_path, method):
     assert stamps(run) == before
 
 
+def test_learned_rotations_do_not_depend_on_bits_of_weights(words, tmp_path):
+    before = stamps(RunDir(tmp_path / "run"))
+    assert main(["optimize", *words, "quant.a_bits=8", "quant.down_bits=8", "quant.head_bits=8"]) == 0
+    assert stamps(RunDir(tmp_path / "run")) == before
+
+
 def test_evaluation_measures_what_the_files_hold(words, tmp_path, model, capfd):
     run = RunDir(tmp_path / "run")
     words = [*words, "quant.down_bits=8"]

@@ -18,6 +18,9 @@ from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.rotation_files import load_rotations
 from dist_spin.rundir import RunDir
 
+ENDS_SETTINGS = ("quant.embedding_bits", "quant.head_bits")  # decide nothing about layers
+WEIGHT_SETTINGS = ("quant.w_", "quant.down_bits", *ENDS_SETTINGS)  # beginnings of what decides weights alone
+
 
 def say(text: str) -> None:
     """One line to the user, on stderr: standard output is for results."""

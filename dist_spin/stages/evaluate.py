@@ -29,10 +29,9 @@ from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.progress import Progress
 from dist_spin.rundir import RunDir, write_json
 from dist_spin.signals import StopRequest
-from dist_spin.stages.common import check_vocabulary, model_dtype, open_configured_model, run_dir, say
+from dist_spin.stages.common import WEIGHT_SETTINGS, check_vocabulary, model_dtype, open_configured_model, run_dir, say
 from dist_spin.stages.quantize import (
     LEARNED,
-    WEIGHT_SETTINGS,
     Variant,
     calibration_tokens,
     ends_of,

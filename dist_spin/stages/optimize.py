@@ -41,6 +41,7 @@ from dist_spin.rundir import (
 )
 from dist_spin.signals import StopRequest
 from dist_spin.stages.common import (
+    WEIGHT_SETTINGS,
     check_vocabulary,
     flat,
     model_dtype,
@@ -162,7 +163,7 @@ def set_up(config: RunConfig, world: World) -> Learning:
 def run_fingerprint(config: RunConfig, files: ModelFiles, tokens: Tensor) -> dict[str, object]:
     """What must not change between the starts of one run, field by field."""
     learned = {k: v for k, v in flat(config.optimize, "optimize").items() if k.split(".")[1] not in FREE_SETTINGS}
-    sites = {k: v for k, v in flat(config.quant, "quant").items() if not k.startswith("quant.w_")}
+    sites = {k: v for k, v in flat(config.quant, "quant").items() if not k.startswith(WEIGHT_SETTINGS)}
     return {
         "model weights": files.weights.fingerprint(),
         "model.dtype": config.model.dtype,

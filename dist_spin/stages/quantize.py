@@ -41,12 +41,20 @@ from dist_spin.rotation_files import load_rotations
 from dist_spin.rundir import RunDir, tensors_digest, write_text
 from dist_spin.signals import StopRequest
 from dist_spin.stages.boundaries import Boundaries
-from dist_spin.stages.common import check_vocabulary, flat, model_dtype, open_configured_model, run_dir, say, sites_for
+from dist_spin.stages.common import (
+    ENDS_SETTINGS,
+    WEIGHT_SETTINGS,
+    check_vocabulary,
+    flat,
+    model_dtype,
+    open_configured_model,
+    run_dir,
+    say,
+    sites_for,
+)
 from dist_spin.stages.ends import Ends, ends_bits
 
 LEARNED = "learned"
-ENDS_SETTINGS = ("quant.embedding_bits", "quant.head_bits")  # decide nothing about layers
-WEIGHT_SETTINGS = ("quant.w_", "quant.down_bits", *ENDS_SETTINGS)  # beginnings of what decides weights alone
 
 
 @dataclass
