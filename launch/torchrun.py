@@ -1,0 +1,78 @@
+"""torchrun that passes stopping signals on to its ranks and returns their exit code, so that schedulers can act on it.
+
+python -m launch.torchrun --nproc_per_node 2 -m dist_spin optimize configs/quickstart.yaml
+
+torchrun itself returns 1 whatever its ranks return, and dies of SIGUSR1.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+
+from torch.distributed import DistError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.run import parse_args, run
+
+from dist_spin.errors import EXIT_HANG, EXIT_INTERRUPTED, EXIT_OK
+from dist_spin.signals import STOPPING
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run `torchrun ARGUMENTS`; returns 0 or the exit code of the ranks of this host.
+
+    EXIT_INTERRUPTED (75) if any rank saved and left, or was stopped before it could listen; EXIT_HANG (4) if the other
+    hosts do not answer; otherwise the code of the first rank that failed, 128 + N if signal N killed it.
+    """
+    args = parse_args(arguments)
+    args.signals_to_handle = "SIGQUIT"  # torchrun would kill its ranks on the others, before they have saved
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks speak for themselves
+    stopped: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        stopped.append(number)
+        for process in children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+
+    for number in STOPPING:
+        signal.signal(number, forward)
+    try:
+        run(args)
+    except ChildFailedError as error:
+        return _code(error, stopped)
+    except (RendezvousError, DistError) as error:
+        problem = str(error).strip().splitlines()[0][:200]
+        text = f"host {socket.gethostname()}: the other hosts do not answer ({problem}); start again to resume"
+        print(f"dist-spin: {text}", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED if stopped else EXIT_HANG
+    return EXIT_OK
+
+
+def children() -> list[int]:
+    """The process ids of this process's children."""
+    tasks = Path("/proc/self/task").iterdir()
+    return [int(word) for task in tasks for word in (task / "children").read_text().split()]
+
+
+def _code(error: ChildFailedError, stopped: list[int]) -> int:
+    codes = [failure.exitcode for failure in error.failures.values()]
+    if EXIT_INTERRUPTED in codes or any(-number in codes for number in stopped):
+        return EXIT_INTERRUPTED  # every step is saved, so a rank that died of the signal itself has lost nothing
+    first = error.get_first_failure()[1]
+    if first.exitcode < 0:
+        name = signal.Signals(-first.exitcode).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        text = f"rank {error.get_first_failure()[0]} on host {socket.gethostname()} died of {name}{hint}"
+        print(f"dist-spin: {text}; start again to resume", file=sys.stderr, flush=True)
+        return 128 - first.exitcode
+    return first.exitcode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
