@@ -21,7 +21,11 @@ VERBS = {
     "evaluate": "measure perplexity",
     "status": "show where a run stands",
 }
-USAGE = "usage: dist-spin VERB CONFIG.yaml [key.sub=value ...]\n       dist-spin status RUN [--json]"
+USAGE = """usage: dist-spin VERB CONFIG.yaml [key.sub=value ...]
+       dist-spin quantize CONFIG.yaml [--layers A:B | --boundaries] [key.sub=value ...]
+       dist-spin quantize CONFIG.yaml --cluster local|slurm|submitit-local|debug [--workers N] [--retries N]
+                          [--slurm key=value ...] [key.sub=value ...]
+       dist-spin status RUN [--json]"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,7 +53,9 @@ def _main(words: list[str]) -> int:
         return EXIT_OK
     if verb == "status":
         return _status(rest)
-    path = rest.pop(0) if rest and "=" not in rest[0] and not rest[0].startswith("--") else None
+    if verb == "quantize":
+        return _quantize(rest)
+    path = _config_path(rest)
     config = load_config(path, rest)
     if verb == "run":
         from launch.local import run_stages
@@ -58,7 +64,73 @@ def _main(words: list[str]) -> int:
     return _stage(verb, config)
 
 
-def _stage(verb: str, config: RunConfig) -> int:
+def _config_path(rest: list[str]) -> str | None:
+    """Take the configuration file off the front of the words, if one is given."""
+    return rest.pop(0) if rest and "=" not in rest[0] and not rest[0].startswith("--") else None
+
+
+def _quantize(rest: list[str]) -> int:
+    """`quantize` in this process, one job of it, or all of its jobs in parallel."""
+    boundaries = "--boundaries" in rest
+    rest = [word for word in rest if word != "--boundaries"]
+    layers, cluster, workers, retries = (
+        (_option(rest, name) or [None])[-1] for name in ("--layers", "--cluster", "--workers", "--retries")
+    )
+    scheduler = _option(rest, "--slurm")
+    path = _config_path(rest)
+    config = load_config(path, rest)
+    if cluster is None:
+        for name, given in (("--workers", workers), ("--retries", retries), ("--slurm", scheduler)):
+            if given:
+                raise UserError(f"{name} is for a fan-out", "add --cluster local (or slurm)")
+        return _stage("quantize", config, layers=_range(layers), boundaries_only=boundaries)
+    if layers or boundaries:
+        raise UserError("--layers and --boundaries are single jobs, which --cluster starts itself", "leave one out")
+    from launch.fanout import fan_out
+
+    quieten_libraries()
+    return fan_out(
+        ([path] if path else []) + rest,
+        config,
+        cluster,
+        workers=_count("--workers", workers, 0),
+        retries=_count("--retries", retries, 3),
+        scheduler=scheduler,
+    )
+
+
+def _option(rest: list[str], name: str) -> list[str]:
+    """Take every `NAME VALUE` and `NAME=VALUE` out of the words; the values."""
+    values = []
+    while (at := next((i for i, word in enumerate(rest) if word.partition("=")[0] == name), None)) is not None:
+        word = rest.pop(at)
+        if "=" in word:
+            values.append(word.partition("=")[2])
+        elif at < len(rest):
+            values.append(rest.pop(at))
+        else:
+            raise UserError(f"{name} is given no value", f"write {name} VALUE")
+    return values
+
+
+def _count(name: str, text: str | None, default: int) -> int:
+    if text is None:
+        return default
+    if not text.isdigit():
+        raise UserError(f"{name} is {text!r}", "give a whole number")
+    return int(text)
+
+
+def _range(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    start, _, stop = text.partition(":")
+    if not (start.isdigit() and stop.isdigit()):
+        raise UserError(f"--layers is {text!r}", "write A:B for layers A to B-1, such as 0:10")
+    return int(start), int(stop)
+
+
+def _stage(verb: str, config: RunConfig, **options: Any) -> int:
     # Imported late, so that --help and mistakes in the configuration answer at once.
     import torch.distributed as dist
 
@@ -71,7 +143,7 @@ def _stage(verb: str, config: RunConfig) -> int:
     quieten_libraries()
     world = start(config.distributed.device, config.distributed.timeout_s, config.distributed.threads)
     try:
-        stages[verb](config, world)
+        stages[verb](config, world, **options)
     except (dist.DistBackendError, dist.DistNetworkError, RuntimeError) as error:
         if "imed out" not in str(error) and "Connection" not in str(error) and "connection" not in str(error):
             raise

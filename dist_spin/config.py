@@ -218,6 +218,8 @@ class QuantizeConfig:
     """Quantise the columns with the largest activations first; off as published."""
     quantize_activations: bool = False
     """Keep activation, key and value quantisers on while calibrating; off as published."""
+    layers_per_job: int = 0
+    """Layers that see each other's rounding errors and are done by one job, others in parallel; 0: all, as published."""
     baselines: list[Literal["none", "hadamard", "orthogonal"]] = field(default_factory=list)
     """Unlearned rotations to quantise and evaluate beside the learned one, for comparison."""
 
@@ -225,6 +227,7 @@ class QuantizeConfig:
         check_source("quantize.source", self.source)
         _check(self, "seq_len n_sequences block_size", lambda n: n >= 1, "use 1 or more")
         _check(self, "seed", lambda n: n >= 0, "use 0 or more")
+        _check(self, "layers_per_job", lambda n: n >= 0, "use a number of layers, or 0 for all")
         _check(self, "percdamp", lambda x: 0 < x < math.inf, "use a fraction above 0, such as 0.01")
         _check(self, "baselines", lambda names: len(set(names)) == len(names), "name each rotation once")
 

@@ -1,5 +1,6 @@
 """One file per quantised decoder layer: codes, scales, what was left alone, where it came from and how good it is."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +15,8 @@ from torch import Tensor
 from dist_spin.numerics.gptq import Solution
 from dist_spin.numerics.quantizer import dequantize_weight, pack_int4, unpack_int4
 from dist_spin.rundir import CorruptFile, load_tensors, save_tensors
+
+FOREIGN = "was made from another model, rotation, data or setting"
 
 
 @dataclass
@@ -63,16 +66,18 @@ def save_layer(path: Path, layer: QuantizedLayer, fingerprint: str) -> None:
         if not layer.symmetric:
             tensors[f"{role}.zero"] = solution.zero
     about = {"bits": layer.bits, "symmetric": layer.symmetric, "group_size": layer.group_size, "figures": layer.figures}
-    save_tensors(path, tensors, {"fingerprint": fingerprint, "layer": json.dumps(about)})
+    save_tensors(path, tensors, {"fingerprint": fingerprint, "name": path.name, "layer": json.dumps(about)})
 
 
 def load_layer(path: Path) -> tuple[QuantizedLayer, str]:
     """A layer and the fingerprint it was made under.
 
     Raises:
-        CorruptFile: see `rundir.load_tensors`.
+        CorruptFile: see `rundir.load_tensors`; or it is no layer file.
     """
     tensors, metadata = load_tensors(path)
+    if "layer" not in metadata or metadata["name"] != path.name:
+        raise CorruptFile(f"{path}: is the file {metadata.get('name')} of something else")
     about = json.loads(metadata["layer"])
     solutions, others = {}, {}
     for name, tensor in tensors.items():
@@ -94,12 +99,18 @@ def finished_layer(path: Path, fingerprint: str, warn: Callable[[str], None]) ->
         return None
     try:
         layer, made_under = load_layer(path)
-        problem = "" if made_under == fingerprint else "was made from another model, rotation, data or setting"
+        problem = "" if made_under == fingerprint else FOREIGN
     except CorruptFile as error:
         problem = str(error).removeprefix(f"{path}: ")
     if not problem:
         return layer
-    aside = path.with_suffix(".stale")
-    os.replace(path, aside)
-    warn(f"{path} {problem}; kept as {aside.name}, doing the layer again")
+    set_aside(path, problem, "doing the layer again", warn)
     return None
+
+
+def set_aside(path: Path, problem: str, remedy: str, warn: Callable[[str], None]) -> None:
+    """Rename a file that cannot be used to `NAME.stale`, saying so; another process may have done it first."""
+    aside = path.with_suffix(".stale")
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(path, aside)
+    warn(f"{path} {problem}; kept as {aside.name}, {remedy}")

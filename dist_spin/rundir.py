@@ -2,7 +2,7 @@
 
 config.yaml fingerprint.json metrics.jsonl events.jsonl results.json
 rotations/step_000042.safetensors rotations/latest.json rotations/final.safetensors rotations/R.bin
-layers/000.safetensors ... baselines/NAME/layers/... export/FORMAT/ report.html
+layers/000.safetensors ... boundaries/010/0000.safetensors ... baselines/NAME/layers/... logs/ export/FORMAT/ report.html
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dist_spin.errors import UserError
 
+HEADER = "dist_spin"  # the metadata entry of our safetensors files
 CHECKPOINT = re.compile(r"step_(\d{6,})\.safetensors")
 
 
@@ -45,6 +46,15 @@ class RunDir:
     def layers(self, baseline: str = "") -> Path:
         """Quantised layers, of the learned rotations or of a named baseline."""
         return self.path / "baselines" / baseline / "layers" if baseline else self.path / "layers"
+
+    def boundaries(self, baseline: str = "") -> Path:
+        """Hidden states that enter the first layer of each job, beside the layers of the same variant."""
+        return self.layers(baseline).with_name("boundaries")
+
+    @property
+    def logs(self) -> Path:
+        """What the jobs of a fan-out print, one file each."""
+        return self.path / "logs"
 
     def event(self, kind: str, **details: Any) -> None:
         """Append one line to events.jsonl: what happened, when (Unix seconds), and any details."""
@@ -146,10 +156,12 @@ def tensors_digest(tensors: dict[str, Tensor]) -> str:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """One safetensors file, written atomically, that carries the checksum of its tensors in its metadata."""
+    """One safetensors file, written atomically, with a checksum of its tensors and metadata; equal content, equal bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    about = {"metadata": metadata, "sha256": _checksum(tensors, metadata)}
     with atomic(path) as temporary:
-        save_file(tensors, temporary, {**metadata, "sha256": tensors_digest(tensors)})
+        # One entry, because safetensors writes several in an order that changes from process to process.
+        save_file(tensors, temporary, {HEADER: json.dumps(about, sort_keys=True)})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -160,13 +172,28 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
+            about = json.loads((file.metadata() or {})[HEADER])
+            metadata, checksum = dict(about["metadata"]), about["sha256"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CorruptFile(f"{path}: {str(error).splitlines()[0]}") from error
-    if metadata.get("sha256") != tensors_digest(tensors):
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptFile(f"{path}: cannot be read ({(str(error) or 'empty').splitlines()[0]})") from error
+    if checksum != _checksum(tensors, metadata):
         raise CorruptFile(f"{path}: checksum does not match")
     return tensors, metadata
+
+
+def read_metadata(path: Path) -> dict[str, str] | None:
+    """The metadata of a file that `save_tensors` wrote, without reading its tensors; None if it is torn or foreign."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(json.loads((file.metadata() or {})[HEADER])["metadata"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    about = json.dumps(metadata, sort_keys=True)
+    return hashlib.sha256(f"{tensors_digest(tensors)} {about}".encode()).hexdigest()
 
 
 def checkpoint_path(run: RunDir, step: int) -> Path:

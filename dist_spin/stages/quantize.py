@@ -1,17 +1,29 @@
 """Merge the rotations and quantise the weights, layer by layer; finished layers are never done again.
 
-dist-spin quantize configs/quickstart.yaml
-torchrun --nproc_per_node 2 -m dist_spin quantize configs/quickstart.yaml
+    dist-spin quantize CONFIG.yaml                                       all layers, in this process
+    torchrun --nproc_per_node 2 -m dist_spin quantize CONFIG.yaml        the same, shared out over ranks
+    dist-spin quantize CONFIG.yaml --layers 10:20                        one job of quantize.layers_per_job=10
+    dist-spin quantize CONFIG.yaml --boundaries                          only what such jobs start from
+    dist-spin quantize CONFIG.yaml --cluster local --workers 4           every job, in parallel (see launch/)
+
+Layers are cut into spans of `quantize.layers_per_job`. A span starts from the hidden states of the 16-bit model and sees the
+rounding errors of its own layers, so spans may be done at any time, anywhere, in any order: the files come out the same.
 """
 
 import dataclasses
+import os
+import socket
+import time
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dist_spin.config import RunConfig
+from dist_spin.boundary_files import BoundaryFiles
+from dist_spin.config import RunConfig, dump_config
 from dist_spin.data import calibration_windows, fingerprint
 from dist_spin.distributed import World, any_rank, on_leader
 from dist_spin.engine.layerwise import LayerQuantizer
@@ -24,8 +36,9 @@ from dist_spin.numerics.gptq import GPTQOptions
 from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.progress import Progress
 from dist_spin.rotation_files import load_rotations
-from dist_spin.rundir import tensors_digest
+from dist_spin.rundir import RunDir, tensors_digest, write_text
 from dist_spin.signals import StopRequest
+from dist_spin.stages.boundaries import Boundaries
 from dist_spin.stages.common import flat, model_dtype, open_configured_model, run_dir, say, sites_for
 
 LEARNED = "learned"
@@ -62,21 +75,73 @@ def variant(config: RunConfig, files: ModelFiles, name: str, device: torch.devic
     return Variant(name, rotations, sites, weights)
 
 
-def quantize(config: RunConfig, world: World) -> None:
+def quantize(
+    config: RunConfig, world: World, layers: tuple[int, int] | None = None, boundaries_only: bool = False
+) -> None:
     """Quantise the learned variant and all baselines.
+
+    Args:
+        layers: only these, from the first up to but not including the second: whole spans.
+        boundaries_only: only store the hidden states that spans start from.
 
     Raises:
         Interrupted: a signal came; finished layers are kept.
         UserError: the configuration or the run directory is in the way.
     """
+    works = prepare_works(config, world)
+    for work in works:
+        chosen = work.spans if layers is None else spans_within(work.spans, layers)
+        open_spans = [span for span in chosen if not all(work.finished(*span))]
+        if len(work.spans) > 1 and (boundaries_only or layers is None):
+            work.boundaries.make([start for start, _ in open_spans])
+        if boundaries_only:
+            continue
+        for span in open_spans:
+            quantize_span(work, *span)
+        if layers is None:
+            on_leader(work.stored.remove)
+
+
+def prepare_works(config: RunConfig, world: World) -> list["Work"]:
+    """What there is to do for each variant; nothing where weights stay at 16 bits."""
     if config.quantize.method == "none" or config.quant.w_bits == 16:
         say("weights stay at 16 bits: nothing to quantise")
-        return
+        return []
     stop = StopRequest()
     files = open_configured_model(config)
     tokens = calibration_tokens(config, files)
-    for name in (*config.quantize.baselines, LEARNED):
-        quantize_variant(config, world, files, variant(config, files, name, world.device), tokens, stop)
+    run = run_dir(config)
+
+    def note() -> None:
+        if not (run.path / "config.yaml").exists():
+            write_text(run.path / "config.yaml", dump_config(config))
+        run.event("quantize", layers=files.shape.layers, layers_per_job=config.quantize.layers_per_job)
+
+    on_leader(note)
+    return [
+        Work(config, world, files, variant(config, files, name, world.device), tokens, stop)
+        for name in (*config.quantize.baselines, LEARNED)
+    ]
+
+
+def spans_of(layers: int, per_job: int) -> list[tuple[int, int]]:
+    """(start, stop) of the spans that `layers` decoder layers are cut into; per_job 0 makes one."""
+    step = per_job or layers
+    return [(start, min(start + step, layers)) for start in range(0, layers, step)]
+
+
+def spans_within(spans: list[tuple[int, int]], wanted: tuple[int, int]) -> list[tuple[int, int]]:
+    """The spans that make up layers [start, stop).
+
+    Raises:
+        UserError: the range cuts through a span, or is empty.
+    """
+    start, stop = wanted
+    chosen = [span for span in spans if start <= span[0] and span[1] <= stop]
+    if not chosen or chosen[0][0] != start or chosen[-1][1] != stop:
+        bounds = ", ".join(f"{a}:{b}" for a, b in spans[:4]) + (", ..." if len(spans) > 4 else "")
+        raise UserError(f"--layers {start}:{stop} is not made of whole jobs ({bounds})", "see quantize.layers_per_job")
+    return chosen
 
 
 def calibration_tokens(config: RunConfig, files: ModelFiles) -> Tensor:
@@ -86,70 +151,153 @@ def calibration_tokens(config: RunConfig, files: ModelFiles) -> Tensor:
     return on_leader(lambda: calibration_windows(q.source, q.split, q.n_sequences, q.seq_len, q.seed, tokenizer))
 
 
-def layer_identity(config: RunConfig, files: ModelFiles, chosen: Variant, tokens: Tensor) -> dict[str, Any]:
-    """Everything that decides the content of a variant's layer files."""
+def states_identity(config: RunConfig, files: ModelFiles, chosen: Variant, tokens: Tensor) -> dict[str, Any]:
+    """Everything that decides the hidden states of a variant's 16-bit model on the calibration sequences."""
     rotations = dict(zip(("R1", "R2"), chosen.rotations or (), strict=False))
+    quantized = {k: v for k, v in flat(config.quant, "quant").items() if not k.startswith("quant.w_")}
     return {
         "model": files.weights.fingerprint(),
         "dtype": config.model.dtype,
         "rotations": tensors_digest(rotations),
         "calibration": fingerprint(tokens),
-        "online": flat(config.rotation, "rotation")["rotation.online"],
+        "online": config.rotation.online,
         "r4_block": config.rotation.r4_block,
-        **flat(config.quant, "quant"),
-        **{k: v for k, v in flat(config.quantize, "quantize").items() if k != "quantize.baselines"},
+        "sites": quantized if config.quantize.quantize_activations else "unquantized",
     }
 
 
-def quantize_variant(
-    config: RunConfig, world: World, files: ModelFiles, chosen: Variant, tokens: Tensor, stop: StopRequest
-) -> None:
-    """Quantise every layer of one variant, in order, each from the quantised layers before it."""
-    run, q, shape = run_dir(config), config.quantize, files.shape
-    directory = run.layers("" if chosen.name == LEARNED else chosen.name)
-    made_under = identity_hash(layer_identity(config, files, chosen, tokens))
-    found = on_leader(
-        lambda: [finished_layer(layer_path(directory, i), made_under, say) is not None for i in range(shape.layers)]
+def layer_identity(config: RunConfig, files: ModelFiles, chosen: Variant, tokens: Tensor) -> dict[str, Any]:
+    """Everything that decides the content of a variant's layer files."""
+    settings = {k: v for k, v in flat(config.quantize, "quantize").items() if k != "quantize.baselines"}
+    if settings["quantize.layers_per_job"] >= files.shape.layers:  # one span, however it was said
+        settings["quantize.layers_per_job"] = 0
+    return {**states_identity(config, files, chosen, tokens), **flat(config.quant, "quant"), **settings}
+
+
+@dataclass
+class Work:
+    """One variant to quantise, and the pieces that are made when they are first needed."""
+
+    config: RunConfig
+    world: World
+    files: ModelFiles
+    chosen: Variant
+    tokens: Tensor  # [n, T]
+    stop: StopRequest
+
+    @property
+    def run(self) -> RunDir:
+        """The run directory."""
+        return run_dir(self.config)
+
+    @property
+    def baseline(self) -> str:
+        """The variant's name in paths."""
+        return "" if self.chosen.name == LEARNED else self.chosen.name
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """(start, stop) of every span."""
+        return spans_of(self.files.shape.layers, self.config.quantize.layers_per_job)
+
+    @cached_property
+    def made_under(self) -> str:
+        """The fingerprint of the variant's layer files."""
+        return identity_hash(layer_identity(self.config, self.files, self.chosen, self.tokens))
+
+    def path(self, index: int) -> Path:
+        """Where layer `index` is kept."""
+        return layer_path(self.run.layers(self.baseline), index)
+
+    def load(self, index: int) -> QuantizedLayer | None:
+        """Layer `index` if it is finished; a file that cannot be used is set aside."""
+        return finished_layer(self.path(index), self.made_under, self.warn)
+
+    def finished(self, start: int, stop: int) -> list[bool]:
+        """Which layers of [start, stop) are there and whole, read by rank 0."""
+        return on_leader(lambda: [self.load(index) is not None for index in range(start, stop)])
+
+    def warn(self, text: str) -> None:
+        """Say it, and note it in the run's events."""
+        say(text)
+        self.run.event("set_aside", variant=self.chosen.name, problem=text)
+
+    @cached_property
+    def runner(self) -> LayerRunner:
+        """Builds and runs the variant's layers, with the sites that calibration sees."""
+        sites = self.chosen.sites
+        return LayerRunner(
+            self.files.config,
+            sites if self.config.quantize.quantize_activations else unquantized(sites),
+            device=self.world.device,
+            dtype=model_dtype(self.config),
+            rotated=self.chosen.rotations is not None,
+        )
+
+    @cached_property
+    def stored(self) -> BoundaryFiles:
+        """The variant's stored hidden states."""
+        return BoundaryFiles(
+            self.run.boundaries(self.baseline),
+            identity_hash(states_identity(self.config, self.files, self.chosen, self.tokens)),
+            *self.tokens.shape,
+            self.files.shape.hidden,
+            model_dtype(self.config),
+        )
+
+    @cached_property
+    def boundaries(self) -> Boundaries:
+        """The variant's hidden states at any layer."""
+        note = lambda layer: self.run.event("boundary", variant=self.chosen.name, layer=layer)
+        return Boundaries(
+            self.stored, self.runner, self.chosen.weights, self.tokens, self.world, self.stop, note=note
+        )
+
+    @cached_property
+    def quantizer(self) -> LayerQuantizer:
+        """The solver under the configuration's options."""
+        dtype = model_dtype(self.config)
+        options = gptq_options(self.config)
+        hessian_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        return LayerQuantizer(self.runner, self.world, self.config.quantize.method, options, hessian_dtype)
+
+
+def gptq_options(config: RunConfig) -> GPTQOptions:
+    """The solver's options of a configuration."""
+    q, w = config.quantize, config.quant
+    return GPTQOptions(
+        w.w_bits, w.w_symmetric, w.w_group_size, w.w_mse_clip, q.percdamp, q.block_size, q.act_order
     )
-    progress = Progress(f"{q.method} ({chosen.name}): layer", shape.layers, sum(found), show=world.leads)
+
+
+def quantize_span(work: Work, start: int, stop: int) -> None:
+    """Quantise layers [start, stop), in order, each from the quantised layers of the span before it."""
+    world, name, dtype = work.world, work.chosen.name, model_dtype(work.config)
+    found = work.finished(start, stop)
     if all(found):
         return
-    sites = chosen.sites if q.quantize_activations else unquantized(chosen.sites)
-    rotated = chosen.rotations is not None
-    dtype = model_dtype(config)
-    runner = LayerRunner(files.config, sites, device=world.device, dtype=dtype, rotated=rotated)
-    options = GPTQOptions(
-        config.quant.w_bits,
-        config.quant.w_symmetric,
-        config.quant.w_group_size,
-        config.quant.w_mse_clip,
-        q.percdamp,
-        q.block_size,
-        q.act_order,
-    )
-    hessian_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    quantizer = LayerQuantizer(runner, world, q.method, options, hessian_dtype)
-    mine = tokens[world.rank :: world.size].to(world.device)
-    embedding = chosen.weights.embedding()
-    hidden = [embedding[ids][None] for ids in mine]  # each [1, T, h]
-    del embedding
+    progress = Progress(f"{work.config.quantize.method} ({name}): layer", stop - start, sum(found), show=world.leads)
+    hidden = work.boundaries.entering(start)
     # A layer after the last missing one need not be run again.
-    for index in range(max(i for i, done in enumerate(found) if not done) + 1):
-        path = layer_path(directory, index)
-        if found[index]:
-            layer = finished_layer(path, made_under, say)
+    for index in range(start, max(start + i for i, done in enumerate(found) if not done) + 1):
+        if found[index - start]:
+            layer = work.load(index)
             assert layer is not None
-            module = runner.build(index, layer.weights(dtype, world.device))
-            hidden = [runner.run(module, index, h) for h in hidden]
+            module = work.runner.build(index, layer.weights(dtype, world.device))
+            hidden = [work.runner.run(module, index, h) for h in hidden]
             continue
-        layer = quantizer.quantize(index, chosen.weights.layer(index), hidden)
-        done = layer
-        on_leader(lambda path=path, done=done: save_layer(path, done, made_under))
+        began = time.monotonic()
         if world.leads:
-            run.event("layer", variant=chosen.name, layer=index, **worst(layer))
+            work.run.event("layer_start", variant=name, layer=index, pid=os.getpid(), host=socket.gethostname())
+        layer = work.quantizer.quantize(index, work.chosen.weights.layer(index), hidden)
+        done = layer
+        on_leader(lambda index=index, done=done: save_layer(work.path(index), done, work.made_under))
+        if world.leads:
+            seconds = round(time.monotonic() - began, 3)
+            work.run.event("layer", variant=name, layer=index, pid=os.getpid(), seconds=seconds, **worst(layer))
         progress.advance(f"worst output error {worst(layer)['error']:.4f}")
-        if index + 1 < shape.layers and any_rank(bool(stop)):
-            raise Interrupted(f"stopped by a signal after layer {index} ({chosen.name})", "the same command continues")
+        if index + 1 < work.files.shape.layers and any_rank(bool(work.stop)):
+            raise Interrupted(f"stopped by a signal after layer {index} ({name})", "the same command continues")
 
 
 def unquantized(sites: Sites) -> Sites:

@@ -4,6 +4,8 @@ dist-spin status runs/quickstart
 """
 
 import json
+import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -42,15 +44,63 @@ def status(path: Path) -> dict[str, Any]:
             "seconds_left": 0 if complete or not pace else pace[len(pace) // 2] * (steps - step),
             "checkpoints": [number for number, _ in checkpoints(run)],
         },
-        "quantize": {name: _layers(run, name) for name in ("learned", *config["quantize"]["baselines"])},
+        "quantize": {name: layer_states(run, name, events) for name in ("learned", *config["quantize"]["baselines"])},
         "results": json.loads(results.read_text()) if results.exists() else [],
         "last_event": events[-1] if events else None,
     }
 
 
-def _layers(run: RunDir, name: str) -> list[int]:
+def layer_states(run: RunDir, name: str, events: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Layers of one variant by state: finished (has a file), running, failed (its process is gone), missing (the rest).
+
+    Missing layers can be listed once a job has noted how many there are.
+    """
     directory = run.layers("" if name == "learned" else name)
-    return sorted(int(p.stem) for p in directory.glob("[0-9]*.safetensors")) if directory.is_dir() else []
+    finished = {int(p.stem) for p in directory.glob("[0-9]*.safetensors")} if directory.is_dir() else set()
+    started: dict[int, dict[str, Any]] = {}
+    failed: set[int] = set()
+    layers = 0
+    for event in events:
+        if event["event"] == "quantize":
+            layers = event["layers"]
+        elif event["event"] == "layer_start" and event["variant"] == name:
+            started[event["layer"]] = event
+            failed.discard(event["layer"])
+        elif event["event"] in ("job_failed", "job_done"):
+            failed |= {index for index in range(*event["layers"]) if index in started}
+    failed |= {index for index, event in started.items() if _gone(event)}
+    failed -= finished
+    running = started.keys() - finished - failed
+    return {
+        "finished": sorted(finished),
+        "running": sorted(running),
+        "failed": sorted(failed),
+        "missing": sorted(set(range(layers)) - finished - running - failed),
+    }
+
+
+def _gone(start: dict[str, Any]) -> bool:
+    """Whether the process that began a layer has ended; on another machine nobody can tell from here."""
+    if start["host"] != socket.gethostname():
+        return False
+    try:
+        os.kill(start["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] as "0-2, 5"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)
 
 
 def status_text(figures: dict[str, Any]) -> str:
@@ -59,7 +109,9 @@ def status_text(figures: dict[str, Any]) -> str:
     loss = "" if o["loss"] is None else f", loss {o['loss']:.4f}"
     left = "complete" if o["complete"] else f"about {clock(o['seconds_left'])} left"
     lines = [f"run       {figures['run']}", f"optimize  step {o['step']} of {o['steps']}{loss}, {left}"]
-    lines += [f"quantize  {name}: {len(layers)} layers done" for name, layers in figures["quantize"].items()]
+    for name, states in figures["quantize"].items():
+        others = [f"{state} {ranges(layers)}" for state, layers in states.items() if layers and state != "finished"]
+        lines.append("; ".join([f"quantize  {name}: {len(states['finished'])} layers finished", *others]))
     lines += [
         f"result    {r['method']}, {r['weights']} weights: {r['ppl']:.3f} on {r['dataset']}" for r in figures["results"]
     ]

@@ -1,0 +1,192 @@
+"""Quantise with many jobs at once; every job is the plain command `dist-spin quantize CONFIG --layers A:B`.
+
+    dist-spin quantize CONFIG.yaml --cluster local --workers 4 quantize.layers_per_job=10
+
+What is finished is never started again, a job that fails is started again a few times, and the others go on meanwhile. The
+launcher holds no state of its own: kill it, start it again, and it does what is missing.
+"""
+
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Protocol
+
+from dist_spin import distributed
+from dist_spin.config import RunConfig
+from dist_spin.errors import EXIT_INTERRUPTED, EXIT_NUMERICS, EXIT_OK, EXIT_USER, UserError
+from dist_spin.progress import Progress
+from dist_spin.rundir import RunDir
+from dist_spin.signals import STOPPING
+from dist_spin.stages.common import run_dir, say
+from dist_spin.stages.quantize import Work, prepare_works
+
+HOPELESS = (EXIT_USER, EXIT_NUMERICS)  # the same again would end the same way
+
+
+@dataclass
+class Task:
+    """One job, and how often it failed without getting anything done."""
+
+    words: list[str]  # what follows `dist-spin quantize CONFIG ...`
+    layers: range
+    failures: int = 0
+    done_before: int = 0
+
+    @property
+    def name(self) -> str:
+        """For log files and messages."""
+        return f"{self.layers.start:03d}-{self.layers.stop:03d}" if self.layers else "boundaries"
+
+
+class Executor(Protocol):
+    """Where jobs run."""
+
+    slots: int  # how many at once
+
+    def start(self, task: Task) -> None:
+        """Begin a job; there is a free slot."""
+
+    def wait(self, seconds: float) -> Iterable[tuple[Task, int]]:
+        """Jobs that ended, with their exit codes (negative: killed by that signal); waits at most `seconds`."""
+
+    def stop(self) -> None:
+        """Ask every running job to save and leave."""
+
+
+@dataclass
+class Stopper:
+    """Passes the first stopping signal on to the jobs."""
+
+    executor: Executor
+    name: str = ""
+    kept: dict[int, object] = field(default_factory=dict)
+
+    def __enter__(self) -> "Stopper":
+        self.kept = {number: signal.signal(number, self._note) for number in STOPPING}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.kept.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+        self.executor.stop()
+
+
+def fan_out(
+    arguments: list[str], config: RunConfig, cluster: str, *, workers: int, retries: int, scheduler: list[str]
+) -> int:
+    """Run every job that is missing; returns the process's exit code.
+
+    Args:
+        arguments: CONFIG and settings, as on the command line.
+        cluster: local (processes on this machine), slurm, submitit-local or debug (submitit's executors).
+        workers: jobs at a time; 0 takes one per GPU, or one per core without GPUs.
+        retries: how often a job may fail in a row without finishing a layer before it is given up.
+        scheduler: `key=value` settings of slurm.
+
+    Raises:
+        UserError: a job ended with one, or too often; finished layers are kept.
+    """
+    executor = make_executor(cluster, arguments, config, workers, scheduler)
+    world = distributed.start("cpu", threads=1)
+    try:
+        works = prepare_works(config, world)
+        with Stopper(executor) as stopper:
+            boundaries = open_tasks(works)
+            if any(task.layers.start for task in boundaries):
+                run_tasks([Task(["--boundaries"], range(0))], executor, works, retries, stopper)
+            tasks = open_tasks(works)
+            run_tasks(tasks, executor, works, retries, stopper)
+        if stopper.name:
+            say(f"dist-spin: stopped by {stopper.name}; the same command continues")
+            return EXIT_INTERRUPTED
+        if left := open_tasks(works):
+            raise UserError(f"layers {left[0].name} are still missing", "see the logs directory of the run")
+        for work in works:
+            work.stored.remove()
+    finally:
+        distributed.stop()
+    return EXIT_OK
+
+
+def make_executor(
+    cluster: str, arguments: list[str], config: RunConfig, workers: int, scheduler: list[str]
+) -> Executor:
+    """The executor of a `--cluster` name.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    logs = run_dir(config).logs
+    if cluster == "local":
+        from launch.processes import LocalExecutor
+
+        if scheduler:
+            raise UserError("--slurm is for --cluster slurm", "leave it out")
+        return LocalExecutor(arguments, config, logs, workers)
+    if cluster in ("slurm", "submitit-local", "debug"):
+        from launch.submitit_array import SubmititExecutor
+
+        return SubmititExecutor(arguments, logs, cluster.removeprefix("submitit-"), workers, scheduler)
+    raise UserError(f"there is no cluster '{cluster}'", "use local, slurm, submitit-local or debug")
+
+
+def open_tasks(works: list[Work]) -> list[Task]:
+    """A task for each span of layers with something missing in any variant; damaged files are set aside."""
+    spans = {span for work in works for span in work.spans if not all(work.finished(*span))}
+    return [Task(["--layers", f"{start}:{stop}"], range(start, stop)) for start, stop in sorted(spans)]
+
+
+def finished_count(works: list[Work], layers: range) -> int:
+    """How many of these layers have files, over all variants; their content was checked when they were written."""
+    return sum(work.path(index).exists() for work in works for index in layers)
+
+
+def run_tasks(tasks: list[Task], executor: Executor, works: list[Work], retries: int, stopper: Stopper) -> None:
+    """Run tasks, at most `executor.slots` at a time, those that fail again; returns when all are done or stopped.
+
+    Raises:
+        UserError: a task cannot succeed; the others were asked to stop, and have.
+    """
+    if not tasks:
+        return
+    run = works[0].run
+    every = range(works[0].files.shape.layers)
+    total, done = len(works) * len(every), finished_count(works, every)
+    progress = Progress("quantise: layer", total, done)
+    waiting, running, given_up = list(tasks), 0, ""
+    while running or (waiting and not stopper.name and not given_up):
+        while waiting and running < executor.slots and not stopper.name and not given_up:
+            task = waiting.pop(0)
+            task.done_before = finished_count(works, task.layers)
+            run.event("job_start", job=task.name, layers=[task.layers.start, task.layers.stop])
+            executor.start(task)
+            running += 1
+        for task, code in executor.wait(0.2):
+            running -= 1
+            note_end(run, task, code)
+            if code == EXIT_OK or (stopper.name and code == EXIT_INTERRUPTED):
+                continue
+            task.failures = task.failures + 1 if finished_count(works, task.layers) == task.done_before else 0
+            why = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+            if code in HOPELESS or task.failures > retries:
+                given_up = given_up or f"job {task.name} {why}"
+                executor.stop()
+            elif not stopper.name:
+                say(f"job {task.name} {why}; starting it again")
+                waiting.insert(0, task)
+        now = finished_count(works, every)
+        while done < now:
+            done += 1
+            progress.advance(f"{running} jobs running")
+    if given_up:
+        raise UserError(given_up, f"see {run.logs}; the same command continues")
+
+
+def note_end(run: RunDir, task: Task, code: int) -> None:
+    """Write how a job ended into the run's events."""
+    kind = "job_done" if code == EXIT_OK else "job_failed"
+    run.event(kind, job=task.name, layers=[task.layers.start, task.layers.stop], code=code)
