@@ -83,7 +83,9 @@ class BoundaryFiles:
         wanted = len(layers) * self.sequences * self._sequence_bytes
         parent = next(p for p in (self.directory, *self.directory.parents) if p.exists())
         free = shutil.disk_usage(parent).free
-        size = f"hidden states at {len(layers)} layers take {wanted / 1e9:.1f} GB; {parent} has {free / 1e9:.1f} GB free"
+        size = (
+            f"hidden states at {len(layers)} layers take {wanted / 1e9:.1f} GB; {parent} has {free / 1e9:.1f} GB free"
+        )
         if wanted > FREE_SHARE * free:
             raise UserError(size, "set quantize.layers_per_job higher (0 needs none), or output_dir to a larger disk")
         if wanted > WARN_SHARE * free:

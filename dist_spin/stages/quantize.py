@@ -249,9 +249,7 @@ class Work:
     def boundaries(self) -> Boundaries:
         """The variant's hidden states at any layer."""
         note = lambda layer: self.run.event("boundary", variant=self.chosen.name, layer=layer)
-        return Boundaries(
-            self.stored, self.runner, self.chosen.weights, self.tokens, self.world, self.stop, note=note
-        )
+        return Boundaries(self.stored, self.runner, self.chosen.weights, self.tokens, self.world, self.stop, note=note)
 
     @cached_property
     def quantizer(self) -> LayerQuantizer:
@@ -265,9 +263,7 @@ class Work:
 def gptq_options(config: RunConfig) -> GPTQOptions:
     """The solver's options of a configuration."""
     q, w = config.quantize, config.quant
-    return GPTQOptions(
-        w.w_bits, w.w_symmetric, w.w_group_size, w.w_mse_clip, q.percdamp, q.block_size, q.act_order
-    )
+    return GPTQOptions(w.w_bits, w.w_symmetric, w.w_group_size, w.w_mse_clip, q.percdamp, q.block_size, q.act_order)
 
 
 def quantize_span(work: Work, start: int, stop: int) -> None:

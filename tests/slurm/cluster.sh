@@ -116,8 +116,8 @@ CONF
       "SocketsPerBoard=1 CoresPerSocket=$cpus ThreadsPerCore=1 RealMemory=4000 State=UNKNOWN" >>"$dir/slurm.conf"
     mkdir -p "$dir/spool/n$i"
   done
-  echo "PartitionName=main Nodes=$names Default=YES MaxTime=60 DefaultTime=10 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60" >>"$dir/slurm.conf"
-  echo "PartitionName=high Nodes=$names Default=NO MaxTime=60 DefaultTime=10 State=UP PriorityTier=10 PreemptMode=OFF" >>"$dir/slurm.conf"
+  echo "PartitionName=main Nodes=$names Default=YES MaxTime=1-0 DefaultTime=10 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60" >>"$dir/slurm.conf"
+  echo "PartitionName=high Nodes=$names Default=NO MaxTime=1-0 DefaultTime=10 State=UP PriorityTier=10 PreemptMode=OFF" >>"$dir/slurm.conf"
   echo "CgroupPlugin=cgroup/v1" >"$dir/cgroup.conf" # unused with the plugins above, but slurmd insists on one it knows
 }
 

@@ -49,6 +49,9 @@ class Cluster:
             raise AssertionError(f"{command} returned {done.returncode}: {done.stdout} {done.stderr}")
         return done
 
+    def dist_spin(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return self.call(sys.executable, "-m", "dist_spin", *arguments, check=check)
+
     def sbatch(self, *arguments: str, **environment: str) -> str:
         return self.call("sbatch", "--parsable", *arguments, **environment).stdout.strip()
 
@@ -108,7 +111,7 @@ class Run:
 
     def __init__(self, directory: Path, model: Path, **settings: object) -> None:
         tokens = directory / "tokens.npy"
-        np.save(tokens, np.random.default_rng(0).integers(3, 97, 4000))
+        np.save(tokens, np.random.default_rng(0).integers(3, 97, (200, 16)))
         source = {"source": f"tokens:{tokens}", "seq_len": 16}
         self.path = directory / "runs" / "tiny"
         self.config = directory / "tiny.yaml"
