@@ -72,9 +72,9 @@ class Lock:
             owner, touched = read_owner(self.path), modified(self.path)
             if touched is None:
                 continue  # released in this moment
-            if gone(owner) or self._watch(mine, owner, touched):
-                if self._take_over(mine, owner):
-                    return
+            dead = gone(owner) or self._watch(mine, owner, touched)
+            if dead and self._take_over(mine, owner):
+                return
 
     def _watch(self, mine: Path, owner: dict[str, Any], touched: float) -> bool:
         """Wait until the owner is seen alive (raises Held), or has been silent too long (True), or has let go (False)."""

@@ -11,6 +11,7 @@ rounding errors of its own layers, so spans may be done at any time, anywhere, i
 """
 
 import dataclasses
+import functools
 import os
 import socket
 import time
@@ -237,10 +238,12 @@ class Work:
     @cached_property
     def stored(self) -> BoundaryFiles:
         """The variant's stored hidden states."""
+        sequences, length = self.tokens.shape
         return BoundaryFiles(
             self.run.boundaries(self.baseline),
             identity_hash(states_identity(self.config, self.files, self.chosen, self.tokens)),
-            *self.tokens.shape,
+            sequences,
+            length,
             self.files.shape.hidden,
             model_dtype(self.config),
         )
@@ -248,8 +251,11 @@ class Work:
     @cached_property
     def boundaries(self) -> Boundaries:
         """The variant's hidden states at any layer."""
-        note = lambda layer: self.run.event("boundary", variant=self.chosen.name, layer=layer)
-        return Boundaries(self.stored, self.runner, self.chosen.weights, self.tokens, self.world, self.stop, note=note)
+
+        def note(layer: int) -> None:
+            self.run.event("boundary", variant=self.chosen.name, layer=layer)
+
+        return Boundaries(self.stored, self.runner, self.chosen.weights, self.tokens, self.world, self.stop, note)
 
     @cached_property
     def quantizer(self) -> LayerQuantizer:
@@ -286,8 +292,7 @@ def quantize_span(work: Work, start: int, stop: int) -> None:
         if world.leads:
             work.run.event("layer_start", variant=name, layer=index, pid=os.getpid(), host=socket.gethostname())
         layer = work.quantizer.quantize(index, work.chosen.weights.layer(index), hidden)
-        done = layer
-        on_leader(lambda index=index, done=done: save_layer(work.path(index), done, work.made_under))
+        on_leader(functools.partial(save_layer, work.path(index), layer, work.made_under))
         if world.leads:
             seconds = round(time.monotonic() - began, 3)
             work.run.event("layer", variant=name, layer=index, pid=os.getpid(), seconds=seconds, **worst(layer))
