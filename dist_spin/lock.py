@@ -72,9 +72,15 @@ class Lock:
             owner, touched = read_owner(self.path), modified(self.path)
             if touched is None:
                 continue  # released in this moment
+            if owner.get("machine") == _machine() and not gone(owner):
+                raise self._held(owner)
             dead = gone(owner) or self._watch(mine, owner, touched)
             if dead and self._take_over(mine, owner):
                 return
+
+    def _held(self, owner: dict[str, Any]) -> Held:
+        what = f"{self.path.parent.parent} is being written by another process ({describe(owner)})"
+        return Held(what, "let it end, or end it; then start again")
 
     def _watch(self, mine: Path, owner: dict[str, Any], touched: float) -> bool:
         """Wait until the owner is seen alive (raises Held), or has been silent too long (True), or has let go (False)."""
@@ -85,10 +91,7 @@ class Lock:
             if latest is None or read_owner(self.path).get("token") != owner.get("token"):
                 return False
             if latest != touched:
-                raise Held(
-                    f"{self.path.parent.parent} is being written by another process ({describe(owner)})",
-                    "let it end, or end it; then start again",
-                )
+                raise self._held(owner)
             if now is not None and now - touched > self.patience:
                 return True
             time.sleep(self.beat / 4)

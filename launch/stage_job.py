@@ -35,7 +35,9 @@ class StageJob:
         """
         stage = "quantize" if self.stage == "boundaries" else self.stage
         command = [sys.executable, "-m", "launch.torchrun", *meeting(), f"--nproc_per_node={self.ranks}"]
-        self.process = subprocess.Popen([*command, "-m", "dist_spin", stage, *self.arguments], start_new_session=True)
+        command += ["-m", "dist_spin", stage, *self.arguments]
+        quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # c10d tells at length of every peer that has left
+        self.process = subprocess.Popen(command, env={**os.environ, **quiet}, start_new_session=True)
         code = self.process.wait()
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         if code == EXIT_INTERRUPTED or (code == EXIT_HANG and restarts < HANGS):

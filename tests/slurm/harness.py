@@ -95,6 +95,10 @@ class Cluster:
                         found.add(parent)
         return sorted(found)
 
+    def node(self, name: str) -> str:
+        """The state of a node."""
+        return self.call("sinfo", "-h", "-p", "main", "-n", name, "-o", "%T").stdout.strip()
+
     def crash(self, node: str) -> None:
         """The node dies: its slurmd and all it runs, at once."""
         slurmd = int((self.directory / "pids" / f"slurmd.{node}.pid").read_text())
@@ -134,6 +138,10 @@ class Run:
 
     def events(self, kind: str) -> list[dict]:
         return [line for line in self.lines("events.jsonl") if line["event"] == kind]
+
+    @property
+    def results(self) -> list[dict]:
+        return json.loads((self.path / "results.json").read_text())
 
     @property
     def step(self) -> int:
