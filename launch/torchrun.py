@@ -30,6 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
     hosts do not answer; otherwise the code of the first rank that failed, 128 + N if signal N killed it.
     """
     args = parse_args(arguments)
+    if args.rdzv_endpoint and not args.local_addr:
+        first = args.rdzv_endpoint.rpartition(":")[0]
+        args.local_addr = address_towards(first)
+        if args.local_addr == socket.gethostbyname(first):
+            args.rdzv_conf = ",".join(filter(None, [args.rdzv_conf, "is_host=1"]))  # torchrun goes by host names alone
     args.signals_to_handle = "SIGQUIT"  # torchrun would kill its ranks on the others, before they have saved
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks speak for themselves
     stopped: list[int] = []
@@ -52,6 +57,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"dist-spin: {text}", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED if stopped else EXIT_HANG
     return EXIT_OK
+
+
+def address_towards(host: str) -> str:
+    """This host's address on its way to `host`; a host's own name may well mean 127.0.0.1 to itself. Sends nothing."""
+    family, kind, protocol, _, place = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(place)
+        return probe.getsockname()[0]
 
 
 def children() -> list[int]:

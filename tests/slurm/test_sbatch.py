@@ -68,3 +68,19 @@ def test_a_shared_path_that_a_node_does_not_see(cluster: Cluster, make_run: Call
     job = cluster.sbatch(f"--output={log}", SCRIPT, str(make_run().config), ROOT="/not/shared")
     assert cluster.wait(job) == "FAILED"
     assert "does not see ROOT=/not/shared; put the repository on a shared file system" in log.read_text()
+
+
+def test_pipeline_script_goes_from_nothing_to_results(
+    cluster: Cluster, make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = make_run(optimize__steps=2, quantize__layers_per_job=2)
+    logs = {"SBATCH_OUTPUT": str(tmp_path / "log-%j"), "OPTIMIZE_OPTIONS": "--nodes=1"}
+    said = cluster.call("slurm/pipeline.sh", str(run.config), "rotation.seed=3", **logs).stdout
+    jobs = [line.split("job ")[1].split(",")[0] for line in said.splitlines()]
+    assert [line.partition(":")[0] for line in said.splitlines()] == ["optimize", "boundaries", "quantize", "evaluate"]
+    assert cluster.wait(jobs[-1], seconds=200) == "COMPLETED", said
+    assert {row["seed"] for row in run.results} == {3}
+    assert {tuple(event["hosts"]) for event in run.events("job") if event["part"] in ("0-2", "2-4")} != {()}
+    text = cluster.dist_spin("status", str(run.path)).stdout
+    assert "learned: 4 layers finished" in text
+    assert text.count("COMPLETED") == 5  # the array has two tasks
