@@ -10,6 +10,7 @@ import submitit
 from submitit.core.utils import DelayedSubmission
 
 from dist_spin.errors import EXIT_HANG, EXIT_INTERRUPTED, EXIT_OK
+from dist_spin.scheduler import job_states
 from launch.local import run_stages
 
 HANGS = 5  # restarts after which a hang is no longer tried again
@@ -40,7 +41,7 @@ class StageJob:
         self.process = subprocess.Popen(command, env={**os.environ, **quiet}, start_new_session=True)
         code = self.process.wait()
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        if code == EXIT_INTERRUPTED or (code == EXIT_HANG and restarts < HANGS):
+        if (code == EXIT_INTERRUPTED or (code == EXIT_HANG and restarts < HANGS)) and not being_cancelled():
             if os.environ.get("SLURM_PROCID", "0") == "0":
                 os.kill(os.getpid(), PREEMPTION)  # submitit's handler calls checkpoint() and queues the job again
             signal.pause()  # until Slurm ends this job
@@ -72,6 +73,12 @@ class PipelineJob:
     def checkpoint(self) -> DelayedSubmission:
         """Start again: every stage continues where it was."""
         return DelayedSubmission(PipelineJob(self.arguments, self.ranks))
+
+
+def being_cancelled() -> bool:
+    """Whether Slurm is already ending this job for good; a preempted one still counts as running."""
+    job = submitit.JobEnvironment().job_id
+    return job in (states := job_states([job])) and states[job].state != "RUNNING"
 
 
 def meeting() -> list[str]:

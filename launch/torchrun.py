@@ -11,6 +11,8 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -21,6 +23,8 @@ from torch.distributed.run import parse_args, run
 
 from dist_spin.errors import EXIT_HANG, EXIT_INTERRUPTED, EXIT_OK
 from dist_spin.signals import STOPPING
+
+UNNOTICED = 15  # seconds in which torchrun should notice that a rank has failed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     for number in STOPPING:
         signal.signal(number, forward)
+    threading.Thread(target=_leave_with_the_dead, daemon=True).start()
     try:
         run(args)
     except ChildFailedError as error:
@@ -71,6 +76,33 @@ def children() -> list[int]:
     """The process ids of this process's children."""
     tasks = Path("/proc/self/task").iterdir()
     return [int(word) for task in tasks for word in (task / "children").read_text().split()]
+
+
+def _leave_with_the_dead() -> None:
+    """End this process once a rank has failed and torchrun takes no notice of it.
+
+    It waits for the store on the first host, for a quarter of an hour if that host was cut off without a word.
+    """
+    unseen: dict[int, int] = {}  # process -> seconds since it failed
+    while True:
+        time.sleep(1)
+        failed = {process: code for process in children() if (code := _exit_code(process))}
+        unseen = {process: unseen.get(process, 0) + 1 for process in failed}
+        late = [process for process, seconds in unseen.items() if seconds > UNNOTICED]
+        if late:
+            for process in children():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            os._exit(failed[late[0]])
+
+
+def _exit_code(process: int) -> int:
+    """Exit code of a child that has ended and that nobody has waited for; 0 while it runs."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+        if fields[0] == "Z":
+            return os.waitstatus_to_exitcode(int(fields[49])) % 256
+    return 0
 
 
 def _code(error: ChildFailedError, stopped: list[int]) -> int:

@@ -67,13 +67,15 @@ def test_cable_cut_while_learning(hosts: dict[str, str], tmp_path: Path) -> None
     last, link = list(hosts.items())[1]
     ip("-n", last, "link", "set", link, "down")
     cut = time.monotonic()
-    codes = [process.wait(90) for process in processes]
-    assert time.monotonic() - cut < TIMEOUT + 70, say()  # and not the ten minutes that torchrun would take
+    codes = [process.wait(60) for process in processes]
+    assert time.monotonic() - cut < TIMEOUT + 45, say()  # and not the ten minutes that torchrun would take
     assert codes == [4, 4], say()
     reached = run.step
     assert reached < 60
     first = (tmp_path / list(hosts)[0]).read_text()
-    assert f"no answer from another rank within {TIMEOUT} s at learn rotations: step {reached + 1} of 60" in first, first
+    assert f"no answer from another rank within {TIMEOUT} s at learn rotations: step {reached + 1} of 60" in first, (
+        first
+    )
     assert "Traceback" not in say()
 
     ip("-n", last, "link", "set", link, "up")

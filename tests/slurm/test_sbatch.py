@@ -10,7 +10,7 @@ from tests.slurm.harness import Cluster, Run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(400)]
 SCRIPT = "slurm/optimize.sbatch"
-STEPS = {"optimize__steps": 40}
+STEPS = {"optimize__steps": 30}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_preempted_saves_queues_again_and_ends_the_same_on_fewer_nodes(
     high = cluster.sbatch("--partition=high", "--nodes=2", "--cpus-per-task=2", "--wrap=sleep 1", "--output=/dev/null")
     cluster.wait(high)
     stopped = run.events("interrupted")[0]["step"]
-    assert 2 <= stopped < 40
+    assert 2 <= stopped < 30
     assert "queues itself again (exit code 75)" in log.read_text()
     cluster.until(lambda: cluster.hurry(job) or run.step > stopped, 120, log.read_text)
     cluster.call("scancel", job)  # it saves once more, and stays away
