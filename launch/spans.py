@@ -6,7 +6,6 @@ python -m launch.spans CONFIG.yaml [key=value ...]
 import sys
 
 from dist_spin import distributed
-from dist_spin.cli import quieten_libraries
 from dist_spin.config import load_config
 from dist_spin.errors import UserError
 from dist_spin.stages.common import open_configured_model
@@ -20,7 +19,6 @@ def main(words: list[str]) -> int:
         if config.quantize.method == "none" or config.quant.w_bits == 16:
             print()
             return 0
-        quieten_libraries()
         distributed.start("cpu", threads=1)
         layers = open_configured_model(config).shape.layers
     except UserError as error:

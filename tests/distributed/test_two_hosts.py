@@ -58,7 +58,10 @@ def start(hosts: dict[str, str], run: Run, logs: Path) -> list["subprocess.Popen
 def test_cable_cut_while_learning(hosts: dict[str, str], tmp_path: Path) -> None:
     model = write_model("gqa_tied", tmp_path / "model")
     run = Run(tmp_path, model, optimize__steps=60, distributed__timeout_s=TIMEOUT)
-    say = lambda: "".join(f"{name}:\n{(tmp_path / name).read_text()}\n" for name in hosts)
+
+    def say() -> str:
+        return "".join(f"{name}:\n{(tmp_path / name).read_text()}\n" for name in hosts)
+
     processes = start(hosts, run, tmp_path)
     deadline = time.monotonic() + 100
     while run.step < 2:
@@ -72,7 +75,7 @@ def test_cable_cut_while_learning(hosts: dict[str, str], tmp_path: Path) -> None
     assert codes == [4, 4], say()
     reached = run.step
     assert reached < 60
-    first = (tmp_path / list(hosts)[0]).read_text()
+    first = (tmp_path / next(iter(hosts))).read_text()
     assert f"no answer from another rank within {TIMEOUT} s at learn rotations: step {reached + 1} of 60" in first, (
         first
     )

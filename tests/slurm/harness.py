@@ -108,6 +108,7 @@ class Cluster:
 
     def repair(self, node: str) -> None:
         self.call("bash", str(HERE / "cluster.sh"), "node", str(self.directory), node)
+        self.until(lambda: self.node(node) == "idle", 60, lambda: self.node(node))
 
 
 class Run:
