@@ -25,6 +25,7 @@ VERBS = {
     "status": "show where a run stands",
     "logs": "show the end of everything a run's jobs printed",
     "cancel": "end a run's jobs; they save first",
+    "bench": "time a stage on this machine's devices: bench optimize SHAPE, bench quantize --shape 8b",
 }
 USAGE = """usage: dist-spin VERB CONFIG.yaml [key.sub=value ...]
        dist-spin quantize CONFIG.yaml [--layers A:B | --boundaries] [key.sub=value ...]
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _main(words)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or not getattr(error, "shared", True):
+        if not (error.said_elsewhere or (error.same_everywhere and os.environ.get("RANK", "0") != "0")):
             print(f"dist-spin: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 
@@ -56,6 +57,8 @@ def _main(words: list[str]) -> int:
     if verb not in VERBS:
         raise UserError(f"there is no verb '{verb}'", f"use one of {', '.join(VERBS)}")
     rest = words[1:]
+    if verb == "bench":
+        return _bench(rest)
     if "--help" in rest or "-h" in rest:
         print(f"dist-spin {verb}: {VERBS[verb]}\n{USAGE}\n\n{config_help()}")
         return EXIT_OK
@@ -68,7 +71,7 @@ def _main(words: list[str]) -> int:
     if verb == "quantize":
         return _quantize(rest)
     path = _config_path(rest)
-    config = load_config(path, rest)
+    config = _settings(path, rest)
     if verb == "run":
         from launch.local import run_stages
 
@@ -81,16 +84,24 @@ def _config_path(rest: list[str]) -> str | None:
     return rest.pop(0) if rest and "=" not in rest[0] and not rest[0].startswith("--") else None
 
 
+def _settings(path: str | None, overrides: list[str]) -> RunConfig:
+    try:
+        return load_config(path, overrides)
+    except UserError as error:
+        error.said_elsewhere = os.environ.get("RANK", "0") != "0"  # every rank reads the same settings
+        raise
+
+
 def _quantize(rest: list[str]) -> int:
     """`quantize` in this process, one job of it, or all of its jobs in parallel."""
     boundaries = "--boundaries" in rest
     rest = [word for word in rest if word != "--boundaries"]
     layers, cluster, workers, retries = (
-        (_option(rest, name) or [None])[-1] for name in ("--layers", "--cluster", "--workers", "--retries")
+        next(reversed(_option(rest, name)), None) for name in ("--layers", "--cluster", "--workers", "--retries")
     )
     scheduler = _option(rest, "--slurm")
     path = _config_path(rest)
-    config = load_config(path, rest)
+    config = _settings(path, rest)
     if cluster is None:
         for name, given in (("--workers", workers), ("--retries", retries), ("--slurm", scheduler)):
             if given:
@@ -175,6 +186,22 @@ def _stage(verb: str, config: RunConfig, **options: Any) -> int:
     finally:
         stop()
     return EXIT_OK
+
+
+def _bench(rest: list[str]) -> int:
+    from dist_spin.bench import optimize, quantize
+
+    benches = {"optimize": optimize.main, "quantize": quantize.main}
+    if rest in (["--help"], ["-h"]):
+        print("dist-spin bench " + "|".join(benches) + " --help explains each")
+        return EXIT_OK
+    if not rest or rest[0] not in benches:
+        raise UserError(
+            f"bench takes one of {', '.join(benches)}",
+            "dist-spin bench optimize configs/shapes/llama-3-8b, or bench quantize --shape 8b",
+        )
+    quieten_libraries()
+    return benches[rest[0]](rest[1:])
 
 
 def quieten_libraries() -> None:

@@ -153,8 +153,6 @@ class OptimizeConfig:
     """Sequences per step over all processes together, so that the result does not depend on how many there are."""
     micro_batch_size: int = 1
     """Sequences per forward pass in one process; larger is faster and takes more memory."""
-    w_bits: int = 16
-    """Weight bits while learning (2 to 8, or 16 = off); 16 when GPTQ follows, quant.w_bits when RTN follows."""
     lr: float = 1.5
     """Learning rate, an upper bound: a step is shortened when the gradient is large. The published value."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -173,8 +171,9 @@ class OptimizeConfig:
     """Newest checkpoints kept (one is written per step)."""
     seed: int = 0
     """Seed of the order of the sequences; -1 takes them as they come, as published."""
-    activation_checkpointing: bool = True
-    """Recompute activations in the backward pass: about a third slower, far less memory."""
+    recompute: Literal["auto", "none", "sites", "layer"] = "auto"
+    """What is computed again in the backward pass to save memory: nothing, all but the quantised sites, or whole layers;
+    auto keeps as much as measured free GPU memory allows, and on the CPU keeps the sites."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto means on for CUDA and off for CPU, where compiling takes longer than it saves."""
 
@@ -188,7 +187,6 @@ class OptimizeConfig:
         _check(self, "micro_batch_size", lambda n: n <= self.batch_size, most)
         left = f"optimize.steps is {self.steps}, so use 0 to {self.steps - 1}"
         _check(self, "warmup_steps", lambda n: 0 <= n < self.steps, left)
-        _check(self, "w_bits", lambda n: n in BITS, "use 2 to 8 bits, or 16 = off")
         _check(self, "lr", lambda x: 0 < x < math.inf, "use a number above 0")
         _check(self, "momentum", lambda x: 0 <= x < 1, "use 0 up to but not including 1")
         _check(self, "max_grad_norm", lambda x: 0 <= x < math.inf, "use a number above 0, or 0 for no limit")

@@ -113,6 +113,8 @@ def on_leader(action: Callable[[], T]) -> T:
             box[0] = error
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], UserError):
+        box[0].said_elsewhere = dist.get_rank() > 0
     if isinstance(box[0], BaseException):
         raise box[0]
     return box[0]  # type: ignore[return-value]
@@ -140,9 +142,17 @@ def sum_over_ranks_(buffer: Tensor) -> Tensor:
     if buffer.is_cuda:
         dist.all_reduce(buffer)
         return buffer
-    parts = [torch.empty_like(buffer) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, buffer)
+    parts = gather_parts(buffer)
     total = parts[0].double()
     for part in parts[1:]:
         total += part.double()
     return buffer.copy_(total)
+
+
+def gather_parts(part: Tensor) -> list[Tensor]:
+    """Every rank's `part`, in the order of ranks, on every rank; all of one shape and contiguous in one buffer."""
+    size = dist.get_world_size()
+    whole = part.new_empty(size * part.shape[0], *part.shape[1:]) if part.dim() else part.new_empty(size)
+    parts = [p.view(part.shape) for p in whole.chunk(size)]
+    dist.all_gather(parts, part.contiguous())
+    return parts

@@ -1,15 +1,15 @@
 """Rotation files that people exchange: ours (safetensors) and the published `R.bin` naming."""
 
-import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_spin.errors import UserError
-from dist_spin.rundir import RunDir, atomic, save_tensors
+from dist_spin.rundir import HEADER, RunDir, atomic, load_tensors, save_tensors
 
 R2_NAME = "model.layers.{}.self_attn.R2"
 
@@ -23,6 +23,15 @@ def save_final(run: RunDir, r1: Tensor, r2: Tensor, metadata: dict[str, str]) ->
     save_tensors(run.rotations / "final.safetensors", {"R1": r1, "R2": r2}, metadata)
 
 
+def _read(path: Path) -> Any:
+    """What a file holds; one that carries our checksum is held to it."""
+    if path.suffix != ".safetensors":
+        return torch.load(path, map_location="cpu", weights_only=True)
+    with safe_open(path, framework="pt") as file:
+        ours = HEADER in (file.metadata() or {})
+    return load_tensors(path)[0] if ours else load_file(path)
+
+
 def load_rotations(path: Path, hidden: int, head_dim: int, layers: int) -> tuple[Tensor, Tensor]:
     """R1 [hidden, hidden] and R2 [layers, head_dim, head_dim], fp64, from a .safetensors file of ours or an `R.bin`.
 
@@ -32,28 +41,28 @@ def load_rotations(path: Path, hidden: int, head_dim: int, layers: int) -> tuple
     if not path.is_file():
         raise UserError(f"rotation file {path} does not exist", "check rotation.load")
     try:
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = _read(path)
+        if not isinstance(tensors, dict):
+            raise TypeError(f"it holds a {type(tensors).__name__}")
         r1 = tensors["R1"]
         r2 = tensors["R2"] if "R2" in tensors else torch.stack([tensors[R2_NAME.format(i)] for i in range(layers)])
         found = sum(name.endswith(".R2") for name in tensors) or len(r2)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError, ValueError) as error:
-        problem = str(error).strip().splitlines()[0][:120]
+        shapes = tuple(r1.shape), tuple(r2.shape)
+    except Exception as error:  # a file of somebody else may hold anything
+        problem = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise UserError(
             f"{path} is not a rotation file for {layers} layers ({problem})", "check rotation.load"
         ) from error
     wanted = (hidden, hidden), (layers, head_dim, head_dim)
-    if (tuple(r1.shape), tuple(r2.shape)) != wanted or found != layers:
+    if shapes != wanted or found != layers:
         raise UserError(
-            f"{path} holds R1 {tuple(r1.shape)} and {found} R2 {tuple(r2.shape[1:])}, "
+            f"{path} holds R1 {shapes[0]} and {found} R2 {shapes[1][1:]}, "
             f"but this model needs R1 {wanted[0]} and {layers} R2 {wanted[1][1:]}",
             "it was made for another model",
         )
-    r1, r2 = r1.double(), r2.double()
+    r1, r2 = r1.detach().double(), r2.detach().double()
     for name, r in (("R1", r1), ("R2", r2)):
-        error = float((r @ r.mT - torch.eye(r.shape[-1], dtype=r.dtype)).abs().max())
-        if not error < 1e-2:
-            raise UserError(f"{path}: {name} is not orthogonal (error {error:.1e})", "check rotation.load")
+        off = float((r @ r.mT - torch.eye(r.shape[-1], dtype=r.dtype)).abs().max())
+        if not off < 1e-2:
+            raise UserError(f"{path}: {name} is not orthogonal (error {off:.1e})", "check rotation.load")
     return r1, r2

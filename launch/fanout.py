@@ -95,16 +95,15 @@ def fan_out(
     try:
         works = prepare_works(config, world)
         with Stopper(executor) as stopper:
-            boundaries = open_tasks(works)
-            if any(task.layers.start for task in boundaries):
-                run_tasks([Task(["--boundaries"], range(0))], executor, works, retries, stopper)
             tasks = open_tasks(works)
+            if any(task.layers.start for task in tasks):
+                run_tasks([Task(["--boundaries"], range(0))], executor, works, retries, stopper)
             run_tasks(tasks, executor, works, retries, stopper)
         if stopper.name:
             say(f"dist-spin: stopped by {stopper.name}; the same command continues")
             return EXIT_INTERRUPTED
-        if left := open_tasks(works):
-            raise UserError(f"layers {left[0].name} are still missing", "see the logs directory of the run")
+        if left := [task.name for task in tasks if finished_count(works, task.layers) < len(works) * len(task.layers)]:
+            raise UserError(f"layers {', '.join(left)} are not all there", "the same command continues")
         for work in works:
             work.stored.remove()
     finally:
@@ -130,7 +129,9 @@ def make_executor(
     if cluster in ("slurm", "submitit-local", "debug"):
         from launch.submitit_array import SubmititExecutor
 
-        return SubmititExecutor(arguments, logs, cluster.removeprefix("submitit-"), workers, scheduler)
+        return SubmititExecutor(
+            arguments, logs, cluster.removeprefix("submitit-"), workers, scheduler, config.distributed.device != "cpu"
+        )
     raise UserError(f"there is no cluster '{cluster}'", "use local, slurm, submitit-local or debug")
 
 

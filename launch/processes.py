@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ class LocalExecutor:
         if gpus and self.slots > len(gpus):
             raise UserError(f"--workers is {self.slots}, but this machine shows {len(gpus)} GPUs", "use at most that")
         # A child of the fork server must not inherit a CUDA context, so with GPUs every job starts afresh.
-        self._context = multiprocessing.get_context("spawn" if gpus else "forkserver")
+        self._context: Any = multiprocessing.get_context("spawn" if gpus else "forkserver")
         if not gpus:
             self._context.set_forkserver_preload(["launch.worker"])
         self._environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[: self.slots]] or [{}] * self.slots
@@ -44,7 +45,8 @@ class LocalExecutor:
         self._logs.mkdir(parents=True, exist_ok=True)
         words = ["quantize", *self._arguments, f"distributed.threads={self._threads}", *task.words]
         log = str(self._logs / f"quantize_{task.name}.log")
-        process = self._context.Process(target=work, args=(words, self._environments[slot], log))
+        process = self._context.Process(target=work, args=(words, log))
+        os.environ.update(self._environments[slot])  # inherited, so that it holds before anything can ask for a GPU
         process.start()
         self._running[slot] = (task, process)
 

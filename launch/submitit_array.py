@@ -18,14 +18,17 @@ from launch.fanout import Task
 from launch.submitted import run_command
 
 POLL_SECONDS = 1.0
-DEFAULTS: dict[str, Any] = {"slurm_time": 240, "slurm_gpus_per_node": 1}  # minutes; override with --slurm
+DEFAULTS: dict[str, Any] = {"slurm_time": 240}  # minutes; override with --slurm
 
 
 class SubmititExecutor:
     """Jobs in a scheduler's hands. What is started between two waits goes out as one array."""
 
-    def __init__(self, arguments: list[str], logs: Path, cluster: str, workers: int, scheduler: list[str]) -> None:
-        """workers: jobs at a time; 0 leaves it to Slurm, and means one for the other executors.
+    def __init__(
+        self, arguments: list[str], logs: Path, cluster: str, workers: int, scheduler: list[str], gpu: bool
+    ) -> None:
+        """workers: jobs at a time; 0 leaves it to Slurm, and means one for the other executors. gpu: whether a Slurm job
+        asks for one unless --slurm gpus_per_node says otherwise.
 
         Raises:
             UserError: a scheduler setting is not `key=value`, or Slurm is not here.
@@ -38,7 +41,11 @@ class SubmititExecutor:
         self.slots = workers or (10**6 if cluster == "slurm" else 1)
         settings: dict[str, Any] = {"name": "dist-spin"}
         if cluster == "slurm":
-            settings |= DEFAULTS | {"slurm_array_parallelism": min(self.slots, 256)}
+            settings |= (
+                DEFAULTS
+                | ({"slurm_gpus_per_node": 1} if gpu else {})
+                | {"slurm_array_parallelism": min(self.slots, 256)}
+            )
             for word in scheduler:
                 key, equals, value = word.partition("=")
                 if not equals:
@@ -56,10 +63,18 @@ class SubmititExecutor:
         self._fresh.append(task)
 
     def wait(self, seconds: float) -> Iterable[tuple[Task, int]]:
-        """Submit what is waiting, then hand over jobs that ended; a job that vanished ends with EXIT_BUG."""
+        """Submit what is waiting, then hand over jobs that ended; a job that vanished ends with EXIT_BUG.
+
+        Raises:
+            UserError: the scheduler does not take them.
+        """
         if self._fresh:
             commands = [["quantize", *self._arguments, *task.words] for task in self._fresh]
-            jobs = self._executor.map_array(run_command, commands)
+            try:
+                jobs = self._executor.map_array(run_command, commands)
+            except FailedJobError as error:
+                problem = (str(error).strip().splitlines() or ["no reason given"])[-1]
+                raise UserError(f"the scheduler refuses the jobs ({problem})", "check sinfo, and --slurm") from error
             self._running += zip(self._fresh, jobs, strict=True)
             self._fresh = []
         ended = [(task, job) for task, job in self._running if job.done()]

@@ -10,6 +10,7 @@ from dist_spin.errors import UserError
 from dist_spin.model.layers import LayerRunner, RotatedWeights
 from dist_spin.model.learning import LearningModel, parameter_source
 from dist_spin.model.loading import ModelFiles, open_model
+from dist_spin.model.recompute import LEVELS
 from dist_spin.model.rotation import Rotations, Sites, folded_rows, initial
 from dist_spin.model.sites import Basis, WideRMSNorm, rotate_quantize
 from dist_spin.numerics.cayley import tangent
@@ -107,9 +108,15 @@ class WeightSide(nn.Module):
         self.r1, self.r2 = nn.Parameter(r1.clone()), nn.Parameter(r2.clone())
 
     def weights(self, i: int) -> dict[str, Tensor]:
-        source, d, prefix = self.files.weights, self.files.shape.head_dim, f"model.layers.{i}."
-        raw = lambda name: source.rows(prefix + name).double()
+        source, prefix = self.files.weights, f"model.layers.{i}."
         out: dict[str, Tensor] = {}
+
+        def raw(name: str) -> Tensor:
+            return source.rows(prefix + name).double()
+
+        def blocks(n: int) -> Tensor:  # R2 once per head
+            return torch.block_diag(*[self.r2[i]] * n)
+
         for role, norm in (
             ("self_attn.q_proj", "input_layernorm"),
             ("self_attn.k_proj", "input_layernorm"),
@@ -121,11 +128,10 @@ class WeightSide(nn.Module):
             if source.has(f"{prefix}{role}.bias"):
                 out[f"{role}.bias"] = raw(f"{role}.bias")
         heads, kv = self.files.shape.heads, self.files.shape.kv_heads
-        block = lambda n: torch.block_diag(*[self.r2[i]] * n)
-        out["self_attn.v_proj.weight"] = block(kv).T @ out["self_attn.v_proj.weight"]
+        out["self_attn.v_proj.weight"] = blocks(kv).T @ out["self_attn.v_proj.weight"]
         if "self_attn.v_proj.bias" in out:
-            out["self_attn.v_proj.bias"] = out["self_attn.v_proj.bias"] @ block(kv)
-        out["self_attn.o_proj.weight"] = self.r1.T @ raw("self_attn.o_proj.weight") @ block(heads)
+            out["self_attn.v_proj.bias"] = out["self_attn.v_proj.bias"] @ blocks(kv)
+        out["self_attn.o_proj.weight"] = self.r1.T @ raw("self_attn.o_proj.weight") @ blocks(heads)
         a, b = self.sites.r4
         out["mlp.down_proj.weight"] = self.r1.T @ raw("mlp.down_proj.weight") @ torch.kron(a, b)
         for role in ("self_attn.o_proj", "mlp.down_proj"):
@@ -134,7 +140,6 @@ class WeightSide(nn.Module):
         for norm in ("self_attn.q_norm", "self_attn.k_norm"):
             if source.has(f"{prefix}{norm}.weight"):
                 out[f"{norm}.weight"] = raw(f"{norm}.weight")
-        del d
         return out
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -149,18 +154,8 @@ class WeightSide(nn.Module):
                 role, kind = name.rsplit(".", 1)
                 deeper = role.endswith(("v_proj", "o_proj", "down_proj"))
                 wrapped[f"{role}.linear.{kind}" if deeper else name] = w
-            hidden = torch.func.functional_call(
-                layer,
-                wrapped,
-                hidden,
-                {
-                    "attention_mask": __import__("dist_spin.model.architecture", fromlist=["x"]).attention_masks(
-                        self.files.config, hidden
-                    )[i],
-                    "position_embeddings": runner._rotary(hidden, torch.arange(ids.shape[1])[None]),
-                    "use_cache": False,
-                },
-            )
+            call = runner.context(i, hidden) | {"use_cache": False}
+            hidden = torch.func.functional_call(layer, wrapped, hidden, call)
         head = (source.rows("lm_head.weight").double() * source.rows("model.norm.weight").double()) @ self.r1
         logits = WideRMSNorm(self.files.config.rms_norm_eps)(hidden) @ head.T
         return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
@@ -199,16 +194,35 @@ def test_site_gradient_is_the_plain_autograd_of_one_quantised_linear():
     assert relative(tangent(tilt.grad), tangent(plain_r.grad @ r.T)) < 1e-9
 
 
-def test_recomputing_activations_changes_no_gradient(tmp_path, ids):
+def test_what_is_recomputed_changes_no_gradient(tmp_path, ids):
     files = open_model(str(write_model("gqa_tied", tmp_path)))
     gradients = []
-    for recompute in (False, True):
+    for level in LEVELS:
         rotations = Rotations(*initial("hadamard", files.shape, 0), CPU, torch.float64, learn=True)
-        learning_model(files, rotations, online_sites(files, 4), torch.float64, recompute=recompute)(
-            ids
-        ).sum().backward()
+        model = learning_model(files, rotations, online_sites(files, 4), torch.float64)
+        model.set_levels([level] * files.shape.layers)
+        model(ids).sum().backward()
         gradients.append(rotations.gradient)
-    assert torch.equal(*gradients)
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[2])
+
+
+@pytest.mark.slow
+def test_one_compiled_graph_serves_all_layers(tmp_path, ids):
+    files = open_model(str(write_model("gqa_tied", tmp_path, layers=12)))
+    gradients = []
+    for compiled in (False, True):
+        rotations = Rotations(*initial("hadamard", files.shape, 0), CPU, torch.float64, learn=True)
+        model = learning_model(files, rotations, online_sites(files, 4), torch.float64, compile=compiled)
+        model.set_levels(["sites"] * 12)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model(ids).sum().backward()
+        gradients.append(rotations.gradient)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert relative(tangent(gradients[1][: 48 * 48].view(48, 48)), tangent(gradients[0][: 48 * 48].view(48, 48))) < 1e-9
 
 
 def test_unknown_architecture_is_refused_by_name(tmp_path):
@@ -218,7 +232,7 @@ def test_unknown_architecture_is_refused_by_name(tmp_path):
 
 
 def test_missing_model_is_one_line_with_a_remedy(tmp_path):
-    with pytest.raises(UserError, match="model.path"):
+    with pytest.raises(UserError, match=r"model\.path"):
         open_model(str(tmp_path / "nowhere" / "model.gguf"))
     (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
     with pytest.raises(UserError, match="safetensors"):

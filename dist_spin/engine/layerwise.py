@@ -4,32 +4,42 @@ Input statistics are shared per site (q, k, v see one input; gate and up one), a
 already quantised (Frantar et al. 2022). Each part of the layer runs once per sequence.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_spin.distributed import World, sum_over_ranks_
+from dist_spin.distributed import World, gather_parts, sum_over_ranks_
 from dist_spin.layer_files import QuantizedLayer
 from dist_spin.model.architecture import ATTENTION_NORM, LAYER_LINEARS, MLP_NORM
 from dist_spin.model.layers import LayerRunner
-from dist_spin.numerics.gptq import GPTQOptions, Hessian, Solution, output_errors, prepare, solve, split_rows
-from dist_spin.numerics.quantizer import dequantize_weight, quantize_weight, weight_scales
+from dist_spin.numerics.gptq import GPTQOptions, Solution, output_errors, prepare, solve, split_rows
+from dist_spin.numerics.hessian import TOKEN_CHUNK, Hessian
+from dist_spin.numerics.quantizer import ROW_TILE, dequantize_weight, quantize_weight, weight_scales
+
+PARTS = ("forward", "hessian", "factor", "solve", "errors")  # what a clock is asked to time
 
 
 class LayerQuantizer:
     """Quantises layers with one set of options.
 
-    hessian_dtype: fp32, or fp64 where results must not depend on how sequences are split over ranks.
+    hessian_dtype: fp32, or fp64 where results must not depend on how sequences are split over ranks. clock: entered
+    around each of `PARTS`, for benchmarks.
     """
 
     def __init__(
-        self, runner: LayerRunner, world: World, method: str, options: GPTQOptions, hessian_dtype: torch.dtype
+        self,
+        runner: LayerRunner,
+        world: World,
+        method: str,
+        options: GPTQOptions,
+        hessian_dtype: torch.dtype,
+        clock: Callable[[str], AbstractContextManager[object]] = lambda part: nullcontext(),
     ) -> None:
         self.runner, self.world, self.method, self.options = runner, world, method, options
-        self.hessian_dtype = hessian_dtype
+        self.hessian_dtype, self.clock = hessian_dtype, clock
 
     @torch.no_grad()
     def quantize(self, index: int, weights: dict[str, Tensor], hidden: list[Tensor]) -> QuantizedLayer:
@@ -46,60 +56,91 @@ class LayerQuantizer:
             self.options.symmetric,
             self.options.group_size,
         )
-        attention, mlp = self._layer.self_attn, self._layer.mlp
+        attention: Any = self._layer.self_attn
+        mlp: Any = self._layer.mlp
         attention_norm, mlp_norm = getattr(self._layer, ATTENTION_NORM), getattr(self._layer, MLP_NORM)
 
         linears = ("q_proj", "k_proj", "v_proj")
-        self._solve([f"self_attn.{n}" for n in linears], lambda: (attention_norm(h) for h in hidden))
+        self._solve([f"self_attn.{n}" for n in linears], (attention_norm(h) for h in hidden))
         output, attention.o_proj = attention.o_proj, attention.o_proj.front
-        inputs = [self._attend(index, attention_norm(h)) for h in hidden]  # what o_proj reads
+        with self.clock("forward"):
+            inputs = [self._attend(index, attention_norm(h)) for h in hidden]  # what o_proj reads
         attention.o_proj = output
-        self._solve(["self_attn.o_proj"], lambda: inputs)
-        for i, x in enumerate(inputs):
-            hidden[i] = hidden[i] + output.linear(x)
-        del inputs
+        self._solve(["self_attn.o_proj"], inputs)
+        self._leave(hidden, inputs, output.linear)
 
-        self._solve(["mlp.gate_proj", "mlp.up_proj"], lambda: (mlp_norm(h) for h in hidden))
+        self._solve(["mlp.gate_proj", "mlp.up_proj"], (mlp_norm(h) for h in hidden))
         down, mlp.down_proj = mlp.down_proj, mlp.down_proj.front
-        inputs = [mlp(mlp_norm(h)) for h in hidden]  # what down_proj reads
+        with self.clock("forward"):
+            inputs = [mlp(mlp_norm(h)) for h in hidden]  # what down_proj reads
         mlp.down_proj = down
-        self._solve(["mlp.down_proj"], lambda: inputs)
-        for i, x in enumerate(inputs):
-            hidden[i] = hidden[i] + down.linear(x)
+        self._solve(["mlp.down_proj"], inputs)
+        self._leave(hidden, inputs, down.linear)
         return self._result
 
-    def _attend(self, index: int, normed: Tensor) -> Tensor:
-        return self._layer.self_attn(hidden_states=normed, **self.runner.context(index, normed))[0]
+    def _leave(self, hidden: list[Tensor], inputs: list[Tensor], linear: nn.Module) -> None:
+        """Add what `linear` makes of its inputs to the residual stream, giving the inputs' memory back one by one."""
+        with self.clock("forward"):
+            for i in reversed(range(len(hidden))):
+                hidden[i] = hidden[i] + linear(inputs.pop())
 
-    def _solve(self, roles: list[str], inputs: Callable[[], Any]) -> None:
+    def _attend(self, index: int, normed: Tensor) -> Tensor:
+        attention: Any = self._layer.self_attn
+        return attention(hidden_states=normed, **self.runner.context(index, normed))[0]
+
+    def _solve(self, roles: list[str], inputs: Iterable[Tensor]) -> None:
         """Quantise the linears of one site and put their dequantised weights into the layer."""
         linears = {role: _linear(self._layer, role) for role in roles}
-        first = next(iter(linears.values())).weight
-        hessian = Hessian(first.shape[1], self.hessian_dtype, first.device)
-        for x in inputs():
-            hessian.add(x)
-        sum_over_ranks_(hessian.total)
-        hessian.count = int(sum_over_ranks_(torch.tensor([float(hessian.count)], dtype=torch.float64)))
-        mean = hessian.mean()
-        factor = prepare(mean, self.options) if self.method == "gptq" else None
-        for role, linear in linears.items():
-            w = linear.weight
-            start, stop = split_rows(len(w), self.world.size)[self.world.rank]
-            rows = w[start:stop]
+        mean = self._mean_hessian(inputs, next(iter(linears.values())).weight)
+        with self.clock("factor"):
+            factor = prepare(mean, self.options) if self.method == "gptq" else None
+        # Rows do not know one another, so all linears of the site are solved as one; tiles belong to one linear each.
+        tiled = [_whole_tiles(linear.weight) for linear in linears.values()]
+        stacked = torch.cat(tiled)
+        start, stop = split_rows(len(stacked), self.world.size)[self.world.rank]
+        rows = stacked[start:stop]
+        with self.clock("solve"):
             mine = self._round(rows) if factor is None else solve(rows, factor, self.options)
-            errors = output_errors(rows, mine, mean, self.options) if len(rows) else mean.new_zeros(3).double()
-            error, rtn_error, size = sum_over_ranks_(errors).tolist()
-            solution = Solution(*(_gather(part, len(w), self.world) for part in mine))
+        damping = factor.damping if factor is not None else 0.0
+        del factor
+        with self.clock("errors"):
+            errors = output_errors(rows, mine, mean, self.options)  # [rows, 3]
+        whole = Solution(*(_gather(part, len(stacked), self.world) for part in mine))
+        errors = _gather(errors, len(stacked), self.world)
+        first = 0
+        for (role, linear), tiles in zip(linears.items(), tiled, strict=True):
+            span = slice(first, first + len(linear.weight))
+            first += len(tiles)
+            solution = Solution(*(part[span] for part in whole))
+            error, rtn_error, size = errors[span].sum(0).tolist()
             self._result.solutions[role] = solution
             self._result.figures[role] = {
-                "error": error / size,
-                "rtn_error": rtn_error / size,
-                "damping": factor.damping if factor is not None else 0.0,
+                "error": error / size if size else 0.0,
+                "rtn_error": rtn_error / size if size else 0.0,
+                "damping": damping,
             }
-            linear.weight = nn.Parameter(
-                dequantize_weight(solution.codes, solution.scale, solution.zero, self.options.group_size, w.dtype),
-                False,
-            )
+            dtype = linear.weight.dtype
+            linear.weight = nn.Parameter(dequantize_weight(*solution, self.options.group_size, dtype), False)
+
+    def _mean_hessian(self, inputs: Iterable[Tensor], weight: Tensor) -> Tensor:
+        """H over the sequences of all ranks, [in, in]."""
+        hessian = Hessian(weight.shape[1], self.hessian_dtype, weight.device)
+        for x in _joined(self._timed(inputs), TOKEN_CHUNK if weight.is_cuda else 1):
+            with self.clock("hessian"):
+                hessian.add(x)
+        sum_over_ranks_(hessian.total)
+        hessian.count = int(sum_over_ranks_(torch.tensor([float(hessian.count)], dtype=torch.float64)))
+        with self.clock("hessian"):
+            return hessian.mean()
+
+    def _timed(self, inputs: Iterable[Tensor]) -> Iterator[Tensor]:
+        source = iter(inputs)
+        while True:
+            with self.clock("forward"):
+                x = next(source, None)
+            if x is None:
+                return
+            yield x
 
     def _round(self, rows: Tensor) -> Solution:
         o = self.options
@@ -110,7 +151,24 @@ class LayerQuantizer:
 
 def _linear(layer: nn.Module, role: str) -> nn.Linear:
     module = layer.get_submodule(role)
-    return getattr(module, "linear", module)
+    return cast(nn.Linear, getattr(module, "linear", module))
+
+
+def _whole_tiles(weight: Tensor) -> Tensor:
+    """weight [rows, in] with rows of zeros up to a multiple of ROW_TILE."""
+    return nn.functional.pad(weight, (0, 0, 0, -len(weight) % ROW_TILE))
+
+
+def _joined(inputs: Iterator[Tensor], tokens: int) -> Iterator[Tensor]:
+    """Sequences [1, T, h] put together until there are `tokens` of them: large products keep a GPU busy."""
+    waiting: list[Tensor] = []
+    for x in inputs:
+        waiting.append(x)
+        if sum(w.shape[1] for w in waiting) >= tokens:
+            yield torch.cat(waiting)
+            waiting = []
+    if waiting:
+        yield torch.cat(waiting)
 
 
 def _gather(part: Tensor, rows: int, world: World) -> Tensor:
@@ -121,6 +179,5 @@ def _gather(part: Tensor, rows: int, world: World) -> Tensor:
     longest = max(stop - start for start, stop in spans)
     padded = part.new_zeros(longest, *part.shape[1:])
     padded[: len(part)] = part
-    every = part.new_empty(world.size * longest, *part.shape[1:])
-    dist.all_gather_into_tensor(every, padded)
-    return torch.cat([every[r * longest : r * longest + stop - start] for r, (start, stop) in enumerate(spans)])
+    parts = gather_parts(padded)
+    return torch.cat([part[: stop - start] for part, (start, stop) in zip(parts, spans, strict=True)])

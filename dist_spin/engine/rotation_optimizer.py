@@ -6,9 +6,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_spin.distributed import World, sum_over_ranks_
+from dist_spin.distributed import World, gather_parts, sum_over_ranks_
 from dist_spin.model.rotation import Rotations
-from dist_spin.numerics.cayley import newton_schulz, orthogonality_error, retract_rows, step_size, tangent
+from dist_spin.numerics.cayley import (
+    bounded,
+    column_sums,
+    newton_schulz,
+    orthogonality_error,
+    retract_rows,
+    step_size,
+    tangent,
+)
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.95), 1e-12
 
@@ -68,14 +76,14 @@ class RotationOptimizer:
             if self.kind == "cayley_adam":
                 alpha: Tensor | float = lr / math.sqrt(x.shape[-1])
             else:
-                alpha = step_size(x, direction, lr)
+                alpha = shared_step_size(x, direction, lr, self.world)
                 figures[f"alpha_r{name}"] = float(alpha.mean())
             figures[f"turn_r{name}"] = float((direction * alpha).norm()) / math.sqrt(x.numel() / x.shape[-1])
             moved = gather_rows(x, direction, alpha, self.world)
-            if self.reproject_every and self.step_count % self.reproject_every == 0:
+            if self.step_count % self.reproject_every == 0:  # measured where it is about to be removed: at its largest
+                figures[f"orthogonality_r{name}"] = float(orthogonality_error(moved))
                 moved = newton_schulz(moved)
             x.copy_(moved)
-            figures[f"orthogonality_r{name}"] = float(orthogonality_error(x))
         self.rotations.gradient.zero_()
         self.rotations.refresh()
         return figures
@@ -108,6 +116,18 @@ class RotationOptimizer:
         self.rotations.refresh()
 
 
+def shared_step_size(x: Tensor, direction: Tensor, lr: float, world: World) -> Tensor:
+    """`step_size`, the columns of a single matrix shared out over ranks; a stack of small ones is computed everywhere."""
+    if x.dim() == 3 or world.size == 1:
+        return step_size(x, direction, lr)
+    share = -(-len(x) // world.size)
+    columns = slice(min(world.rank * share, len(x)), min((world.rank + 1) * share, len(x)))
+    sums = column_sums(x, direction, columns)
+    largest = torch.zeros(1, dtype=x.dtype, device=x.device) if not sums.numel() else sums.amax(-1)[None]
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return bounded(largest[0], lr)
+
+
 def gather_rows(x: Tensor, direction: Tensor, alpha: Tensor | float, world: World) -> Tensor:
     """The next rotation: each rank retracts its own share and all shares are gathered, so every rank holds the same bits.
 
@@ -125,6 +145,4 @@ def gather_rows(x: Tensor, direction: Tensor, alpha: Tensor | float, world: Worl
         return mine
     padded = x.new_zeros(share, *x.shape[1:])
     padded[: len(mine)] = mine
-    out = x.new_empty(world.size * share, *x.shape[1:])
-    dist.all_gather_into_tensor(out, padded)
-    return out[:whole]
+    return torch.cat(gather_parts(padded))[:whole]

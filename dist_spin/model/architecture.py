@@ -84,9 +84,10 @@ def layer_name(index: int) -> str:
     return f"model.layers.{index}"
 
 
-def skeleton(config: Any) -> nn.Module:
+def skeleton(config: Any) -> Any:
     """The family's own causal language model on the meta device, untied, with our attention function selected.
 
+    An nn.Module, typed as Any because its attributes are the family's own.
     Weights, norms and buffers hold no numbers yet; `config` is copied, not changed.
     """
     config = copy.deepcopy(config)
@@ -98,7 +99,7 @@ def skeleton(config: Any) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def rotary(model: nn.Module, device: torch.device) -> nn.Module:
+def rotary(model: Any, device: torch.device) -> nn.Module:
     """The model's rotary embedding with its frequencies, which no checkpoint stores, computed on `device`."""
     with torch.device(device):
         return type(model.model.rotary_emb)(config=model.config)

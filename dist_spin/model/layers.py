@@ -40,7 +40,7 @@ class LayerRunner:
 
     def build(self, index: int, weights: dict[str, Tensor], sites: Sites | None = None) -> nn.Module:
         """Decoder layer `index` with `weights` (names within the layer, any dtype) and its sites (default: the runner's)."""
-        layer = copy.deepcopy(self.base.model.layers[index])
+        layer: nn.Module = copy.deepcopy(self.base.model.layers[index])
         layer.load_state_dict({k: w.to(self.device, self.dtype) for k, w in weights.items()}, strict=False, assign=True)
         widen_norms(layer, self.rotated)
         missing = [name for name, p in layer.named_parameters() if p.is_meta]

@@ -1,11 +1,11 @@
 """The fake-quantised network that rotations are learned on: transformers' own layers, embedding to loss, weights frozen."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from dist_spin.model import recompute
 from dist_spin.model.architecture import Shape, attention_masks, rotary, skeleton
 from dist_spin.model.loss import cross_entropy
 from dist_spin.model.rotation import Rotations, Sites, attach, widen_norms
@@ -13,18 +13,16 @@ from dist_spin.model.sites import WideRMSNorm
 
 
 class LearningLayer(nn.Module):
-    """One decoder layer with its sites, its activations recomputed in the backward pass unless `recompute` is off."""
+    """One decoder layer with its sites. level: what it keeps for the backward pass (`recompute.LEVELS`)."""
 
-    def __init__(self, layer: nn.Module, recompute: bool, compile: bool) -> None:
+    def __init__(self, layer: nn.Module, compile: bool) -> None:
         super().__init__()
-        self.layer, self.recompute = layer, recompute
+        self.layer, self.level = layer, "layer"
         self._run = torch.compile(self._forward) if compile else self._forward
 
     def _forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         call: dict[str, Any] = {"attention_mask": mask, "position_embeddings": (cos, sin), "use_cache": False}
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.layer, hidden, use_reentrant=False, preserve_rng_state=False, **call)
-        return self.layer(hidden, **call)
+        return recompute.run(self.layer, self.level, hidden, **call)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         """hidden [batch, T, h] to the same."""
@@ -34,7 +32,7 @@ class LearningLayer(nn.Module):
 class LossHead(nn.Module):
     """Final norm (its gain folded into the head), lm_head and the loss."""
 
-    def __init__(self, eps: float, lm_head: nn.Module) -> None:
+    def __init__(self, eps: float, lm_head: nn.Linear) -> None:
         super().__init__()
         self.norm, self.lm_head = WideRMSNorm(eps), lm_head
 
@@ -59,7 +57,6 @@ class LearningModel(nn.Module):
         *,
         device: torch.device,
         dtype: torch.dtype,
-        recompute: bool = True,
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -71,7 +68,7 @@ class LearningModel(nn.Module):
             widen_norms(layer, folded=True)
             attach(layer, shape, sites, rotations.basis1, rotations.basis2[i])
         self.embed = base.model.embed_tokens
-        self.layers = nn.ModuleList([LearningLayer(layer, recompute, compile) for layer in base.model.layers])
+        self.layers = nn.ModuleList([LearningLayer(layer, compile) for layer in base.model.layers])
         self.head = LossHead(base.config.rms_norm_eps, base.lm_head)
         # In a tuple, because rotary frequencies are no parameters and must not be sharded or cast.
         self._rotary = (rotary(base, device),)
@@ -80,10 +77,17 @@ class LearningModel(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [batch, T] to the mean next-token cross entropy of each sequence, fp32 [batch]."""
         hidden = self.embed(ids)
+        if torch.is_grad_enabled():
+            hidden.requires_grad_()  # as every later layer's input does, so that all layers share one compiled graph
         cos, sin = self._position_embeddings(hidden)
         for layer, mask in zip(self.layers, attention_masks(self.config, hidden), strict=True):
             hidden = layer(hidden, cos, sin, mask)
         return self.head(hidden, ids)
+
+    def set_levels(self, levels: list[str]) -> None:
+        """What each layer keeps for the backward pass (`recompute.LEVELS`)."""
+        for layer, level in zip(self.layers, levels, strict=True):
+            cast(LearningLayer, layer).level = level
 
     def _position_embeddings(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         T = hidden.shape[1]

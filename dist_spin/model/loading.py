@@ -178,6 +178,8 @@ def open_model(
         directory = _converted_gguf(Path(path), dtype, cache or Path.home() / ".cache" / "dist_spin")
     elif Path(path).expanduser().is_dir():
         directory = Path(path).expanduser()
+    elif path.startswith(("/", ".", "~")):
+        raise UserError(f"model directory {path} does not exist", "check model.path")
     else:
         directory = _downloaded(path, revision, config_only=dummy)
     config = _read_config(directory, trust_remote_code)

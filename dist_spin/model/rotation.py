@@ -7,6 +7,7 @@ input of down_proj. All weight arithmetic here is fp64.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,11 +117,12 @@ def attach(layer: nn.Module, shape: Shape, sites: Sites, r1: Basis | None = None
     With `r1`, `r2`: for learning, on folded but unrotated weights. Without: on merged (or never rotated) weights.
     `sites` must lie on the layer's device in its dtype (`Sites.to`).
     """
-    attention, mlp = layer.self_attn, layer.mlp
+    attention: Any = layer.self_attn
+    mlp: Any = layer.mlp
     for name in (ATTENTION_NORM, MLP_NORM):
         setattr(layer, name, NormSite(getattr(layer, name), sites.a, r1))
     attention.v_proj = ValueSite(attention.v_proj, sites.v, shape.head_dim, r2)
-    attention.o_proj = FrontedLinear(OutputFront(sites.o, shape.head_dim, r2), attention.o_proj)
+    attention.o_proj = FrontedLinear(OutputFront(sites.o, shape.head_dim, r2), attention.o_proj, keep=r2 is not None)
     mlp.down_proj = FrontedLinear(DownFront(sites.a, sites.r4), mlp.down_proj)
     attention.key_site = KeySite(sites.k, sites.r3)
 

@@ -32,6 +32,27 @@ class Basis:
         self.value, self.tilt = value, tilt
 
 
+@torch.library.custom_op("dist_spin::kept_matmul", mutates_args=())
+def kept_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a [..., k] @ b [k, n]: a matmul of its own name, so that recomputation can keep its result (model/recompute.py)."""
+    return a @ b
+
+
+@kept_matmul.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(*a.shape[:-1], b.shape[-1])
+
+
+def _kept_backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    (b,) = ctx.saved_tensors
+    return g @ b.T, None  # b is a frozen weight
+
+
+kept_matmul.register_autograd(
+    _kept_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1])
+)
+
+
 def _matmul_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b for 2-D operands with the result in `dtype`, without rounding the sum to the operands' dtype on the way."""
     if a.dtype == dtype:
@@ -53,7 +74,7 @@ class _RotateQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tilt: Tensor, rotation: Tensor, spec: QuantSpec) -> Tensor:
         y = fake_quantize(x @ rotation, spec)
-        x_hat = y @ rotation.T
+        x_hat = kept_matmul(y, rotation.T)
         ctx.save_for_backward(x, x_hat)
         ctx.tilt_dtype = tilt.dtype
         return x_hat
@@ -79,6 +100,8 @@ def rotate_quantize(x: Tensor, basis: Basis, spec: QuantSpec) -> Tensor:
 
 class WideRMSNorm(nn.Module):
     """RMSNorm in max(fp32, input dtype), as fp64 checks need (transformers' always drops to fp32), with or without a gain."""
+
+    weight: nn.Parameter | None
 
     def __init__(self, eps: float, weight: nn.Parameter | None = None) -> None:
         super().__init__()
@@ -149,15 +172,22 @@ class DownFront(nn.Module):
 
 
 class FrontedLinear(nn.Module):
-    """A linear behind the site that prepares its input; apart, so that calibration can read what lies between them."""
+    """A linear behind the site that prepares its input; apart, so that calibration can read what lies between them.
 
-    def __init__(self, front: nn.Module, linear: nn.Module) -> None:
+    keep: let recomputation keep the result, for a linear whose result others are computed from (o_proj's feeds the residual).
+    """
+
+    def __init__(self, front: nn.Module, linear: nn.Linear, keep: bool = False) -> None:
         super().__init__()
-        self.front, self.linear = front, linear
+        self.front, self.linear, self.keep = front, linear, keep
 
     def forward(self, x: Tensor) -> Tensor:
         """The linear of the prepared input."""
-        return self.linear(self.front(x))
+        x = self.front(x)
+        if not self.keep:
+            return self.linear(x)
+        y = kept_matmul(x, self.linear.weight.T)
+        return y if self.linear.bias is None else y + self.linear.bias
 
 
 class KeySite(nn.Module):

@@ -2,7 +2,8 @@
 
 The state is X [..., n, n] with orthonormal rows. Gradients live in the coordinates Omega of X(Omega) = (I + Omega) X: for a
 Euclidean gradient G of X that is G X^T, and its skew part A is all that moves X along the manifold. The published step,
-    W = skew part of (-G^T X),  alpha = min(lr, 1 / ||W||_1),  Y_0 = X^T + alpha W X^T,  Y <- X^T + (alpha/2) W (X^T + Y),  X <- Y^T,
+    W = skew part of (-G^T X),  alpha = min(lr, 1 / ||W||_1),
+    Y_0 = X^T + alpha W X^T,  Y <- X^T + (alpha/2) W (X^T + Y),  X <- Y^T,
 becomes in these coordinates (W = X^T A X, Y = X^T Z)
     Z_0 = I + alpha A,  Z <- I + (alpha/2) A (I + Z),  X <- Z^T X,
 whose columns of Z, and so rows of the new X, do not interact: each rank can compute its own.
@@ -28,7 +29,16 @@ def step_size(x: Tensor, direction: Tensor, lr: float) -> Tensor:
     Returns:
         alpha [..., 1, 1]; lr where the direction is zero.
     """
-    norm = (x.mT @ (direction @ x)).abs().sum(-2).amax(-1)
+    return bounded(column_sums(x, direction, slice(None)).amax(-1), lr)
+
+
+def column_sums(x: Tensor, direction: Tensor, columns: slice) -> Tensor:
+    """Column sums of magnitudes of X^T A X, for some of its columns: [..., columns]."""
+    return (x.mT @ (direction @ x[..., columns])).abs().sum(-2)
+
+
+def bounded(norm: Tensor, lr: float) -> Tensor:
+    """min(lr, 1 / norm) for norms [...], as [..., 1, 1]; lr where the norm is zero."""
     return torch.where(norm > 0, (1 / norm).clamp(max=lr), lr)[..., None, None]
 
 

@@ -4,9 +4,11 @@ For a linear y = W x with W [out, in] and H = (2/n) Σ x xᵀ, the loss of a rou
 W sees the same H, so one `prepare` (the Cholesky part) serves all linears with the same input, and `solve` may be given
 any rows. Rows are worked on in tiles of `ROW_TILE`, every operation either elementwise or on exactly one tile: rows
 split at multiples of it (`split_rows`) give the codes of the whole matrix bit for bit, on the same kind of device with
-the same number of threads. Keep TF32 off (torch's default) for fp32 Hessians and solves.
+the same number of threads. Products are IEEE fp32 (or fp64) whatever the process has set for its other matmuls.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -19,11 +21,13 @@ from dist_spin.numerics.quantizer import (
     code_dtype,
     code_range,
     dequantize_weight,
+    fused_kernels,
     quantize_weight,
     weight_scales,
 )
 
-TOKEN_CHUNK = 4096  # tokens per product when a Hessian is summed
+GPU_TILES = 8  # tiles in one batched product; the last batch is filled up, so that the same kernel does every batch
+ERROR_PANEL = 4096  # columns of a Hessian multiplied at once where errors are measured
 FIRST_RETRY_DAMPING = 1e-6  # where retries start when percdamp is smaller
 MAX_DAMPING = 10.0  # a positive semidefinite matrix never needs this much
 
@@ -54,50 +58,6 @@ class GPTQOptions:
             raise ValueError(f"percdamp must be 0 to {MAX_DAMPING:g}, not {self.percdamp}")
         if self.block_size < 1:
             raise ValueError(f"block_size must be positive, not {self.block_size}")
-
-
-class Hessian:
-    """Sum of x xᵀ over tokens. `total` [in, in] and `count` are raw, so partial sums of several ranks add up.
-
-    The order of summation is fixed by the order of `add` calls alone. `dtype` is fp32, or fp64 for exact comparisons.
-    """
-
-    def __init__(
-        self, features: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
-    ) -> None:
-        self.total = torch.zeros(features, features, dtype=dtype, device=device)
-        self.count = 0  # tokens
-
-    @torch.no_grad()
-    def add(self, x: Tensor) -> None:
-        """Add the tokens of x [..., in]. bf16 and fp16 products are exact in fp32: nothing is rounded to half.
-
-        Raises ValueError when the last dimension of x is not `features`.
-        """
-        features = len(self.total)
-        if x.shape[-1] != features:
-            raise ValueError(f"inputs have {x.shape[-1]} features, the Hessian {features}")
-        tokens = x.reshape(-1, features)
-        half = x.dtype in (torch.bfloat16, torch.float16)
-        on_tensor_cores = half and x.is_cuda and self.total.dtype == torch.float32
-        for chunk in tokens.split(TOKEN_CHUNK):
-            if on_tensor_cores:
-                self.total += torch.mm(chunk.T, chunk, out_dtype=torch.float32)
-            else:
-                chunk = chunk.to(self.total.dtype)
-                self.total.addmm_(chunk.T, chunk)
-        self.count += tokens.shape[0]
-
-    def merge(self, other: "Hessian") -> None:
-        """Add the partial sum of other tokens."""
-        self.total += other.total
-        self.count += other.count
-
-    def mean(self) -> Tensor:
-        """H = (2/n) Σ x xᵀ, [in, in]. Raises ValueError when no token was added."""
-        if not self.count:
-            raise ValueError("the Hessian holds no tokens")
-        return self.total * (2 / self.count)
 
 
 class Factor(NamedTuple):
@@ -139,7 +99,7 @@ def gptq_quantize(w: Tensor, hessian: Tensor, options: GPTQOptions) -> GPTQResul
     """
     factor = prepare(hessian, options)
     solution = solve(w, factor, options)
-    gptq, rtn, reference = output_errors(w, solution, hessian, options).tolist()
+    gptq, rtn, reference = output_errors(w, solution, hessian, options).sum(0).tolist()
     if reference == 0:  # a zero weight, or one that only meets dead inputs, is reproduced exactly
         return GPTQResult(*solution, error=0.0, damping=factor.damping, rtn_error=0.0)
     return GPTQResult(*solution, error=gptq / reference, damping=factor.damping, rtn_error=rtn / reference)
@@ -162,33 +122,49 @@ def prepare(hessian: Tensor, options: GPTQOptions) -> Factor:
         raise ValueError("the Hessian is all zero: the layer saw no input during calibration")
     mean = diagonal.sum() / (~dead).sum()
     order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order else None
-    base = hessian.clone() if order is None else hessian[order][:, order]
-    base.diagonal().add_((dead if order is None else dead[order]).to(base.dtype))
-
     damping = options.percdamp
-    while (feedback := _feedback(base, damping * mean)) is None:
-        damping = max(10 * damping, FIRST_RETRY_DAMPING)
-        if damping > MAX_DAMPING:
-            raise ValueError(f"the Hessian is not positive definite even with {MAX_DAMPING:g} times its mean diagonal")
+    with exact_products():
+        while (feedback := _feedback(hessian, order, dead + damping * mean)) is None:
+            damping = max(10 * damping, FIRST_RETRY_DAMPING)
+            if damping > MAX_DAMPING:
+                raise ValueError(
+                    f"the Hessian is not positive definite even with {MAX_DAMPING:g} times its mean diagonal"
+                )
     return Factor(feedback, order, dead, damping)
 
 
-def _feedback(hessian: Tensor, damping: Tensor) -> Tensor | None:
-    """Unit upper triangular factor of the damped Hessian's inverse, or None where it is not positive definite.
+def _feedback(hessian: Tensor, order: Tensor | None, added: Tensor) -> Tensor | None:
+    """Unit upper triangular factor of a damped Hessian's inverse, or None where it is not positive definite.
 
-    Reversing rows and columns turns a lower Cholesky factor into an upper one, H = R Rᵀ, so that U = R⁻¹ satisfies
-    Uᵀ U = H⁻¹ without ever forming the inverse.
+    hessian: [in, in], left alone; order: as in `Factor`; added: [in], what damping adds to the diagonal. Reversing rows
+    and columns turns a lower Cholesky factor into an upper one, H = R Rᵀ, so that U = R⁻¹ satisfies Uᵀ U = H⁻¹ without
+    ever forming the inverse. No more than three matrices of this size are held beside the Hessian.
     """
-    reversed_hessian = hessian.flip(0, 1)
-    reversed_hessian.diagonal().add_(damping)
-    lower, info = torch.linalg.cholesky_ex(reversed_hessian)
+    backwards = torch.arange(len(hessian), device=hessian.device).flip(0) if order is None else order.flip(0)
+    damped = hessian.flip(0, 1) if order is None else hessian[backwards][:, backwards]
+    damped.diagonal().add_(added[backwards])
+    lower, info = torch.linalg.cholesky_ex(damped)
+    del damped
     if info.any():
         return None
     upper = lower.flip(0, 1)  # R
-    identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    del lower
     # Row j of U is divided by U[j, j] = 1 / R[j, j]; that is the inverse of R with columns scaled to unit diagonal.
-    feedback = torch.linalg.solve_triangular(upper / upper.diagonal(), identity, upper=True, unitriangular=True)
+    upper /= upper.diagonal().clone()
+    identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    feedback = torch.linalg.solve_triangular(upper, identity, upper=True, unitriangular=True)
     return feedback if torch.isfinite(feedback).all() else None
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """fp32 products in full precision, as a factorisation needs, whatever the process chose for its model."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @torch.no_grad()
@@ -208,12 +184,14 @@ def solve(w: Tensor, factor: Factor, options: GPTQOptions) -> Solution:
     if not torch.isfinite(w).all():
         raise ValueError("the weight holds NaN or infinity")
     live = torch.where(factor.dead, 0, w.to(factor.feedback.dtype))
-    live = torch.nn.functional.pad(live, (0, 0, 0, -rows % ROW_TILE))
+    batch = ROW_TILE * GPU_TILES if w.is_cuda else ROW_TILE
+    live = torch.nn.functional.pad(live, (0, 0, 0, -rows % batch))
     if factor.order is None and group_size < columns:
         grid = None
     else:
         grid = weight_scales(live, options.bits, options.symmetric, options.group_size, options.mse_clip)
-    codes, scale, zero = _solve_tiles(live, grid, group_size, factor, options)
+    with exact_products():
+        codes, scale, zero = _solve_tiles(live, grid, group_size, factor, options)
     return Solution(codes[:rows], scale[:rows], zero[:rows])
 
 
@@ -260,18 +238,15 @@ def _solve_tiles(
             scale[:, first // span], zero[:, first // span] = fitted
         for start in range(first, first + span, options.block_size):
             stop = min(start + options.block_size, first + span)
-            groups = group_of[start:stop]
-            block_codes, residual = _solve_block(
+            codes[:, start:stop], residual = _solve_block(
                 tiles[:, start:stop],
                 factor.feedback[start:stop, start:stop],
-                scale.index_select(1, groups),
-                zero.index_select(1, groups),
-                *code_range(options.bits, options.symmetric),
+                scale,
+                zero,
+                group_of[start:stop],
+                options,
             )
-            codes[:, start:stop] = block_codes
-            feedback = factor.feedback[start:stop, stop:].T  # [rest, B]
-            for tile, error in zip(tiles, residual, strict=True):  # one product per tile: its rounding knows no others
-                tile[stop:].addmm_(feedback, error, alpha=-1)
+            _feed_back(tiles[:, stop:], factor.feedback[start:stop, stop:].T, residual)
 
     solved = _untiled(codes)
     if factor.order is not None:
@@ -285,15 +260,35 @@ def _fit_group(tiles: Tensor, options: GPTQOptions) -> tuple[Tensor, Tensor]:
     return scale.view(-1, ROW_TILE), zero.view(-1, ROW_TILE)
 
 
+def _feed_back(tiles: Tensor, feedback: Tensor, residual: Tensor) -> None:
+    """Subtract a block's errors from the columns after it: tiles [T, rest, R] -= feedback [rest, B] @ residual [T, B, R].
+
+    Every tile meets a product of one shape, whichever tiles come with it, so its rounding knows no others.
+    """
+    if not tiles.is_cuda:
+        for tile, error in zip(tiles, residual, strict=True):
+            tile.addmm_(feedback, error, alpha=-1)
+        return
+    if not tiles.numel():
+        return
+    shared = feedback.expand(GPU_TILES, -1, -1)
+    for some, errors in zip(tiles.split(GPU_TILES), residual.split(GPU_TILES), strict=True):
+        some.baddbmm_(shared, errors, alpha=-1)
+
+
 def _solve_block(
-    w: Tensor, feedback: Tensor, scale: Tensor, zero: Tensor, lowest: int, highest: int
+    w: Tensor, feedback: Tensor, scale: Tensor, zero: Tensor, groups: Tensor, options: GPTQOptions
 ) -> tuple[Tensor, Tensor]:
     """Round the columns of one block in turn, each error fed to the block's later columns.
 
-    w: [T, B, R], overwritten; feedback: [B, B], unit upper triangular; scale, zero: [T, B, R]. Returns codes (as
-    floats) and residuals w - q at the time of rounding, both [T, B, R]. Elementwise in T and R: a fused kernel with the
-    same arguments may take its place.
+    w: [T, B, R], overwritten; feedback: [B, B], unit upper triangular; scale, zero: [T, n, R]; groups: [B], which of the
+    n each column uses. Returns codes and residuals w - q at the time of rounding, both [T, B, R]. Elementwise in T, R.
     """
+    lowest, highest = code_range(options.bits, options.symmetric)
+    if (kernels := fused_kernels(w)) is not None:
+        codes = torch.empty(w.shape, dtype=code_dtype(options.bits, options.symmetric), device=w.device)
+        return codes, kernels.solve_block(w, feedback, scale, zero, groups, codes, lowest, highest)
+    scale, zero = scale.index_select(1, groups), zero.index_select(1, groups)  # [T, B, R]
     low, high = lowest - zero, highest - zero  # bounds of round(w / scale), which saves adding zero in the loop
     steps, residual = torch.empty_like(scale), torch.empty_like(scale)
     for j in range(w.shape[1]):
@@ -307,15 +302,20 @@ def _solve_block(
 
 @torch.no_grad()
 def output_errors(w: Tensor, solution: Solution, hessian: Tensor, options: GPTQOptions) -> Tensor:
-    """[tr(E H Eᵀ) of the solution, the same of RTN on its scales, tr(W H Wᵀ)] for rows w [rows, in]; fp64 [3].
+    """Of each row of w [rows, in]: e H eᵀ of the solution, the same of RTN on its scales, w H wᵀ; fp64 [rows, 3].
 
-    The three add up over disjoint rows, so that ranks can reduce them before dividing.
+    Sums over rows are tr(E H Eᵀ) and so on. H is symmetric, so only its upper block triangle is multiplied.
     """
     codes, scale, zero = solution
     w = w.to(hessian.dtype)
     nearest = quantize_weight(w, scale, zero, options.bits, options.symmetric, options.group_size)
-    sums = []
-    for q in (codes, nearest, None):
-        error = w if q is None else w - dequantize_weight(q, scale, zero, options.group_size, w.dtype)
-        sums.append((error @ hessian).mul_(error).sum(dtype=torch.float64))
-    return torch.stack(sums)
+    figures = torch.zeros(len(w), 3, dtype=torch.float64, device=w.device)
+    with exact_products():
+        for q, figure in zip((codes, nearest, None), figures.unbind(1), strict=True):
+            error = w if q is None else w - dequantize_weight(q, scale, zero, options.group_size, w.dtype)
+            for start in range(0, len(hessian), ERROR_PANEL):
+                stop = min(start + ERROR_PANEL, len(hessian))
+                product = error[:, start:stop] @ hessian[start:stop, start:]
+                product[:, stop - start :] *= 2
+                figure += product.mul_(error[:, start:]).sum(1, dtype=torch.float64)
+    return figures

@@ -5,6 +5,10 @@ One grid serves both. A value x becomes the code `clamp(round(x / scale) + zero,
 0 … 2^b-1. Rounding is half to even. Arithmetic is fp32, or fp64 when the input is fp64.
 """
 
+import functools
+import importlib.util
+import os
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +21,22 @@ CLIP_NORM = 2.4  # exponent of the clip search's error (SpinQuant release; betwe
 CLIP_PERCENTAGES = (100, 20, -1)  # of the range, as arguments of `arange`: 1.00 down to 0.21
 CPU_SEARCH_ELEMENTS = 2**16  # clip factors are tried together while their errors stay below this: they fit the cache
 GPU_SEARCH_ELEMENTS = 2**25  # the same, where few launches count for more
+
+
+@functools.cache
+def _triton_works() -> bool:
+    """Whether Triton is installed, and a C compiler, with which it builds its launchers."""
+    compilers = (os.environ.get("CC", ""), "gcc", "clang")
+    return importlib.util.find_spec("triton") is not None and any(shutil.which(name) for name in compilers if name)
+
+
+def fused_kernels(x: Tensor) -> Any | None:
+    """The module of fused kernels where it serves tensors like x (fp32 on CUDA where Triton works); None elsewhere."""
+    if not x.is_cuda or x.dtype != torch.float32 or not _triton_works():
+        return None
+    from dist_spin.numerics import triton_kernels
+
+    return triton_kernels
 
 
 @dataclass(frozen=True)
@@ -151,6 +171,13 @@ def weight_scales(
     low, high = _range(groups)
     if not mse_clip:
         return _scale_and_zero(low, high, bits, symmetric)
+    if (kernels := fused_kernels(low)) is not None:
+        bounds = code_range(bits, symmetric)
+        searched = range(CLIP_PERCENTAGES[0], CLIP_PERCENTAGES[1])
+        found: tuple[Tensor, Tensor] = kernels.search_clip(
+            w.to(low.dtype), groups.shape[-1], *bounds, symmetric, CLIP_NORM, searched
+        )
+        return found
     # On a CPU the last elements of a loop take the scalar `pow`, whose last bit differs from the vector one's: equal
     # chunks keep a row's result the same whichever rows come with it, and fit the cache. A GPU has one `pow`.
     rows = ROW_TILE if w.device.type == "cpu" else max(1, w.shape[0])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_spin.config import RunConfig
-from dist_spin.distributed import World, on_leader
+from dist_spin.distributed import World, on_leader, together
 from dist_spin.environment import environment
 from dist_spin.errors import UserError
 from dist_spin.lock import stage_lock
@@ -65,8 +65,11 @@ def open_configured_model(config: RunConfig) -> ModelFiles:
             trust_remote_code=config.model.trust_remote_code,
         )
 
-    on_leader(lambda: find() and None)
-    return find()
+    files: list[ModelFiles] = []
+    on_leader(lambda: files.append(find()))  # not returned: open files do not travel
+    # The others only after it is there; one of them may be on a host that does not see the path.
+    together(lambda: None if files else files.append(find()))
+    return files[0]
 
 
 def hadamard_factors(size: int, block: int, setting: str) -> tuple[Tensor, ...]:
@@ -100,10 +103,9 @@ def sites_for(config: RunConfig, shape: Shape, *, rotated: bool = True) -> Sites
             )
 
     def spec(which: str, default_group: int) -> QuantSpec:
-        bits, symmetric, clip, group = (
-            getattr(q, f"{which}_{part}", 0) for part in ("bits", "symmetric", "clip_ratio", "group_size")
-        )
-        return QuantSpec(bits, symmetric, group or default_group, clip)
+        values = vars(q)
+        group = values.get(f"{which}_group_size") or default_group
+        return QuantSpec(values[f"{which}_bits"], values[f"{which}_symmetric"], group, values[f"{which}_clip_ratio"])
 
     online = config.rotation.online and rotated
     return Sites(
@@ -114,6 +116,21 @@ def sites_for(config: RunConfig, shape: Shape, *, rotated: bool = True) -> Sites
         r3=hadamard_factors(d, 0, "rotation.online") if online and q.k_bits < 16 else (),
         r4=hadamard_factors(shape.intermediate, config.rotation.r4_block, "rotation.r4_block") if online else (),
     )
+
+
+def check_vocabulary(tokens: Tensor, shape: Shape, source: str) -> Tensor:
+    """`tokens`, if the model has an embedding for each; pre-tokenised data may belong to another model.
+
+    Raises:
+        UserError: a token id is beyond the vocabulary.
+    """
+    highest = int(tokens.max())
+    if highest >= shape.vocab:
+        raise UserError(
+            f"{source} holds token id {highest}, but the model's vocabulary has {shape.vocab}",
+            "tokenise with this model's tokenizer",
+        )
+    return tokens
 
 
 def starting_rotations(config: RunConfig, shape: Shape) -> tuple[Tensor, Tensor]:

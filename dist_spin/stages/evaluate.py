@@ -29,7 +29,7 @@ from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.progress import Progress
 from dist_spin.rundir import RunDir, write_json
 from dist_spin.signals import StopRequest
-from dist_spin.stages.common import model_dtype, open_configured_model, run_dir, say
+from dist_spin.stages.common import check_vocabulary, model_dtype, open_configured_model, run_dir, say
 from dist_spin.stages.quantize import LEARNED, Variant, calibration_tokens, layer_identity, variant
 
 TOKENS_AT_ONCE = 4096  # of hidden states that go through a layer together
@@ -66,6 +66,11 @@ def evaluate(config: RunConfig, world: World) -> list[dict[str, Any]]:
     calibration = None
     if any(cell.weights != "none" for cell in measured):
         calibration = calibration_tokens(config, files)
+    for cell in measured:
+        missing = [i for i in range(files.shape.layers) if not cell_layer(run, cell, i).exists()]
+        if cell.weights != "none" and missing:
+            problem = f"layer {missing[0]} of '{cell.chosen.name}' is not quantised"
+            raise UserError(problem, "run `dist-spin quantize` first")
     rows = []
     for source in config.evaluate.sources:
         tokens = measuring_tokens(config, files, source)
@@ -104,6 +109,7 @@ def measuring_tokens(config: RunConfig, files: ModelFiles, source: str) -> Tenso
     e = config.evaluate
     tokenizer = None if source.startswith("tokens:") else files.tokenizer()
     tokens = on_leader(lambda: load_tokens(source, e.split, e.seq_len, tokenizer))
+    check_vocabulary(tokens, files.shape, source)
     return tokens[: e.max_sequences] if e.max_sequences else tokens
 
 
@@ -205,16 +211,25 @@ def quantized_weights(
     """Dequantised parameters of a layer from its file; None where the cell keeps 16-bit weights."""
     if cell.weights == "none":
         return None
-    path = layer_path(Path(run.layers("" if cell.chosen.name == LEARNED else cell.chosen.name)), index)
+    path = cell_layer(run, cell, index)
     layer = finished_layer(path, made_under, say)
     if layer is None:
         raise UserError(f"layer {index} of '{cell.chosen.name}' is not quantised", "run `dist-spin quantize` first")
     return layer.weights(dtype, world.device)
 
 
+def cell_layer(run: RunDir, cell: Cell, index: int) -> Path:
+    """The file of a quantised layer of a cell's variant."""
+    return layer_path(run.layers("" if cell.chosen.name == LEARNED else cell.chosen.name), index)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Results as a plain text table, best quantised perplexity of each bit width and source marked with *."""
-    bits = lambda r: f"W{r['w_bits']}A{r['a_bits']}K{r['k_bits']}V{r['v_bits']}"
+
+    def bits(r: dict[str, Any]) -> str:
+        k, v = r["k_bits"], r["v_bits"]
+        return f"W{r['w_bits']}A{r['a_bits']}" + (f"KV{k}" if k == v else f"K{k}V{v}")
+
     best: dict[tuple[str, str], float] = {}
     for r in rows:
         key = (r["dataset"], bits(r))

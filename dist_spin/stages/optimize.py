@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from dist_spin import __version__
+from dist_spin.checkpoint_writer import CheckpointWriter
 from dist_spin.config import RunConfig, dump_config
 from dist_spin.data import batch_indices, fingerprint, load_tokens, rank_share
 from dist_spin.distributed import World, agree, any_rank, on_leader, sum_over_ranks_, together
 from dist_spin.engine import fsdp
+from dist_spin.engine.memory import recompute_levels
 from dist_spin.engine.rotation_optimizer import RotationOptimizer
 from dist_spin.errors import Interrupted, NumericsError, UserError
 from dist_spin.model.learning import LearningModel
@@ -39,6 +41,7 @@ from dist_spin.rundir import (
 )
 from dist_spin.signals import StopRequest
 from dist_spin.stages.common import (
+    check_vocabulary,
     flat,
     model_dtype,
     open_configured_model,
@@ -49,7 +52,7 @@ from dist_spin.stages.common import (
 )
 
 # Settings that change how fast or where a run computes, not what: they may differ when it is continued.
-FREE_SETTINGS = {"micro_batch_size", "keep_checkpoints", "activation_checkpointing", "compile"}
+FREE_SETTINGS = {"micro_batch_size", "keep_checkpoints", "recompute", "compile"}
 
 
 @dataclass
@@ -78,11 +81,15 @@ def optimize(config: RunConfig, world: World) -> None:
     learning = set_up(config, world)
     settings = config.optimize
     progress = Progress("learn rotations: step", settings.steps, learning.step, show=world.leads)
+    writer = CheckpointWriter(lambda state, step: write_checkpoint(learning, state, step))
+    stall = 0.0  # seconds that the checkpoint before this step held it up
     while learning.step < settings.steps:
         began = time.monotonic()
         loss = backward(learning)
         norm = learning.optimizer.reduce_gradients()
+        reduced = bits_of(learning.optimizer.rotations.gradient)
         if not math.isfinite(loss + norm):
+            on_leader(writer.close)
             raise NumericsError(
                 f"step {learning.step + 1}: loss {loss} and gradient norm {norm} are not finite",
                 f"the state after step {learning.step} is kept; lower optimize.lr or check the data",
@@ -90,14 +97,19 @@ def optimize(config: RunConfig, world: World) -> None:
         lr = learning_rate(config, learning.step)
         figures = learning.optimizer.step(lr, norm)
         learning.step += 1
-        assert_same_rotations(learning)
-        log(learning, {"loss": loss, "grad_norm": norm, "lr": lr, **figures, "seconds": time.monotonic() - began})
-        save(learning)
+        assert_same_rotations(learning, reduced)
+        # Before the checkpoint, so that none lacks its line; a resumed run drops lines that have no checkpoint.
+        seconds = time.monotonic() - began + stall
+        log(learning, {"loss": loss, "grad_norm": norm, "lr": lr, **figures, "stall": stall, "seconds": seconds})
+        # Rank 0 alone writes; a write that failed stops every rank.
+        stall = on_leader(lambda: writer.submit(learning.optimizer.state(), learning.step))
         progress.advance(f"loss {loss:.4f}")
         if learning.step < settings.steps and any_rank(bool(stop)):
+            on_leader(writer.close)
             if world.leads:
                 learning.run.event("interrupted", stage="optimize", step=learning.step, signal=stop.name)
             raise Interrupted(f"stopped by a signal after step {learning.step}", "the same command continues")
+    on_leader(writer.close)
     finish(learning)
 
 
@@ -109,6 +121,10 @@ def set_up(config: RunConfig, world: World) -> Learning:
     sites = sites_for(config, shape)
     tokenizer = None if settings.source.startswith("tokens:") else files.tokenizer()
     tokens = on_leader(lambda: load_tokens(settings.source, settings.split, settings.seq_len, tokenizer))
+    check_vocabulary(tokens, shape, settings.source)
+    r1, r2 = starting_rotations(config, shape)
+    if not any(spec.enabled for spec in (sites.a, sites.o, sites.k, sites.v)):
+        raise UserError("every activation quantiser is off, so rotations have nothing to learn", "set quant.a_bits=4")
     identity = run_fingerprint(config, files, tokens)
 
     def check() -> None:
@@ -116,7 +132,6 @@ def set_up(config: RunConfig, world: World) -> Learning:
         write_text(run.path / "config.yaml", dump_config(config))
 
     on_leader(check)
-    r1, r2 = starting_rotations(config, shape)
     rotations = Rotations(r1, r2, world.device, dtype, learn=True)
     compiled = settings.compile == "on" or (settings.compile == "auto" and world.device.type == "cuda")
     model = LearningModel(
@@ -125,11 +140,12 @@ def set_up(config: RunConfig, world: World) -> Learning:
         sites,
         device=world.device,
         dtype=dtype,
-        recompute=settings.activation_checkpointing,
         compile=compiled,
     )
     fsdp.shard(model, world)
     together(lambda: fsdp.load(model, files.weights, sites.r4))
+    tokens_at_once = settings.micro_batch_size * settings.seq_len
+    model.set_levels(recompute_levels(settings.recompute, shape, tokens_at_once, dtype, world))
     optimizer = RotationOptimizer(
         rotations,
         world,
@@ -192,13 +208,20 @@ def learning_rate(config: RunConfig, step: int) -> float:
     return settings.lr * shape[settings.schedule]
 
 
-def assert_same_rotations(learning: Learning) -> None:
-    """Every rank holds the same bits of R1 and R2; a difference would be a bug that averages nothing away."""
+def bits_of(*tensors: Tensor) -> int:
+    """A number that differs wherever any bit of floating-point tensors does, all but surely: the sum of their words."""
+    words = (t.view(torch.int64 if t.dtype == torch.float64 else torch.int32).sum(dtype=torch.int64) for t in tensors)
+    return sum(int(word) for word in words) % (1 << 62)
+
+
+def assert_same_rotations(learning: Learning, reduced: int) -> None:
+    """Every rank holds the same bits of R1, R2 and of the gradient (`reduced`) that moved them.
+
+    The gradient is asked for too, because shares of R are gathered: a reduction that did not happen would not show in R.
+    """
     rotations = learning.optimizer.rotations
-    kind = torch.int64 if rotations.r1.dtype == torch.float64 else torch.int32
-    bits = sum(int(r.view(kind).sum(dtype=torch.int64)) for r in (rotations.r1, rotations.r2))
-    if not agree(bits % (1 << 62)):
-        raise AssertionError(f"rotations differ between ranks after step {learning.step}")
+    if not agree((bits_of(rotations.r1, rotations.r2) + reduced) % (1 << 62)):
+        raise AssertionError(f"rotations or their gradients differ between ranks after step {learning.step}")
 
 
 def log(learning: Learning, figures: dict[str, float]) -> None:
@@ -207,22 +230,14 @@ def log(learning: Learning, figures: dict[str, float]) -> None:
         append_line(learning.run.path / "metrics.jsonl", {"step": learning.step, **figures})
 
 
-def save(learning: Learning) -> None:
-    """The state after this step, on disk, atomically; a failure to write stops every rank."""
-
-    def write() -> None:
-        path = checkpoint_path(learning.run, learning.step)
-        settings = learning.config.optimize
-        metadata = {
-            "step": str(learning.step),
-            "seed": str(learning.config.rotation.seed),
-            "optimizer": settings.optimizer,
-        }
-        save_tensors(path, learning.optimizer.state(), metadata)
-        write_json(learning.run.rotations / "latest.json", {"step": learning.step, "file": path.name})
-        prune_checkpoints(learning.run, settings.keep_checkpoints)
-
-    on_leader(write)
+def write_checkpoint(learning: Learning, state: dict[str, Tensor], step: int) -> None:
+    """One state on disk, atomically; called in the writer's thread."""
+    settings = learning.config.optimize
+    path = checkpoint_path(learning.run, step)
+    metadata = {"step": str(step), "seed": str(learning.config.rotation.seed), "optimizer": settings.optimizer}
+    save_tensors(path, state, metadata)
+    write_json(learning.run.rotations / "latest.json", {"step": step, "file": path.name})
+    prune_checkpoints(learning.run, settings.keep_checkpoints)
 
 
 def resume(learning: Learning) -> None:

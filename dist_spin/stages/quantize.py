@@ -15,6 +15,7 @@ import functools
 import os
 import socket
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +41,7 @@ from dist_spin.rotation_files import load_rotations
 from dist_spin.rundir import RunDir, tensors_digest, write_text
 from dist_spin.signals import StopRequest
 from dist_spin.stages.boundaries import Boundaries
-from dist_spin.stages.common import flat, model_dtype, open_configured_model, run_dir, say, sites_for
+from dist_spin.stages.common import check_vocabulary, flat, model_dtype, open_configured_model, run_dir, say, sites_for
 
 LEARNED = "learned"
 
@@ -149,7 +150,8 @@ def calibration_tokens(config: RunConfig, files: ModelFiles) -> Tensor:
     """The calibration sequences [n, T] of a configuration."""
     q = config.quantize
     tokenizer = None if q.source.startswith("tokens:") else files.tokenizer()
-    return on_leader(lambda: calibration_windows(q.source, q.split, q.n_sequences, q.seq_len, q.seed, tokenizer))
+    tokens = on_leader(lambda: calibration_windows(q.source, q.split, q.n_sequences, q.seq_len, q.seed, tokenizer))
+    return check_vocabulary(tokens, files.shape, q.source)
 
 
 def states_identity(config: RunConfig, files: ModelFiles, chosen: Variant, tokens: Tensor) -> dict[str, Any]:
@@ -280,25 +282,42 @@ def quantize_span(work: Work, start: int, stop: int) -> None:
         return
     progress = Progress(f"{work.config.quantize.method} ({name}): layer", stop - start, sum(found), show=world.leads)
     hidden = work.boundaries.entering(start)
-    # A layer after the last missing one need not be run again.
-    for index in range(start, max(start + i for i, done in enumerate(found) if not done) + 1):
-        if found[index - start]:
-            layer = work.load(index)
-            assert layer is not None
-            module = work.runner.build(index, layer.weights(dtype, world.device))
-            hidden = [work.runner.run(module, index, h) for h in hidden]
-            continue
-        began = time.monotonic()
-        if world.leads:
-            work.run.event("layer_start", variant=name, layer=index, pid=os.getpid(), host=socket.gethostname())
-        layer = work.quantizer.quantize(index, work.chosen.weights.layer(index), hidden)
-        on_leader(functools.partial(save_layer, work.path(index), layer, work.made_under))
-        if world.leads:
-            seconds = round(time.monotonic() - began, 3)
-            work.run.event("layer", variant=name, layer=index, pid=os.getpid(), seconds=seconds, **worst(layer))
-        progress.advance(f"worst output error {worst(layer)['error']:.4f}")
-        if index + 1 < work.files.shape.layers and any_rank(bool(work.stop)):
-            raise Interrupted(f"stopped by a signal after layer {index} ({name})", "the same command continues")
+    # A layer goes to disk while the next one is worked on.
+    with ThreadPoolExecutor(1, "layer-writer") as writer:
+        written: Future[None] | None = None
+        # A layer after the last missing one need not be run again.
+        for index in range(start, max(start + i for i, done in enumerate(found) if not done) + 1):
+            if found[index - start]:
+                layer = work.load(index)
+                assert layer is not None
+                module = work.runner.build(index, layer.weights(dtype, world.device))
+                hidden = [work.runner.run(module, index, h) for h in hidden]
+                continue
+            began = time.monotonic()
+            if world.leads:
+                work.run.event("layer_start", variant=name, layer=index, pid=os.getpid(), host=socket.gethostname())
+            layer = work.quantizer.quantize(index, work.chosen.weights.layer(index), hidden)
+            figures = worst(layer)
+            on_leader(functools.partial(_finish, written))
+            if world.leads:
+                written = writer.submit(_write, work, index, layer, round(time.monotonic() - began, 3))
+            progress.advance(f"worst output error {figures['error']:.4f}")
+            if index + 1 < work.files.shape.layers and any_rank(bool(work.stop)):
+                on_leader(functools.partial(_finish, written))
+                raise Interrupted(f"stopped by a signal after layer {index} ({name})", "the same command continues")
+        on_leader(functools.partial(_finish, written))
+
+
+def _write(work: Work, index: int, layer: QuantizedLayer, seconds: float) -> None:
+    save_layer(work.path(index), layer, work.made_under)
+    event = {"variant": work.chosen.name, "layer": index, "pid": os.getpid(), "seconds": seconds}
+    work.run.event("layer", **event, **worst(layer))
+
+
+def _finish(written: Future[None] | None) -> None:
+    """Wait until a layer is on disk; raises what kept it from getting there."""
+    if written is not None:
+        written.result()
 
 
 def unquantized(sites: Sites) -> Sites:

@@ -1,0 +1,145 @@
+"""Time rotation learning on random weights of a real shape, with everything a run does, its checkpoints included.
+
+dist-spin bench optimize configs/shapes/llama-3-8b optimize.batch_size=8 --steps 5 --json out.json
+torchrun --nproc_per_node 2 -m dist_spin bench optimize configs/shapes/llama-3-70b optimize.batch_size=8
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dist_spin.bench.device import describe, matmul_ceiling, synchronize
+from dist_spin.checkpoint_writer import CheckpointWriter
+from dist_spin.config import load_config
+from dist_spin.distributed import World, on_leader, start, stop
+from dist_spin.model.architecture import Shape
+from dist_spin.stages.common import say
+from dist_spin.stages.optimize import Learning, backward, learning_rate, set_up, write_checkpoint
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmark; rank 0 prints a line per figure and writes JSON where asked."""
+    parser = argparse.ArgumentParser(prog="dist-spin bench optimize", description=__doc__.splitlines()[0])
+    parser.add_argument("shape", help="directory with a config.json")
+    parser.add_argument("settings", nargs="*", help="key.sub=value, as for a run")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps, after two that are not")
+    parser.add_argument("--layers", type=int, default=0, help="decoder layers; 0: as the config says")
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    options = parser.parse_args(arguments)
+    world = start()
+    try:
+        figures = measure(options, world)
+    finally:
+        stop()
+    if world.leads:
+        print("\n".join(f"{name:24} {value}" for name, value in figures.items()))
+        if options.json:
+            options.json.write_text(json.dumps(figures, indent=1))
+    return 0
+
+
+def measure(options: argparse.Namespace, world: World) -> dict[str, Any]:
+    """All figures of one configuration: seconds per step and part, tokens per second, TFLOP/s, memory."""
+    scratch = on_leader(lambda: tempfile.mkdtemp(prefix="dist-spin-bench-"))
+    directory = on_leader(lambda: _cut(Path(options.shape), Path(scratch), options.layers))
+    blocks = f"{scratch}/tokens.npy"
+    given = [f"model.path={directory}", "model.dummy_weights=true", f"output_dir={scratch}", *options.settings]
+    given += [f"optimize.source=tokens:{blocks}", "optimize.split=all", f"optimize.steps={options.steps + 2}"]
+    config = load_config(None, given)
+    vocab = json.loads((directory / "config.json").read_text())["vocab_size"]
+    wanted = (config.optimize.batch_size, config.optimize.seq_len)
+    on_leader(lambda: np.save(blocks, np.random.default_rng(0).integers(0, vocab, wanted)))
+
+    began = time.monotonic()
+    learning = set_up(config, world)
+    synchronize(world.device)
+    loading = time.monotonic() - began
+    say(f"rank {world.rank}: built in {loading:.1f} s") if world.leads else None
+    writer = CheckpointWriter(lambda state, step: write_checkpoint(learning, state, step))
+    timed = [one_step(learning, writer) for _ in range(options.steps + 2)]
+    on_leader(writer.close)
+    parts = {name: statistics.median(t[name] for t in timed[2:]) for name in timed[0]}
+    shape = Shape.of(json_config(directory))
+    tokens = config.optimize.batch_size * config.optimize.seq_len
+    flop = step_flop(shape, tokens, config.optimize.seq_len) / world.size
+    ceiling = matmul_ceiling(world.device)
+    levels = [getattr(layer, "level", "") for layer in learning.model.layers]
+    cuda = world.device.type == "cuda"
+    return {
+        "device": describe(world.device),
+        "ranks": world.size,
+        "layers": shape.layers,
+        "tokens_per_step": tokens,
+        "load_s": round(loading, 2),
+        "first_step_s": round(timed[0]["step"], 2),
+        **{f"{name}_s": round(value, 4) for name, value in parts.items()},
+        "tokens_per_s": round(tokens / parts["step"]),
+        "tflops_per_device": round(flop / parts["step"] / 1e12, 1),
+        "matmul_tflops": round(ceiling / 1e12, 1),
+        "share_of_matmul": round(flop / parts["step"] / ceiling, 3),
+        "overhead_share": round((parts["reduce"] + parts["cayley"] + parts["stall"]) / parts["step"], 4),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if cuda else 0.0,
+        "recompute": {level: levels.count(level) for level in sorted(set(levels))},
+    }
+
+
+def one_step(learning: Learning, writer: CheckpointWriter) -> dict[str, float]:
+    """One step of the main loop, its parts timed with the device synchronised between them; seconds."""
+    device, marks = learning.world.device, [time.monotonic()]
+
+    def mark() -> None:
+        synchronize(device)
+        marks.append(time.monotonic())
+
+    backward(learning)
+    mark()
+    norm = learning.optimizer.reduce_gradients()
+    mark()
+    learning.optimizer.step(learning_rate(learning.config, learning.step), norm)
+    learning.step += 1
+    mark()
+    on_leader(lambda: writer.submit(learning.optimizer.state(), learning.step))
+    mark()
+    names = ("forward_backward", "reduce", "cayley", "stall")
+    parts = dict(zip(names, (b - a for a, b in itertools.pairwise(marks)), strict=True))
+    return {**parts, "step": marks[-1] - marks[0]}
+
+
+def step_flop(shape: Shape, tokens: int, seq_len: int) -> float:
+    """Floating-point operations that one step needs, nothing computed twice: what percentages are of.
+
+    Forward and gradient of the activations through every weight (frozen: no weight gradient), causal attention (forward 1,
+    backward 2.5 times), and per rotated site two products forward and one backward.
+    """
+    h, i, kv = shape.hidden, shape.intermediate, shape.kv_heads * shape.head_dim
+    q = shape.heads * shape.head_dim
+    linears = 2 * h * q + 2 * h * kv + 3 * h * i
+    attention = 2 * q * seq_len / 2 * 3.5 * 2  # per token: (QK^T and PV) over half of the positions
+    rotations = 2 * 3 * 2 * h * h
+    per_layer = tokens * (2 * 2 * linears + attention + rotations)
+    return shape.layers * per_layer + tokens * 2 * 2 * shape.vocab * h
+
+
+def json_config(directory: Path) -> Any:
+    """The config.json of a shape as a transformers config."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(directory)
+
+
+def _cut(source: Path, scratch: Path, layers: int) -> Path:
+    """A copy of a config.json with another number of layers."""
+    config = json.loads((source / "config.json").read_text())
+    config["num_hidden_layers"] = layers or config["num_hidden_layers"]
+    target = scratch / "shape"
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps(config))
+    return target

@@ -1,0 +1,55 @@
+"""What a layer keeps of its forward pass for the backward pass, and how to choose that from the memory there is."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from dist_spin.model.architecture import Shape
+
+# From most memory to least. "none": keep everything. "sites": keep x_hat of both norm sites and the output of o_proj, so
+# that neither the rotations nor o_proj and down_proj run twice. "layer": keep the layer's input only.
+LEVELS = ("none", "sites", "layer")
+
+
+def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = op == torch.ops.dist_spin.kept_matmul.default
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _contexts() -> Any:
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def run(layer: nn.Module, level: str, hidden: Tensor, **call: Any) -> Tensor:
+    """layer(hidden, **call), keeping for the backward pass what `level` says."""
+    if level == "none" or not torch.is_grad_enabled():
+        return layer(hidden, **call)
+    extra: dict[str, Any] = {"context_fn": _contexts} if level == "sites" else {}
+    return checkpoint(layer, hidden, use_reentrant=False, preserve_rng_state=False, **extra, **call)
+
+
+def kept_bytes(shape: Shape, tokens: int, element: int, level: str) -> int:
+    """Bytes that one layer keeps for `tokens` tokens of one pass, its input included.
+
+    "none" counts the tensors between the matmuls of a decoder layer and their fp32 companions in quantisers and norms.
+    """
+    h, i = shape.hidden, shape.intermediate
+    elements = {"layer": h, "sites": 4 * h, "none": 24 * h + 10 * i}[level]
+    return tokens * elements * element
+
+
+def plan(shape: Shape, tokens: int, element: int, free: int) -> list[str]:
+    """The level of every layer, so that what is kept fits into `free` bytes: as many layers as possible keep more.
+
+    One layer's whole working set is set aside, since recomputation builds it once at a time.
+    """
+    free -= 2 * kept_bytes(shape, tokens, element, "none")
+    need = {level: kept_bytes(shape, tokens, element, level) for level in LEVELS}
+    for rich, poor in (("none", "sites"), ("sites", "layer")):
+        spare = free - shape.layers * need[poor]
+        if spare >= 0:
+            count = min(shape.layers, spare // (need[rich] - need[poor]))
+            return [rich] * count + [poor] * (shape.layers - count)
+    return ["layer"] * shape.layers

@@ -1,0 +1,180 @@
+"""Fused GPU kernels for what plain torch does in many launches; imported only where triton is installed.
+
+All arithmetic is IEEE fp32. Results differ from the torch path of the same function only where two candidates are equal
+within rounding (a fused multiply-add rounds once where torch rounds twice).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# In the kernels, adding and subtracting 12582912 = 1.5 * 2**23 rounds any |x| < 2**22 half to even.
+ROWS_PER_PROGRAM = 32  # of a tile: columns of a block times these are held in registers
+CLIP_BLOCK = 2048  # elements of a group looked at together
+
+
+@triton.jit
+def _solve_block_kernel(
+    w_ptr,
+    feedback_ptr,
+    scale_ptr,
+    zero_ptr,
+    group_ptr,
+    codes_ptr,
+    residual_ptr,
+    w_stride,
+    feedback_stride,
+    scale_stride,
+    columns,
+    lowest,
+    highest,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    tile = (program // (TILE // ROWS)).to(tl.int64)
+    rows = (program % (TILE // ROWS)) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    at = column[:, None] * TILE + rows[None, :]
+    w = tl.load(w_ptr + tile * w_stride + at, mask=inside[:, None], other=0.0)  # [BLOCK, ROWS]
+    out = tile * columns * TILE + rows
+    for j in range(columns):
+        spot = tile * scale_stride + tl.load(group_ptr + j) * TILE + rows
+        scale = tl.load(scale_ptr + spot)
+        zero = tl.load(zero_ptr + spot)
+        feedback = tl.load(feedback_ptr + j * feedback_stride + column, mask=inside & (column > j), other=0.0)
+        now = tl.sum(tl.where(column[:, None] == j, w, 0.0), axis=0)  # [ROWS]: a selection, so the sum is exact
+        # Clamping to whole numbers before rounding gives what clamping after it does.
+        step = tl.minimum(tl.maximum(tl.div_rn(now, scale), lowest - zero), highest - zero)
+        step = (step + 12582912.0) - 12582912.0
+        error = now - step * scale
+        tl.store(codes_ptr + out + j * TILE, (step + zero).to(codes_ptr.dtype.element_ty))
+        tl.store(residual_ptr + out + j * TILE, error)
+        w = w - feedback[:, None] * error[None, :]
+
+
+def solve_block(
+    w: Tensor, feedback: Tensor, scale: Tensor, zero: Tensor, groups: Tensor, codes: Tensor, lowest: int, highest: int
+) -> Tensor:
+    """`gptq._solve_block` in one launch; w is left alone.
+
+    w: [T, B, R] fp32, a column range of [T, in, R]; feedback: [B, B]; scale, zero: [T, n, R];
+    groups: int64 [B], which of the n each column uses; codes: [T, B, R] contiguous, filled. Returns residuals [T, B, R].
+    """
+    count, columns, rows = w.shape
+    feedback = feedback.contiguous()
+    residual = torch.empty(w.shape, dtype=w.dtype, device=w.device)
+    if count:
+        _solve_block_kernel[(count * (rows // ROWS_PER_PROGRAM),)](
+            w,
+            feedback,
+            scale,
+            zero,
+            groups,
+            codes,
+            residual,
+            w.stride(0),
+            feedback.stride(0),
+            scale.stride(0),
+            columns,
+            float(lowest),
+            float(highest),
+            TILE=rows,
+            ROWS=ROWS_PER_PROGRAM,
+            BLOCK=triton.next_power_of_2(columns),
+            num_warps=4,
+        )
+    return residual
+
+
+@triton.jit
+def _clip_kernel(
+    w_ptr,
+    scale_ptr,
+    zero_ptr,
+    width,
+    lowest,
+    highest,
+    norm,
+    tiny,
+    most,
+    least,
+    SYMMETRIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    start = w_ptr + group * width
+    lows = tl.zeros([BLOCK], dtype=tl.float32)
+    highs = tl.zeros([BLOCK], dtype=tl.float32)
+    poison = tl.zeros([BLOCK], dtype=tl.float32)  # NaN where the weight is NaN or infinite: it must show in the scale
+    for first in range(0, width, BLOCK):
+        x = tl.load(start + first + lane, mask=first + lane < width, other=0.0)
+        lows = tl.minimum(lows, x)
+        highs = tl.maximum(highs, x)
+        poison += x * 0.0
+    low = tl.min(lows, axis=0)
+    high = tl.max(highs, axis=0)
+    nothing = low * 0.0  # makes loop variables of numbers
+    best_error = nothing + float("inf")
+    best_scale = nothing + 1.0
+    best_zero = nothing
+    for i in range(most - least):
+        factor = tl.div_rn((most - i) * 1.0, 100.0)
+        if SYMMETRIC:
+            scale = tl.div_rn(tl.maximum(-low * factor, high * factor), highest)
+            scale = tl.where(scale < tiny, 1.0, scale)
+            zero = nothing
+        else:
+            scale = tl.div_rn(high * factor - low * factor, highest - lowest)
+            scale = tl.where(scale < tiny, 1.0, scale)
+            zero = (tl.div_rn(-(low * factor), scale) + 12582912.0) - 12582912.0
+        total = tl.zeros([BLOCK], dtype=tl.float32)
+        for first in range(0, width, BLOCK):
+            x = tl.load(start + first + lane, mask=first + lane < width, other=0.0)
+            code = (tl.div_rn(x, scale) + 12582912.0) - 12582912.0
+            code = tl.minimum(tl.maximum(code + zero, lowest), highest)
+            error = tl.abs((code - zero) * scale - x)
+            total += tl.exp2(norm * tl.log2(error))  # 0 where the error is 0
+        error = tl.sum(total, axis=0)
+        better = error < best_error  # the widest range wins a tie
+        best_error = tl.where(better, error, best_error)
+        best_scale = tl.where(better, scale, best_scale)
+        best_zero = tl.where(better, zero, best_zero)
+    tl.store(scale_ptr + group, best_scale + tl.sum(poison, axis=0))
+    tl.store(zero_ptr + group, best_zero)
+
+
+def search_clip(
+    w: Tensor, group_size: int, lowest: int, highest: int, symmetric: bool, norm: float, percentages: range
+) -> tuple[Tensor, Tensor]:
+    """`quantizer.weight_scales` with a clip search, in one launch; w: [rows, in] fp32, group_size dividing `in`.
+
+    Returns scale and zero [rows, in / group_size].
+    """
+    w = w.contiguous()
+    rows, width = w.shape
+    groups = width // group_size
+    scale = torch.empty(rows, groups, dtype=w.dtype, device=w.device)
+    zero = torch.empty_like(scale)
+    if scale.numel():
+        block = min(CLIP_BLOCK, triton.next_power_of_2(group_size))
+        _clip_kernel[(rows * groups,)](
+            w,
+            scale,
+            zero,
+            group_size,
+            float(lowest),
+            float(highest),
+            norm,
+            torch.finfo(w.dtype).tiny,
+            percentages.start,
+            percentages.stop,
+            SYMMETRIC=symmetric,
+            BLOCK=block,
+            num_warps=max(1, min(4, block // 128)),
+        )
+    return scale, zero

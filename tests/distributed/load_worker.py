@@ -1,0 +1,44 @@
+"""One rank of the streaming test: build, shard and load a model; print this rank's peak memory above its own imports.
+
+torchrun --nproc_per_node 2 load_worker.py MODEL_DIR
+"""
+
+import json
+import sys
+
+import torch
+
+from dist_spin.distributed import start, stop
+from dist_spin.engine import fsdp
+from dist_spin.model.learning import LearningModel
+from dist_spin.model.loading import open_model
+from dist_spin.model.rotation import Rotations, Sites, initial
+from dist_spin.numerics.hadamard import kronecker_factors
+from dist_spin.numerics.quantizer import QuantSpec
+
+
+def memory(field: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+
+def main() -> None:
+    """Load and report."""
+    world = start("cpu", 300, 1)
+    files = open_model(sys.argv[1])
+    r4 = kronecker_factors(files.shape.intermediate, 0, dtype=torch.float64, device="cpu")
+    rotations = Rotations(*initial("identity", files.shape, 0), world.device, torch.bfloat16)
+    sites = Sites(a=QuantSpec(4), r4=r4)
+    baseline = memory("VmRSS")
+    with open("/proc/self/clear_refs", "w") as peak:
+        peak.write("5")  # start the peak anew
+    model = LearningModel(files.config, rotations, sites, device=world.device, dtype=torch.bfloat16)
+    fsdp.shard(model, world)
+    fsdp.load(model, files.weights, r4)
+    shard = sum(p.to_local().numel() * p.element_size() for p in model.parameters())
+    print(json.dumps({"above": memory("VmHWM") - baseline, "shard": shard}), flush=True)
+    stop()
+
+
+main()

@@ -1,0 +1,126 @@
+"""What is learned does not depend on how many ranks learn it, and no rank holds more than its share."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import Job, command, one_step
+from safetensors.torch import load_file
+from tiny import write_model
+from torch import Tensor
+
+pytestmark = pytest.mark.distributed
+
+SIZES = (1, 2, 3, 4)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> list[str]:
+    """Settings of a run whose 5 sequences per step no number of ranks from 2 to 4 divides."""
+    place = tmp_path_factory.mktemp("model")
+    # Its vocabulary of 97 divides nowhere; tied, with biases and grouped keys.
+    write_model("qwen2", place)
+    np.save(place / "tokens.npy", np.random.default_rng(0).integers(3, 97, (30, 20)))
+    return [
+        f"model.path={place}",
+        "model.dtype=float64",
+        f"optimize.source=tokens:{place / 'tokens.npy'}",
+        "optimize.seq_len=20",
+        "optimize.batch_size=5",
+        "optimize.steps=5",
+        "distributed.device=cpu",
+        "distributed.threads=1",
+    ]
+
+
+def step(size: int, words: list[str], place: Path, *, reduce: bool = True) -> list[dict[str, Any]]:
+    job = Job(size, one_step, [*words, f"output_dir={place}"], place / "out", reduce, log=place / "log")
+    assert job.wait() == [0] * size, job.log.read_text()
+    return [torch.load(place / "out" / f"{rank}.pt") for rank in range(size)]
+
+
+@pytest.fixture(scope="module")
+def steps(words, tmp_path_factory) -> dict[int, list[dict[str, Any]]]:
+    """Number of ranks -> what each of them saw in one step from the same rotations."""
+    return {size: step(size, words, tmp_path_factory.mktemp(f"ranks{size}")) for size in SIZES}
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_reduced_gradients_and_loss_are_those_of_one_rank(steps, size):
+    alone = steps[1][0]
+    assert alone["gradient"].norm() > 1e-2
+    for seen in steps[size]:
+        assert relative(seen["gradient"], alone["gradient"]) < 1e-12
+        assert seen["loss"] == pytest.approx(alone["loss"], rel=1e-14)
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_every_rank_holds_the_same_bits_after_a_step(steps, size):
+    first = steps[size][0]
+    for seen in steps[size][1:]:
+        assert torch.equal(seen["gradient"], first["gradient"])
+        for name, tensor in first["state"].items():
+            assert torch.equal(seen["state"][name], tensor), name
+
+
+def test_without_the_reduction_gradients_differ(words, steps, tmp_path):
+    alone = steps[1][0]
+    seen = step(2, words, tmp_path, reduce=False)
+    for one in seen:
+        assert relative(one["gradient"], alone["gradient"]) > 1e-2
+    assert relative(seen[0]["gradient"], seen[1]["gradient"]) > 1e-2
+    # What is missing is the sum and nothing else.
+    assert relative(seen[0]["gradient"] + seen[1]["gradient"], alone["gradient"]) < 1e-12
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_frozen_parameters_are_dtensors_with_their_share_of_the_bytes(steps, size):
+    names = steps[size][0]["parameters"]
+    assert len(names) > 20
+    for name, (_, _, _, shape) in names.items():
+        sharded, with_gradient, local, _ = zip(*(seen["parameters"][name] for seen in steps[size]), strict=True)
+        whole, row = torch.Size(shape).numel(), torch.Size(shape[1:]).numel()
+        assert all(sharded), name
+        assert not any(with_gradient), name
+        assert sum(local) == whole, name  # each number is held exactly once
+        assert max(local) <= -(-shape[0] // size) * row, name
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_module_left_gathered_is_caught(steps, size):
+    for seen in steps[size]:
+        assert "layers.1." in seen["caught"]["layer"]
+        assert "head." in seen["caught"]["head"]
+
+
+def learned(size: int, words: list[str], place: Path, *more: str) -> dict[str, Tensor]:
+    job = Job(size, command, "optimize", *words, f"output_dir={place}", *more, log=place / "log")
+    assert job.wait() == [0] * size, job.log.read_text()
+    return load_file(place / "run" / "rotations" / "final.safetensors")
+
+
+def test_five_steps_lead_to_the_same_rotations(words, tmp_path_factory):
+    results = {
+        (size, micro): learned(
+            size, words, tmp_path_factory.mktemp(f"learn{size}"), f"optimize.micro_batch_size={micro}"
+        )
+        for size, micro in ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (4, 1))
+    }
+    alone = results.pop((1, 1))
+    for how, rotations in results.items():
+        for name in ("R1", "R2"):
+            assert rotations[name].dtype == torch.float64
+            assert (rotations[name] - alone[name]).abs().max() < 1e-9, (how, name)
+
+
+def test_adam_learns_the_same_on_two_ranks(words, tmp_path_factory):
+    adam = ("optimize.optimizer=cayley_adam", "optimize.lr=0.05", "optimize.steps=3")
+    one, two = (learned(size, words, tmp_path_factory.mktemp(f"adam{size}"), *adam) for size in (1, 2))
+    for name in ("R1", "R2"):
+        assert (one[name] - two[name]).abs().max() < 1e-9

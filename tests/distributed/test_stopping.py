@@ -1,0 +1,196 @@
+"""Ranks that are killed, stopped, or find a damaged file: the same command continues, to the very same bytes."""
+
+import json
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import Job, command
+from safetensors.torch import load_file, save_file
+from tiny import write_model
+
+from dist_spin.rundir import RunDir, checkpoints, newest_checkpoint, read_lines
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny model with its tokens beside it."""
+    place = write_model("gqa_tied", tmp_path_factory.mktemp("model"))
+    np.save(place / "tokens.npy", np.random.default_rng(0).integers(3, 97, (40, 20)))
+    return place
+
+
+class Runs:
+    """Starts one run with any number of ranks, again and again."""
+
+    def __init__(self, model: Path, place: Path) -> None:
+        self.run, self.log = RunDir(place / "run"), place / "log"
+        self.words = [
+            f"output_dir={place}",
+            f"model.path={model}",
+            "model.dtype=float64",
+            f"optimize.source=tokens:{model / 'tokens.npy'}",
+            "optimize.seq_len=20",
+            "optimize.batch_size=3",
+            f"optimize.steps={STEPS}",
+            "optimize.momentum=0.5",  # so that there is optimiser state to lose
+            "optimize.reproject_every=5",
+            "distributed.device=cpu",
+            "distributed.threads=1",
+            "distributed.timeout_s=30",
+        ]
+
+    def start(self, size: int, *more: str) -> Job:
+        return Job(size, command, "optimize", *self.words, *more, log=self.log)
+
+    def finish(self, size: int) -> bytes:
+        job = self.start(size)
+        assert job.wait() == [0] * size, self.said()
+        return self.final()
+
+    def final(self) -> bytes:
+        return (self.run.rotations / "final.safetensors").read_bytes()
+
+    def step(self) -> int:
+        return max((step for step, _ in checkpoints(self.run)), default=0)
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def events(self, kind: str) -> list[dict]:
+        return [event for event in read_lines(self.run.path / "events.jsonl") if event["event"] == kind]
+
+
+@pytest.fixture
+def runs(model, tmp_path) -> Runs:
+    return Runs(model, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model, tmp_path_factory) -> Runs:
+    runs = Runs(model, tmp_path_factory.mktemp("uninterrupted"))
+    runs.finish(2)
+    return runs
+
+
+@pytest.mark.parametrize("victims", [(1,), (0,), (0, 1)], ids=["one", "leader", "all"])
+def test_killed_ranks_resume_to_the_same_bytes(runs, uninterrupted, victims):
+    step = random.SystemRandom().randint(1, STEPS - 2)  # any moment will do, so every time another
+    print(f"kill after step {step}")
+    job = runs.start(2)
+    job.wait_for(lambda: runs.step() >= step)
+    job.signal(signal.SIGKILL, *victims)
+    codes = job.wait()
+    assert [codes[v] for v in victims] == [-signal.SIGKILL] * len(victims)
+    for rank in {0, 1} - set(victims):  # the other notices, says so in one line, and asks for a restart
+        assert codes[rank] == 4, runs.said()
+        assert f"rank {rank}: another rank is gone or hangs" in runs.said()
+        assert "Traceback" not in runs.said()
+    assert not (runs.run.rotations / "final.safetensors").exists()
+    assert runs.finish(2) == uninterrupted.final()
+    assert "continuing after step" in runs.said()
+    assert [line["step"] for line in read_lines(runs.run.path / "metrics.jsonl")] == list(range(1, STEPS + 1))
+
+
+def test_every_stopping_signal_saves_and_the_same_command_continues(runs, uninterrupted):
+    for number, (name, rank) in enumerate((("SIGTERM", 0), ("SIGINT", 1), ("SIGUSR1", 0), ("SIGUSR2", 1))):
+        job = runs.start(2)
+        job.wait_for(lambda number=number: runs.step() > 4 * number)
+        job.signal(signal.Signals[name], rank)  # to one rank alone: the others learn of it
+        assert job.wait() == [75, 75], runs.said()
+        assert runs.said().count("dist-spin: stopped by a signal") == 1
+        stopped = runs.events("interrupted")[-1]
+        assert stopped["step"] == runs.step() < STEPS
+        if rank == 0:
+            assert stopped["signal"] == name
+    assert runs.finish(2) == uninterrupted.final()
+
+
+def test_another_number_of_ranks_continues(runs, uninterrupted):
+    for size, step in ((1, 1), (3, 8), (2, 16)):
+        job = runs.start(size)
+        job.wait_for(lambda step=step: runs.step() >= step)
+        job.signal(signal.SIGTERM, size - 1)
+        assert job.wait() == [75] * size, runs.said()
+    runs.finish(4)
+    assert [event["ranks"] for event in runs.events("resume")] == [3, 2, 4]
+    expected = load_file(uninterrupted.run.rotations / "final.safetensors")
+    found = load_file(runs.run.rotations / "final.safetensors")
+    for name in ("R1", "R2"):
+        assert (found[name] - expected[name]).abs().max() < 1e-9
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(runs, uninterrupted):
+    job = runs.start(2)
+    job.wait_for(lambda: runs.step() >= 4)
+    job.signal(signal.SIGTERM, 0)
+    assert job.wait() == [75, 75]
+    (newest, path), (before, _) = checkpoints(runs.run)[:2]
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 4
+    path.write_bytes(bytes(damaged))
+    assert runs.finish(2) == uninterrupted.final()
+    assert f"step_{newest:06d}.safetensors: checksum does not match" in runs.said()
+    assert "using the checkpoint before it" in runs.said()
+    assert runs.events("resume")[0]["step"] == before == newest - 1
+
+
+def test_a_finished_run_does_nothing_again(uninterrupted):
+    before = uninterrupted.final(), (uninterrupted.run.path / "metrics.jsonl").read_text()
+    job = uninterrupted.start(2)
+    assert job.wait() == [0, 0]
+    assert "are complete" in uninterrupted.said()
+    assert (uninterrupted.final(), (uninterrupted.run.path / "metrics.jsonl").read_text()) == before
+
+
+def test_a_changed_run_is_refused_by_field_on_every_rank(uninterrupted, tmp_path, model):
+    other = write_model("gqa_tied", tmp_path / "other", seed=1)
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(1).integers(3, 97, (40, 20)))
+    before = uninterrupted.final()
+    for change, field in (
+        ("optimize.lr=1.0", "optimize.lr = 1.5 and now has 1.0"),
+        ("quant.a_bits=8", "quant.a_bits = 4 and now has 8"),
+        ("rotation.seed=3", "rotation.seed = 0 and now has 3"),
+        (f"model.path={other}", "model weights = "),
+        (f"optimize.source=tokens:{tmp_path / 'tokens.npy'}", "learning data = "),
+    ):
+        size = 2 if change.startswith("model") else 1
+        job = uninterrupted.start(size, change)
+        assert job.wait() == [2] * size, uninterrupted.said()
+        lines = [line for line in uninterrupted.said().splitlines() if line.startswith("dist-spin: ")]
+        assert len(lines) == 1
+        assert field in lines[0]
+        assert "Traceback" not in uninterrupted.said()
+    for free in ("optimize.micro_batch_size=3", "optimize.keep_checkpoints=9"):  # only how it is computed
+        assert uninterrupted.start(1, free).wait() == [0]
+    assert uninterrupted.final() == before
+
+
+def test_a_loss_that_is_not_finite_stops_at_its_step_and_keeps_what_was_good(runs, tmp_path):
+    poisoned = write_model("mha", tmp_path / "poisoned")
+    weights = load_file(poisoned / "model.safetensors")
+    weights["model.embed_tokens.weight"][96] = torch.inf
+    save_file(weights, poisoned / "model.safetensors", {"format": "pt"})
+    tokens = np.random.default_rng(0).integers(3, 96, (40, 20))
+    tokens[3 * 3 + 1, 7] = 96  # in the fourth batch of three
+    np.save(tmp_path / "tokens.npy", tokens)
+    more = (f"model.path={poisoned}", f"optimize.source=tokens:{tmp_path / 'tokens.npy'}", "optimize.seed=-1")
+    for _ in range(2):  # the second start meets the same step again
+        job = runs.start(2, *more)
+        assert job.wait() == [3, 3], runs.said()
+        assert "dist-spin: step 4: loss nan" in runs.said()
+        assert "the state after step 3 is kept" in runs.said()
+        assert "Traceback" not in runs.said()
+        found = newest_checkpoint(runs.run, pytest.fail)
+        assert found is not None
+        assert found[1]["step"] == "3"
+        assert all(tensor.isfinite().all() for tensor in found[0].values())
+        assert json.loads((runs.run.rotations / "latest.json").read_text())["step"] == 3
+        assert not (runs.run.rotations / "final.safetensors").exists()

@@ -1,0 +1,111 @@
+"""The same run under real launchers: torchrun on two "hosts", and `dist-spin run` with a signal to it."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ranks import free_port
+from safetensors.torch import load_file
+from tiny import write_model
+
+from dist_spin.rundir import RunDir, checkpoints
+
+pytestmark = pytest.mark.distributed
+
+PATIENCE = 120.0
+
+
+@pytest.fixture
+def words(tmp_path) -> list[str]:
+    place = write_model("gqa_tied", tmp_path / "model")
+    np.save(place / "tokens.npy", np.random.default_rng(0).integers(3, 97, (40, 20)))
+    source = f"tokens:{place / 'tokens.npy'}"
+    return [
+        f"model.path={place}",
+        "model.dtype=float64",
+        *(f"{stage}.seq_len=20" for stage in ("optimize", "quantize", "evaluate")),
+        f"optimize.source={source}",
+        f"quantize.source={source}",
+        f"evaluate.sources=[{source}]",
+        "quantize.n_sequences=4",
+        "optimize.batch_size=3",
+        "optimize.steps=2000",  # ended by a signal, unless a test says less
+        "distributed.device=cpu",
+        "distributed.threads=1",
+    ]
+
+
+def start(log: Path, *command: str) -> subprocess.Popen[bytes]:
+    with log.open("wb") as stream:
+        return subprocess.Popen([sys.executable, "-m", *command], stdout=stream, stderr=stream)
+
+
+def wait_for_step(place: Path, step: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + PATIENCE
+    while max((found for found, _ in checkpoints(RunDir(place / "run"))), default=0) < step:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.005)
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """Process ids of a launcher's descendants that run a stage."""
+    found, queue = [], [launcher]
+    while queue:
+        children = Path(f"/proc/{queue.pop()}/task").glob("*/children")
+        pids = [int(pid) for file in children for pid in file.read_text().split()]
+        queue += pids
+        for pid in pids:
+            line = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if b"optimize" in line and b"torch.distributed.run" not in line:
+                found.append(pid)
+    return found
+
+
+def test_two_hosts_under_torchrun_learn_what_one_process_learns(words, tmp_path):
+    log, port = tmp_path / "log", free_port()
+    agents = [
+        start(
+            tmp_path / f"log{host}",
+            "torch.distributed.run",
+            *("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"),
+            *("--rdzv_id=test", "--local_addr=127.0.0.1", "-m", "dist_spin", "optimize", *words, "optimize.steps=6"),
+            f"output_dir={tmp_path / 'two'}",
+        )
+        for host in range(2)
+    ]
+    alone = start(log, "dist_spin", "optimize", *words, "optimize.steps=6", f"output_dir={tmp_path / 'one'}")
+    said = [tmp_path / "log0", tmp_path / "log1", log]
+    codes = [process.wait(PATIENCE) for process in (*agents, alone)]
+    assert codes == [0, 0, 0], "".join(file.read_text() for file in said)
+    one, two = (load_file(tmp_path / name / "run" / "rotations" / "final.safetensors") for name in ("one", "two"))
+    for name in ("R1", "R2"):
+        assert (one[name] - two[name]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_run_reaches_the_ranks_and_the_same_command_continues(words, tmp_path, name):
+    """dist-spin run: optimize on two ranks is stopped, continues, and the later stages follow."""
+    command, log = ["dist_spin", "run", *words, f"output_dir={tmp_path}", "distributed.nproc=2"], tmp_path / "log"
+    run = start(log, *command)
+    wait_for_step(tmp_path, 2, run, log)
+    ranks = ranks_of(run.pid)
+    assert len(ranks) == 2
+    run.send_signal(signal.Signals[name])
+    assert run.wait(PATIENCE) == 75, log.read_text()
+    said = log.read_text()
+    assert said.count("dist-spin: stopped by a signal after step") == 1
+    assert "Traceback" not in said
+    assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]  # nobody is left behind
+    if name == "SIGTERM":
+        return
+    run = start(log, *command, "optimize.steps=3000")  # and what is wrong is said in one line, with its own exit code
+    assert run.wait(PATIENCE) == 2, log.read_text()
+    assert [line for line in log.read_text().splitlines() if line] == [
+        "dist-spin: run run was started with optimize.steps = 2000 and now has 3000; "
+        "use another name= for a new run, or set optimize.steps back"
+    ]

@@ -1,0 +1,70 @@
+"""Learned rotations against their own start on a real model, over seeds: paired per window, with standard errors.
+
+    python tests/study_seeds.py OUT configs/quickstart.yaml --seeds 0 1 2 [--weights gptq] [key.sub=value ...]
+
+Prints perplexities of W16A4KV4 (and of quantised weights with --weights) for the random start and the learned rotations, and the
+mean difference of the windows' losses with its standard error. Not a test: a command for the figures in the README.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from dist_spin.cli import quieten_libraries
+from dist_spin.config import load_config
+from dist_spin.distributed import start, stop
+from dist_spin.stages.evaluate import evaluate
+from dist_spin.stages.optimize import optimize
+from dist_spin.stages.quantize import quantize
+
+
+def main() -> None:
+    """Run the study."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out")
+    parser.add_argument("config")
+    parser.add_argument("settings", nargs="*")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--weights", choices=["none", "gptq", "rtn"], default="none")
+    parser.add_argument("--unrotated", action="store_true", help="also the unrotated baseline, at the first seed")
+    options = parser.parse_intermixed_args()
+    world = start()
+    quieten_libraries()
+    found: dict[tuple[str, str], list[torch.Tensor]] = {}
+    for seed in options.seeds:
+        baselines = "[none, hadamard]" if options.unrotated and seed == options.seeds[0] else "[hadamard]"
+        given = [
+            f"output_dir={options.out}",
+            f"name=seed{seed}",
+            f"rotation.seed={seed}",
+            f"optimize.seed={seed}",
+            f"quantize.seed={seed}",
+            f"quantize.method={options.weights}",
+            f"quantize.baselines={baselines}",
+            "evaluate.unquantized_weights=true",
+        ]
+        config = load_config(options.config, [*options.settings, *given])
+        optimize(config, world)
+        quantize(config, world)
+        evaluate(config, world)
+        for path in sorted((Path(options.out) / f"seed{seed}" / "evaluations").glob("*.json")):
+            row = json.loads(path.read_text())
+            key = ("full" if row["a_bits"] == 16 else row["rotation"], row["weights"])
+            found.setdefault(key, []).append(torch.tensor(row["losses"]))
+    stop()
+    for key, losses in sorted(found.items()):
+        print(key, "ppl per seed:", " ".join(f"{math.exp(x.mean()):.3f}" for x in losses))
+    for weights in sorted({w for _, w in found}):
+        if ("learned", weights) in found and ("hadamard", weights) in found:
+            pairs = [a - b for a, b in zip(found["learned", weights], found["hadamard", weights], strict=True)]
+            gain = torch.stack(pairs).mean(0)  # [windows], mean over seeds
+            error = gain.std() / math.sqrt(len(gain))
+            per_seed = " ".join(f"{p.mean():.4f}" for p in pairs)
+            print(f"{weights} weights: learned - start = {gain.mean():.4f} ± {error:.4f} nats; by seed {per_seed}")
+
+
+if __name__ == "__main__":
+    main()

