@@ -42,9 +42,12 @@ class Lock:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Lock":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         mine = self.path.with_name(f".{self.path.name}.{self.owner['token']}")
-        mine.write_text(json.dumps(self.owner))
+        while True:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # whoever held it last removed the empty directory
+                mine.write_text(json.dumps(self.owner))
+                break
         try:
             self._acquire(mine)
         finally:
@@ -61,6 +64,9 @@ class Lock:
         self._thread.join()
         if read_owner(self.path).get("token") == self.owner["token"]:
             self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty
+            self.path.parent.rmdir()
+            self.path.parent.parent.rmdir()
 
     def _acquire(self, mine: Path) -> None:
         while True:

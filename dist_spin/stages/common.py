@@ -41,11 +41,17 @@ def writing(config: RunConfig, world: World, stage: str, part: str = "") -> Iter
         Held: another process works on the same stage or part.
     """
     run = run_dir(config)
+    new = on_leader(lambda: not run.path.exists())
     with contextlib.ExitStack() as held:
         on_leader(lambda: held.enter_context(stage_lock(run.path, stage, part)))
         about = environment(world)
         on_leader(lambda: run.event("job", stage=stage, part=part, **about))
-        yield
+        try:
+            yield
+        except UserError:
+            if new and world.leads and not (run.path / "config.yaml").exists():
+                (run.path / "events.jsonl").unlink(missing_ok=True)  # a start that failed leaves no mark
+            raise
 
 
 def model_dtype(config: RunConfig) -> torch.dtype:
