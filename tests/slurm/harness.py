@@ -123,7 +123,7 @@ class Run:
         tree: dict[str, dict[str, object]] = {
             "model": {"path": str(model), "dtype": "float64"},
             "rotation": {"r4_block": 16},
-            "optimize": {**source, "steps": 4, "batch_size": 4, "activation_checkpointing": False},
+            "optimize": {**source, "steps": 4, "batch_size": 4},
             "quantize": {**source, "n_sequences": 4},
             "evaluate": {"sources": [source["source"]], "seq_len": 16, "max_sequences": 4},
             "distributed": {"device": "cpu", "threads": 1, "timeout_s": 60},
