@@ -6,6 +6,7 @@ torchrun --nproc_per_node 2 -m dist_spin optimize configs/quickstart.yaml
 
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,20 +14,27 @@ from typing import Any
 
 from dist_spin.config import RunConfig, config_help, load_config
 from dist_spin.errors import EXIT_HANG, EXIT_OK, UserError
+from dist_spin.progress import where
 
 VERBS = {
     "run": "learn rotations, quantise, measure: every stage, on this machine",
     "optimize": "learn the rotations",
     "quantize": "merge the rotations and quantise the weights",
     "evaluate": "measure perplexity",
+    "submit": "hand every missing stage to a cluster as jobs that wait for each other",
     "status": "show where a run stands",
+    "logs": "show the end of everything a run's jobs printed",
+    "cancel": "end a run's jobs; they save first",
     "bench": "time a stage on this machine's devices: bench optimize SHAPE, bench quantize --shape 8b",
 }
 USAGE = """usage: dist-spin VERB CONFIG.yaml [key.sub=value ...]
        dist-spin quantize CONFIG.yaml [--layers A:B | --boundaries] [key.sub=value ...]
        dist-spin quantize CONFIG.yaml --cluster local|slurm|submitit-local|debug [--workers N] [--retries N]
                           [--slurm key=value ...] [key.sub=value ...]
-       dist-spin status RUN [--json]"""
+       dist-spin submit CONFIG.yaml --cluster slurm|local|debug [--slurm key=value ...] [key.sub=value ...]
+       dist-spin status RUN [--json] [--watch]
+       dist-spin logs RUN
+       dist-spin cancel RUN"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,6 +64,10 @@ def _main(words: list[str]) -> int:
         return EXIT_OK
     if verb == "status":
         return _status(rest)
+    if verb in ("logs", "cancel"):
+        return _jobs(verb, rest)
+    if verb == "submit":
+        return _submit(rest)
     if verb == "quantize":
         return _quantize(rest)
     path = _config_path(rest)
@@ -146,24 +158,30 @@ def _stage(verb: str, config: RunConfig, **options: Any) -> int:
     import torch.distributed as dist
 
     from dist_spin.distributed import start, stop
+    from dist_spin.stages.common import writing
     from dist_spin.stages.evaluate import evaluate
     from dist_spin.stages.optimize import optimize
     from dist_spin.stages.quantize import quantize
 
     stages: dict[str, Callable[..., Any]] = {"optimize": optimize, "quantize": quantize, "evaluate": evaluate}
     quieten_libraries()
-    world = start(config.distributed.device, config.distributed.timeout_s, config.distributed.threads)
+    timeout = config.distributed.timeout_s
+    world = start(config.distributed.device, timeout, config.distributed.threads)
+    layers = options.get("layers")
+    part = f"{layers[0]}-{layers[1]}" if layers else "boundaries" if options.get("boundaries_only") else ""
     try:
-        stages[verb](config, world, **options)
+        with writing(config, world, verb, part):
+            stages[verb](config, world, **options)
     except (dist.DistBackendError, dist.DistNetworkError, RuntimeError) as error:
         if "imed out" not in str(error) and "Connection" not in str(error) and "connection" not in str(error):
             raise
         first = str(error).strip().splitlines()[0][:200]
         print(
-            f"dist-spin: rank {world.rank}: another rank is gone or hangs ({first}); start again to resume",
+            f"dist-spin: rank {world.rank} of {world.size} on {socket.gethostname()}: no answer from another rank within "
+            f"{timeout} s at {where()} ({first}); start again to resume",
             file=sys.stderr,
+            flush=True,
         )
-        sys.stderr.flush()
         os._exit(EXIT_HANG)  # the process group cannot be left in order any more
     finally:
         stop()
@@ -194,15 +212,40 @@ def quieten_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def _status(rest: list[str]) -> int:
-    from dist_spin.stages.status import status, status_text
+def _submit(rest: list[str]) -> int:
+    from launch.submit import submit
 
+    cluster = (_option(rest, "--cluster") or ["slurm"])[-1]
+    scheduler = _option(rest, "--slurm")
+    path = _config_path(rest)
+    config = load_config(path, rest)
+    quieten_libraries()
+    return submit(([path] if path else []) + rest, config, cluster, scheduler)
+
+
+def _run_directory(verb: str, rest: list[str], flags: tuple[str, ...] = ()) -> Path:
     paths = [word for word in rest if not word.startswith("--")]
-    unknown = [word for word in rest if word.startswith("--") and word != "--json"]
-    if len(paths) != 1 or unknown:
-        raise UserError(
-            f"status takes one run directory, not {' '.join(rest) or 'nothing'}", "dist-spin status runs/NAME"
-        )
-    figures = status(Path(paths[0]))
-    print(json.dumps(figures, indent=1) if "--json" in rest else status_text(figures))
+    if len(paths) != 1 or not set(rest) <= {*paths, *flags}:
+        what = f"{verb} takes one run directory, not {' '.join(rest) or 'nothing'}"
+        raise UserError(what, f"dist-spin {verb} runs/NAME {' '.join(f'[{flag}]' for flag in flags)}".strip())
+    return Path(paths[0])
+
+
+def _status(rest: list[str]) -> int:
+    from dist_spin.stages.status import status, status_text, watch
+
+    path = _run_directory("status", rest, ("--json", "--watch"))
+    show = (lambda figures: json.dumps(figures, indent=1)) if "--json" in rest else status_text
+    if "--watch" in rest:
+        watch(path, show)
+    else:
+        print(show(status(path)))
+    return EXIT_OK
+
+
+def _jobs(verb: str, rest: list[str]) -> int:
+    from dist_spin.stages.status import cancel, logs
+
+    path = _run_directory(verb, rest)
+    print(logs(path) if verb == "logs" else cancel(path))
     return EXIT_OK

@@ -3,6 +3,8 @@
 import sys
 import time
 
+_latest: "Progress | None" = None
+
 LINE_EVERY = 5.0  # seconds between lines where the output is no terminal
 
 
@@ -15,6 +17,8 @@ class Progress:
         self._began = self._said = time.monotonic()
         self._start = done
         self._terminal = sys.stderr.isatty()
+        global _latest  # noqa: PLW0603 (a process does one thing at a time)
+        _latest = self
 
     def advance(self, note: str = "") -> None:
         """One more is done; `note` is shown beside it."""
@@ -29,6 +33,13 @@ class Progress:
         line = f"{self.what} {self.done}/{self.total}  {note}  {left}"
         end = "" if self._terminal and not last else "\n"
         print(f"\r\033[K{line}" if self._terminal else line, end=end, file=sys.stderr, flush=True)
+
+
+def where() -> str:
+    """What this process is at, for messages about hangs; every rank keeps its own count."""
+    if _latest is None:
+        return "before the first step"
+    return f"{_latest.what} {min(_latest.done + 1, _latest.total)} of {_latest.total}"
 
 
 def clock(seconds: float) -> str:

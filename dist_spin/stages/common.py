@@ -1,6 +1,8 @@
 """What several stages build from a configuration in the same way."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,10 @@ import torch
 from torch import Tensor
 
 from dist_spin.config import RunConfig
-from dist_spin.distributed import on_leader, together
+from dist_spin.distributed import World, on_leader, together
+from dist_spin.environment import environment
 from dist_spin.errors import UserError
+from dist_spin.lock import stage_lock
 from dist_spin.model.architecture import Shape
 from dist_spin.model.loading import ModelFiles, open_model
 from dist_spin.model.rotation import Sites, initial
@@ -30,6 +34,27 @@ def say(text: str) -> None:
 def run_dir(config: RunConfig) -> RunDir:
     """The run directory that a configuration names."""
     return RunDir(Path(config.output_dir) / config.name)
+
+
+@contextlib.contextmanager
+def writing(config: RunConfig, world: World, stage: str, part: str = "") -> Iterator[None]:
+    """Around a stage: rank 0 holds the run's lock of this stage and notes where and with what it runs.
+
+    Raises:
+        Held: another process works on the same stage or part.
+    """
+    run = run_dir(config)
+    new = on_leader(lambda: not run.path.exists())
+    with contextlib.ExitStack() as held:
+        on_leader(lambda: held.enter_context(stage_lock(run.path, stage, part)))
+        about = environment(world)
+        on_leader(lambda: run.event("job", stage=stage, part=part, **about))
+        try:
+            yield
+        except UserError:
+            if new and world.leads and not (run.path / "config.yaml").exists():
+                (run.path / "events.jsonl").unlink(missing_ok=True)  # a start that failed leaves no mark
+            raise
 
 
 def model_dtype(config: RunConfig) -> torch.dtype:

@@ -1,11 +1,15 @@
 """Where a run stands, read from its files alone, so that it works on any machine that sees them.
 
 dist-spin status runs/quickstart
+dist-spin logs runs/quickstart
+dist-spin cancel runs/quickstart
 """
 
 import json
 import socket
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,11 @@ import yaml
 from dist_spin.errors import UserError
 from dist_spin.progress import clock
 from dist_spin.rundir import RunDir, checkpoints, read_lines
+from dist_spin.scheduler import cancel_jobs, job_states, output_files
+
+WATCH_EVERY = 2.0  # seconds
+LAST_LINES = 20  # of each log
+FINISHED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL")
 
 
 def status(path: Path) -> dict[str, Any]:
@@ -23,11 +32,12 @@ def status(path: Path) -> dict[str, Any]:
         UserError: `path` is no run directory.
     """
     run = RunDir(path)
-    if not (path / "config.yaml").exists():
-        raise UserError(f"{path} is no run directory (it has no config.yaml)", "give runs/NAME")
-    config = yaml.safe_load((path / "config.yaml").read_text())
+    events = run_events(path)
+    settings = path / "config.yaml"
+    if not settings.exists():  # submitted, and no job has begun yet
+        return {"run": str(path), "jobs": jobs_of(events), "last_event": events[-1] if events else None}
+    config = yaml.safe_load(settings.read_text())
     metrics = read_lines(path / "metrics.jsonl")
-    events = read_lines(path / "events.jsonl")
     steps = config["optimize"]["steps"]
     complete = (run.rotations / "final.safetensors").exists()
     step = metrics[-1]["step"] if metrics else 0
@@ -45,8 +55,71 @@ def status(path: Path) -> dict[str, Any]:
         },
         "quantize": {name: layer_states(run, name, events) for name in ("learned", *config["quantize"]["baselines"])},
         "results": json.loads(results.read_text()) if results.exists() else [],
+        "jobs": jobs_of(events),
         "last_event": events[-1] if events else None,
     }
+
+
+def run_events(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's events.jsonl.
+
+    Raises:
+        UserError: `path` is no run directory.
+    """
+    if not any((path / name).exists() for name in ("config.yaml", "events.jsonl")):
+        raise UserError(f"{path} is no run directory (it has no config.yaml)", "give runs/NAME")
+    return read_lines(path / "events.jsonl")
+
+
+def jobs_of(events: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Every Slurm job of a run, submitted or seen at work, in that order, with its state as long as Slurm remembers it."""
+    jobs: dict[str, str] = {}
+    for event in events:
+        if event["event"] == "submitted":
+            jobs[event["job"]] = " ".join([event["stage"], *event["part"][1:]])
+        elif event["event"] == "job" and (slurm := event["slurm"]):
+            array = f"{slurm['array_job_id']}_{slurm['array_task_id']}" if "array_job_id" in slurm else slurm["job_id"]
+            jobs.setdefault(array, f"{event['stage']} {event['part']}".strip())
+    states = job_states(jobs)
+    unknown = ("unknown", "")
+    return [
+        {"job": job, "stage": stage, "state": states.get(job, unknown)[0], "reason": states.get(job, unknown)[1]}
+        for job, stage in jobs.items()
+    ]
+
+
+def watch(path: Path, show: Callable[[dict[str, Any]], str]) -> None:
+    """Print the figures again and again, in place on a terminal, until ctrl-C or until the results are there."""
+    while True:
+        figures = status(path)
+        print(("\033[H\033[J" if sys.stdout.isatty() else "") + show(figures), flush=True)
+        if figures.get("results"):
+            return
+        try:
+            time.sleep(WATCH_EVERY)
+        except KeyboardInterrupt:
+            return
+
+
+def logs(path: Path) -> str:
+    """The last lines of everything that the jobs of a run printed, oldest file first."""
+    files = {file for file in RunDir(path).logs.rglob("*") if file.suffix in (".log", ".out", ".err")}
+    for job in jobs_of(run_events(path)):
+        files.update(output_files(job["job"]))
+    texts = []
+    for file in sorted((f for f in files if f.is_file() and f.stat().st_size), key=lambda f: f.stat().st_mtime):
+        lines = file.read_text(errors="replace").splitlines()
+        texts.append("\n".join([f"==> {file}", *lines[-LAST_LINES:]]))
+    return "\n\n".join(texts) or "nothing printed yet"
+
+
+def cancel(path: Path) -> str:
+    """End every Slurm job of a run that has not ended; what they saved stays. Returns what was done."""
+    jobs = [job["job"] for job in jobs_of(run_events(path)) if job["state"] not in (*FINISHED, "unknown")]
+    cancel_jobs(jobs)
+    if jobs:
+        RunDir(path).event("cancelled", jobs=jobs)
+    return f"cancelled {', '.join(jobs)}" if jobs else "no job of this run is waiting or running"
 
 
 def layer_states(run: RunDir, name: str, events: list[dict[str, Any]]) -> dict[str, list[int]]:
@@ -102,6 +175,13 @@ def ranges(numbers: list[int]) -> str:
 
 def status_text(figures: dict[str, Any]) -> str:
     """The same for a person to read."""
+    jobs = [
+        f"job       {j['job']} {j['stage']}: {j['state']}"
+        + (f" ({j['reason']})" if j["reason"] not in ("", "None") else "")
+        for j in figures["jobs"]
+    ]
+    if "optimize" not in figures:
+        return "\n".join([f"run       {figures['run']}, not begun", *jobs])
     o = figures["optimize"]
     loss = "" if o["loss"] is None else f", loss {o['loss']:.4f}"
     left = "complete" if o["complete"] else f"about {clock(o['seconds_left'])} left"
@@ -112,6 +192,7 @@ def status_text(figures: dict[str, Any]) -> str:
     lines += [
         f"result    {r['method']}, {r['weights']} weights: {r['ppl']:.3f} on {r['dataset']}" for r in figures["results"]
     ]
+    lines += jobs
     if figures["last_event"]:
         event = figures["last_event"]
         lines.append(f"last      {event['event']}, {clock(time.time() - event['time'])} ago")

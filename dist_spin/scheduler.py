@@ -1,0 +1,59 @@
+"""What Slurm says of jobs. Without Slurm's programs, nothing."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from dist_spin.errors import UserError
+
+
+class JobState(NamedTuple):
+    """A job's state (PENDING, RUNNING, COMPLETED, ...) and Slurm's reason for it ("None" if there is nothing to say)."""
+
+    state: str
+    reason: str
+
+    @property
+    def active(self) -> bool:
+        """Whether the job will still do something by itself."""
+        living = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STOPPED")
+        return self.state in living and self.reason != "DependencyNeverSatisfied"
+
+
+def job_states(jobs: Iterable[str]) -> dict[str, JobState]:
+    """State by job id (`12`, or `12_3` for a task of an array); jobs that Slurm has forgotten are left out."""
+    wanted = set(jobs)
+    if not wanted or not shutil.which("squeue"):
+        return {}
+    ids = ",".join(sorted({job.partition("_")[0] for job in wanted}))
+    lines = _run("squeue", "--noheader", "--array", "--states=all", f"--jobs={ids}", "--format=%i|%T|%r").splitlines()
+    found = {fields[0]: JobState(*fields[1:]) for line in lines if len(fields := line.split("|")) == 3}
+    return {job: state for job, state in found.items() if job in wanted}
+
+
+def cancel_jobs(jobs: Iterable[str]) -> None:
+    """Ask Slurm to end these jobs; those that have ended are no error.
+
+    Raises:
+        UserError: Slurm refuses.
+    """
+    for job in jobs:
+        done = subprocess.run(["scancel", job], capture_output=True, text=True, timeout=60, check=False)
+        if done.returncode and "nvalid job id" not in done.stderr:
+            raise UserError(f"scancel {job}: {done.stderr.strip()}", "only the owner of a job can cancel it")
+
+
+def output_files(job: str) -> list[Path]:
+    """Where Slurm writes what a job prints, as long as Slurm remembers the job."""
+    if not shutil.which("scontrol"):
+        return []
+    found = re.findall(r"Std(?:Out|Err)=(\S+)", _run("scontrol", "show", "job", "-o", job))
+    return [Path(name) for name in dict.fromkeys(found)]
+
+
+def _run(*command: str) -> str:
+    """Standard output, "" if the program fails: a job that Slurm has forgotten is no error here."""
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout

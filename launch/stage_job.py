@@ -1,0 +1,105 @@
+"""What a submitted job does: start the ranks of its node, and on a signal let them save and queue again."""
+
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import submitit
+from submitit.core.utils import DelayedSubmission
+
+from dist_spin.errors import EXIT_HANG, EXIT_INTERRUPTED, EXIT_OK
+from dist_spin.scheduler import job_states
+from launch.local import run_stages
+
+HANGS = 5  # restarts after which a hang is no longer tried again
+PREEMPTION = getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"))
+
+
+class StageJob:
+    """One stage on the nodes of a Slurm job; one such object runs on every node."""
+
+    def __init__(self, stage: str, arguments: list[str], ranks: int) -> None:
+        """arguments: CONFIG and settings. ranks: processes per node."""
+        self.stage, self.arguments, self.ranks = stage, arguments, ranks
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "process": None}
+
+    def __call__(self) -> int:
+        """Returns 0; leaves through a requeue if the ranks saved and left, or got no answers from each other.
+
+        Raises:
+            RuntimeError: the stage failed, so that jobs which wait for it do not begin.
+        """
+        stage = "quantize" if self.stage == "boundaries" else self.stage
+        command = [sys.executable, "-m", "launch.torchrun", *meeting(), f"--nproc_per_node={self.ranks}"]
+        command += ["-m", "dist_spin", stage, *self.arguments]
+        quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # c10d tells at length of every peer that has left
+        self.process = subprocess.Popen(command, env={**os.environ, **quiet}, start_new_session=True)
+        code = self.process.wait()
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        if (code == EXIT_INTERRUPTED or (code == EXIT_HANG and restarts < HANGS)) and not being_cancelled():
+            if os.environ.get("SLURM_PROCID", "0") == "0":
+                os.kill(os.getpid(), PREEMPTION)  # submitit's handler calls checkpoint() and queues the job again
+            signal.pause()  # until Slurm ends this job
+        if code != EXIT_OK:
+            raise RuntimeError(f"dist-spin {stage} returned {code}; its line above says why")
+        return code
+
+    def checkpoint(self) -> DelayedSubmission:
+        """Called on the first node alone, inside a signal handler, so nothing here may wait for other nodes.
+
+        Every rank has the signal or gets it from another rank's agreement; they save without us. We wait for ours.
+        """
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGUSR1)
+            self.process.wait()
+        return DelayedSubmission(StageJob(self.stage, self.arguments, self.ranks))
+
+
+class PipelineJob:
+    """Every stage one after the other on this machine."""
+
+    def __init__(self, arguments: list[str], ranks: int) -> None:
+        self.arguments, self.ranks = arguments, ranks
+
+    def __call__(self) -> int:
+        """The exit code of the first stage that failed, or 0."""
+        return run_stages(self.arguments, self.ranks)
+
+    def checkpoint(self) -> DelayedSubmission:
+        """Start again: every stage continues where it was."""
+        return DelayedSubmission(PipelineJob(self.arguments, self.ranks))
+
+
+def being_cancelled() -> bool:
+    """Whether Slurm is already ending this job for good; a preempted one still counts as running."""
+    job = submitit.JobEnvironment().job_id
+    return job in (states := job_states([job])) and states[job].state != "RUNNING"
+
+
+def meeting() -> list[str]:
+    """torchrun's words for where the nodes of this job meet: the first one, at the addresses that Slurm itself uses."""
+    environment = submitit.JobEnvironment()
+    if environment.num_nodes == 1:
+        return ["--standalone"]
+    job = os.environ["SLURM_JOB_ID"]
+    restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return [
+        f"--nnodes={environment.num_nodes}",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint={address(environment.hostnames[0])}:{20000 + int(job) % 20000}",
+        f"--rdzv_id={job}.{restart}",
+        f"--local_addr={address(os.environ['SLURMD_NODENAME'])}",
+    ]
+
+
+def address(node: str) -> str:
+    """A node's network address."""
+    text = subprocess.run(
+        ["scontrol", "show", "node", "-o", node], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    return next(word.partition("=")[2] for word in text.split() if word.startswith("NodeAddr="))

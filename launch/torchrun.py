@@ -1,0 +1,123 @@
+"""torchrun that passes stopping signals on to its ranks and returns their exit code, so that schedulers can act on it.
+
+python -m launch.torchrun --nproc_per_node 2 -m dist_spin optimize configs/quickstart.yaml
+
+torchrun itself returns 1 whatever its ranks return, and dies of SIGUSR1.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+from torch.distributed import DistError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.run import parse_args, run
+
+from dist_spin.errors import EXIT_HANG, EXIT_INTERRUPTED, EXIT_OK
+from dist_spin.signals import STOPPING
+
+UNNOTICED = 15  # seconds in which torchrun should notice that a rank has failed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run `torchrun ARGUMENTS`; returns 0 or the exit code of the ranks of this host.
+
+    EXIT_INTERRUPTED (75) if any rank saved and left, or was stopped before it could listen; EXIT_HANG (4) if the other
+    hosts do not answer; otherwise the code of the first rank that failed, 128 + N if signal N killed it.
+    """
+    args = parse_args(arguments)
+    if args.rdzv_endpoint and not args.local_addr:
+        first = args.rdzv_endpoint.rpartition(":")[0]
+        args.local_addr = address_towards(first)
+        if args.local_addr == socket.gethostbyname(first):
+            args.rdzv_conf = ",".join(filter(None, [args.rdzv_conf, "is_host=1"]))  # torchrun goes by host names alone
+    args.signals_to_handle = "SIGQUIT"  # torchrun would kill its ranks on the others, before they have saved
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks speak for themselves
+    stopped: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        stopped.append(number)
+        for process in children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+
+    for number in STOPPING:
+        signal.signal(number, forward)
+    threading.Thread(target=_leave_with_the_dead, daemon=True).start()
+    try:
+        run(args)
+    except ChildFailedError as error:
+        return _code(error, stopped)
+    except (RendezvousError, DistError) as error:
+        problem = str(error).strip().splitlines()[0][:200]
+        text = f"host {socket.gethostname()}: the other hosts do not answer ({problem}); start again to resume"
+        print(f"dist-spin: {text}", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED if stopped else EXIT_HANG
+    return EXIT_OK
+
+
+def address_towards(host: str) -> str:
+    """This host's address on its way to `host`; a host's own name may well mean 127.0.0.1 to itself. Sends nothing."""
+    family, kind, protocol, _, place = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(place)
+        return probe.getsockname()[0]
+
+
+def children() -> list[int]:
+    """The process ids of this process's children."""
+    tasks = Path("/proc/self/task").iterdir()
+    return [int(word) for task in tasks for word in (task / "children").read_text().split()]
+
+
+def _leave_with_the_dead() -> None:
+    """End this process once a rank has failed and torchrun takes no notice of it.
+
+    It waits for the store on the first host, for a quarter of an hour if that host was cut off without a word.
+    """
+    unseen: dict[int, int] = {}  # process -> seconds since it failed
+    while True:
+        time.sleep(1)
+        failed = {process: code for process in children() if (code := _exit_code(process))}
+        unseen = {process: unseen.get(process, 0) + 1 for process in failed}
+        late = [process for process, seconds in unseen.items() if seconds > UNNOTICED]
+        if late:
+            for process in children():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            os._exit(failed[late[0]])
+
+
+def _exit_code(process: int) -> int:
+    """Exit code of a child that has ended and that nobody has waited for; 0 while it runs."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+        if fields[0] == "Z":
+            return os.waitstatus_to_exitcode(int(fields[49])) % 256
+    return 0
+
+
+def _code(error: ChildFailedError, stopped: list[int]) -> int:
+    codes = [failure.exitcode for failure in error.failures.values()]
+    if EXIT_INTERRUPTED in codes or any(-number in codes for number in stopped):
+        return EXIT_INTERRUPTED  # every step is saved, so a rank that died of the signal itself has lost nothing
+    first = error.get_first_failure()[1]
+    if first.exitcode < 0:
+        name = signal.Signals(-first.exitcode).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        text = f"rank {error.get_first_failure()[0]} on host {socket.gethostname()} died of {name}{hint}"
+        print(f"dist-spin: {text}; start again to resume", file=sys.stderr, flush=True)
+        return 128 - first.exitcode
+    return first.exitcode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+#!/bin/bash
+# The whole pipeline as Slurm jobs that wait for each other: optimize, quantize (an array), evaluate.
+#
+#   slurm/pipeline.sh configs/quickstart.yaml [key=value ...]
+#
+# Account, partition and resources are set at the top of the two sbatch files, or for all of them at once in the environment:
+# SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS, SBATCH_CONSTRAINT are read by sbatch itself. Run it again when something was
+# lost: finished steps and layers are not done a second time. (`dist-spin submit` does the same and also knows which jobs still
+# live; this script always submits.)
+set -euo pipefail
+
+# ---- settings -----------------------------------------------------------------------------------------------------------
+export ROOT=${ROOT:-$PWD}              # this repository, on a file system that all nodes see
+export PYTHON=${PYTHON:-.venv/bin/python}
+AT_ONCE=${AT_ONCE:-16}                 # tasks of the array that run at the same time
+OPTIMIZE=(${OPTIMIZE_OPTIONS:-})       # more options of sbatch for each kind of job, such as --nodes=4 --time=120
+QUANTIZE=(${QUANTIZE_OPTIONS:-})
+EVALUATE=(${EVALUATE_OPTIONS:---nodes=1})
+# -------------------------------------------------------------------------------------------------------------------------
+
+[ $# -ge 1 ] || { echo "usage: slurm/pipeline.sh CONFIG.yaml [key=value ...]" >&2; exit 2; }
+cd "$ROOT"
+spans=$($PYTHON -m launch.spans "$@") # such as "0:10 10:20"; empty if weights stay as they are
+after=""
+
+put() { # submit one job after the one before, say its number, and have the next wait for it
+  local what=$1 id
+  shift
+  id=$(sbatch --parsable --kill-on-invalid-dep=yes ${after:+--dependency=afterok:$after} --job-name="dist-spin-$what" "$@")
+  echo "$what: job $id${after:+, after $after}"
+  after=$id
+}
+
+put optimize "${OPTIMIZE[@]}" slurm/optimize.sbatch "$@"
+if [[ $spans == *" "* ]]; then
+  SPANS=boundaries put boundaries "${QUANTIZE[@]}" slurm/quantize_array.sbatch "$@"
+fi
+if [ -n "$spans" ]; then
+  count=$(wc -w <<<"$spans")
+  SPANS=$spans put quantize "${QUANTIZE[@]}" --array="0-$((count - 1))%$AT_ONCE" slurm/quantize_array.sbatch "$@"
+fi
+STAGE=evaluate put evaluate "${EVALUATE[@]}" slurm/optimize.sbatch "$@"

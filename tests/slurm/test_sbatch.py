@@ -1,0 +1,86 @@
+"""The sbatch scripts on a real Slurm: several nodes, preemption, another number of nodes, what a user gets wrong."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.slurm.harness import Cluster, Run
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(400)]
+SCRIPT = "slurm/optimize.sbatch"
+STEPS = {"optimize__steps": 30}
+
+
+@pytest.fixture(scope="module")
+def alone(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, model: Path) -> Run:
+    """The run in one process, undisturbed."""
+    run = Run(tmp_path_factory.mktemp("alone"), model, **STEPS)
+    cluster.dist_spin("optimize", str(run.config))
+    return run
+
+
+def assert_same(run: Run, alone: Run) -> None:
+    ours, theirs = (load_file(r.path / "rotations" / "final.safetensors") for r in (run, alone))
+    for name in ("R1", "R2"):
+        assert float((ours[name] - theirs[name]).abs().max()) < 1e-9
+    for a, b in zip(run.lines("metrics.jsonl"), alone.lines("metrics.jsonl"), strict=True):
+        assert a["step"] == b["step"]
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-6)
+
+
+def test_two_nodes_learn_what_one_process_learns(
+    cluster: Cluster, make_run: Callable[..., Run], alone: Run, tmp_path: Path
+) -> None:
+    run, log = make_run(**STEPS), tmp_path / "log"
+    job = cluster.sbatch(f"--output={log}", SCRIPT, str(run.config))
+    assert cluster.wait(job, log) == "COMPLETED", log.read_text()
+    assert run.events("start")[0]["ranks"] == 4
+    assert_same(run, alone)
+
+
+def test_preempted_saves_queues_again_and_ends_the_same_on_fewer_nodes(
+    cluster: Cluster, make_run: Callable[..., Run], alone: Run, tmp_path: Path
+) -> None:
+    run, log = make_run(**STEPS), tmp_path / "log"
+    job = cluster.sbatch(f"--output={log}", SCRIPT, str(run.config))
+    cluster.until(lambda: run.step >= 2, 120, log.read_text)
+    high = cluster.sbatch("--partition=high", "--nodes=2", "--cpus-per-task=2", "--wrap=sleep 1", "--output=/dev/null")
+    cluster.wait(high)
+    stopped = run.events("interrupted")[0]["step"]
+    assert 2 <= stopped < 30
+    assert "queues itself again (exit code 75)" in log.read_text()
+    cluster.until(lambda: cluster.hurry(job) or run.step > stopped, 120, log.read_text)
+    cluster.call("scancel", job)  # it saves once more, and stays away
+    cluster.wait(job, log)
+    job = cluster.sbatch("--nodes=1", f"--output={log}", SCRIPT, str(run.config))
+    assert cluster.wait(job, log) == "COMPLETED", log.read_text()
+    resumed = [(event["step"], event["ranks"]) for event in run.events("resume")]
+    assert resumed[0] == (stopped, 4)
+    assert resumed[1][0] > stopped
+    assert resumed[1][1] == 2
+    assert_same(run, alone)
+
+
+def test_a_shared_path_that_a_node_does_not_see(cluster: Cluster, make_run: Callable[..., Run], tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    job = cluster.sbatch(f"--output={log}", SCRIPT, str(make_run().config), ROOT="/not/shared")
+    assert cluster.wait(job) == "FAILED"
+    assert "does not see ROOT=/not/shared; put the repository on a shared file system" in log.read_text()
+
+
+def test_pipeline_script_goes_from_nothing_to_results(
+    cluster: Cluster, make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = make_run(optimize__steps=2, quantize__layers_per_job=2)
+    logs = {"SBATCH_OUTPUT": str(tmp_path / "log-%j"), "OPTIMIZE_OPTIONS": "--nodes=1"}
+    said = cluster.call("slurm/pipeline.sh", str(run.config), "rotation.seed=3", **logs).stdout
+    jobs = [line.split("job ")[1].split(",")[0] for line in said.splitlines()]
+    assert [line.partition(":")[0] for line in said.splitlines()] == ["optimize", "boundaries", "quantize", "evaluate"]
+    assert cluster.wait(jobs[-1], seconds=200) == "COMPLETED", said
+    assert {row["seed"] for row in run.results} == {3}
+    assert {tuple(event["hosts"]) for event in run.events("job") if event["part"] in ("0-2", "2-4")} != {()}
+    text = cluster.dist_spin("status", str(run.path)).stdout
+    assert "learned: 4 layers finished" in text
+    assert text.count("COMPLETED") == 5  # the array has two tasks
