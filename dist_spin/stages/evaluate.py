@@ -49,6 +49,7 @@ class Cell:
     chosen: Variant
     weights: str  # none, rtn or gptq
     full_precision: bool = False
+    made_under: str = ""  # fingerprint of its layer files; empty where weights are as they are
 
     @property
     def label(self) -> str:
@@ -70,23 +71,19 @@ def evaluate(config: RunConfig, world: World) -> list[dict[str, Any]]:
     stop = StopRequest()
     run, files = run_dir(config), open_configured_model(config)
     measured = cells(config, files, world.device)
-    calibration = None
-    if any(cell.weights != "none" for cell in measured):
-        calibration = calibration_tokens(config, files)
-    for cell in measured:
+    quantised = [cell for cell in measured if cell.weights != "none"]
+    calibration = calibration_tokens(config, files) if quantised else torch.empty(0)
+    for cell in quantised:
         missing = [i for i in range(files.shape.layers) if not cell_layer(run, cell, i).exists()]
-        if cell.weights != "none" and missing:
+        if missing:
             problem = f"layer {missing[0]} of '{cell.chosen.name}' is not quantised"
             raise UserError(problem, "run `dist-spin quantize` first")
+        cell.made_under = identity_hash(layer_identity(config, files, cell.chosen, calibration))
     rows = []
     for source in config.evaluate.sources:
         tokens = measuring_tokens(config, files, source)
         for cell in measured:
-            made_under = ""
-            if cell.weights != "none":
-                assert calibration is not None
-                made_under = identity_hash(layer_identity(config, files, cell.chosen, calibration))
-            row = measure(config, world, files, run, cell, source, tokens, made_under)
+            row = measure(config, world, files, run, cell, source, tokens)
             rows.append(row)
             if any_rank(bool(stop)):
                 raise Interrupted("stopped by a signal between two measurements", "the same command continues")
@@ -128,7 +125,6 @@ def measure(
     cell: Cell,
     source: str,
     tokens: Tensor,
-    made_under: str,
 ) -> dict[str, Any]:
     """One cell on one source, from its file if it was measured before."""
     q = config.quant
@@ -148,14 +144,14 @@ def measure(
         "seq_len": config.evaluate.seq_len,
     }
     identity = identity_hash(
-        {**row, "layers": made_under, "tokens": fingerprint(tokens), **cell_identity(config, files, cell)}
+        {**row, "layers": cell.made_under, "tokens": fingerprint(tokens), **cell_identity(config, files, cell)}
     )
     path = run.path / "evaluations" / f"{identity}.json"
     before = on_leader(lambda: json.loads(path.read_text()) if path.exists() else None)
     if before is not None:
         return before
     began = time.monotonic()
-    losses = window_losses(config, world, files, run, cell, source, tokens, made_under)
+    losses = window_losses(config, world, files, run, cell, source, tokens)
     mean = float(losses.mean())
     if not math.isfinite(mean):
         raise NumericsError(
@@ -189,7 +185,6 @@ def window_losses(
     cell: Cell,
     source: str,
     tokens: Tensor,
-    made_under: str,
 ) -> Tensor:
     """Mean next-token cross entropy of every window [n], fp64 on the CPU; windows are shared out over ranks."""
     dtype, chosen, layers = model_dtype(config), cell.chosen, files.shape.layers
@@ -203,7 +198,7 @@ def window_losses(
     del embedding
     progress = Progress(f"measure {source}, {cell.label}, {cell.weights} weights: layer", layers, show=world.leads)
     for index in range(layers):
-        weights = quantized_weights(run, cell, index, made_under, dtype, world) or chosen.weights.layer(index)
+        weights = quantized_weights(run, cell, index, dtype, world) or chosen.weights.layer(index)
         module = runner.build(index, weights)
         hidden = [runner.run(module, index, h) for h in hidden]
         progress.advance()
@@ -216,13 +211,13 @@ def window_losses(
 
 
 def quantized_weights(
-    run: RunDir, cell: Cell, index: int, made_under: str, dtype: torch.dtype, world: World
+    run: RunDir, cell: Cell, index: int, dtype: torch.dtype, world: World
 ) -> dict[str, Tensor] | None:
     """Dequantised parameters of a layer from its file; None where the cell keeps 16-bit weights."""
     if cell.weights == "none":
         return None
     path = cell_layer(run, cell, index)
-    layer = finished_layer(path, made_under, say)
+    layer = finished_layer(path, cell.made_under, say)
     if layer is None:
         raise UserError(f"layer {index} of '{cell.chosen.name}' is not quantised", "run `dist-spin quantize` first")
     return layer.weights(dtype, world.device)
