@@ -1,5 +1,8 @@
 """How the tests are spread over pytest-xdist's workers, and which are skipped on this machine."""
 
+import signal
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -15,3 +18,14 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     alone = item.get_closest_marker("distributed") or item.get_closest_marker("slurm")
     if item.config.pluginmanager.hasplugin("xdist"):
         item.add_marker(pytest.mark.xdist_group("processes" if alone else item.path.name))
+
+
+@pytest.fixture
+def restored_process() -> Iterator[None]:
+    """Stages take over signal handlers and torch's threads, which the tests after these want back."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    kept, threads = {number: signal.getsignal(number) for number in numbers}, torch.get_num_threads()
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+    torch.set_num_threads(threads)

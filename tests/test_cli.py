@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -29,16 +28,7 @@ RESULT_FIELDS = (
     *("dataset", "ppl", "tokens", "seconds"),
 )
 
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    """Stages take over signal handlers and torch's threads, which the tests after these want back."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-    kept, threads = {number: signal.getsignal(number) for number in numbers}, torch.get_num_threads()
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("restored_process")
 
 
 @pytest.fixture(scope="module")

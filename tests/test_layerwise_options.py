@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +22,7 @@ from dist_spin.rundir import RunDir, load_tensors, save_tensors
 
 DOWN = "mlp.down_proj"
 
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    """Stages take over signal handlers and torch's threads."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-    kept, threads = {number: signal.getsignal(number) for number in numbers}, torch.get_num_threads()
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("restored_process")
 
 
 @pytest.fixture(scope="module")

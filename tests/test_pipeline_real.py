@@ -1,27 +1,13 @@
 """A real model, SmolLM2-135M from its Python package: GPTQ beats rounding to nearest on every linear it does."""
 
-import signal
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 from dist_spin.cli import main
 from dist_spin.layer_files import layer_path, load_layer
 from dist_spin.model.architecture import LAYER_LINEARS
 from dist_spin.rundir import RunDir, read_lines
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-    kept, threads = {number: signal.getsignal(number) for number in numbers}, torch.get_num_threads()
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-    torch.set_num_threads(threads)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("restored_process")]
 
 
 def test_gptq_beats_rounding_on_every_linear_of_a_real_model(tmp_path):
