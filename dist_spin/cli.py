@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dist_spin.config import RunConfig, config_help, load_config
+from dist_spin.config import config_help, load_config
 from dist_spin.errors import EXIT_HANG, EXIT_OK, UserError
 from dist_spin.progress import where
+from dist_spin.settings import RunConfig
 
 VERBS = {
     "run": "learn rotations, quantise, measure: every stage, on this machine",

@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_spin.config import check_source
 from dist_spin.errors import UserError
+from dist_spin.settings import check_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

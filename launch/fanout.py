@@ -13,10 +13,10 @@ from types import FrameType
 from typing import Protocol
 
 from dist_spin import distributed
-from dist_spin.config import RunConfig
 from dist_spin.errors import EXIT_INTERRUPTED, EXIT_NUMERICS, EXIT_OK, EXIT_USER, UserError
 from dist_spin.progress import Progress
 from dist_spin.rundir import RunDir
+from dist_spin.settings import RunConfig
 from dist_spin.signals import STOPPING
 from dist_spin.stages.common import run_dir, say
 from dist_spin.stages.quantize import Work, prepare_works

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from dist_spin.config import RunConfig
 from dist_spin.errors import UserError
+from dist_spin.settings import RunConfig
 from launch.fanout import Task
 from launch.worker import work
 

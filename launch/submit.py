@@ -16,11 +16,11 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from dist_spin import distributed
-from dist_spin.config import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.lock import Lock
 from dist_spin.rundir import RunDir, read_lines
 from dist_spin.scheduler import JobState, cancel_jobs, job_states
+from dist_spin.settings import RunConfig
 from dist_spin.stages.common import open_configured_model, run_dir, say
 from dist_spin.stages.quantize import prepare_works, spans_of
 from launch.stage_job import PipelineJob, StageJob

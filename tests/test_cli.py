@@ -17,10 +17,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dist_spin.cli import VERBS, main
-from dist_spin.config import RunConfig, load_config
+from dist_spin.config import load_config
 from dist_spin.layer_files import layer_path, load_layer
 from dist_spin.model.architecture import LAYER_LINEARS
 from dist_spin.rundir import RunDir, checkpoints
+from dist_spin.settings import RunConfig
 
 VARIANTS = ("learned", "none", "hadamard")
 RESULT_FIELDS = (

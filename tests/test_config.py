@@ -6,11 +6,14 @@ import typing
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from dist_spin import config as module
-from dist_spin.config import (
+from dist_spin import settings as module
+from dist_spin.config import config_help, dump_config, load_config
+from dist_spin.errors import UserError
+from dist_spin.settings import (
     DistributedConfig,
     EvaluateConfig,
     ModelConfig,
@@ -19,11 +22,7 @@ from dist_spin.config import (
     QuantizeConfig,
     RotationConfig,
     RunConfig,
-    config_help,
-    dump_config,
-    load_config,
 )
-from dist_spin.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MODEL = "model.path=some/model"
@@ -306,7 +305,7 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
     return RunConfig(name=draw(strategy_of(str)), evaluate=EvaluateConfig(sources=sources), **groups)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(config=run_configs())
 def test_what_is_dumped_loads_equal_and_dumps_the_same(config: RunConfig, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
@@ -323,7 +322,7 @@ def test_the_dump_lists_every_setting_in_the_order_of_the_dataclasses() -> None:
     assert re.findall(r"^  (\w+):", optimize, re.MULTILINE) == [i.name for i in dataclasses.fields(OptimizeConfig)]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     text=st.text(max_size=60)
     | st.lists(

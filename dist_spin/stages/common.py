@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_spin.config import RunConfig
 from dist_spin.distributed import World, on_leader, together
 from dist_spin.environment import environment
 from dist_spin.errors import UserError
@@ -21,6 +20,7 @@ from dist_spin.numerics.hadamard import NoHadamard, kronecker_factors, largest_b
 from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.rotation_files import load_rotations
 from dist_spin.rundir import RunDir
+from dist_spin.settings import RunConfig
 
 ENDS_SETTINGS = ("quant.embedding_bits", "quant.head_bits")  # decide nothing about layers
 WEIGHT_SETTINGS = ("quant.w_", "quant.down_bits", *ENDS_SETTINGS)  # beginnings of what decides weights alone

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist_spin.config import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.layer_files import finished_ends, save_ends
 from dist_spin.model.layers import RotatedWeights
 from dist_spin.numerics.gptq import Solution
 from dist_spin.numerics.quantizer import dequantize_weight, quantize_weight, weight_scales
+from dist_spin.settings import RunConfig
 
 ROWS_AT_ONCE = 8192  # of the vocabulary, so that fp32 copies stay small beside the weight itself
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_spin.config import RunConfig
 from dist_spin.data import fingerprint, load_tokens
 from dist_spin.distributed import World, any_rank, on_leader, sum_over_ranks_
 from dist_spin.errors import Interrupted, NumericsError, UserError
@@ -28,6 +27,7 @@ from dist_spin.model.rotation import Sites
 from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.progress import Progress
 from dist_spin.rundir import RunDir, write_json
+from dist_spin.settings import RunConfig
 from dist_spin.signals import StopRequest
 from dist_spin.stages.common import WEIGHT_SETTINGS, check_vocabulary, model_dtype, open_configured_model, run_dir, say
 from dist_spin.stages.quantize import (

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dist_spin import __version__
 from dist_spin.checkpoint_writer import CheckpointWriter
-from dist_spin.config import RunConfig, dump_config
+from dist_spin.config import dump_config
 from dist_spin.data import batch_indices, fingerprint, load_tokens, rank_share
 from dist_spin.distributed import World, agree, any_rank, on_leader, sum_over_ranks_, together
 from dist_spin.engine import fsdp
@@ -39,6 +39,7 @@ from dist_spin.rundir import (
     write_json,
     write_text,
 )
+from dist_spin.settings import RunConfig
 from dist_spin.signals import StopRequest
 from dist_spin.stages.common import (
     WEIGHT_SETTINGS,

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dist_spin.boundary_files import BoundaryFiles
-from dist_spin.config import RunConfig, dump_config
+from dist_spin.config import dump_config
 from dist_spin.data import calibration_windows, fingerprint
 from dist_spin.distributed import World, any_rank, on_leader
 from dist_spin.engine.layerwise import LayerQuantizer
@@ -39,6 +39,7 @@ from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.progress import Progress
 from dist_spin.rotation_files import load_rotations
 from dist_spin.rundir import RunDir, tensors_digest, write_text
+from dist_spin.settings import RunConfig
 from dist_spin.signals import StopRequest
 from dist_spin.stages.boundaries import Boundaries
 from dist_spin.stages.common import (

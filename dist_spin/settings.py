@@ -1,0 +1,293 @@
+"""The run's settings: one dataclass per component, checked as soon as they are built.
+
+`dist-spin VERB --help` prints the docstrings below; `dist_spin.config` reads them from files and the command line.
+"""
+
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dist_spin.errors import UserError
+
+BITS = (2, 3, 4, 5, 6, 7, 8, 16)
+NAMED_SOURCES = ("pydoc", "wikitext2", "c4")
+
+
+def _check(config: object, names: str, wanted: Callable[[Any], bool], remedy: str) -> None:
+    """Raise UserError unless every named field is `wanted`, said as what is right so that NaN never passes."""
+    group = type(config).__name__.removesuffix("Config").lower()
+    for name in names.split():
+        value = getattr(config, name)
+        if not wanted(value):
+            key = name if group == "run" else f"{group}.{name}"
+            raise UserError(f"{key} is {value!r}", remedy)
+
+
+def check_source(key: str, source: str) -> None:
+    """Check the form of a text source; whether it can be read is known only when `dist_spin.data` reads it.
+
+    Raises:
+        UserError: `source` is neither a known name nor `hf:…`, `text:…` or `tokens:….npy`.
+    """
+    kind, _, rest = source.partition(":")
+    if source in NAMED_SOURCES or (kind in ("hf", "text") and rest):
+        return
+    if kind == "tokens" and rest.removesuffix("#all").endswith(".npy"):
+        return
+    close = difflib.get_close_matches(source, NAMED_SOURCES, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    choices = f"{', '.join(NAMED_SOURCES)}, hf:NAME, text:PATH or tokens:PATH.npy"
+    raise UserError(f"{key} is {source!r}, which is no text source", f"{hint}use {choices}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """model (the network whose rotations are learned)."""
+
+    path: str
+    """Hugging Face directory or hub id, .gguf file, or package:NAME (the one .gguf in an installed Python package)."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); null takes the newest, so pin it to make a run repeatable."""
+    dtype: Literal["bfloat16", "float32", "float64", "float16"] = "bfloat16"
+    """Number format of weights and compute; bfloat16 is what these models were trained in."""
+    dummy_weights: bool = False
+    """Seeded random weights, only config.json is read: for timing and memory tests without a download."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model; off because that code can do anything."""
+
+    def __post_init__(self) -> None:
+        _check(self, "path", bool, "give a model directory, hub id, .gguf file or package:NAME")
+
+
+@dataclass(frozen=True)
+class RotationConfig:
+    """rotation (where the rotations start, and which are used)."""
+
+    init: Literal["hadamard", "orthogonal", "identity"] = "hadamard"
+    """Start of R1 and R2: randomised Hadamard, random orthogonal, or none. Hadamard is the best unlearned start."""
+    seed: int = 0
+    """Seed of the random start."""
+    online: bool = True
+    """Add R3 (queries, keys) and R4 (down_proj input) at run time, which 4 bits need; false: R1 and R2, at no cost."""
+    r4_block: int = 0
+    """Block size of R4 in channels; 0 rotates the whole intermediate size."""
+    load: str | None = None
+    """File of rotations to start from instead of `init`: R.bin or .safetensors."""
+
+    def __post_init__(self) -> None:
+        _check(self, "seed", lambda n: n >= 0, "use 0 or more")
+        _check(self, "r4_block", lambda n: n >= 0, "use 0 for the whole size, or a block size in channels")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """quant (bits of weights W, inputs of linear layers A, attention keys K and values V)."""
+
+    w_bits: int = 4
+    """Weight bits (2 to 8, or 16 = off). 4 is the published setting."""
+    w_symmetric: bool = True
+    """Weights symmetric around 0, which kernels want; false adds a zero point."""
+    w_group_size: int = 0
+    """Input channels that share one weight scale; 0 means one scale per output channel, as published."""
+    w_mse_clip: bool = True
+    """Search for the weight clipping of least error instead of taking the largest weight."""
+    down_bits: int = 0
+    """Weight bits of down_proj (2 to 8), such as 8 for the linear that suffers most from rounding; 0 takes w_bits."""
+    embedding_bits: int = 16
+    """Bits of the embedding (2 to 8, or 16 = off): rounded to nearest, symmetric, one scale per token of the vocabulary."""
+    head_bits: int = 16
+    """Bits of lm_head (2 to 8, or 16 = off), rounded as the embedding is; tied weights are rounded apart."""
+    a_bits: int = 4
+    """Bits of the inputs of linear layers (2 to 8, or 16 = off), quantised per token at run time."""
+    a_symmetric: bool = False
+    """Activations symmetric around 0; false adds a zero point, as published."""
+    a_clip_ratio: float = 1.0
+    """Fraction of the activation range that is kept, above 0 up to 1; 1 clips nothing."""
+    o_per_head: bool = False
+    """Quantise the input of o_proj per head instead of per token; the paper says per token."""
+    k_bits: int = 4
+    """Bits of the keys (2 to 8, or 16 = off), quantised after the position embedding and R3."""
+    k_symmetric: bool = False
+    """Keys symmetric around 0; false adds a zero point, as published."""
+    k_clip_ratio: float = 1.0
+    """Fraction of the key range that is kept, above 0 up to 1; 1 clips nothing."""
+    k_group_size: int = 0
+    """Channels that share one key scale; 0 means the head dimension (one scale per head and token)."""
+    v_bits: int = 4
+    """Bits of the values (2 to 8, or 16 = off)."""
+    v_symmetric: bool = False
+    """Values symmetric around 0; false adds a zero point, as published."""
+    v_clip_ratio: float = 1.0
+    """Fraction of the value range that is kept, above 0 up to 1; 1 clips nothing."""
+    v_group_size: int = 0
+    """Channels that share one value scale; 0 means the head dimension (one scale per head and token)."""
+
+    def __post_init__(self) -> None:
+        widths = "w_bits embedding_bits head_bits a_bits k_bits v_bits"
+        _check(self, widths, lambda n: n in BITS, "use 2 to 8 bits, or 16 = off")
+        _check(self, "down_bits", lambda n: n in (0, *BITS[:-1]), "use 2 to 8 bits, or 0 for the same as quant.w_bits")
+        if self.w_bits == 16:  # nothing would read them
+            off = "quant.w_bits=16 leaves all weights as they are, so use"
+            _check(self, "down_bits", lambda n: n == 0, f"{off} 0")
+            _check(self, "embedding_bits head_bits", lambda n: n == 16, f"{off} 16")
+        ratios, sizes = "a_clip_ratio k_clip_ratio v_clip_ratio", "w_group_size k_group_size v_group_size"
+        _check(self, ratios, lambda x: 0 < x <= 1, "use a fraction above 0 and up to 1; 1 clips nothing")
+        _check(self, sizes, lambda n: n >= 0, "use a number of channels, or 0 for the whole row or head")
+
+
+@dataclass(frozen=True)
+class OptimizeConfig:
+    """optimize (learning the rotations)."""
+
+    source: str = "wikitext2"
+    """Text to learn from: pydoc, wikitext2, c4, hf:NAME[:CONFIG][:COLUMN], text:PATH[,PATH…] or tokens:PATH.npy."""
+    split: str = "train"
+    """Part of the source; local ones have train (first 80 %), test (the rest) and all (also text:PATH#all)."""
+    seq_len: int = 2048
+    """Length of one sequence, tokens; the published length."""
+    steps: int = 100
+    """Gradient steps; the published number."""
+    batch_size: int = 8
+    """Sequences per step over all processes together, so that the result does not depend on how many there are."""
+    micro_batch_size: int = 1
+    """Sequences per forward pass in one process; larger is faster and takes more memory."""
+    lr: float = 1.5
+    """Learning rate, an upper bound: a step is shortened when the gradient is large. The published value."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate over the steps after the warm-up; cosine and linear end at 0."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises from 0; 0 as published, a few calm an unstable start."""
+    momentum: float = 0.0
+    """Momentum, from 0 up to but not including 1; 0 as published."""
+    max_grad_norm: float = 1.0
+    """Joint gradient norm above which gradients are scaled down; 0 switches this off."""
+    optimizer: Literal["cayley_sgd", "cayley_adam"] = "cayley_sgd"
+    """Update rule on the orthogonal matrices; cayley_sgd is the published one."""
+    reproject_every: int = 20
+    """Steps between re-orthogonalisations, which remove rounding drift; rare enough to cost little."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints kept (one is written per step)."""
+    seed: int = 0
+    """Seed of the order of the sequences; -1 takes them as they come, as published."""
+    recompute: Literal["auto", "none", "sites", "layer"] = "auto"
+    """What is computed again in the backward pass to save memory: nothing, all but the quantised sites, or whole layers;
+    auto keeps as much as measured free GPU memory allows, and on the CPU keeps the sites."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto means on for CUDA and off for CPU, where compiling takes longer than it saves."""
+
+    def __post_init__(self) -> None:
+        check_source("optimize.source", self.source)
+        _check(self, "seq_len", lambda n: n >= 2, "next-token loss needs 2 tokens or more")
+        counts = "steps batch_size micro_batch_size reproject_every keep_checkpoints"
+        _check(self, counts, lambda n: n >= 1, "use 1 or more")
+        _check(self, "seed", lambda n: n >= -1, "use 0 or more, or -1 for the order as it comes")
+        most = f"optimize.batch_size is {self.batch_size}, so use at most that"
+        _check(self, "micro_batch_size", lambda n: n <= self.batch_size, most)
+        left = f"optimize.steps is {self.steps}, so use 0 to {self.steps - 1}"
+        _check(self, "warmup_steps", lambda n: 0 <= n < self.steps, left)
+        _check(self, "lr", lambda x: 0 < x < math.inf, "use a number above 0")
+        _check(self, "momentum", lambda x: 0 <= x < 1, "use 0 up to but not including 1")
+        _check(self, "max_grad_norm", lambda x: 0 <= x < math.inf, "use a number above 0, or 0 for no limit")
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """quantize (making the quantised weights)."""
+
+    method: Literal["gptq", "rtn", "none"] = "gptq"
+    """GPTQ, round to nearest (rtn), or leave the weights as they are; GPTQ loses least."""
+    source: str = "wikitext2"
+    """Text that GPTQ calibrates on; same forms as optimize.source."""
+    split: str = "train"
+    """Part of the source; never the one that is evaluated."""
+    seq_len: int = 2048
+    """Length of one calibration sequence, tokens; the published length."""
+    n_sequences: int = 128
+    """Calibration sequences; the published number."""
+    seed: int = 0
+    """Seed of the random places where the calibration sequences start."""
+    percdamp: float = 0.01
+    """Damping of GPTQ's Hessian, as a fraction of its mean diagonal; raise it if the solve fails."""
+    block_size: int = 128
+    """Columns that GPTQ updates together; changes speed, hardly the result."""
+    act_order: bool = False
+    """Quantise the columns with the largest activations first; off as published."""
+    quantize_activations: bool = False
+    """Keep activation, key and value quantisers on while calibrating; off as published."""
+    layers_per_job: int = 0
+    """Layers that see each other's rounding errors and are done by one job, others in parallel; 0: all, as published."""
+    baselines: list[Literal["none", "hadamard", "orthogonal"]] = field(default_factory=list)
+    """Unlearned rotations to quantise and evaluate beside the learned one, for comparison."""
+
+    def __post_init__(self) -> None:
+        check_source("quantize.source", self.source)
+        _check(self, "seq_len n_sequences block_size", lambda n: n >= 1, "use 1 or more")
+        _check(self, "seed", lambda n: n >= 0, "use 0 or more")
+        _check(self, "layers_per_job", lambda n: n >= 0, "use a number of layers, or 0 for all")
+        _check(self, "percdamp", lambda x: 0 < x < math.inf, "use a fraction above 0, such as 0.01")
+        _check(self, "baselines", lambda names: len(set(names)) == len(names), "name each rotation once")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """evaluate (measuring perplexity)."""
+
+    sources: list[str] = field(default_factory=lambda: ["wikitext2"])
+    """Texts to measure on, a list such as [wikitext2, c4]; same forms as optimize.source."""
+    split: str = "test"
+    """Part of each source; c4 has no test part and takes its validation part for it."""
+    seq_len: int = 2048
+    """Length of one sequence, tokens; the published length (perplexities of different lengths do not compare)."""
+    max_sequences: int = 0
+    """Sequences measured per source, from its start; 0 means all."""
+    unquantized_weights: bool = False
+    """Also measure every rotation with 16-bit weights: what learning achieved before the weights were rounded."""
+
+    def __post_init__(self) -> None:
+        _check(self, "sources", bool, "name at least one source, such as [wikitext2]")
+        for source in self.sources:
+            check_source("evaluate.sources", source)
+        _check(self, "sources", lambda names: len(set(names)) == len(names), "name each source once")
+        _check(self, "seq_len", lambda n: n >= 2, "next-token loss needs 2 tokens or more")
+        _check(self, "max_sequences", lambda n: n >= 0, "use a number, or 0 for all")
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """distributed (processes and devices)."""
+
+    nproc: int = 1
+    """Processes that `dist-spin run` starts on this machine; torchrun and Slurm set their own number."""
+    timeout_s: int = 600
+    """Seconds that a process waits for the others before it gives up; above the slowest step and model load."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to compute on; auto takes CUDA where there is one."""
+    threads: int = 0
+    """CPU threads per process; 0 shares the cores evenly among the processes of this machine."""
+
+    def __post_init__(self) -> None:
+        _check(self, "nproc timeout_s", lambda n: n >= 1, "use 1 or more")
+        _check(self, "threads", lambda n: n >= 0, "use a number, or 0 for an even share of the cores")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The run."""
+
+    name: str = "run"
+    """Name of the run: its directory under output_dir."""
+    output_dir: str = "runs"
+    """Directory that holds the runs."""
+    model: ModelConfig
+    rotation: RotationConfig = field(default_factory=RotationConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    optimize: OptimizeConfig = field(default_factory=OptimizeConfig)
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+    def __post_init__(self) -> None:
+        name = "use a plain directory name; output_dir says where it lies"
+        _check(self, "name", lambda text: text not in ("", ".", "..") and "/" not in text, name)
