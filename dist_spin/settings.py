@@ -231,6 +231,26 @@ class QuantizeConfig:
 
 
 @dataclass(frozen=True)
+class MethodsConfig:
+    """methods (other published methods, for comparison; they calibrate on the text of quantize)."""
+
+    smooth_alphas: list[float] = field(default_factory=lambda: [0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+    """SmoothQuant: strengths tried for each layer, from 0 (weights smooth) to 1 (activations smooth)."""
+    flat_epochs: int = 15
+    """FlatQuant, OmniQuant, AffineQuant: passes over the calibration text; FlatQuant's published number."""
+    flat_batch_size: int = 4
+    """FlatQuant, OmniQuant, AffineQuant: sequences per step; FlatQuant's published number."""
+    flat_lr: float = 5e-3
+    """FlatQuant, OmniQuant, AffineQuant: learning rate of transforms, that of clips is ten times it; FlatQuant's."""
+
+    def __post_init__(self) -> None:
+        strengths = "use numbers from 0 to 1, such as [0.5]"
+        _check(self, "smooth_alphas", lambda xs: bool(xs) and all(0 <= x <= 1 for x in xs), strengths)
+        _check(self, "flat_epochs flat_batch_size", lambda n: n >= 1, "use 1 or more")
+        _check(self, "flat_lr", lambda x: 0 < x < math.inf, "use a number above 0, such as 5e-3")
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """evaluate (measuring perplexity)."""
 
@@ -285,6 +305,7 @@ class RunConfig:
     quant: QuantConfig = field(default_factory=QuantConfig)
     optimize: OptimizeConfig = field(default_factory=OptimizeConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    methods: MethodsConfig = field(default_factory=MethodsConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 

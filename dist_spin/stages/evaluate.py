@@ -21,7 +21,6 @@ from dist_spin.data import fingerprint, load_tokens
 from dist_spin.distributed import World, any_rank, on_leader, sum_over_ranks_
 from dist_spin.errors import Interrupted, NumericsError, UserError
 from dist_spin.layer_files import finished_layer, identity_hash, layer_path
-from dist_spin.model.layers import LayerRunner
 from dist_spin.model.loading import ModelFiles
 from dist_spin.model.rotation import Sites
 from dist_spin.numerics.quantizer import QuantSpec
@@ -188,8 +187,7 @@ def window_losses(
 ) -> Tensor:
     """Mean next-token cross entropy of every window [n], fp64 on the CPU; windows are shared out over ranks."""
     dtype, chosen, layers = model_dtype(config), cell.chosen, files.shape.layers
-    rotated = chosen.rotations is not None
-    runner = LayerRunner(files.config, chosen.sites, device=world.device, dtype=dtype, rotated=rotated)
+    runner = chosen.runner(files.config, chosen.sites, world.device, dtype)
     mine = tokens[world.rank :: world.size].to(world.device)
     batch = max(1, TOKENS_AT_ONCE // tokens.shape[1])
     ends = ends_of(config, files, chosen).load(dtype, world.device, say) if cell.weights != "none" else {}
