@@ -242,12 +242,22 @@ class MethodsConfig:
     """FlatQuant, OmniQuant, AffineQuant: sequences per step; FlatQuant's published number."""
     flat_lr: float = 5e-3
     """FlatQuant, OmniQuant, AffineQuant: learning rate of transforms, that of clips is ten times it; FlatQuant's."""
+    dart_share: float = 0.1
+    """DartQuant: share of the calibration tokens whose activations are kept; published."""
+    dart_epochs: int = 10
+    """DartQuant: passes over the kept activations; published."""
+    dart_batch_size: int = 64
+    """DartQuant: calibration sequences whose kept activations of one site make a step; published."""
+    dart_lr: float = 1e-3
+    """DartQuant: learning rate of plain gradient descent; published."""
 
     def __post_init__(self) -> None:
         strengths = "use numbers from 0 to 1, such as [0.5]"
         _check(self, "smooth_alphas", lambda xs: bool(xs) and all(0 <= x <= 1 for x in xs), strengths)
-        _check(self, "flat_epochs flat_batch_size", lambda n: n >= 1, "use 1 or more")
-        _check(self, "flat_lr", lambda x: 0 < x < math.inf, "use a number above 0, such as 5e-3")
+        counts = "flat_epochs flat_batch_size dart_epochs dart_batch_size"
+        _check(self, counts, lambda n: n >= 1, "use 1 or more")
+        _check(self, "flat_lr dart_lr", lambda x: 0 < x < math.inf, "use a number above 0, such as 5e-3")
+        _check(self, "dart_share", lambda x: 0 < x <= 1, "use a fraction above 0 and up to 1")
 
 
 @dataclass(frozen=True)
