@@ -161,6 +161,8 @@ class OptimizeConfig:
     """Steps in which the learning rate rises from 0; 0 as published, a few calm an unstable start."""
     momentum: float = 0.0
     """Momentum, from 0 up to but not including 1; 0 as published."""
+    w_bits: int = 16
+    """Weight bits while learning (2 to 8, or 16 = off): 16 if GPTQ follows, 4 if rtn does (published). quant.w_… apply."""
     max_grad_norm: float = 1.0
     """Joint gradient norm above which gradients are scaled down; 0 switches this off."""
     optimizer: Literal["cayley_sgd", "cayley_adam"] = "cayley_sgd"
@@ -182,6 +184,7 @@ class OptimizeConfig:
         _check(self, "seq_len", lambda n: n >= 2, "next-token loss needs 2 tokens or more")
         counts = "steps batch_size micro_batch_size reproject_every keep_checkpoints"
         _check(self, counts, lambda n: n >= 1, "use 1 or more")
+        _check(self, "w_bits", lambda n: n in BITS, "use 2 to 8 bits, or 16 = off")
         _check(self, "seed", lambda n: n >= -1, "use 0 or more, or -1 for the order as it comes")
         most = f"optimize.batch_size is {self.batch_size}, so use at most that"
         _check(self, "micro_batch_size", lambda n: n <= self.batch_size, most)

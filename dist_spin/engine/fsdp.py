@@ -26,12 +26,15 @@ def load(model: LearningModel, source: WeightSource, r4: tuple[torch.Tensor, ...
     model.to_empty(device=model.device)
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor), name
+        stored = parameter_source(name)
+        if stored is None:
+            continue
         local = parameter.to_local()
         shape, offset = compute_local_shape_and_global_offset(
             parameter.shape, parameter.device_mesh, parameter.placements
         )
         if local.numel():
-            folded_rows(source, parameter_source(name), local[: shape[0]], offset[0], r4)
+            folded_rows(source, stored, local[: shape[0]], offset[0], r4)
 
 
 def assert_sharded(model: nn.Module, world: World) -> None:

@@ -20,10 +20,12 @@ from dist_spin.distributed import World, agree, any_rank, on_leader, sum_over_ra
 from dist_spin.engine import fsdp
 from dist_spin.engine.memory import recompute_levels
 from dist_spin.engine.rotation_optimizer import RotationOptimizer
+from dist_spin.engine.weight_grids import fit_grids
 from dist_spin.errors import Interrupted, NumericsError, UserError
 from dist_spin.model.learning import LearningModel
 from dist_spin.model.loading import ModelFiles
 from dist_spin.model.rotation import Rotations
+from dist_spin.model.weight_learning import WeightGrid
 from dist_spin.numerics.cayley import nearest_orthogonal
 from dist_spin.progress import Progress
 from dist_spin.rotation_files import save_final
@@ -42,6 +44,7 @@ from dist_spin.rundir import (
 from dist_spin.settings import RunConfig
 from dist_spin.signals import StopRequest
 from dist_spin.stages.common import (
+    ENDS_SETTINGS,
     WEIGHT_SETTINGS,
     check_vocabulary,
     flat,
@@ -134,7 +137,11 @@ def set_up(config: RunConfig, world: World) -> Learning:
         write_text(run.path / "config.yaml", dump_config(config))
 
     on_leader(check)
-    rotations = Rotations(r1, r2, world.device, dtype, learn=True)
+    q = config.quant
+    grid = None
+    if settings.w_bits < 16:
+        grid = WeightGrid(settings.w_bits, q.w_symmetric, q.w_group_size, q.w_mse_clip)
+    rotations = Rotations(r1, r2, world.device, dtype, learn=True, euclidean=grid is not None)
     compiled = settings.compile == "on" or (settings.compile == "auto" and world.device.type == "cuda")
     model = LearningModel(
         files.config,
@@ -143,6 +150,7 @@ def set_up(config: RunConfig, world: World) -> Learning:
         device=world.device,
         dtype=dtype,
         compile=compiled,
+        grid=grid,
     )
     fsdp.shard(model, world)
     together(lambda: fsdp.load(model, files.weights, sites.r4))
@@ -164,7 +172,10 @@ def set_up(config: RunConfig, world: World) -> Learning:
 def run_fingerprint(config: RunConfig, files: ModelFiles, tokens: Tensor) -> dict[str, object]:
     """What must not change between the starts of one run, field by field."""
     learned = {k: v for k, v in flat(config.optimize, "optimize").items() if k.split(".")[1] not in FREE_SETTINGS}
-    sites = {k: v for k, v in flat(config.quant, "quant").items() if not k.startswith(WEIGHT_SETTINGS)}
+    decides_nothing = (
+        WEIGHT_SETTINGS if config.optimize.w_bits == 16 else ("quant.w_bits", "quant.down_bits", *ENDS_SETTINGS)
+    )
+    sites = {k: v for k, v in flat(config.quant, "quant").items() if not k.startswith(decides_nothing)}
     return {
         "model weights": files.weights.fingerprint(),
         "model.dtype": config.model.dtype,
@@ -189,6 +200,7 @@ def backward(learning: Learning) -> float:
     padded = mine + [indices[0]] * (passes * settings.micro_batch_size - len(mine))
     weights = torch.tensor([1.0] * len(mine) + [0.0] * (len(padded) - len(mine)), device=world.device) / len(indices)
     total = torch.zeros((), device=world.device, dtype=torch.float64)
+    fit_grids(learning.model, learning.optimizer.rotations)
     for i in range(0, len(padded), settings.micro_batch_size):
         chosen = slice(i, i + settings.micro_batch_size)
         ids = learning.tokens[padded[chosen]].to(world.device)  # [micro, seq_len]
