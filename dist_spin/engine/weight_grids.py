@@ -21,11 +21,15 @@ def fit_grids(model: LearningModel, rotations: Rotations) -> None:
         weight = _sharded(linear.weight)
         shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
         rows = slice(offset[0], offset[0] + shape[0])
-        given: Tensor = weight.full_tensor() if role in MIXED else weight.to_local()[: shape[0]]
+        given = weight.to_local().to(model.device)  # from the host, if the layer is offloaded
+        if role in MIXED:
+            on_device = DTensor.from_local(
+                given, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
+            )
+            given = on_device.full_tensor()
         if not shape[0]:
             continue
-        # Layers that are offloaded lie on the host; the arithmetic is the device's.
-        merged = merged_rows(role, given.to(model.device), rows, r1, r2, linear.scale.dtype)
+        merged = merged_rows(role, given if role in MIXED else given[: shape[0]], rows, r1, r2, linear.scale.dtype)
         for parameter, fitted in zip((linear.codes, linear.scale, linear.zero), linear.spec.fit(merged), strict=True):
             if parameter is not None and fitted is not None:
                 _sharded(parameter).to_local()[: shape[0]].copy_(fitted)

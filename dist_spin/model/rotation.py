@@ -174,6 +174,7 @@ def folded_rows(
     out: Tensor,
     start: int = 0,
     r4: tuple[Tensor, ...] = (),
+    device: torch.device | None = None,
 ) -> None:
     """Fill `out` with rows [start, start + len(out)) of a parameter, the norm's gain and R4 folded in.
 
@@ -182,12 +183,13 @@ def folded_rows(
 
     Args:
         parameter: checkpoint name. out: [rows, ...], any floating dtype and device. r4: fp64 Kronecker factors.
+        device: where to compute; None: where `out` lies.
     """
     gain = _gain_before(source, parameter)
     rotate = bool(r4) and parameter.endswith("mlp.down_proj.weight")
     for lo in range(0, len(out), ROWS_AT_ONCE):
         hi = min(lo + ROWS_AT_ONCE, len(out))
-        rows = source.rows(parameter, start + lo, start + hi, out.device)
+        rows = source.rows(parameter, start + lo, start + hi, device or out.device)
         if gain is not None or rotate:
             rows = rows.double()
         if gain is not None:
