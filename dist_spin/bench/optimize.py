@@ -24,6 +24,7 @@ from dist_spin.bench.device import describe, matmul_ceiling, synchronize
 from dist_spin.checkpoint_writer import CheckpointWriter
 from dist_spin.config import load_config
 from dist_spin.distributed import World, on_leader, start, stop
+from dist_spin.engine.weight_grids import fit_grids
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 from dist_spin.stages.common import model_dtype, say, sites_for
@@ -105,6 +106,11 @@ def measure(options: argparse.Namespace, world: World) -> dict[str, Any]:
         "offloaded_layers": learning.offloaded,
         "micro_batch_size": learning.micro_batch_size,
     }
+    if config.optimize.w_bits < 16:  # a part of forward_backward
+        began = time.monotonic()
+        fit_grids(learning.model, learning.optimizer.rotations)
+        synchronize(world.device)
+        figures["fit_grids_s"] = round(time.monotonic() - began, 4)
     if options.baseline:
         sites, dtype = sites_for(config, shape), model_dtype(config)
         del learning, writer
