@@ -50,7 +50,7 @@ def fit(model: LearningModel, rotations: Rotations) -> None:
         merged = merged_rows(role.rpartition(".")[2], linear.weight, rows, r1, r2, torch.float64)
         for parameter, found in zip((linear.codes, linear.scale, linear.zero), linear.spec.fit(merged), strict=True):
             if parameter is not None:
-                parameter.data.copy_(found)
+                parameter.data.view(found.dtype).copy_(found)
 
 
 def gridded_model(files: ModelFiles, rotations: Rotations, sites: Sites, grid: WeightGrid, **more) -> LearningModel:

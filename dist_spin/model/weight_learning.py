@@ -44,6 +44,9 @@ GRIDDED = {
     "mlp.down_proj.linear": "mlp.down_proj",
 }
 
+# Codes are bytes, but parameters of this type: FSDP2 of torch 2.11 cannot shard a parameter of integers.
+BYTES = torch.float8_e5m2
+
 
 @dataclass(frozen=True)
 class WeightGrid:
@@ -86,7 +89,7 @@ class Grid(NamedTuple):
 class GriddedLinear(nn.Module):
     """The parameters of a linear that runs on the grid of its merged weight; what runs it is its site.
 
-    weight [out, in]: folded, unrotated; bias [out]: unrotated; codes, scale, zero: see `Grid`. All frozen.
+    weight [out, in]: folded, unrotated; bias [out]: unrotated; codes (as BYTES), scale, zero: see `Grid`. All frozen.
     """
 
     bias: nn.Parameter | None
@@ -102,13 +105,13 @@ class GriddedLinear(nn.Module):
         def frozen(columns: int, dtype: torch.dtype) -> nn.Parameter:
             return nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=linear.weight.device), False)
 
-        self.codes = frozen(width // 2 if spec.packs(width) else width, torch.uint8)
+        self.codes = frozen(width // 2 if spec.packs(width) else width, BYTES)
         self.scale = frozen(groups, wide)
         self.register_parameter("zero", None if spec.symmetric else frozen(groups, wide))
 
     @property
     def grid(self) -> Grid:
-        return Grid(self.codes, self.scale, self.zero)
+        return Grid(self.codes.view(torch.uint8), self.scale, self.zero)
 
 
 class _Part(nn.Module):
