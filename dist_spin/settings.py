@@ -245,6 +245,8 @@ class MethodsConfig:
     """FlatQuant, OmniQuant, AffineQuant: sequences per step; FlatQuant's published number."""
     flat_lr: float = 5e-3
     """FlatQuant, OmniQuant, AffineQuant: learning rate of transforms, that of clips is ten times it; FlatQuant's."""
+    quik_columns: int = 256
+    """QUIK: input channels of each site that stay at 16 bits, but at most a quarter of them; about the published number."""
     dart_share: float = 0.1
     """DartQuant: share of the calibration tokens whose activations are kept; published."""
     dart_epochs: int = 10
@@ -259,6 +261,7 @@ class MethodsConfig:
         _check(self, "smooth_alphas", lambda xs: bool(xs) and all(0 <= x <= 1 for x in xs), strengths)
         counts = "flat_epochs flat_batch_size dart_epochs dart_batch_size"
         _check(self, counts, lambda n: n >= 1, "use 1 or more")
+        _check(self, "quik_columns", lambda n: n >= 0, "use a number of channels")
         _check(self, "flat_lr dart_lr", lambda x: 0 < x < math.inf, "use a number above 0, such as 5e-3")
         _check(self, "dart_share", lambda x: 0 < x <= 1, "use a fraction above 0 and up to 1")
 

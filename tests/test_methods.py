@@ -20,7 +20,8 @@ from dist_spin.model.layers import LayerRunner, RotatedWeights
 from dist_spin.model.loading import open_model
 from dist_spin.model.rotation import Sites
 from dist_spin.numerics.clipped import clipped_quantize
-from dist_spin.numerics.gptq import GPTQOptions
+from dist_spin.numerics.gptq import GPTQOptions, prepare, solve
+from dist_spin.numerics.outliers import condense
 from dist_spin.numerics.quantizer import QuantSpec, dequantize_weight, fake_quantize, quantize_weight, weight_scales
 from dist_spin.numerics.transforms import apply_pair, kronecker_sizes, orthogonal
 from dist_spin.signals import StopRequest
@@ -128,6 +129,38 @@ def test_smoothing_by_hand():
     torch.testing.assert_close(smoothing(x_max, w_max, 0.5), torch.tensor([4.0, 0.5, 1.0]))
     torch.testing.assert_close(smoothing(x_max, w_max, 1.0), x_max)
     torch.testing.assert_close(smoothing(x_max, w_max, 0.0), 1 / w_max)
+
+
+def test_exact_columns_are_those_of_gptq_taken_last():
+    """The Schur complement and the carry against a plain column loop over all columns, the exact ones last."""
+    generator = torch.Generator().manual_seed(0)
+    x = (
+        torch.randn(200, 24, generator=generator, dtype=torch.float64)
+        @ torch.randn(24, 24, generator=generator).double()
+    )
+    hessian, w = x.T @ x, torch.randn(128, 24, generator=generator, dtype=torch.float64)
+    kept = torch.tensor([3, 11, 17])
+    quiet = w.index_fill(1, kept, 0)
+    options = GPTQOptions(percdamp=0.0)
+    condensed = condense(hessian, kept, 1e-12)
+    solution = solve(quiet, prepare(condensed.hessian, options), options)
+    rounded = dequantize_weight(*solution, 0, torch.float64)
+    columns = w[:, kept] + (quiet - rounded) @ condensed.carry
+
+    others = [i for i in range(24) if i not in kept.tolist()]
+    order = [*others, *kept.tolist()]
+    upper = torch.linalg.cholesky(torch.linalg.inv(hessian[order][:, order]), upper=True)
+    left, out = w[:, order].clone(), torch.zeros(128, 24, dtype=torch.float64)
+    for j in range(24):
+        q = (
+            left[:, j]
+            if j >= len(others)
+            else (left[:, j] / solution.scale[:, 0]).round().clamp(-8, 7) * solution.scale[:, 0]
+        )
+        left[:, j:] -= ((left[:, j] - q) / upper[j, j])[:, None] * upper[j, j:]
+        out[:, order[j]] = q
+    torch.testing.assert_close(rounded[:, others], out[:, others])
+    torch.testing.assert_close(columns, out[:, kept], rtol=1e-6, atol=1e-6)
 
 
 # Layers ----------------------------------------------------------------------------------------------------------

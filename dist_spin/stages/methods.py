@@ -20,7 +20,7 @@ from torch import Tensor
 from dist_spin.distributed import World, any_rank, on_leader, together
 from dist_spin.errors import Interrupted, UserError
 from dist_spin.layer_files import FOREIGN, identity_hash, layer_path, set_aside
-from dist_spin.methods import dartquant, flatquant, omniquant, smoothquant
+from dist_spin.methods import dartquant, flatquant, omniquant, quik, smoothquant
 from dist_spin.methods.inputs import LayerTask, observe
 from dist_spin.methods.training import Schedule
 from dist_spin.methods.transformed import State, TransformedRunner, TransformedWeights
@@ -41,13 +41,16 @@ METHODS = {
     "smoothquant": "SmoothQuant",
     "omniquant": "OmniQuant",
     "affinequant": "AffineQuant",
+    "quik": "QUIK-4B",
     "dartquant": "DartQuant",
     "flatquant": "FlatQuant",
 }
-METHOD_WEIGHTS = {name: "gptq" if name == "dartquant" else "rtn" for name in METHODS}  # how the papers round weights
+METHOD_WEIGHTS = {
+    name: "gptq" if name in ("quik", "dartquant") else "rtn" for name in METHODS
+}  # how the papers round weights
 CLIPPING = ("omniquant", "affinequant", "flatquant")  # learn the range of each weight row
 # The settings of `methods` that decide a method, by the beginning of their names.
-SETTINGS = {"smoothquant": "smooth_", "dartquant": "dart_"} | dict.fromkeys(CLIPPING, "flat_")
+SETTINGS = {"smoothquant": "smooth_", "quik": "quik_", "dartquant": "dart_"} | dict.fromkeys(CLIPPING, "flat_")
 
 Learner = Callable[[LayerTask], tuple[State, dict[str, float]]]
 
@@ -166,7 +169,9 @@ class MethodRecipe:
         quant = {k: v for k, v in flat(config.quant, "quant").items() if k not in ENDS_SETTINGS}
         settings = {k: v for k, v in vars(config.methods).items() if k.startswith(SETTINGS[self.name])}
         known = states_identity(config, self.files, unrotated, self.tokens)
-        bits = {} if self.name == "dartquant" else {**quant, "weights": config.quantize.method != "none"}
+        bits = {**quant, "weights": config.quantize.method != "none"}
+        if self.name in ("quik", "dartquant"):  # read activations alone
+            bits = {}
         return identity_hash({"method": self.name, **known, **bits, **settings})
 
     @property
@@ -216,6 +221,8 @@ class MethodRecipe:
         match self.name:
             case "smoothquant":
                 return lambda task: smoothquant.learn_layer(task, sites, self.options, m.smooth_alphas)
+            case "quik":
+                return lambda task: quik.learn_layer(task, m.quik_columns)
             case "dartquant":
                 starts = initial("hadamard", self.files.shape, seed)[1]
                 fixed = (m.dart_share, m.dart_batch_size, m.dart_epochs, m.dart_lr, seed, dtype)
@@ -239,9 +246,19 @@ class MethodRecipe:
         """Whether ranges of weights are learned."""
         return self.name in CLIPPING
 
+    @property
+    def down_bits(self) -> int:
+        """Weight bits of down_proj, or 0 for the configuration's."""
+        return quik.DOWN_BITS if self.name == "quik" else 0
+
+    def kept(self, index: int) -> dict[str, Tensor]:
+        """Input columns of a layer's linears that stay exact, by linear."""
+        return quik.kept_columns(self.state(index)) if self.name == "quik" else {}
+
     def runner(self, config: Any, sites: Sites, device: torch.device, dtype: torch.dtype) -> LayerRunner:
         """Builds and runs its layers."""
-        return TransformedRunner(config, sites, self.state, device=device, dtype=dtype)
+        down = dataclasses.replace(sites.a, bits=quik.DOWN_BITS) if self.name == "quik" and sites.a.enabled else None
+        return TransformedRunner(config, sites, self.state, device=device, dtype=dtype, down=down)
 
     def to_round(self, index: int) -> dict[str, Tensor]:
         """A layer's parameters inside their learned ranges."""

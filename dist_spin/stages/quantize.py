@@ -75,6 +75,13 @@ class Recipe(Protocol):
     def clips(self) -> bool:
         """Whether it has learned such ranges, so that none are searched for."""
 
+    @property
+    def down_bits(self) -> int:
+        """Weight bits of down_proj, or 0 for the configuration's."""
+
+    def kept(self, index: int) -> dict[str, Tensor]:
+        """Input columns [n] of a layer's linears that stay exact, by linear."""
+
 
 @dataclass
 class Variant:
@@ -326,12 +333,20 @@ class Work:
         """The solver under the configuration's options."""
         dtype = model_dtype(self.config)
         options = gptq_options(self.config)
-        if self.chosen.recipe is not None and self.chosen.recipe.clips:
-            options = dataclasses.replace(options, mse_clip=False)
+        recipe, down_bits = self.chosen.recipe, self.config.quant.down_bits
         hessian_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        down_bits = self.config.quant.down_bits
+        method = self.config.quantize.method
+        if recipe is None:
+            return LayerQuantizer(self.runner, self.world, method, options, hessian_dtype, down_bits=down_bits)
+        options = dataclasses.replace(options, mse_clip=options.mse_clip and not recipe.clips)
         return LayerQuantizer(
-            self.runner, self.world, self.config.quantize.method, options, hessian_dtype, down_bits=down_bits
+            self.runner,
+            self.world,
+            method,
+            options,
+            hessian_dtype,
+            down_bits=recipe.down_bits or down_bits,
+            kept=recipe.kept,
         )
 
 
