@@ -13,6 +13,7 @@ from dist_spin.errors import UserError
 
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 NAMED_SOURCES = ("pydoc", "wikitext2", "c4")
+SELF = "self"  # text that the model writes, to learn or calibrate from
 
 
 def _check(config: object, names: str, wanted: Callable[[Any], bool], remedy: str) -> None:
@@ -32,13 +33,13 @@ def check_source(key: str, source: str) -> None:
         UserError: `source` is neither a known name nor `hf:…`, `text:…` or `tokens:….npy`.
     """
     kind, _, rest = source.partition(":")
-    if source in NAMED_SOURCES or (kind in ("hf", "text") and rest):
+    if source in (*NAMED_SOURCES, SELF) or (kind in ("hf", "text") and rest):
         return
     if kind == "tokens" and rest.removesuffix("#all").endswith(".npy"):
         return
     close = difflib.get_close_matches(source, NAMED_SOURCES, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
-    choices = f"{', '.join(NAMED_SOURCES)}, hf:NAME, text:PATH or tokens:PATH.npy"
+    choices = f"{', '.join(NAMED_SOURCES)}, self, hf:NAME, text:PATH or tokens:PATH.npy"
     raise UserError(f"{key} is {source!r}, which is no text source", f"{hint}use {choices}")
 
 
@@ -142,7 +143,8 @@ class OptimizeConfig:
     """optimize (learning the rotations)."""
 
     source: str = "wikitext2"
-    """Text to learn from: pydoc, wikitext2, c4, hf:NAME[:CONFIG][:COLUMN], text:PATH[,PATH…] or tokens:PATH.npy."""
+    """Text to learn from: pydoc, wikitext2, c4, hf:NAME[:CONFIG][:COLUMN], text:PATH[,PATH…], tokens:PATH.npy, or self,
+    which the model writes itself."""
     split: str = "train"
     """Part of the source; local ones have train (first 80 %), test (the rest) and all (also text:PATH#all)."""
     seq_len: int = 2048
@@ -285,6 +287,7 @@ class EvaluateConfig:
         _check(self, "sources", bool, "name at least one source, such as [wikitext2]")
         for source in self.sources:
             check_source("evaluate.sources", source)
+        _check(self, "sources", lambda names: SELF not in names, "the model's own text says nothing about its quality")
         _check(self, "sources", lambda names: len(set(names)) == len(names), "name each source once")
         _check(self, "seq_len", lambda n: n >= 2, "next-token loss needs 2 tokens or more")
         _check(self, "max_sequences", lambda n: n >= 0, "use a number, or 0 for all")

@@ -39,7 +39,7 @@ from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.progress import Progress
 from dist_spin.rotation_files import load_rotations
 from dist_spin.rundir import RunDir, tensors_digest, write_text
-from dist_spin.settings import RunConfig
+from dist_spin.settings import SELF, RunConfig
 from dist_spin.signals import StopRequest
 from dist_spin.stages.boundaries import Boundaries
 from dist_spin.stages.common import (
@@ -54,6 +54,7 @@ from dist_spin.stages.common import (
     sites_for,
 )
 from dist_spin.stages.ends import Ends, ends_bits
+from dist_spin.stages.self_text import self_text
 
 LEARNED = "learned"
 
@@ -199,6 +200,8 @@ def spans_within(spans: list[tuple[int, int]], wanted: tuple[int, int]) -> list[
 def calibration_tokens(config: RunConfig, files: ModelFiles) -> Tensor:
     """The calibration sequences [n, T] of a configuration."""
     q = config.quantize
+    if q.source == SELF:
+        return on_leader(lambda: self_text(config, files, q.n_sequences, q.seq_len, q.seed))
     tokenizer = None if q.source.startswith("tokens:") else files.tokenizer()
     tokens = on_leader(lambda: calibration_windows(q.source, q.split, q.n_sequences, q.seq_len, q.seed, tokenizer))
     return check_vocabulary(tokens, files.shape, q.source)
