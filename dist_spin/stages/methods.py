@@ -67,13 +67,14 @@ def learn(config: RunConfig, world: World, files: ModelFiles, name: str, layers:
     """
     recipe = MethodRecipe(config, files, name, world.device, calibration_tokens(config, files))
     start, stop = layers or (0, files.shape.layers)
-    if recipe.rotations.exists():
-        return
-    missing = [index for index in range(start, stop) if not recipe.path(index).exists()]
-    together(lambda: None)  # no rank looks while another already writes
-    if missing:
-        _learn_layers(recipe, world, missing)
-    if name == "dartquant" and all(recipe.path(index).exists() for index in range(files.shape.layers)):
+
+    def missing(layers: range) -> list[int]:
+        return on_leader(lambda: [] if recipe.rotations.exists() else [i for i in layers if recipe.finished(i) is None])
+
+    if wanted := missing(range(start, stop)):
+        _learn_layers(recipe, world, wanted)
+    learns_rotations = name == "dartquant" and not on_leader(recipe.rotations.exists)
+    if learns_rotations and not missing(range(files.shape.layers)):
         _learn_rotations(recipe, world)
 
 
@@ -193,23 +194,31 @@ class MethodRecipe:
         about = {"fingerprint": self.fingerprint, "layer": str(index), "figures": json.dumps(figures)}
         save_tensors(self.path(index), state, about)
 
+    def finished(self, index: int) -> State | None:
+        """One layer's state on the CPU if it is there and whole; a file that cannot be used is set aside, saying so."""
+        path = self.path(index)
+        if not path.exists():
+            return None
+        try:
+            tensors, about = load_tensors(path)
+            problem = "" if about["fingerprint"] == self.fingerprint else FOREIGN
+        except CorruptFile as error:
+            problem = str(error).removeprefix(f"{path}: ")
+        if not problem:
+            return tensors
+        set_aside(path, problem, "learning the layer again", say)
+        return None
+
     def state(self, index: int) -> State:
         """One layer's state, on the CPU.
 
         Raises:
-            UserError: it is not there; a file that cannot be used is set aside.
+            UserError: it is not there.
         """
-        path = self.path(index)
-        if path.exists():
-            try:
-                tensors, about = load_tensors(path)
-                problem = "" if about["fingerprint"] == self.fingerprint else FOREIGN
-            except CorruptFile as error:
-                problem = str(error).removeprefix(f"{path}: ")
-            if not problem:
-                return tensors
-            set_aside(path, problem, "learning the layer again next time", say)
-        raise UserError(f"layer {index} of {METHODS[self.name]} is not learned", "start the comparison again")
+        found = self.finished(index)
+        if found is None:
+            raise UserError(f"layer {index} of {METHODS[self.name]} is not learned", "start the comparison again")
+        return found
 
     @property
     def learner(self) -> Learner:
