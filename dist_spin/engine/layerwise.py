@@ -102,8 +102,9 @@ class LayerQuantizer:
         kept, carry = self._kept.get(roles[0]), None
         if kept is not None:
             kept = kept.to(mean.device)
-            with self.clock("factor"):
-                mean, carry = condense(mean, kept, options.percdamp)
+            if self.method == "gptq":
+                with self.clock("factor"):
+                    mean, carry = condense(mean, kept, options.percdamp)
         with self.clock("factor"):
             factor = prepare(mean, options) if self.method == "gptq" else None
         # Rows do not know one another, so all linears of the site are solved as one; tiles belong to one linear each.
@@ -120,9 +121,9 @@ class LayerQuantizer:
         with self.clock("errors"):
             errors = output_errors(rows, mine, mean, options)  # [rows, 3]
         columns = None
-        if kept is not None and carry is not None:
+        if kept is not None:
             columns = whole_rows[:, kept]
-            if self.method == "gptq":
+            if carry is not None:
                 moved = rows.to(carry.dtype) - dequantize_weight(*mine, options.group_size, carry.dtype)
                 columns = (columns + moved @ carry).to(columns.dtype)
             columns = _gather(columns, len(stacked), self.world)

@@ -6,6 +6,7 @@ Every layer is learned from the full-precision model alone, so ranks and jobs ta
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -87,20 +88,28 @@ def _learn_layers(recipe: "MethodRecipe", world: World, missing: list[int]) -> N
     plain = RotatedWeights(files.weights, files.shape, None, (), world.device, model_dtype(config))
     hidden = plain.embedding()[recipe.tokens.to(world.device)].to(wide)  # [n, T, h]
     progress = Progress(f"{METHODS[name]}: layer", missing[-1] + 1, show=world.leads)
-    mine = set(missing[world.rank :: world.size])
-    for index in range(missing[-1] + 1):
-        task = LayerTask(index, runner, plain.layer(index), hidden)
-        note = ""
-        if index in mine:
-            state, figures = recipe.learner(task)
-            recipe.save(index, state, figures)
-            note = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
-        if index < missing[-1]:
-            task.hidden = hidden = observe(task)
-        progress.advance(note)
-        if index < missing[-1] and any_rank(bool(signals)):
-            raise Interrupted(f"stopped by a signal after layer {index} ({name})", "the same command continues")
-    together(lambda: None)  # every rank's layers are on disk
+
+    def advance(start: int, stop: int, mine: int | None) -> None:
+        nonlocal hidden
+        for index in range(start, stop):
+            task = LayerTask(index, runner, plain.layer(index), hidden)
+            note = ""
+            if index == mine:
+                state, figures = recipe.learner(task)
+                recipe.save(index, state, figures)
+                note = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
+            if index < missing[-1]:
+                hidden = observe(task)
+            progress.advance(note)
+
+    start = 0
+    for first in range(0, len(missing), world.size):  # a layer for each rank, then they meet
+        taken = missing[first : first + world.size]
+        mine = taken[world.rank] if world.rank < len(taken) else None
+        together(functools.partial(advance, start, taken[-1] + 1, mine))
+        start = taken[-1] + 1
+        if start <= missing[-1] and any_rank(bool(signals)):
+            raise Interrupted(f"stopped by a signal after layer {start - 1} ({name})", "the same command continues")
 
 
 def _learn_rotations(recipe: "MethodRecipe", world: World) -> None:
