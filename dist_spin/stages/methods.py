@@ -56,32 +56,39 @@ SETTINGS = {"smoothquant": "smooth_", "quik": "quik_", "dartquant": "dart_"} | d
 Learner = Callable[[LayerTask], tuple[State, dict[str, float]]]
 
 
-def learn(config: RunConfig, world: World, files: ModelFiles, name: str, layers: tuple[int, int] | None = None) -> None:
+def learn(
+    config: RunConfig,
+    world: World,
+    files: ModelFiles,
+    name: str,
+    layers: tuple[int, int] | None = None,
+    stop: StopRequest | None = None,
+) -> None:
     """Learn what a method needs, except for layers that are there; called by all ranks together.
 
     Args:
         layers: only these, from the first up to but not including the second.
+        stop: of the stage that this is a part of; alone it has its own.
 
     Raises:
         Interrupted: a signal came; finished layers are kept.
         UserError: the text cannot be read, or a file cannot be written.
     """
     recipe = MethodRecipe(config, files, name, world.device, calibration_tokens(config, files))
-    start, stop = layers or (0, files.shape.layers)
+    first, end = layers or (0, files.shape.layers)
 
     def missing(layers: range) -> list[int]:
         return on_leader(lambda: [] if recipe.rotations.exists() else [i for i in layers if recipe.finished(i) is None])
 
-    if wanted := missing(range(start, stop)):
-        _learn_layers(recipe, world, wanted)
+    if wanted := missing(range(first, end)):
+        _learn_layers(recipe, world, wanted, StopRequest() if stop is None else stop)
     learns_rotations = name == "dartquant" and not on_leader(recipe.rotations.exists)
     if learns_rotations and not missing(range(files.shape.layers)):
         _learn_rotations(recipe, world)
 
 
-def _learn_layers(recipe: "MethodRecipe", world: World, missing: list[int]) -> None:
+def _learn_layers(recipe: "MethodRecipe", world: World, missing: list[int], stop: StopRequest) -> None:
     config, files, name = recipe.config, recipe.files, recipe.name
-    signals = StopRequest()
     wide = wide_dtype(config)
     off = Sites()
     runner = LayerRunner(files.config, off, device=world.device, dtype=wide, rotated=False)
@@ -89,9 +96,9 @@ def _learn_layers(recipe: "MethodRecipe", world: World, missing: list[int]) -> N
     hidden = plain.embedding()[recipe.tokens.to(world.device)].to(wide)  # [n, T, h]
     progress = Progress(f"{METHODS[name]}: layer", missing[-1] + 1, show=world.leads)
 
-    def advance(start: int, stop: int, mine: int | None) -> None:
+    def advance(start: int, end: int, mine: int | None) -> None:
         nonlocal hidden
-        for index in range(start, stop):
+        for index in range(start, end):
             task = LayerTask(index, runner, plain.layer(index), hidden)
             note = ""
             if index == mine:
@@ -108,7 +115,7 @@ def _learn_layers(recipe: "MethodRecipe", world: World, missing: list[int]) -> N
         mine = taken[world.rank] if world.rank < len(taken) else None
         together(functools.partial(advance, start, taken[-1] + 1, mine))
         start = taken[-1] + 1
-        if start <= missing[-1] and any_rank(bool(signals)):
+        if start <= missing[-1] and any_rank(bool(stop)):
             raise Interrupted(f"stopped by a signal after layer {start - 1} ({name})", "the same command continues")
 
 
