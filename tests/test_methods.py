@@ -11,6 +11,7 @@ from tiny import write_model
 from dist_spin import distributed
 from dist_spin.config import load_config
 from dist_spin.distributed import World
+from dist_spin.errors import Interrupted
 from dist_spin.layer_files import identity_hash
 from dist_spin.methods.flatquant import FlatParameters
 from dist_spin.methods.inputs import LayerTask, maxima, observe
@@ -271,23 +272,26 @@ def test_sixteen_bits_preserve_the_model(name, tmp_path):
     torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-9)
 
 
-def test_learning_is_resumed_layer_by_layer(tmp_path):
+def test_learning_is_stopped_and_resumed_layer_by_layer(tmp_path):
     config, files, tokens = prepared(tmp_path, "methods.flat_epochs=1")
-    learn(config, ALONE, files, "flatquant", layers=(0, 1))
+    asked = StopRequest()
+    asked.name = "SIGTERM"
+    with pytest.raises(Interrupted, match="after layer 0"):
+        learn(config, ALONE, files, "flatquant", stop=asked)
     recipe = method_variant(config, files, "flatquant", CPU, tokens).recipe
     assert [recipe.path(i).exists() for i in range(2)] == [True, False]
     first = recipe.path(0).read_bytes(), recipe.path(0).stat().st_mtime_ns
     learn(config, ALONE, files, "flatquant")
     assert (recipe.path(0).read_bytes(), recipe.path(0).stat().st_mtime_ns) == first
     second = recipe.path(1).read_bytes()
-    recipe.path(0).unlink()
+    recipe.path(0).write_bytes(first[0][:-9])  # torn
     recipe.path(1).unlink()
+    learn(config, ALONE, files, "flatquant", layers=(0, 1))
+    assert [recipe.path(i).exists() for i in range(2)] == [True, False]
     learn(config, ALONE, files, "flatquant")
-    assert recipe.path(0).read_bytes() == first[0]
-    assert recipe.path(1).read_bytes() == second
-    other = method_variant(
-        dataclasses.replace(config, quant=dataclasses.replace(config.quant, a_bits=8)), files, "flatquant", CPU, tokens
-    ).recipe
+    assert [recipe.path(i).read_bytes() for i in range(2)] == [first[0], second]
+    finer = dataclasses.replace(config, quant=dataclasses.replace(config.quant, a_bits=8))
+    other = method_variant(finer, files, "flatquant", CPU, tokens).recipe
     assert other.directory != recipe.directory
 
 
