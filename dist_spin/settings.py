@@ -266,9 +266,20 @@ class DistributedConfig:
     """Device to compute on; auto takes CUDA where there is one."""
     threads: int = 0
     """CPU threads per process; 0 shares the cores evenly among the processes of this machine."""
+    engine: Literal["auto", "fsdp", "deepspeed"] = "auto"
+    """What shards the frozen weights: FSDP2 or DeepSpeed ZeRO-3, with the same results, so that a run may change it;
+    auto is the engine of accelerate's config under `accelerate launch`, and fsdp elsewhere."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Where DeepSpeed keeps each process's share of the frozen weights: on its device, in CPU memory or in files."""
+    offload_dir: str | None = None
+    """Directory on a fast local disk for offload=nvme, as large as the model."""
 
     def __post_init__(self) -> None:
         _check(self, "nproc timeout_s", lambda n: n >= 1, "use 1 or more")
+        if self.engine == "fsdp":
+            _check(self, "offload", lambda name: name == "none", "set distributed.engine=deepspeed, which can offload")
+        if self.offload == "nvme":
+            _check(self, "offload_dir", bool, "name a directory on a fast local disk")
         _check(self, "threads", lambda n: n >= 0, "use a number, or 0 for an even share of the cores")
 
 

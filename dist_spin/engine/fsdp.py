@@ -12,6 +12,8 @@ from dist_spin.model.learning import LearningModel, parameter_source
 from dist_spin.model.loading import WeightSource
 from dist_spin.model.rotation import folded_rows
 
+keeps_gathered = False  # a gather fills the storage that autograd holds, and frees it in between
+
 
 def shard(model: LearningModel, world: World) -> None:
     """Shard a model on the meta device over all ranks, in place; one gather per layer, embedding and head."""

@@ -10,12 +10,15 @@ from dist_spin.model.recompute import plan
 SPARE_SHARE = 0.06  # of the device's memory, left to the allocator's fragmentation and to NCCL
 
 
-def recompute_levels(setting: str, shape: Shape, tokens: int, dtype: torch.dtype, world: World) -> list[str]:
+def recompute_levels(
+    setting: str, shape: Shape, tokens: int, dtype: torch.dtype, world: World, *, weights_kept: bool
+) -> list[str]:
     """What each layer keeps for the backward pass, once the sharded weights are in memory.
 
     Args:
         setting: "auto" or a level for all layers (`recompute.LEVELS`).
         tokens: tokens of one pass on one rank.
+        weights_kept: whether a layer that computes nothing again also keeps its gathered weights; "auto" avoids that.
     """
     if setting != "auto":
         return [setting] * shape.layers
@@ -30,4 +33,5 @@ def recompute_levels(setting: str, shape: Shape, tokens: int, dtype: torch.dtype
     ends = 2 * shape.vocab * h * element if world.size > 1 else 0
     budget = torch.tensor([free - int(SPARE_SHARE * total) - gathered - ends - (1 << 30)], dtype=torch.int64)
     dist.all_reduce(budget, op=dist.ReduceOp.MIN)
-    return plan(shape, tokens, element, int(budget))
+    levels = plan(shape, tokens, element, int(budget))
+    return ["sites" if weights_kept and level == "none" else level for level in levels]

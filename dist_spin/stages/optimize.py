@@ -17,7 +17,7 @@ from dist_spin.checkpoint_writer import CheckpointWriter
 from dist_spin.config import dump_config
 from dist_spin.data import batch_indices, fingerprint, load_tokens, rank_share
 from dist_spin.distributed import World, agree, any_rank, on_leader, sum_over_ranks_, together
-from dist_spin.engine import fsdp
+from dist_spin.engine.choice import Engine, chosen
 from dist_spin.engine.memory import recompute_levels
 from dist_spin.engine.rotation_optimizer import RotationOptimizer
 from dist_spin.errors import Interrupted, NumericsError, UserError
@@ -64,6 +64,7 @@ class Learning:
     config: RunConfig
     world: World
     run: RunDir
+    engine: Engine
     model: LearningModel
     optimizer: RotationOptimizer
     tokens: Tensor  # [blocks, seq_len]
@@ -117,7 +118,7 @@ def optimize(config: RunConfig, world: World) -> None:
 
 def set_up(config: RunConfig, world: World) -> Learning:
     """Model, data, rotations and optimiser, at the newest whole checkpoint if there is one."""
-    run = run_dir(config)
+    run, engine = run_dir(config), chosen(config.distributed)
     files = open_configured_model(config)
     shape, dtype, settings = files.shape, model_dtype(config), config.optimize
     sites = sites_for(config, shape)
@@ -144,10 +145,11 @@ def set_up(config: RunConfig, world: World) -> Learning:
         dtype=dtype,
         compile=compiled,
     )
-    fsdp.shard(model, world)
-    together(lambda: fsdp.load(model, files.weights, sites.r4))
+    engine.shard(model, world)
+    together(lambda: engine.load(model, files.weights, sites.r4))
     tokens_at_once = settings.micro_batch_size * settings.seq_len
-    model.set_levels(recompute_levels(settings.recompute, shape, tokens_at_once, dtype, world))
+    kept = engine.keeps_gathered and not compiled
+    model.set_levels(recompute_levels(settings.recompute, shape, tokens_at_once, dtype, world, weights_kept=kept))
     optimizer = RotationOptimizer(
         rotations,
         world,
@@ -156,7 +158,7 @@ def set_up(config: RunConfig, world: World) -> Learning:
         max_grad_norm=settings.max_grad_norm,
         reproject_every=settings.reproject_every,
     )
-    learning = Learning(config, world, run, model, optimizer, tokens, identity)
+    learning = Learning(config, world, run, engine, model, optimizer, tokens, identity)
     resume(learning)
     return learning
 
@@ -196,7 +198,7 @@ def backward(learning: Learning) -> float:
         loss = (losses * weights[chosen].to(losses.dtype)).sum()
         loss.backward()
         total += loss.detach()
-    fsdp.assert_sharded(learning.model, world)
+    learning.engine.assert_sharded(learning.model, world)
     return float(sum_over_ranks_(total))
 
 

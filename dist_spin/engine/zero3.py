@@ -1,0 +1,116 @@
+"""DeepSpeed ZeRO-3: the frozen weights partitioned over all ranks, gathered a layer at a time; rotations stay replicated outside.
+
+Nothing is trained by DeepSpeed here, so that none of its optimisers and compiled operators is needed: only its partitioned
+parameters and the hooks that gather and release them (Rajbhandari et al. 2020, ZeRO, stage 3). A partition is a run of
+the flattened parameter: rank r holds elements [r p, (r + 1) p), p = ceil(numel / ranks).
+"""
+
+import importlib.util
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dist_spin.distributed import World
+from dist_spin.errors import UserError
+from dist_spin.model.learning import LearningModel, parameter_source
+from dist_spin.model.loading import WeightSource
+from dist_spin.model.rotation import folded_rows
+
+PIP = "DS_BUILD_OPS=0 pip install 'deepspeed>=0.19.8,<0.20'"
+
+
+class Zero3:
+    """The engine `distributed.engine=deepspeed`.
+
+    offload: where a rank's partitions lie: "none" (on its device), "cpu" (pinned memory) or "nvme" (mapped files in
+    `folder`, which the operating system reads when a layer is gathered, and which vanish with the process).
+    """
+
+    keeps_gathered = True  # each gather makes a new tensor, which eager autograd holds on to
+
+    def __init__(self, offload: str = "none", folder: Path | None = None) -> None:
+        self.offload, self.folder = offload, folder
+
+    def shard(self, model: LearningModel, world: World) -> None:
+        """Make ready to partition a model on the meta device over all ranks; one gather per layer, embedding and head.
+
+        Raises:
+            UserError: DeepSpeed is not installed.
+        """
+        _import(world)
+        from deepspeed.runtime.zero.partition_parameters import Init
+        from deepspeed.utils import set_z3_leaf_module
+
+        for part in (model.embed, *model.layers, model.head):
+            set_z3_leaf_module(part, True)
+        self._world, self._partition = world, Init()
+
+    def load(self, model: LearningModel, source: WeightSource, r4: tuple[Tensor, ...]) -> None:
+        """Give every rank its own run of every parameter, read from `source` and folded.
+
+        Only the rows of this rank's run are ever read; besides its partitions a rank holds one unfilled parameter.
+        """
+        from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+
+        for name, empty in list(model.named_parameters()):
+            whole = nn.Parameter(torch.empty(empty.shape, dtype=empty.dtype, device=model.device), requires_grad=False)
+            share = -(-whole.numel() // self._world.size)
+            start, stop = (min(rank * share, whole.numel()) for rank in (self._world.rank, self._world.rank + 1))
+            if stop > start:
+                row = whole[:1].numel()
+                first, last = start // row, -(-stop // row)
+                folded_rows(source, parameter_source(name), whole.data[first:last], first, r4)
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, whole)
+            self._partition._convert_to_deepspeed_param(whole)
+            whole.partition()  # keeps this rank's run of what `whole` holds in `ds_tensor`
+            whole.ds_tensor.data = self._placed(whole.ds_tensor)
+        largest = max(sum(p.ds_numel for p in part.parameters()) for part in model.layers)
+        self._hooks = DeepSpeedZeRoOffload(
+            model,
+            timers=None,
+            ds_config=None,
+            prefetch_bucket_size=largest,  # the next layer comes while one is at work
+            max_live_parameters=2 * largest,
+            max_reuse_distance=1,  # the head stays from its forward to its backward pass, which follow each other
+            param_persistence_threshold=0,
+        )
+
+    def assert_sharded(self, model: nn.Module, world: World) -> None:
+        """Every parameter is frozen and partitioned, holds its 1/N share and no more: nothing stayed gathered."""
+        for name, parameter in model.named_parameters():
+            if parameter.numel():
+                raise AssertionError(f"{name} is not sharded: a gathered copy outlived its step")
+            if parameter.ds_tensor.numel() > -(-parameter.ds_numel // world.size) or parameter.requires_grad:
+                raise AssertionError(f"{name} holds more than its share on rank {world.rank} or takes gradients")
+
+    def _placed(self, partition: Tensor) -> Tensor:
+        """A rank's run of a parameter, moved to where `offload` says."""
+        if self.offload == "nvme":
+            assert self.folder is not None
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(prefix="dist-spin-", dir=self.folder) as file:
+                mapped = torch.from_file(file.name, shared=True, size=partition.numel(), dtype=partition.dtype)
+            return mapped.copy_(partition)
+        if self.offload == "cpu":
+            return partition.cpu().pin_memory() if partition.is_cuda else partition
+        return partition
+
+
+def _import(world: World) -> None:
+    """Import DeepSpeed for this rank's device, and let it use the process group there is."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError("distributed.engine=deepspeed needs the package deepspeed", PIP)
+    os.environ["DS_ACCELERATOR"] = world.device.type  # it guesses, and says so, otherwise
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # Slurm has its own name for it
+    import deepspeed
+
+    # Its gathers use a name that newer torch has deprecated.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
+    # An all-reduce through shared memory that it would compile for a minute; only gathers happen here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
