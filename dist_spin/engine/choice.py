@@ -1,6 +1,7 @@
 """The one small interface of the engines, and which of them a run uses."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from dist_spin.engine.zero3 import Zero3
 from dist_spin.errors import UserError
 from dist_spin.model.learning import LearningModel
 from dist_spin.model.loading import WeightSource
+from dist_spin.model.rotation import Rotations
 from dist_spin.settings import DistributedConfig
 
 
@@ -21,11 +23,14 @@ class Engine(Protocol):
     keeps_gathered: bool
     """Whether autograd keeps a gathered copy of weights for the backward pass of layers that are not compiled."""
 
-    def shard(self, model: LearningModel, world: World) -> None:
-        """Make a model on the meta device ready to lie sharded over all ranks."""
+    def shard(self, model: LearningModel, world: World, offloaded: Sequence[int] = ()) -> None:
+        """Make a model on the meta device ready to lie sharded over all ranks; `offloaded`: layers kept off the device."""
 
     def load(self, model: LearningModel, source: WeightSource, r4: tuple[Tensor, ...]) -> None:
         """Give every rank its own share of every parameter, folded; no collective, so that it may fail on one rank."""
+
+    def fit_grids(self, model: LearningModel, rotations: Rotations) -> None:
+        """Fit the grids of learned weights (`WeightGrid`) to the rotations as they are; all ranks must call it."""
 
     def assert_sharded(self, model: nn.Module, world: World) -> None:
         """Every parameter is frozen and holds its 1/N share and no more.
@@ -39,16 +44,13 @@ def chosen(settings: DistributedConfig) -> Engine:
     """The engine of a run; "auto" follows the config of `accelerate launch`, which hands it down in the environment.
 
     Raises:
-        UserError: weights are to be offloaded by an engine that cannot.
+        UserError: weights are to be kept on a disk by an engine that cannot.
     """
-    engine, offload, folder = settings.engine, settings.offload, settings.offload_dir
+    engine = settings.engine
     if engine == "auto":
         engine = "deepspeed" if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" else "fsdp"
-        if engine == "deepspeed" and offload == "none":
-            offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")  # type: ignore[assignment]
-            folder = folder or os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH")
     if engine == "deepspeed":
-        return Zero3(offload, Path(folder) if folder else None)
-    if offload != "none":
-        raise UserError(f"distributed.offload={offload} needs DeepSpeed", "set distributed.engine=deepspeed")
+        return Zero3(Path(settings.offload_dir) if settings.offload_dir else None)
+    if settings.offload_dir:
+        raise UserError("distributed.offload_dir is for DeepSpeed", "set distributed.engine=deepspeed, or leave it out")
     return fsdp

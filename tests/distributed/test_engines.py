@@ -44,7 +44,7 @@ def engine_step(words: list[str], out: Path) -> None:
         parameters = dict(learning.model.named_parameters())
         seen["shares"] = {name: (p.ds_numel, p.ds_tensor.numel()) for name, p in parameters.items()}
         seen["mapped"] = Path("/proc/self/maps").read_text().count("dist-spin-")
-        parameters["layers.1.layer.mlp.up_proj.weight"].all_gather()  # as a hook that never fired would leave it
+        parameters["layers.1.layer.mlp.down_proj.linear.weight"].all_gather()  # as a hook that never fired would leave it
         try:
             learning.engine.assert_sharded(learning.model, world)
         except AssertionError as error:
@@ -87,15 +87,22 @@ def single(words, tmp_path_factory) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("size", "more"),
-    [(1, [ZERO3]), (2, [ZERO3]), (3, [ZERO3]), (2, ["distributed.engine=fsdp"]), (2, [ZERO3, "model.dtype=float32"])],
-    ids=["zero3-1", "zero3-2", "zero3-3", "fsdp-2", "zero3-2-fp32"],
+    [
+        (1, [ZERO3]),
+        (2, [ZERO3]),
+        (3, [ZERO3]),
+        (2, ["distributed.engine=fsdp"]),
+        (2, [ZERO3, "model.dtype=float32"]),
+        (3, [ZERO3, "optimize.w_bits=4", "quant.w_group_size=16", "quant.w_symmetric=false"]),
+    ],
+    ids=["zero3-1", "zero3-2", "zero3-3", "fsdp-2", "zero3-2-fp32", "zero3-3-w4"],
 )
 def test_reduced_gradients_are_those_of_a_single_process(words, single, tmp_path, size, more):
     ranks = steps(size, [*words, *more], tmp_path)
     narrow = "model.dtype=float32" in more
-    if narrow:
+    if len(more) > 1:
         (tmp_path / "single").mkdir()
-        single = steps(1, [*words, more[-1]], tmp_path / "single")[0]
+        single = steps(1, [*words, *more[1:]], tmp_path / "single")[0]
     for seen in ranks:
         difference = (seen["gradient"] - single["gradient"]).norm() / single["gradient"].norm()
         assert difference < (1e-6 if narrow else 1e-13)
@@ -106,15 +113,15 @@ def test_reduced_gradients_are_those_of_a_single_process(words, single, tmp_path
             held = [seen["shares"][name][1] for seen in ranks]
             assert max(held) <= -(-whole // size), name
             assert sum(held) >= whole, name
-        assert all("layers.1.layer.mlp.up_proj" in seen["caught"] for seen in ranks)
+        assert all("layers.1.layer.mlp.down_proj" in seen["caught"] for seen in ranks)
 
 
 def test_offloaded_weights_are_mapped_files_and_give_the_same_bits(words, single, tmp_path):
     folder = tmp_path / "fast disk"
-    more = [ZERO3, "distributed.offload=nvme", f"distributed.offload_dir={folder}"]
+    more = [ZERO3, "distributed.offload_layers=1", f"distributed.offload_dir={folder}"]
     for seen in steps(2, [*words, *more], tmp_path):
         assert (seen["gradient"] - single["gradient"]).norm() < 1e-13 * single["gradient"].norm()
-        assert seen["mapped"] == len(seen["shares"])
+        assert seen["mapped"] == sum(name.startswith("layers.0.") for name in seen["shares"]) > 0
     assert list(folder.iterdir()) == []  # nothing is left behind
 
 
@@ -156,16 +163,8 @@ def test_without_deepspeed_one_line_says_what_to_install(monkeypatch):
 
 def test_the_engine_is_that_of_the_settings_or_of_accelerate(monkeypatch):
     assert chosen(DistributedConfig()) is fsdp
+    with pytest.raises(UserError, match=r"offload_dir is for DeepSpeed; set distributed\.engine=deepspeed"):
+        chosen(DistributedConfig(offload_dir="/tmp"))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "cpu")
-    engine = chosen(DistributedConfig())
-    assert isinstance(engine, Zero3)
-    assert engine.offload == "cpu"
+    assert isinstance(chosen(DistributedConfig()), Zero3)
     assert chosen(DistributedConfig(engine="fsdp")) is fsdp
-    with pytest.raises(UserError, match="set distributed.engine=deepspeed"):
-        DistributedConfig(engine="fsdp", offload="cpu")
-    with pytest.raises(UserError, match="name a directory"):
-        DistributedConfig(engine="deepspeed", offload="nvme")
-    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
-    with pytest.raises(UserError, match="distributed.offload=cpu needs DeepSpeed"):
-        chosen(DistributedConfig(offload="cpu"))
