@@ -24,7 +24,6 @@ from dist_spin.bench.device import describe, matmul_ceiling, synchronize
 from dist_spin.checkpoint_writer import CheckpointWriter
 from dist_spin.config import load_config
 from dist_spin.distributed import World, on_leader, start, stop
-from dist_spin.engine.zero3 import Zero3
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 from dist_spin.stages.common import model_dtype, say, sites_for
@@ -90,7 +89,7 @@ def measure(options: argparse.Namespace, world: World) -> dict[str, Any]:
     cuda = world.device.type == "cuda"
     figures = {
         "device": describe(world.device),
-        "engine": "deepspeed" if isinstance(learning.engine, Zero3) else "fsdp",
+        "engine": learning.engine.name,
         "ranks": world.size,
         "layers": shape.layers,
         "tokens_per_step": tokens,

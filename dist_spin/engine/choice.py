@@ -20,6 +20,9 @@ from dist_spin.settings import DistributedConfig
 class Engine(Protocol):
     """Owns the frozen weights while rotations are learned; nothing that it does shows in a checkpoint or a result."""
 
+    name: str
+    """As `distributed.engine` has it."""
+
     keeps_gathered: bool
     """Whether autograd keeps a gathered copy of weights for the backward pass of layers that are not compiled."""
 

@@ -15,9 +15,10 @@ from dist_spin.model.learning import LearningModel, parameter_source
 from dist_spin.model.loading import WeightSource
 from dist_spin.model.rotation import folded_rows
 
+name = "fsdp"
 keeps_gathered = False  # a gather fills the storage that autograd holds, and frees it in between
 
-__all__ = ["assert_sharded", "fit_grids", "keeps_gathered", "load", "shard"]
+__all__ = ["assert_sharded", "fit_grids", "keeps_gathered", "load", "name", "shard"]
 
 
 def shard(model: LearningModel, world: World, offloaded: Sequence[int] = ()) -> None:

@@ -34,6 +34,7 @@ class Zero3:
     is gathered and which vanish with the process; None: in pinned host memory.
     """
 
+    name = "deepspeed"
     keeps_gathered = True  # each gather makes a new tensor, which eager autograd holds on to
 
     def __init__(self, folder: Path | None = None) -> None:

@@ -270,9 +270,10 @@ def write_checkpoint(learning: Learning, state: dict[str, Tensor], step: int) ->
 
 def resume(learning: Learning) -> None:
     """Continue from the newest whole checkpoint, read by rank 0 and handed to all; start at step 0 without one."""
+    who = {"ranks": learning.world.size, "engine": learning.engine.name}
     found = on_leader(lambda: newest_checkpoint(learning.run, say))
     if found is None:
-        on_leader(lambda: learning.run.event("start", stage="optimize", ranks=learning.world.size))
+        on_leader(lambda: learning.run.event("start", stage="optimize", **who))
         return
     state, metadata = found
     try:
@@ -291,7 +292,7 @@ def resume(learning: Learning) -> None:
 
             kept = [json.dumps(line) + "\n" for line in read_lines(metrics) if line["step"] <= learning.step]
             write_text(metrics, "".join(kept))
-        learning.run.event("resume", stage="optimize", step=learning.step, ranks=learning.world.size)
+        learning.run.event("resume", stage="optimize", step=learning.step, **who)
         if learning.step < learning.config.optimize.steps:
             say(f"continuing after step {learning.step} of {learning.config.optimize.steps}")
 
