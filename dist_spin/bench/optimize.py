@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
         help="also time the published formulation, every weight rotated in fp64 in every forward; for one sequence on one device",
     )
     parser.add_argument("--json", type=Path, help="write all figures here")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.baseline and (
         "optimize.batch_size=1" not in options.settings or os.environ.get("WORLD_SIZE", "1") != "1"
     ):

@@ -54,6 +54,7 @@ def assert_sharded(model: nn.Module, world: World) -> None:
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor):
             raise AssertionError(f"{name} is not sharded: a gathered copy outlived its step")
-        share = -(-parameter.shape[0] // world.size) * parameter[:1].numel() if parameter.numel() else 0
+        # Counted, not sliced: a slice of a DTensor gathers it.
+        share = -(-parameter.shape[0] // world.size) * parameter.shape[1:].numel()
         if parameter.to_local().numel() > share or parameter.requires_grad:
             raise AssertionError(f"{name} holds more than its share on rank {world.rank} or takes gradients")

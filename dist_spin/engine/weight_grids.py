@@ -32,7 +32,8 @@ def fit_grids(model: LearningModel, rotations: Rotations) -> None:
         merged = merged_rows(role, given if role in MIXED else given[: shape[0]], rows, r1, r2, linear.scale.dtype)
         for parameter, fitted in zip((linear.codes, linear.scale, linear.zero), linear.spec.fit(merged), strict=True):
             if parameter is not None and fitted is not None:
-                _sharded(parameter).to_local()[: shape[0]].copy_(fitted)
+                mine = _sharded(parameter).to_local()[: shape[0]]
+                mine.view(fitted.dtype).copy_(fitted)
 
 
 def _sharded(parameter: Tensor) -> DTensor:

@@ -24,6 +24,7 @@ from dist_spin.model.architecture import ATTENTION_NORM, MLP_NORM, Shape
 from dist_spin.model.rotation import Sites
 from dist_spin.model.sites import Basis, DownFront, KeySite, OutputFront, ValueSite, kept_matmul, matmul_wide
 from dist_spin.numerics.quantizer import (
+    STAGED_CLIP,
     QuantSpec,
     dequantize_weight,
     fake_quantize,
@@ -44,6 +45,9 @@ GRIDDED = {
     "mlp.down_proj.linear": "mlp.down_proj",
 }
 
+# Codes are bytes, but parameters of this type: FSDP2 of torch 2.11 cannot shard a parameter of integers.
+BYTES = torch.float8_e5m2
+
 
 @dataclass(frozen=True)
 class WeightGrid:
@@ -60,7 +64,7 @@ class WeightGrid:
 
     def fit(self, merged: Tensor) -> "Grid":
         """The grid of rows of a merged weight [rows, in], its scales in fp32 (fp64 for fp64)."""
-        scale, zero = weight_scales(merged, self.bits, self.symmetric, self.group_size, self.mse_clip)
+        scale, zero = weight_scales(merged, self.bits, self.symmetric, self.group_size, self.mse_clip, STAGED_CLIP)
         codes = quantize_weight(merged, scale, zero, self.bits, self.symmetric, self.group_size)
         stored = pack_nibbles(codes) if self.packs(merged.shape[1]) else codes.view(torch.uint8)
         return Grid(stored, scale, None if self.symmetric else zero)
@@ -86,7 +90,7 @@ class Grid(NamedTuple):
 class GriddedLinear(nn.Module):
     """The parameters of a linear that runs on the grid of its merged weight; what runs it is its site.
 
-    weight [out, in]: folded, unrotated; bias [out]: unrotated; codes, scale, zero: see `Grid`. All frozen.
+    weight [out, in]: folded, unrotated; bias [out]: unrotated; codes (as BYTES), scale, zero: see `Grid`. All frozen.
     """
 
     bias: nn.Parameter | None
@@ -102,13 +106,13 @@ class GriddedLinear(nn.Module):
         def frozen(columns: int, dtype: torch.dtype) -> nn.Parameter:
             return nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=linear.weight.device), False)
 
-        self.codes = frozen(width // 2 if spec.packs(width) else width, torch.uint8)
+        self.codes = frozen(width // 2 if spec.packs(width) else width, BYTES)
         self.scale = frozen(groups, wide)
         self.register_parameter("zero", None if spec.symmetric else frozen(groups, wide))
 
     @property
     def grid(self) -> Grid:
-        return Grid(self.codes, self.scale, self.zero)
+        return Grid(self.codes.view(torch.uint8), self.scale, self.zero)
 
 
 class _Part(nn.Module):

@@ -164,7 +164,15 @@ def set_up(config: RunConfig, world: World) -> Learning:
     engine.shard(model, world, away)
     together(lambda: engine.load(model, files.weights, sites.r4))
     micro, levels = passes_and_levels(
-        settings.micro_batch_size, settings.recompute, shape, share, settings.seq_len, dtype, bool(away), world
+        settings.micro_batch_size,
+        settings.recompute,
+        shape,
+        share,
+        settings.seq_len,
+        dtype,
+        world,
+        offloaded=bool(away),
+        compiled=compiled,
     )
     if engine.keeps_gathered and not compiled and settings.recompute == "auto":
         levels = ["sites" if level == "none" else level for level in levels]  # or it would keep every layer's weights
