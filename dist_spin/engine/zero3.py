@@ -22,7 +22,7 @@ from dist_spin.errors import UserError
 from dist_spin.model.learning import LearningModel, parameter_source
 from dist_spin.model.loading import WeightSource
 from dist_spin.model.rotation import Rotations, folded_rows
-from dist_spin.model.weight_learning import merged_rows
+from dist_spin.model.weight_learning import BYTES, merged_rows
 
 PIP = "DS_BUILD_OPS=0 pip install 'deepspeed>=0.19.8,<0.20'"
 
@@ -63,7 +63,8 @@ class Zero3:
         from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
         for name, empty in list(model.named_parameters()):
-            whole: Any = nn.Parameter(torch.empty(empty.shape, dtype=empty.dtype, device=model.device), False)
+            kind = torch.uint8 if empty.dtype == BYTES else empty.dtype  # not every process group gathers BYTES
+            whole: Any = nn.Parameter(torch.empty(empty.shape, dtype=kind, device=model.device), False)
             start, stop = self._run(whole.numel())
             stored = parameter_source(name)
             if stored is not None and stop > start:
