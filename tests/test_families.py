@@ -47,7 +47,9 @@ def test_the_small_sizes_stand_for_the_real_ones(name):
     hidden, intermediate = map(int, name.split("(")[1].rstrip(")").split(", "))
     assert hidden * config.intermediate_size == intermediate * config.hidden_size  # one ratio
     for real, small in ((hidden, config.hidden_size), (intermediate, config.intermediate_size)):
-        assert hadamard_core(real)[0] == hadamard_core(small)[0]
+        core, odd = hadamard_core(real)[0], small // (small & -small)
+        assert core % odd == 0
+        assert core == hadamard_core(small)[0] or core > 512  # a product of cores needs more factors of two
 
 
 def test_function_is_preserved_by_fold_and_rotate(files):
