@@ -59,6 +59,9 @@ class Zero3:
         """Give every rank its own run of every parameter, read from `source` and folded.
 
         Only the rows of this rank's run are ever read; besides its partitions a rank holds one unfilled parameter.
+
+        Raises:
+            UserError: the folder for offloaded weights cannot be written.
         """
         from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
@@ -101,6 +104,8 @@ class Zero3:
             given = weight.data if role in MIXED else weight.data[rows]
             merged = merged_rows(role, given, rows, r1, rotations.basis2[index].value, linear.scale.dtype)
             weight.partition()
+            if rows.start == rows.stop:
+                continue  # fewer rows than ranks
             for parameter, fitted in zip(grid, linear.spec.fit(merged), strict=True):
                 if parameter is not None and fitted is not None:
                     start, stop = self._run(parameter.ds_numel)
@@ -123,9 +128,14 @@ class Zero3:
     def _off_device(self, partition: Tensor) -> Tensor:
         if self.folder is None:
             return partition.cpu().pin_memory() if partition.is_cuda else partition
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix="dist-spin-", dir=self.folder) as file:
-            mapped = torch.from_file(file.name, shared=True, size=partition.numel(), dtype=partition.dtype)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(prefix="dist-spin-", dir=self.folder) as file:
+                os.posix_fallocate(file.fileno(), 0, partition.nbytes)  # a full disk says so now, not by a signal later
+                mapped = torch.from_file(file.name, shared=True, size=partition.numel(), dtype=partition.dtype)
+        except OSError as error:
+            problem = f"distributed.offload_dir={self.folder} cannot take weights ({error.strerror})"
+            raise UserError(problem, "name a directory with room for the model") from error
         return mapped.copy_(partition)
 
 

@@ -127,6 +127,15 @@ def test_offloaded_weights_are_mapped_files_and_give_the_same_bits(words, single
     assert list(folder.iterdir()) == []  # nothing is left behind
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(words, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    more = [ZERO3, "distributed.offload_layers=1", f"distributed.offload_dir={tmp_path / 'file' / 'folder'}"]
+    job = Job(2, command, "optimize", *words, *more, f"output_dir={tmp_path}", log=tmp_path / "log")
+    assert job.wait() == [2, 2], job.log.read_text()
+    assert "folder cannot take weights (Not a directory); name a directory" in job.log.read_text()
+    assert "Traceback" not in job.log.read_text()
+
+
 def test_both_engines_learn_the_same_rotations(words, tmp_path):
     found = []
     for engine in ("fsdp", "deepspeed"):
