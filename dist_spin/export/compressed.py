@@ -75,7 +75,10 @@ def config_entries(sites: Sites, bits: dict[str, int], symmetric: bool, group_si
     groups = {"linears": scheme(["Linear"], width)}
     if bits[DOWN] != width:
         others = "|".join(sorted(role.rpartition(".")[2] for role in most))
-        groups = {"linears": scheme([f"re:.*({others})$"], width), "down": scheme([r"re:.*down_proj$"], bits[DOWN])}
+        both = [("linears", f"re:.*({others})$", width), ("down", r"re:.*down_proj$", bits[DOWN])]
+        # The wider first: transformers, asked to dequantise, takes the first for all, which must then fail, not mislead.
+        both.sort(key=lambda group: -group[2])
+        groups = {name: scheme([target], width) for name, target, width in both}
     config = QuantizationConfig(
         config_groups=groups, format=FORMAT, quantization_status="compressed", ignore=["lm_head"]
     )
