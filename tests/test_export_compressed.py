@@ -11,7 +11,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.transform import TransformConfig, TransformFactory
-from exported import IDS, NO_HAD, R4_BLOCK, W4A4, W4A8, W4A16, exported, logits, make_run, pipeline_cell, settings
+from exported import NO_HAD, R4_BLOCK, W4A4, W4A8, W4A16, exported, logits, make_run, pipeline_cell, settings
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -66,10 +66,6 @@ def test_load_has_the_bits_of_the_quantised_model(run, kind, profile, activation
     words, _, directory = run(kind, *profile, *ACTIVATIONS[activations])
     model = dist_spin.load(directory, device="cpu")
     assert torch.equal(logits(model), logits(pipeline_cell(words, "gptq")))
-    continued = [
-        model.generate(IDS[:, :5], max_new_tokens=8, do_sample=False, use_cache=cached) for cached in (True, False)
-    ]
-    assert torch.equal(*continued)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
