@@ -130,7 +130,7 @@ def test_bare_transformers_has_the_bits_of_our_weights(run, weights, dequantize)
 @pytest.mark.parametrize("activations", ["W4A8", "W4A4"])
 @pytest.mark.parametrize("kind", ["gqa_tied", "qwen2"])
 def test_bare_transformers_differs_in_the_grid_of_activations_alone(run, kind, activations, monkeypatch):
-    """compressed-tensors divides the largest activation by 127.5 (7.5), we by 127 (7) as vLLM's kernel does."""
+    """compressed-tensors divides the largest activation by 127.5 (7.5), we by 127 (7): no setting of the format says which."""
     words, _, directory = run(kind, *NO_HAD, *ACTIVATIONS[activations])
     bare = AutoModelForCausalLM.from_pretrained(directory)
     ours = logits(pipeline_cell(words, "gptq", off="kv"))
