@@ -13,7 +13,7 @@ from dist_spin.errors import UserError
 
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 NAMED_SOURCES = ("pydoc", "wikitext2", "c4")
-TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "lambada_openai")
+TASKS = tuple("boolq piqa siqa hellaswag winogrande arc_easy arc_challenge openbookqa lambada_openai".split())
 
 
 def _check(config: object, names: str, wanted: Callable[[Any], bool], remedy: str) -> None:
@@ -254,7 +254,8 @@ class EvaluateConfig:
     """Items measured per task, from its start; 0 means all."""
 
     def __post_init__(self) -> None:
-        _check(self, "sources", lambda names: names or self.tasks, "name at least one source, such as [wikitext2]")
+        some = "name at least one source, such as [wikitext2]"
+        _check(self, "sources", lambda names: bool(names or self.tasks), some)
         for source in self.sources:
             check_source("evaluate.sources", source)
         _check(self, "sources", lambda names: len(set(names)) == len(names), "name each source once")

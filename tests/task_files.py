@@ -94,7 +94,9 @@ def write_lambada(folder: Path, count: int) -> None:
 
 def write_the_others(folder: Path, count: int) -> None:
     """boolq, siqa, hellaswag, winogrande and openbookqa."""
-    boolq = [{"passage": a, "question": c[0].lower(), "idx": i, "label": right} for i, (a, c, right) in E(items(count, 2))]
+    boolq = [
+        {"passage": a, "question": c[0].lower(), "idx": i, "label": right} for i, (a, c, right) in E(items(count, 2))
+    ]
     siqa = [
         {"context": a, "question": "What comes next?", **dict(zip(("answerA", "answerB", "answerC"), c, strict=True))}
         | {"label": str(right + 1)}
@@ -106,7 +108,12 @@ def write_the_others(folder: Path, count: int) -> None:
         for i, (a, c, right) in E(items(count, 4))
     ]
     winogrande = [
-        {"sentence": f"{a} In short, _ is meant here.", "option1": "it", "option2": "the file", "answer": str(right + 1)}
+        {
+            "sentence": f"{a} In short, _ is meant here.",
+            "option1": "it",
+            "option2": "the file",
+            "answer": str(right + 1),
+        }
         for a, _, right in items(count, 2)
     ]
     openbookqa = [

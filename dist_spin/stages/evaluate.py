@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -291,7 +291,7 @@ def task_table(rows: list[dict[str, Any]]) -> str:
     return columns(lines)
 
 
-def columns(lines: list[tuple[str, ...]]) -> str:
+def columns(lines: Sequence[tuple[str, ...]]) -> str:
     """Lines under a header line as aligned columns; nothing if there is only the header."""
     widths = [max(len(text) for text in column) for column in zip(*lines, strict=True)]
     aligned = ["  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines]

@@ -8,6 +8,7 @@ out, with a line that says so.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -36,14 +37,16 @@ from dist_spin.stages.evaluate import Cell, Walk, cell_identity, describe
 from dist_spin.stages.scoring import log_likelihoods
 
 try:
-    import datasets
+    import datasets  # type: ignore[import-untyped]
     import lm_eval
     from lm_eval.api.model import TemplateLM
     from lm_eval.evaluator import evaluate as run_harness
     from lm_eval.models.utils import has_bos_prefix, resolve_max_length
     from lm_eval.tasks import TaskManager
 except ImportError as error:
-    raise UserError(f"evaluate.tasks needs lm-evaluation-harness ({error})", "pip install 'dist-spin[lm-eval]'") from error
+    raise UserError(
+        f"evaluate.tasks needs lm-evaluation-harness ({error})", "pip install 'dist-spin[lm-eval]'"
+    ) from error
 
 BOOTSTRAP = 1000  # draws for the standard error of a perplexity; that of an accuracy has a closed form
 os.environ["DISABLE_MULTIPROC"] = "1"  # the harness would fork a process with threads, and perhaps CUDA, for the draws
@@ -272,7 +275,7 @@ def measure(
             if not all(math.isfinite(row["value"]) for row in rows):
                 problem = f"{cell.label} on {name}: the log-likelihoods are not finite"
                 raise NumericsError(problem, "check the model's dtype and the quantisers")
-            on_leader(lambda path=paths[name], rows=rows: write_json(path, rows))
+            on_leader(functools.partial(write_json, paths[name], rows))
             before[name] = rows
     return on_leader(lambda: [row for name in tasks for row in before[name]])
 
