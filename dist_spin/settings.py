@@ -13,7 +13,17 @@ from dist_spin.errors import UserError
 
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 NAMED_SOURCES = ("pydoc", "wikitext2", "c4")
-TASKS = tuple("boolq piqa siqa hellaswag winogrande arc_easy arc_challenge openbookqa lambada_openai".split())
+TASKS = (
+    "boolq",
+    "piqa",
+    "siqa",
+    "hellaswag",
+    "winogrande",
+    "arc_easy",
+    "arc_challenge",
+    "openbookqa",
+    "lambada_openai",
+)
 
 
 def _check(config: object, names: str, wanted: Callable[[Any], bool], remedy: str) -> None:
