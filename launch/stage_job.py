@@ -1,4 +1,4 @@
-"""What a submitted job does: start the ranks of its node, and on a signal let them save and queue again."""
+"""What runs inside a submitted job: a stage that saves and queues again on a signal, a whole pipeline, a plain command."""
 
 import os
 import signal
@@ -16,6 +16,8 @@ from launch.local import run_stages
 
 LOSSES = 5  # restarts after which a rank that hangs or dies ends the job for good
 PATIENCE = 45  # seconds that the other nodes wait for the first one to queue the job again
+# Where submitit's own variables would make a plain command think that it is one rank of several.
+NOT_INHERITED = ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
 PREEMPTION = getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"))
 
 
@@ -78,6 +80,14 @@ class PipelineJob:
     def checkpoint(self) -> DelayedSubmission:
         """Start again: every stage continues where it was."""
         return DelayedSubmission(PipelineJob(self.arguments, self.ranks))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run `dist-spin ARGUMENTS...` in a process of its own, as one task of a fan-out; returns its exit code."""
+    environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
+    command = [sys.executable, "-m", "dist_spin", *arguments]
+    print(" ".join(command), flush=True)
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def being_cancelled() -> bool:
