@@ -199,9 +199,9 @@ def status_text(figures: dict[str, Any]) -> str:
     for name, states in figures["quantize"].items():
         others = [f"{state} {ranges(layers)}" for state, layers in states.items() if layers and state != "finished"]
         lines.append("; ".join([f"quantize  {name}: {len(states['finished'])} layers finished", *others]))
-    lines += [
-        f"result    {r['method']}, {r['weights']} weights: {r['ppl']:.3f} on {r['dataset']}" for r in figures["results"]
-    ]
+    for r in figures["results"]:
+        figure = f"{r['ppl']:.3f} on {r['dataset']}" if "ppl" in r else f"{r['metric']} {r['value']:.4f} on {r['task']}"
+        lines.append(f"result    {r['method']}, {r['weights']} weights: {figure}")
     lines += [f"export    {e['format']}, {e['profile']}: {e['path']}" for e in figures["exports"]]
     lines += jobs
     if figures["last_event"]:
