@@ -22,6 +22,8 @@ VERBS = {
     "optimize": "learn the rotations",
     "quantize": "merge the rotations and quantise the weights",
     "evaluate": "measure perplexity",
+    "report": "write report.html and report.md: tables and pictures of a run, finished or not",
+    "plot": "one figure of a run as PNG or SVG; names them if none is given",
     "submit": "hand every missing stage to a cluster as jobs that wait for each other",
     "status": "show where a run stands",
     "logs": "show the end of everything a run's jobs printed",
@@ -32,6 +34,9 @@ USAGE = """usage: dist-spin VERB CONFIG.yaml [key.sub=value ...]
        dist-spin quantize CONFIG.yaml [--layers A:B | --boundaries] [key.sub=value ...]
        dist-spin quantize CONFIG.yaml --cluster local|slurm|submitit-local|debug [--workers N] [--retries N]
                           [--slurm key=value ...] [key.sub=value ...]
+       dist-spin report CONFIG.yaml [key.sub=value ...]       # measures the activations first
+       dist-spin report RUN                                   # from the run's files alone
+       dist-spin plot RUN [FIGURE [-o FILE.png|FILE.svg] [--dark]]
        dist-spin submit CONFIG.yaml --cluster slurm|local|debug [--slurm key=value ...] [key.sub=value ...]
        dist-spin status RUN [--json] [--watch]
        dist-spin logs RUN
@@ -69,6 +74,10 @@ def _main(words: list[str]) -> int:
         return _jobs(verb, rest)
     if verb == "submit":
         return _submit(rest)
+    if verb == "plot":
+        return _plot(rest)
+    if verb == "report" and rest and Path(rest[0]).is_dir():
+        return _report(rest)
     if verb == "quantize":
         return _quantize(rest)
     path = _config_path(rest)
@@ -163,8 +172,14 @@ def _stage(verb: str, config: RunConfig, **options: Any) -> int:
     from dist_spin.stages.evaluate import evaluate
     from dist_spin.stages.optimize import optimize
     from dist_spin.stages.quantize import quantize
+    from dist_spin.stages.report import report
 
-    stages: dict[str, Callable[..., Any]] = {"optimize": optimize, "quantize": quantize, "evaluate": evaluate}
+    stages: dict[str, Callable[..., Any]] = {
+        "optimize": optimize,
+        "quantize": quantize,
+        "evaluate": evaluate,
+        "report": report,
+    }
     quieten_libraries()
     timeout = config.distributed.timeout_s
     world = start(config.distributed.device, timeout, config.distributed.threads)
@@ -241,6 +256,27 @@ def _status(rest: list[str]) -> int:
         watch(path, show)
     else:
         print(show(status(path)))
+    return EXIT_OK
+
+
+def _report(rest: list[str]) -> int:
+    from dist_spin.stages.report import write_report
+
+    write_report(_run_directory("report", rest))
+    return EXIT_OK
+
+
+def _plot(rest: list[str]) -> int:
+    from dist_spin.stages.plot import plot
+
+    dark = "--dark" in rest
+    rest = [word for word in rest if word != "--dark"]
+    target = next(reversed(_option(rest, "-o")), None)
+    if not 1 <= len(rest) <= 2 or any(word.startswith("-") for word in rest):
+        raise UserError(
+            f"plot does not take {' '.join(rest) or 'nothing'}", "dist-spin plot runs/NAME [FIGURE] [-o FILE]"
+        )
+    plot(Path(rest[0]), rest[1] if len(rest) > 1 else "", target, "dark" if dark else "light")
     return EXIT_OK
 
 
