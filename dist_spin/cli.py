@@ -24,6 +24,8 @@ VERBS = {
     "evaluate": "measure perplexity",
     "report": "write report.html and report.md: tables and pictures of a run, finished or not",
     "plot": "one figure of a run as PNG or SVG; names them if none is given",
+    "generate": "let the full-precision and the quantised model continue a text",
+    "chat": "ask both models on standard input",
     "submit": "hand every missing stage to a cluster as jobs that wait for each other",
     "status": "show where a run stands",
     "logs": "show the end of everything a run's jobs printed",
@@ -37,6 +39,8 @@ USAGE = """usage: dist-spin VERB CONFIG.yaml [key.sub=value ...]
        dist-spin report CONFIG.yaml [key.sub=value ...]       # measures the activations first
        dist-spin report RUN                                   # from the run's files alone
        dist-spin plot RUN [FIGURE [-o FILE.png|FILE.svg] [--dark]]
+       dist-spin generate RUN "TEXT" [--tokens N]
+       dist-spin chat RUN [--tokens N]
        dist-spin submit CONFIG.yaml --cluster slurm|local|debug [--slurm key=value ...] [key.sub=value ...]
        dist-spin status RUN [--json] [--watch]
        dist-spin logs RUN
@@ -76,6 +80,8 @@ def _main(words: list[str]) -> int:
         return _submit(rest)
     if verb == "plot":
         return _plot(rest)
+    if verb in ("generate", "chat"):
+        return _speak(verb, rest)
     if verb == "report" and rest and Path(rest[0]).is_dir():
         return _report(rest)
     if verb == "quantize":
@@ -277,6 +283,23 @@ def _plot(rest: list[str]) -> int:
             f"plot does not take {' '.join(rest) or 'nothing'}", "dist-spin plot runs/NAME [FIGURE] [-o FILE]"
         )
     plot(Path(rest[0]), rest[1] if len(rest) > 1 else "", target, "dark" if dark else "light")
+    return EXIT_OK
+
+
+def _speak(verb: str, rest: list[str]) -> int:
+    from dist_spin.stages.generate import TOKENS, chat, generate
+
+    tokens = _count(
+        "--tokens", next(reversed(_option(rest, "--tokens")), None), 4 * TOKENS if verb == "chat" else TOKENS
+    )
+    if len(rest) != (2 if verb == "generate" else 1):
+        example = 'dist-spin generate runs/NAME "some text"' if verb == "generate" else "dist-spin chat runs/NAME"
+        raise UserError(f"{verb} does not take {' '.join(rest) or 'nothing'}", example)
+    quieten_libraries()
+    if verb == "chat":
+        chat(Path(rest[0]), tokens)
+    else:
+        generate(Path(rest[0]), rest[1], tokens)
     return EXIT_OK
 
 

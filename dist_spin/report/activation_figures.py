@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from dist_spin.numerics.activations import SUMMARY
 from dist_spin.report.drawing import Drawing
@@ -123,7 +123,10 @@ def _channel_map(values: dict[str, np.ndarray[Any, Any]]) -> Callable[[], Figure
             place.set_ylabel("layer")
             place.set_xticks([])
         axes[-1].set_xlabel("channel")
-        bar = figure.colorbar(image, ax=list(axes), aspect=30, pad=0.02, format=lambda v, _: short(v))
+        bar = figure.colorbar(image, ax=list(axes), aspect=30, pad=0.02)
+        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+        bar.ax.yaxis.set_major_formatter(lambda value, _: short(value))
+        bar.ax.yaxis.set_minor_formatter(NullFormatter())
         bar.set_label("largest |x|")
         return figure
 
@@ -138,8 +141,8 @@ def _surface(values: dict[str, np.ndarray[Any, Any]]) -> Callable[[], Figure]:
         norm = _scale(values.values())
         for column, (variant, x) in enumerate(values.items()):
             left, width = column / len(values), 1 / len(values)
-            place: Any = figure.add_axes((left - 0.02, -0.02, width - 0.02, 0.98), projection="3d")
-            place.set_box_aspect((1.1, 1.1, 0.85), zoom=1.12)
+            place: Any = figure.add_axes((left - 0.02, -0.04, width - 0.07, 1.04), projection="3d")
+            place.set_box_aspect((1.1, 1.1, 0.95), zoom=1.05)
             tokens, channels = np.meshgrid(np.arange(x.shape[0]), np.arange(x.shape[1]), indexing="ij")
             colours = colormaps[COLOUR_MAP](norm(x))
             place.plot_surface(
@@ -178,9 +181,9 @@ def _all_surfaces(values: dict[str, np.ndarray[Any, Any]]) -> Callable[[], Figur
     def draw() -> Figure:
         layers = min(map(len, values.values()))
         rows, columns = values[next(iter(values))].shape[1:]
-        gap, per_row = 6, 2
+        gap, per_row = 14, 2
         cell = len(values) * (columns + 2) + gap
-        height = rows + gap
+        height = rows + 6
         lines = -(-layers // per_row)
         sheet = np.full((lines * height, per_row * cell), np.nan)
         for index in range(layers):

@@ -55,6 +55,7 @@ def status(path: Path) -> dict[str, Any]:
         },
         "quantize": {name: layer_states(run, name, events) for name in ("learned", *config["quantize"]["baselines"])},
         "results": json.loads(results.read_text()) if results.exists() else [],
+        "report": (path / "report.html").exists(),
         "jobs": jobs_of(events),
         "last_event": events[-1] if events else None,
     }
@@ -192,6 +193,8 @@ def status_text(figures: dict[str, Any]) -> str:
     lines += [
         f"result    {r['method']}, {r['weights']} weights: {r['ppl']:.3f} on {r['dataset']}" for r in figures["results"]
     ]
+    if figures["report"]:
+        lines.append(f"report    {Path(figures['run']) / 'report.html'}")
     lines += jobs
     if figures["last_event"]:
         event = figures["last_event"]
