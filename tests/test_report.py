@@ -107,7 +107,8 @@ def test_page_in_a_browser(browser, finished, scheme, width):
         "figure",
         """all => all.map(f => {
              const svg = f.querySelector('svg'), box = svg.getBoundingClientRect(), drawn = svg.getBBox();
-             const texts = [...svg.querySelectorAll('text')].map(t => t.getBoundingClientRect().height);
+             const scale = box.width / svg.viewBox.baseVal.width;
+             const texts = [...svg.querySelectorAll('text')].map(t => scale * parseFloat(getComputedStyle(t).fontSize));
              return {name: f.id, width: box.width, height: box.height, drawn: drawn.width * drawn.height,
                      label: svg.getAttribute('aria-label'), smallest: Math.min(...texts),
                      images: [...svg.querySelectorAll('image')].map(i => i.href.baseVal.slice(0, 22))}
@@ -119,7 +120,7 @@ def test_page_in_a_browser(browser, finished, scheme, width):
         assert figure["height"] > 80, figure
         assert figure["drawn"] > 10_000, figure
         assert len(figure["label"]) > 20, figure
-        assert figure["smallest"] > 8, figure  # CSS pixels
+        assert figure["smallest"] > 9, figure  # CSS pixels
         assert all(image == "data:image/png;base64," for image in figure["images"]), figure
         assert bool(figure["images"]) == figure["name"].startswith(("channels", "surface")), figure
     loaded = page.evaluate(

@@ -160,7 +160,7 @@ def _surface(values: dict[str, np.ndarray[Any, Any]]) -> Callable[[], Figure]:
             place.set_yticks([])
             place.set_zlim(0, float(x.max()) or 1)
             place.zaxis.set_major_locator(MaxNLocator(nbins=4))
-            place.tick_params(axis="z", pad=-2, labelsize=7)
+            place.tick_params(axis="z", pad=-2, labelsize=7.5)
             place.zaxis.set_major_formatter(lambda value, _: short(value))
             place.set_xlabel("channel", labelpad=-15)
             place.set_ylabel("token", labelpad=-15)
@@ -198,7 +198,7 @@ def _all_surfaces(values: dict[str, np.ndarray[Any, Any]]) -> Callable[[], Figur
         axes.set_axis_off()
         for index in range(layers):
             left, middle = (index % per_row) * cell + gap, (index // per_row) * height + rows / 2
-            axes.text(left - 2, middle, str(index), ha="right", va="center", fontsize=6.5)
+            axes.text(left - 2, middle, str(index), ha="right", va="center", fontsize=7.5)
         names = " | ".join(NAMES.get(variant, variant) for variant in values)
         axes.set_title(f"each layer: {names}", loc="left", fontsize=8)
         return figure
