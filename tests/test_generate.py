@@ -68,7 +68,7 @@ def test_generate_and_chat(capsys, monkeypatch, tmp_path, run):
     full, quantised = said(capsys.readouterr().out)
     assert full[:2] == ["full", "precision"]
     assert full[2:] == [f"w{i}" for i in reference(tmp_path / "model", [5, 6, 7], 8) if i]
-    assert " ".join(quantised).startswith("learned rotation, W4A4K4V4, weights by gptq w")
+    assert " ".join(quantised).startswith("learned rotation, W4A4KV4, weights by gptq w")
 
     monkeypatch.setattr("sys.stdin", io.StringIO("w5 w6\nw7\n\n"))
     assert main(["chat", str(directory), "--tokens", "4"]) == 0

@@ -154,14 +154,16 @@ def _seeds(facts: Facts) -> Iterator[Drawing]:
             for y, (name, values) in enumerate(random.items()):
                 colour, marker = colours[name]
                 spread = np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else np.zeros(1)
-                axes.plot(sorted(values), y + spread, marker, color=colour, label=name, alpha=0.85)
+                axes.plot(sorted(values), y + spread, marker, color=colour, alpha=0.85)
                 axes.plot([np.median(values)] * 2, [y - 0.35, y + 0.35], color=colour, linewidth=2)
             for value in ours:
-                axes.axvline(value, color=GREEN, label="learned" if value == ours[0] else None)
+                axes.axvline(value, color=GREEN)
+            if ours:
+                place = (ours[0], 1.0)
+                axes.annotate("learned", place, xycoords=("data", "axes fraction"), ha="center", va="bottom")
             axes.set_yticks(range(len(random)), [name.replace(" ", "\n") for name in random])
             axes.set_ylim(-0.6, len(random) - 0.4)
             axes.set_xlabel("perplexity (bar: median)")
-            legend(figure, axes)
             return figure
 
         words = "; ".join(

@@ -77,6 +77,7 @@ def _content(facts: Facts) -> dict[str, Any]:
         "command": command(facts),
         "versions": facts.job.get("versions", {"dist-spin": __version__}),
         "job": facts.job,
+        "commit": facts.job.get("commit"),
     }
 
 

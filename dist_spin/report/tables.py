@@ -111,7 +111,7 @@ def _comparisons(facts: Facts) -> list[Table]:
         table.note = "Perplexity, lower is better; bold: best of the column; ±: sample standard deviation over n seeds."
         if full:
             theirs = published(model, FULL, "none")
-            table.note += f" Full precision: {full[0]:.3f}" + (f" (published: {theirs})." if theirs else ".")
+            table.note += f" Full precision: {full[0]:.3f}" + (f" (published: {theirs:.2f})." if theirs else ".")
         tables.append(table)
     return tables
 
@@ -179,7 +179,7 @@ def _published(model: str) -> Table:
     rows = published_rows(model)
     lowest = min(value for system, _, value in rows if system != FULL)
     for system, weights, value in rows:
-        table.add(system, weights, Cell(f"{value}", value == lowest and system != FULL))
+        table.add(system, weights, Cell(f"{value:.2f}", value == lowest and system != FULL))
     return table
 
 

@@ -22,6 +22,7 @@ from dist_spin.distributed import World
 from dist_spin.errors import UserError
 from dist_spin.layer_files import identity_hash
 from dist_spin.model.loading import ModelFiles
+from dist_spin.report.tables import bits_of
 from dist_spin.rundir import RunDir
 from dist_spin.settings import RunConfig
 from dist_spin.stages.assembled import assembled
@@ -37,8 +38,7 @@ class Speaker:
 
     def __init__(self, config: RunConfig, world: World, files: ModelFiles, run: RunDir, cell: Cell) -> None:
         """Raises UserError if a quantised layer is not there."""
-        q = config.quant
-        bits = f"W{q.w_bits if cell.weights != 'none' else 16}A{q.a_bits}K{q.k_bits}V{q.v_bits}"
+        bits = bits_of({**vars(config.quant), **({"w_bits": 16} if cell.weights == "none" else {})})
         self.name = cell.label if cell.full_precision else f"{cell.label}, {bits}, weights by {cell.weights}"
         if cell.weights != "none":
             tokens = calibration_tokens(config, files)
