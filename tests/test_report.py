@@ -241,7 +241,9 @@ def rows_of_other_stages() -> list[dict]:
     rows.append({**base, "system": "QuaRot", "clips": "quarot", "weights": "rtn", "seed": 0, "ppl": 9.75})
     rows.append({**base, "system": "ours", "weights": "rtn", "seed": 0, "ppl": 7.5})
     task = {**base, "stage": "lm-eval", "method": "learned rotation", "weights": "gptq", "task": "piqa", "n": 50}
+    rows.append({**task, "metric": "acc_norm", "value": 0.8, "stderr": None})
     rows.append({**task, "metric": "acc", "value": 0.62, "stderr": 0.05})
+    rows.append({**task, "task": "lambada_openai", "metric": "perplexity", "value": 12.0, "stderr": 1.0})
     rows.append({**task, "method": "no rotation", "metric": "acc", "value": 0.5, "stderr": 0.05})
     return [{"method": row["system"], **row} if "system" in row else row for row in rows]
 
@@ -256,7 +258,11 @@ def test_tables_of_other_stages_and_what_was_published(finished):
     assert rows["ours"][-1] == "7.96"
     assert [row[0].text for row in compared.rows if any(cell.best for cell in row)] == ["ours"]
     assert "Full precision: 6.200 (published: 6.14)" in compared.note
-    assert [[cell.text for cell in row][3] for row in tasks.rows] == ["62.00 ± 5.00", "50.00 ± 5.00"]
+    assert tasks.heads[3:] == ["piqa acc_norm", "piqa acc", "lambada_openai perplexity", "mean accuracy"]
+    assert [[cell.text for cell in row][3:] for row in tasks.rows] == [
+        ["80.00", "62.00 ± 5.00", "12.00 ± 1.00", "62.00"],
+        ["–", "50.00 ± 5.00", "–", "50.00"],
+    ]
     assert [any(cell.best for cell in row) for row in tasks.rows] == [True, False]
     assert ["FlatQuant", "gptq", "6.90"] in [[cell.text for cell in row] for row in theirs.rows]
     (seeds,) = [drawing for drawing in drawings(facts) if drawing.section == "seeds"]

@@ -132,7 +132,7 @@ def _tasks(facts: Facts) -> Table | None:
         key = (bits_of(row), row.get("system", row["method"]), row["weights"])
         lines.setdefault(key, {})[f"{row['task']} {row['metric']}"] = row
     columns = list(dict.fromkeys(name for of in lines.values() for name in of))
-    shares = [name for name in columns if _is_share(name)]
+    shares = _one_accuracy_each(columns)
     counts = ", ".join(f"{task} {n}" for task, n in {row["task"]: row["n"] for row in rows if "n" in row}.items())
     table = Table("Zero-shot tasks", ["bits", "method", "weights", *columns, "mean accuracy"], 3)
     table.note = "Accuracies in percent ± standard error; bold: best of its bits." + (
@@ -157,9 +157,20 @@ def _tasks(facts: Facts) -> Table | None:
     return table
 
 
+def _one_accuracy_each(columns: list[str]) -> list[str]:
+    """The column of each task that enters the mean: its plain accuracy, or the first fraction that it has."""
+    found: dict[str, str] = {}
+    for name in filter(_is_share, columns):
+        task, _, metric = name.rpartition(" ")
+        if metric == "acc" or task not in found:
+            found[task] = name
+    return list(found.values())
+
+
 def _is_share(name: str) -> bool:
-    """Whether a metric is a fraction of items, of which more is better; others are perplexities."""
-    return "acc" in name or "match" in name
+    """Whether "TASK METRIC" is a fraction of items, of which more is better; others are perplexities."""
+    metric = name.rpartition(" ")[2]
+    return "acc" in metric or "match" in metric
 
 
 def _badness(name: str, value: float) -> float:
