@@ -120,7 +120,7 @@ def test_page_in_a_browser(browser, finished, scheme, width):
         assert figure["height"] > 50, figure
         assert figure["drawn"] > 10_000, figure
         assert len(figure["label"]) > 20, figure
-        assert figure["smallest"] > 9, figure  # CSS pixels
+        assert figure["smallest"] >= 9, figure  # CSS pixels
         assert all(image == "data:image/png;base64," for image in figure["images"]), figure
         assert bool(figure["images"]) == figure["name"].startswith(("channels", "surface")), figure
     loaded = page.evaluate(

@@ -79,7 +79,7 @@ def test_pipeline_script_goes_from_nothing_to_results(
     jobs = [line.split("job ")[1].split(",")[0] for line in said.splitlines()]
     stages = ["optimize", "boundaries", "quantize", "evaluate", "report"]
     assert [line.partition(":")[0] for line in said.splitlines()] == stages
-    assert cluster.wait(jobs[-1], seconds=200) == "COMPLETED", said
+    assert cluster.wait(jobs[-1], seconds=300) == "COMPLETED", said
     assert {row["seed"] for row in run.results} == {3}
     assert "learned rotation" in (run.path / "report.md").read_text()
     assert "Not there yet" not in (run.path / "report.html").read_text()
