@@ -193,6 +193,10 @@ def test_runs_in_progress(capsys, tmp_path, model):
         assert line in page
         assert f"{line}" in said
     assert 'id="loss"' in page
+    elsewhere = f"quantize.source=tokens:{tmp_path / 'none.npy'}"
+    assert main(["report", *words, elsewhere]) == 0
+    assert "activations are not measured: cannot read" in capsys.readouterr().err
+    assert "not measured yet" in (run.path / "report.html").read_text()
     assert main(["report", *words, "optimize.steps=500"]) == 0  # the model without rotations can be measured already
     page = (run.path / "report.html").read_text()
     assert 'id="peak-keys"' in page

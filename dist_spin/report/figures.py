@@ -33,71 +33,61 @@ def drawings(facts: Facts) -> list[Drawing]:
     return [*_learning(facts), *_rounding(facts), *_seeds(facts), *activation_figures.drawings(facts)]
 
 
+# Figures of two series, R1 and R2: key in metrics.jsonl -> name, title, label of the axis, caption.
+PAIRS = {
+    "turn": ("turn", "Turn per step", "rms turn of a row, radians", "How far one step turns the rows of R1 and R2"),
+    "alpha": ("step-size", "Step length α", "α", "The length of a Cayley step, bounded by the learning rate"),
+    "orthogonality": (
+        "orthogonality",
+        "Orthogonality error",
+        "max |RRᵀ − I|",
+        "Drift from orthogonality, just before it is removed",
+    ),
+}
+
+
 def _learning(facts: Facts) -> Iterator[Drawing]:
     lines = facts.metrics
     if not lines:
         return
-    steps = [line["step"] for line in lines]
-
-    def curves(named: dict[str, str], label: str, log: bool, bound: str = "") -> Callable[[], Figure]:
-        def draw() -> Figure:
-            figure, axes = one_axes()
-            for place, (series, key) in enumerate(named.items()):
-                at = [(line["step"], line[key]) for line in lines if key in line]
-                every = markers_every(len(at), place)
-                style = style_of(series or LEARNED)
-                axes.plot(*zip(*at, strict=True), **style, markevery=every, label=series or None)
-            if bound:
-                axes.plot(steps, [line[bound] for line in lines], color=ink(), linestyle=":", label="bound (lr)")
-            axes.set_xlabel("step")
-            axes.set_ylabel(label)
-            whole_numbers(axes)
-            if log:
-                logarithmic(axes)
-            legend(figure, axes)
-            return figure
-
-        return draw
-
-    def both(key: str) -> dict[str, str]:
-        return {
-            name: f"{key}_{name.lower()}" for name in ("R1", "R2") if any(f"{key}_{name.lower()}" in n for n in lines)
-        }
-
     first, last = lines[0], lines[-1]
     words = f"from {first['loss']:.4f} at step {first['step']} to {last['loss']:.4f} at step {last['step']}"
-    yield Drawing(
-        "loss", "learning", "Loss", f"Training loss in nats, {words}.", curves({"": "loss"}, "loss, nats", False)
-    )
-    titles = {
-        "turn": ("Turn per step", "rms turn of a row, radians", "How far one step turns the rows of R1 and R2"),
-        "alpha": ("Step length α", "α", "The length of a Cayley step, bounded by the learning rate"),
-        "orthogonality": (
-            "Orthogonality error",
-            "max |RRᵀ − I|",
-            "Drift from orthogonality, just before it is removed",
-        ),
-    }
-    for key, (title, label, text) in titles.items():
-        series = both(key)
-        if not series:
+    loss = _curves(lines, {"": "loss"}, "loss, nats")
+    yield Drawing("loss", "learning", "Loss", f"Training loss in nats, {words}.", loss)
+    for key, (name, title, label, text) in PAIRS.items():
+        columns = {r: f"{key}_{r.lower()}" for r in ("R1", "R2")}
+        values = {r: [line[column] for line in lines if column in line] for r, column in columns.items()}
+        if not all(values.values()):
             continue
-        ends = "; ".join(
-            f"{name} from {short(values[0])} to {short(values[-1])}"
-            for name, column in series.items()
-            if (values := [line[column] for line in lines if column in line])
-        )
-        log = min(line[c] for line in lines for c in series.values() if c in line) > 0
-        draw = curves(series, label, log, "lr" if key == "alpha" else "")
-        yield Drawing({"turn": "turn", "alpha": "step-size"}.get(key, key), "learning", title, f"{text}: {ends}.", draw)
-    norm = f"from {short(first['grad_norm'])} to {short(last['grad_norm'])}"
-    yield Drawing(
-        "gradient-norm",
-        "learning",
-        "Gradient norm",
-        f"Joint norm of the gradients of R1 and R2 before clipping, {norm}.",
-        curves({"": "grad_norm"}, "gradient norm", first["grad_norm"] > 0),
-    )
+        ends = "; ".join(f"{r} from {short(found[0])} to {short(found[-1])}" for r, found in values.items())
+        draw = _curves(lines, columns, label, "lr" if key == "alpha" else "")
+        yield Drawing(name, "learning", title, f"{text}: {ends}.", draw)
+    words = f"from {short(first['grad_norm'])} to {short(last['grad_norm'])}"
+    words = f"Joint norm of the gradients of R1 and R2 before clipping, {words}."
+    norm = _curves(lines, {"": "grad_norm"}, "gradient norm")
+    yield Drawing("gradient-norm", "learning", "Gradient norm", words, norm)
+
+
+def _curves(lines: list[dict[str, Any]], columns: dict[str, str], label: str, bound: str = "") -> Callable[[], Figure]:
+    """Columns of metrics.jsonl by step, named by series; `bound`: one more, drawn as a limit."""
+
+    def draw() -> Figure:
+        figure, axes = one_axes()
+        for place, (series, column) in enumerate(columns.items()):
+            at = [(line["step"], line[column]) for line in lines if column in line]
+            every = markers_every(len(at), place)
+            axes.plot(*zip(*at, strict=True), **style_of(series or LEARNED), markevery=every, label=series or None)
+        if bound:
+            limits = [line[bound] for line in lines]
+            axes.plot([line["step"] for line in lines], limits, color=ink(), linestyle=":", label=f"bound ({bound})")
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        whole_numbers(axes)
+        logarithmic(axes)
+        legend(figure, axes)
+        return figure
+
+    return draw
 
 
 def _rounding(facts: Facts) -> Iterator[Drawing]:

@@ -7,7 +7,7 @@ dist-spin report runs/NAME          from the files of the run alone, on any mach
 from pathlib import Path
 
 from dist_spin.distributed import World
-from dist_spin.errors import UserError
+from dist_spin.errors import Interrupted, UserError
 from dist_spin.report.facts import gather
 from dist_spin.report.page import html_page, markdown_page
 from dist_spin.rundir import write_text
@@ -21,7 +21,7 @@ def report(config: RunConfig, world: World) -> None:
 
     Raises:
         Interrupted: a signal came; what is measured is kept.
-        UserError: the run has not begun, several ranks were started, or the model cannot be read.
+        UserError: the run has not begun, or several ranks were started.
     """
     path = run_dir(config).path
     if world.size > 1:
@@ -29,7 +29,12 @@ def report(config: RunConfig, world: World) -> None:
     if not (path / "config.yaml").exists():
         raise UserError(f"{path} has no run to report on", "dist-spin run CONFIG.yaml")
     if config.report.sequences:
-        measure_activations(config, world)
+        try:
+            measure_activations(config, world)
+        except Interrupted:
+            raise
+        except UserError as error:  # such as a text that only GPTQ would have needed; the rest can be shown
+            say(f"activations are not measured: {error}")
     write_report(path)
 
 
