@@ -60,7 +60,8 @@ def _perplexities(facts: Facts) -> Table | None:
     if not rows:
         return None
     texts = list(dict.fromkeys(row["dataset"] for row in rows))
-    model = model_of(facts) if "wikitext2" in texts else None
+    model = model_of(facts) if any(map(_as_published, rows)) else None
+    online = facts.config.get("rotation", {}).get("online", True)
     heads = ["bits", "method", "weights", *texts] + (["published, wikitext2"] if model else [])
     table = Table("Perplexity", heads, 3, note=f"{_windows(rows)} Lower is better; bold: best of its bits.")
     lines: dict[tuple[str, str, str], dict[str, float]] = {}
@@ -73,9 +74,15 @@ def _perplexities(facts: Facts) -> Table | None:
             value = values.get(text)
             best = method != FULL and value is not None and value == lowest[(bits, text)]
             cells.append(Cell("–" if value is None else f"{value:.3f}", best))
-        theirs = published(model, method, weights) if bits in PUBLISHED_BITS else None
+        same = bits in PUBLISHED_BITS and (online or method == FULL)
+        theirs = published(model, method, weights) if same else None
         table.add(bits, method, weights, *cells, *([_number(theirs)] if model else []))
     return table
+
+
+def _as_published(row: dict[str, Any]) -> bool:
+    """Whether a row was measured on the text and with the windows of the published tables."""
+    return row["dataset"] == "wikitext2" and row["seq_len"] == 2048
 
 
 def _windows(rows: list[dict[str, Any]]) -> str:
@@ -91,7 +98,7 @@ def _comparisons(facts: Facts) -> list[Table]:
         here = [row for row in rows if row["dataset"] == text]
         columns = list(dict.fromkeys(bits_of(row) for row in here if row["system"] != FULL))
         full = [row["ppl"] for row in here if row["system"] == FULL]
-        model = model_of(facts) if text == "wikitext2" and "W4A4KV4" in columns else None
+        model = model_of(facts) if _as_published(here[0]) and "W4A4KV4" in columns else None
         heads = ["system", "clips", "weights", *columns] + (["published W4A4KV4"] if model else [])
         table = Table(f"Comparison on {text}", heads, 3)
         cells: dict[tuple[str, str, str], dict[str, list[float]]] = {}
