@@ -61,7 +61,7 @@ def settings(directory: Path, model: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    place = write_model("gqa_tied", tmp_path_factory.mktemp("model"))
+    place = write_model("gqa_tied", tmp_path_factory.mktemp("model"), layers=4)
     np.save(place / "tokens.npy", np.random.default_rng(0).integers(3, 97, (60, 20)))
     return place
 
