@@ -20,13 +20,17 @@ from dist_spin.settings import (
     OptimizeConfig,
     QuantConfig,
     QuantizeConfig,
+    ReportConfig,
     RotationConfig,
     RunConfig,
 )
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MODEL = "model.path=some/model"
-LEAVES = (ModelConfig, RotationConfig, QuantConfig, OptimizeConfig, QuantizeConfig, EvaluateConfig, DistributedConfig)
+LEAVES = (
+    *(ModelConfig, RotationConfig, QuantConfig, OptimizeConfig),
+    *(QuantizeConfig, EvaluateConfig, ReportConfig, DistributedConfig),
+)
 
 
 def error_of(path: Path | None, *overrides: str) -> str:
