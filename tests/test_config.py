@@ -21,6 +21,7 @@ from dist_spin.settings import (
     OptimizeConfig,
     QuantConfig,
     QuantizeConfig,
+    ReportConfig,
     RotationConfig,
     RunConfig,
 )
@@ -35,6 +36,7 @@ LEAVES = (
     QuantizeConfig,
     EvaluateConfig,
     ExportConfig,
+    ReportConfig,
     DistributedConfig,
 )
 
