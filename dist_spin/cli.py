@@ -26,7 +26,7 @@ VERBS = {
     "status": "show where a run stands",
     "logs": "show the end of everything a run's jobs printed",
     "cancel": "end a run's jobs; they save first",
-    "bench": "time a stage on this machine's devices: bench optimize SHAPE, bench quantize --shape 8b",
+    "bench": "time a stage on this machine's devices: bench optimize SHAPE, bench quantize --shape 8b, bench inference SHAPE",
 }
 USAGE = """usage: dist-spin VERB CONFIG.yaml [key.sub=value ...]
        dist-spin quantize CONFIG.yaml [--layers A:B | --boundaries] [key.sub=value ...]
@@ -190,9 +190,9 @@ def _stage(verb: str, config: RunConfig, **options: Any) -> int:
 
 
 def _bench(rest: list[str]) -> int:
-    from dist_spin.bench import optimize, quantize
+    from dist_spin.bench import inference, optimize, quantize
 
-    benches = {"optimize": optimize.main, "quantize": quantize.main}
+    benches = {"optimize": optimize.main, "quantize": quantize.main, "inference": inference.main}
     if rest in (["--help"], ["-h"]):
         print("dist-spin bench " + "|".join(benches) + " --help explains each")
         return EXIT_OK
