@@ -255,6 +255,23 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """export (files for the runtimes that models are served with)."""
+
+    target: Literal["none", "hf", "compressed-tensors", "gguf"] = "none"
+    """Format the run is made for; what no runtime of it accepts is then refused when the run starts, not at its end."""
+    profile: Literal["no-had", "r4-block"] = "no-had"
+    """What is rotated: R1 and R2 (no-had), which every runtime serves, or the input of down_proj too (r4-block)."""
+    shard_gb: float = 5.0
+    """Largest weights file, GB; a single tensor that is larger gets a file of its own."""
+    gguf_converter: str | None = None
+    """convert_hf_to_gguf.py of llama.cpp, its folder or a llama-cpp-python source package; download: fetch that with pip."""
+
+    def __post_init__(self) -> None:
+        _check(self, "shard_gb", lambda x: 0 < x < math.inf, "use a number above 0")
+
+
+@dataclass(frozen=True)
 class DistributedConfig:
     """distributed (processes and devices)."""
 
@@ -286,6 +303,7 @@ class RunConfig:
     optimize: OptimizeConfig = field(default_factory=OptimizeConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
