@@ -23,7 +23,7 @@ VERBS = {
     "optimize": "learn the rotations",
     "quantize": "merge the rotations and quantise the weights",
     "evaluate": "measure perplexity",
-    "export": "write the model for another program: hf, compressed-tensors or gguf",
+    "export": "write the model for another program: hf, compressed-tensors, gguf or executorch",
     "submit": "hand every missing stage to a cluster as jobs that wait for each other",
     "status": "show where a run stands",
     "logs": "show the end of everything a run's jobs printed",
@@ -34,7 +34,7 @@ USAGE = """usage: dist-spin VERB CONFIG.yaml [key.sub=value ...]
        dist-spin quantize CONFIG.yaml [--layers A:B | --boundaries] [key.sub=value ...]
        dist-spin quantize CONFIG.yaml --cluster local|slurm|submitit-local|debug [--workers N] [--retries N]
                           [--slurm key=value ...] [key.sub=value ...]
-       dist-spin export RUN|CONFIG.yaml --format hf|compressed-tensors|gguf [--output DIR] [key.sub=value ...]
+       dist-spin export RUN|CONFIG.yaml --format hf|compressed-tensors|gguf|executorch [--output DIR] [key.sub=value ...]
        dist-spin submit CONFIG.yaml --cluster slurm|local|debug [--slurm key=value ...] [key.sub=value ...]
        dist-spin status RUN [--json] [--watch]
        dist-spin logs RUN

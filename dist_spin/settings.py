@@ -258,7 +258,7 @@ class EvaluateConfig:
 class ExportConfig:
     """export (files for the runtimes that models are served with)."""
 
-    target: Literal["none", "hf", "compressed-tensors", "gguf"] = "none"
+    target: Literal["none", "hf", "compressed-tensors", "gguf", "executorch"] = "none"
     """Format the run is made for; what no runtime of it accepts is then refused when the run starts, not at its end."""
     profile: Literal["no-had", "r4-block"] = "no-had"
     """What is rotated: R1 and R2 (no-had), which every runtime serves, or the input of down_proj too (r4-block)."""
