@@ -94,7 +94,8 @@ def _check_executorch(config: RunConfig, shape: Shape) -> None:
     if config.quantize.method == "none":
         raise UserError("executorch takes weights of 4 bits", "set quantize.method=gptq or rtn")
     for name, size in (rows | {"query": shape.heads * shape.head_dim}).items():
-        if size % q.w_group_size:
-            raise UserError(
-                f"quant.w_group_size={q.w_group_size} does not divide the {name} size {size}", "use 32, 64 or 128"
-            )
+        if (
+            size % q.w_group_size or size == q.w_group_size
+        ):  # its loader squeezes scales, so one group a row does not load
+            what = f"quant.w_group_size={q.w_group_size} does not cut the {name} size {size} into two groups or more"
+            raise UserError(what, "use 32, 64 or 128" if size % 32 == 0 and size > 32 else "use another model")
