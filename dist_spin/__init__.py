@@ -1,11 +1,12 @@
 """Learned rotations and 4-bit quantisation of large language models on the cluster you already have."""
 
+from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
 
 
-def load(path: str, device: str = "auto") -> Any:
+def load(path: str | Path, device: str = "auto") -> Any:
     """An exported model as a transformers model that does what the run measured: see `dist_spin.export.loader.load`.
 
     Args:

@@ -1,5 +1,6 @@
 """Tiny runs to export, and the logits of the pipeline's own model that an export must reproduce."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from dist_spin.cli import main
 from dist_spin.config import load_config
 from dist_spin.distributed import start, stop
 from dist_spin.layer_files import identity_hash
+from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.stages.assembled import assembled
 from dist_spin.stages.common import open_configured_model, run_dir
 from dist_spin.stages.evaluate import Cell
@@ -55,13 +57,17 @@ def make_run(words: list[str], *stages: str) -> Path:
     return run_dir(load_config(None, words)).path
 
 
-def pipeline_cell(words: list[str], weights: str) -> Any:
-    """The pipeline's own model of the learned rotations, `weights` gptq or none, assembled from the run's files."""
+def pipeline_cell(words: list[str], weights: str, off: str = "") -> Any:
+    """The pipeline's own model of the learned rotations, assembled from the run's files.
+
+    weights: gptq or none. off: sites (of "aokv") whose quantisers are left out.
+    """
     config = load_config(None, words)
     world = start("cpu", 60, 1)
     try:
         files = open_configured_model(config)
         cell = Cell(variant(config, files, "learned", world.device), weights)
+        cell.chosen.sites = replace(cell.chosen.sites, **{site: QuantSpec() for site in off})
         if weights != "none":
             tokens = calibration_tokens(config, files)
             cell.made_under = identity_hash(layer_identity(config, files, cell.chosen, tokens))

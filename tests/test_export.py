@@ -268,10 +268,12 @@ def test_a_run_whose_target_takes_no_such_model_does_not_start(place, tmp_path, 
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_pipelines_take_the_model(tmp_path):
+def test_pipelines_and_lm_eval_take_the_model(tmp_path):
     words = settings(tmp_path, "gqa_tied", "name=smol", *NO_HAD)
     make_run(words, "optimize")
     model = dist_spin.load(exported(words, "hf"), device="cpu")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -286,4 +288,10 @@ def test_pipelines_take_the_model(tmp_path):
     writer = pipeline("text-generation", model=model, tokenizer=tokenizer)
     (said,) = writer("w5 w6 w7", max_new_tokens=4, do_sample=False)
     ids = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
+    (score,) = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1).loglikelihood(
+        [Instance("loglikelihood", {}, ("w5 w6 w7", " w9 w11"), 0)]
+    )
+    with torch.no_grad():
+        log_p = torch.log_softmax(model(torch.tensor([[5, 6, 7, 9, 11]])).logits[0], -1)
+    assert score[0] == pytest.approx(float(log_p[2, 9] + log_p[3, 11]), abs=1e-4)
     assert said["generated_text"].replace(" ", "") == "".join(f"w{i}" for i in ids[0].tolist() if i not in (0, 2))

@@ -1,5 +1,6 @@
 """The README.md of an export: what it is, how it was made, how good it is, and what whoever loads it must do."""
 
+from pathlib import Path
 from typing import Any
 
 from dist_spin import __version__
@@ -20,13 +21,14 @@ def model_card(
         r4: the input of down_proj must be rotated online. quantisers: activations, keys or values are to be quantised.
         step: how many steps the rotations were learned for. results: rows of results.json.
     """
+    base = _base(config)
     lines = [
         "---",
         "library_name: transformers",
-        f"base_model: {config.model.path}",
+        f"base_model: {base}",
         "tags: [quantization, rotation, spinquant]",
         "---",
-        f"# {config.name}: {config.model.path}, rotated" + (" and quantised" if target in QUANTISED else ""),
+        f"# {config.name}: {base}, rotated" + (" and quantised" if target in QUANTISED else ""),
         "",
         f"Made by dist_spin {__version__} (`dist-spin export --format {target} export.profile={config.export.profile}`).",
         "",
@@ -44,6 +46,12 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _base(config: RunConfig) -> str:
+    """The hub's name of the model, or the last part of a path: where it lay is nobody's business."""
+    path = config.model.path
+    return Path(path).name if path.startswith(("/", ".", "~")) else path
 
 
 def _loading(config: RunConfig, target: str, r4: bool, quantisers: bool) -> list[str]:
@@ -99,6 +107,8 @@ def _executorch_loading(r4: bool) -> list[str]:
 
 def _serving(config: RunConfig) -> list[str]:
     lines = []
+    if config.model.dtype in ("bfloat16", "float16"):
+        lines.append("Scales are in fp32 here; a program that holds them in 16 bits rounds them, by up to 0.2 %.")
     if config.quant.a_bits < 16:
         lines.append("How activations are rounded is the runtime's own: some divide by 127 (7), some by 127.5 (7.5).")
     if min(config.quant.k_bits, config.quant.v_bits) < 16:
@@ -111,7 +121,7 @@ def _method(config: RunConfig, target: str, r4: bool, step: str) -> list[str]:
     rotated = "R1 (residual stream), R2 (values)" + (", R4 (down_proj input, online)" if r4 else "")
     left_out = config.rotation.online and not r4
     table = {
-        "Base model": config.model.path,
+        "Base model": _base(config),
         "Rotations merged": rotated + ("; learned beside R3 and R4, which are left out" if left_out else ""),
         "Learned": f"{step} steps of {learned.optimizer}, {learned.batch_size} x {learned.seq_len} tokens of {learned.source}",
         "Learned for": f"activations {q.a_bits} bits, keys {q.k_bits}, values {q.v_bits}",

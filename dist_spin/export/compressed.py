@@ -13,10 +13,11 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.transform import TransformArgs, TransformConfig, TransformScheme
 from torch import Tensor
 
+from dist_spin.errors import UserError
 from dist_spin.layer_files import QuantizedLayer
 from dist_spin.model.rotation import Sites
 from dist_spin.numerics.gptq import Solution
-from dist_spin.numerics.quantizer import QuantSpec
+from dist_spin.numerics.quantizer import QuantSpec, dequantize_weight
 
 FORMAT = "pack-quantized"  # said in the file: the library's own choice beside int activations is unpacked int8
 DOWN = "mlp.down_proj"
@@ -24,9 +25,18 @@ PACKED, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point
 
 
 def packed_layer(layer: QuantizedLayer, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors of one decoder layer by their names within it; what is not quantised goes to `dtype`."""
+    """Tensors of one decoder layer by their names within it; what is not quantised goes to `dtype`.
+
+    Raises:
+        UserError: a weight is more than codes and scales, so that the format would lose a part of it.
+    """
     out = {name: tensor.to(dtype) for name, tensor in layer.others.items()}
+    weights = layer.weights(torch.float32, torch.device("cpu"))
     for role, solution in layer.solutions.items():
+        if not torch.equal(weights.pop(f"{role}.weight"), dequantize_weight(*solution, layer.group_size)):
+            raise UserError(
+                f"{role} is more than codes and scales, which compressed-tensors cannot hold", "export as hf"
+            )
         bits = layer.bits[role]
         offset = 0 if layer.symmetric else 2 ** (bits - 1)  # the format's codes are signed either way
 
@@ -38,6 +48,7 @@ def packed_layer(layer: QuantizedLayer, dtype: torch.dtype) -> dict[str, Tensor]
         out[f"{role}.{SHAPE}"] = torch.tensor(solution.codes.shape)
         if not layer.symmetric:
             out[f"{role}.{ZERO}"] = pack_to_int32(signed(solution.zero), bits, packed_dim=0).contiguous()
+    assert weights.keys() == layer.others.keys()
     return out
 
 
@@ -75,7 +86,10 @@ def config_entries(sites: Sites, bits: dict[str, int], symmetric: bool, group_si
     groups = {"linears": scheme(["Linear"], width)}
     if bits[DOWN] != width:
         others = "|".join(sorted(role.rpartition(".")[2] for role in most))
-        groups = {"linears": scheme([f"re:.*({others})$"], width), "down": scheme([r"re:.*down_proj$"], bits[DOWN])}
+        both = [("linears", f"re:.*({others})$", width), ("down", r"re:.*down_proj$", bits[DOWN])]
+        # The wider first: transformers, asked to dequantise, takes the first for all, which must then fail, not mislead.
+        both.sort(key=lambda group: -group[2])
+        groups = {name: scheme([target], width) for name, target, width in both}
     config = QuantizationConfig(
         config_groups=groups, format=FORMAT, quantization_status="compressed", ignore=["lm_head"]
     )

@@ -75,6 +75,8 @@ def export(config: RunConfig, world: World, target: str, output: Path | None = N
         write_text(partial / "README.md", work.card())
     run.event("export", format=target, path=str(place))
     say(f"wrote {place}")
+    if work.sites.r4:
+        say("R4 is online: bare from_pretrained does not do it, dist_spin.load does; README.md there says more")
     return place
 
 
@@ -110,6 +112,12 @@ class Export:
         """Whether weights come from the quantised layers."""
         return self.target in QUANTISED
 
+    @cached_property
+    def results(self) -> list[dict[str, Any]]:
+        """What `evaluate` measured."""
+        path = self.run.path / "results.json"
+        return json.loads(path.read_text()) if path.exists() else []
+
     @property
     def sites(self) -> Sites:
         """What happens online in the exported model; nothing where R4 was learned with and is left out."""
@@ -133,9 +141,17 @@ class Export:
         """A hash of everything that decides the export's content."""
         without_tokens = torch.zeros(1, 1, dtype=torch.long)
         model = layer_identity(self.config, self.files, self.chosen, without_tokens)
-        ours = flat(self.config.export, "export") | {"format": self.target, "dist_spin": __version__}
         ends = ends_of(self.config, self.files, self.chosen).made_under if self.quantised else ""
-        return identity_hash(model | ours | {"layers": self.quantised and self.layers_made_under, "ends": ends})
+        ours = {
+            "format": self.target,
+            "profile": self.config.export.profile,
+            "shard_gb": self.config.export.shard_gb,
+            "layers": self.quantised and self.layers_made_under,
+            "ends": ends,
+            "results": self.results,  # the card tells them
+            "dist_spin": __version__,
+        }
+        return identity_hash(model | ours)
 
     def check_run(self) -> None:
         """Refuse a run that was learned on another model or for other sites, or whose layers are not all of one making.
@@ -227,7 +243,6 @@ class Export:
 
     def card(self) -> str:
         """The text of README.md."""
-        results = self.run.path / "results.json"
         metadata = read_metadata(self.run.rotations / "final.safetensors") or {}
         return model_card(
             self.config,
@@ -235,7 +250,7 @@ class Export:
             r4=bool(self.sites.r4),
             quantisers=any(spec.enabled for spec in (self.sites.a, self.sites.o, self.sites.k, self.sites.v)),
             step=metadata.get("step", "?"),
-            results=json.loads(results.read_text()) if results.exists() else [],
+            results=self.results,
         )
 
 
