@@ -233,11 +233,15 @@ def _bench(rest: list[str]) -> int:
 
 
 def quieten_libraries() -> None:
-    """Leave the terminal to our own progress: transformers draws bars while it converts a model."""
-    from transformers.utils import logging
+    """Leave the terminal to our own progress: transformers draws bars, torchao tells of libraries for other devices."""
+    import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def _submit(rest: list[str]) -> int:

@@ -10,7 +10,6 @@ torchao's int8 linear is not used on a GPU because, outside a compiled graph, it
 Weights are rounded to nearest: a benchmark asks how long the product takes, not how good the model is.
 """
 
-import logging
 import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -196,7 +195,6 @@ def _group(name: str, weight: Tensor) -> int:
 
 
 def _torchao() -> Any:
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of libraries that are for other devices
     try:
         import torchao.quantization
     except ImportError as error:
