@@ -175,6 +175,7 @@ def _range(text: str | None) -> tuple[int, int] | None:
 
 
 def _stage(verb: str, config: RunConfig, **options: Any) -> int:
+    quieten_libraries()
     # Imported late, so that --help and mistakes in the configuration answer at once.
     import torch.distributed as dist
 
@@ -191,7 +192,6 @@ def _stage(verb: str, config: RunConfig, **options: Any) -> int:
         "evaluate": evaluate,
         "export": export,
     }
-    quieten_libraries()
     timeout = config.distributed.timeout_s
     world = start(config.distributed.device, timeout, config.distributed.threads)
     layers = options.get("layers")
@@ -217,6 +217,7 @@ def _stage(verb: str, config: RunConfig, **options: Any) -> int:
 
 
 def _bench(rest: list[str]) -> int:
+    quieten_libraries()
     from dist_spin.bench import inference, optimize, quantize
 
     benches = {"optimize": optimize.main, "quantize": quantize.main, "inference": inference.main}
@@ -228,7 +229,6 @@ def _bench(rest: list[str]) -> int:
             f"bench takes one of {', '.join(benches)}",
             "dist-spin bench optimize configs/shapes/llama-3-8b, or bench quantize --shape 8b",
         )
-    quieten_libraries()
     return benches[rest[0]](rest[1:])
 
 
