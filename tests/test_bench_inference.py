@@ -172,6 +172,11 @@ def test_options_that_cannot_be(tmp_path, capsys, words, what):
     assert error.count("\n") == 1
 
 
+def test_a_shape_that_is_not_there(tmp_path, capsys):
+    assert main(["bench", "inference", str(tmp_path / "none"), "--device", "cpu"]) == 2
+    assert "none has no config.json" in capsys.readouterr().err
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "worst"), [("fp8", 6e-2), ("int8", 2e-2), ("int4", 0.15)])
 def test_gpu_kernels_compute_the_product_to_their_bits(name, worst):

@@ -83,6 +83,8 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if unknown := set(wanted) - set(KERNELS):
         raise UserError(f"--kernels names {min(unknown)!r}", f"use some of {', '.join(KERNELS)}")
     compiled = options.compile == "on" or (options.compile == "auto" and device.type == "cuda")
+    if not (Path(options.shape) / "config.json").is_file():
+        raise UserError(f"{options.shape} has no config.json", "give a directory such as configs/shapes/llama-3-8b")
     shape = Shape.of(json_config(Path(options.shape)))
     bench = Bench(shape, device, batches, options, compiled)
     if options.threads:

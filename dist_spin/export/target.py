@@ -65,7 +65,8 @@ def _check_compressed_tensors(config: RunConfig, shape: Shape) -> None:
 
 def _check_executorch(config: RunConfig, shape: Shape) -> None:
     """What the loader's kernels ("8da4w") and its Hadamard take; sizes of 28 * 2^k give a wrong transform, others garbage."""
-    q, rows = config.quant, {"hidden": shape.hidden, "intermediate": shape.intermediate}
+    q = config.quant
+    rows = {"hidden": shape.hidden, "intermediate": shape.intermediate, "query": shape.heads * shape.head_dim}
     if config.rotation.online and (shape.intermediate & (shape.intermediate - 1) or config.rotation.r4_block):
         what = f"rotation.r4_block={config.rotation.r4_block}" if config.rotation.r4_block else f"{shape.intermediate}"
         raise UserError(
@@ -93,9 +94,8 @@ def _check_executorch(config: RunConfig, shape: Shape) -> None:
             raise UserError(problem, f"learn and quantise with quant.{setting}={choices}")
     if config.quantize.method == "none":
         raise UserError("executorch takes weights of 4 bits", "set quantize.method=gptq or rtn")
-    for name, size in (rows | {"query": shape.heads * shape.head_dim}).items():
-        if (
-            size % q.w_group_size or size == q.w_group_size
-        ):  # its loader squeezes scales, so one group a row does not load
+    for name, size in rows.items():
+        # Its loader squeezes the scales, so that one group a row does not load.
+        if size % q.w_group_size or size == q.w_group_size:
             what = f"quant.w_group_size={q.w_group_size} does not cut the {name} size {size} into two groups or more"
             raise UserError(what, "use 32, 64 or 128" if size % 32 == 0 and size > 32 else "use another model")
