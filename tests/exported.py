@@ -31,6 +31,7 @@ def settings(place: Path, kind: str, *more: str, dtype: str = "float32") -> list
     """Settings of a short run on a tiny model, which is made if it is not there; 4-bit keys and values."""
     model = place / kind
     if not model.exists():
+        place.mkdir(exist_ok=True)
         write_model(kind, model, dtype=getattr(torch, dtype))
         np.save(place / "tokens.npy", np.random.default_rng(0).integers(3, 97, (30, 20)))
     source = f"tokens:{place / 'tokens.npy'}"

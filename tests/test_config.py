@@ -16,6 +16,7 @@ from dist_spin.errors import UserError
 from dist_spin.settings import (
     DistributedConfig,
     EvaluateConfig,
+    ExportConfig,
     ModelConfig,
     OptimizeConfig,
     QuantConfig,
@@ -26,7 +27,16 @@ from dist_spin.settings import (
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MODEL = "model.path=some/model"
-LEAVES = (ModelConfig, RotationConfig, QuantConfig, OptimizeConfig, QuantizeConfig, EvaluateConfig, DistributedConfig)
+LEAVES = (
+    ModelConfig,
+    RotationConfig,
+    QuantConfig,
+    OptimizeConfig,
+    QuantizeConfig,
+    EvaluateConfig,
+    ExportConfig,
+    DistributedConfig,
+)
 
 
 def error_of(path: Path | None, *overrides: str) -> str:

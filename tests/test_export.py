@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from exported import IDS, NO_HAD, R4_BLOCK, exported, logits, make_run, pipeline_cell, settings
+from exported import IDS, NO_HAD, R4_BLOCK, W4A4, exported, logits, make_run, pipeline_cell, settings
 from safetensors import safe_open
+from tiny import write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import dist_spin
@@ -53,16 +54,23 @@ def test_hf_loads_with_the_bits_of_the_rotated_model(place, kind, profile):
     assert len(list(directory.glob("model-*.safetensors"))) > 2
     model = dist_spin.load(directory, device="cpu")
     assert torch.equal(logits(model), logits(pipeline_cell(words, "none")))
-    prompt = IDS[:, :5]
-    continued = [
-        model.generate(prompt, max_new_tokens=8, do_sample=False, use_cache=cached) for cached in (True, False)
-    ]
-    assert torch.equal(*continued)
     if profile is NO_HAD:  # 16-bit weights that any program takes; only the quantisers are ours
         bare = AutoModelForCausalLM.from_pretrained(directory)
         original = AutoModelForCausalLM.from_pretrained(place / kind)
         torch.testing.assert_close(logits(bare), logits(original), rtol=1e-3, atol=1e-4)
         assert (logits(model) - logits(original)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("target", ["hf", "compressed-tensors"])
+def test_generation_of_a_loaded_model_does_not_depend_on_the_cache(place, target):
+    """In fp64: in fp32 a sum in another order moves a 4-bit code here and there, and that shows in a random model."""
+    words = settings(place / "wide", "gqa_tied", *R4_BLOCK, *W4A4, dtype="float64")
+    make_run(words, "optimize", "quantize")
+    model = dist_spin.load(exported(words, target), device="cpu")
+    assert torch.equal(logits(model), logits(pipeline_cell(words, "none" if target == "hf" else "gptq")))
+    written = [model.generate(IDS[:, :5], max_new_tokens=12, do_sample=False, use_cache=on) for on in (True, False)]
+    assert written[0].shape == (2, 17)
+    assert torch.equal(*written)
 
 
 def test_hf_of_a_run_with_online_hadamards_leaves_them_out(learned, tmp_path, place):
@@ -186,13 +194,12 @@ def test_a_quantised_end_is_in_the_export(run, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_an_interrupted_export_leaves_nothing_under_its_name(place, number):
     words = settings(place, "gqa_tied", "name=long", *NO_HAD, "model.path=" + str(place / "long"))
     if not (place / "long").exists():
-        from tiny import write_model
-
-        write_model("gqa_tied", place / "long", layers=200, dtype=torch.float32)
+        write_model("gqa_tied", place / "long", layers=60, dtype=torch.float32)
         make_run([*words, "optimize.seq_len=4"], "optimize")
     words += ["optimize.seq_len=4", "export.shard_gb=0.000001"]
     target = place / "runs" / "long" / "export" / "hf"
@@ -292,6 +299,6 @@ def test_pipelines_and_lm_eval_take_the_model(tmp_path):
         [Instance("loglikelihood", {}, ("w5 w6 w7", " w9 w11"), 0)]
     )
     with torch.no_grad():
-        log_p = torch.log_softmax(model(torch.tensor([[5, 6, 7, 9, 11]])).logits[0], -1)
+        log_p = torch.log_softmax(model(torch.tensor([[5, 6, 7, 9]])).logits[0], -1)
     assert score[0] == pytest.approx(float(log_p[2, 9] + log_p[3, 11]), abs=1e-4)
     assert said["generated_text"].replace(" ", "") == "".join(f"w{i}" for i in ids[0].tolist() if i not in (0, 2))

@@ -11,7 +11,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.transform import TransformConfig, TransformFactory
-from exported import IDS, NO_HAD, R4_BLOCK, W4A4, W4A8, W4A16, exported, logits, make_run, pipeline_cell, settings
+from exported import NO_HAD, R4_BLOCK, W4A4, W4A8, W4A16, exported, logits, make_run, pipeline_cell, settings
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -66,10 +66,6 @@ def test_load_has_the_bits_of_the_quantised_model(run, kind, profile, activation
     words, _, directory = run(kind, *profile, *ACTIVATIONS[activations])
     model = dist_spin.load(directory, device="cpu")
     assert torch.equal(logits(model), logits(pipeline_cell(words, "gptq")))
-    continued = [
-        model.generate(IDS[:, :5], max_new_tokens=8, do_sample=False, use_cache=cached) for cached in (True, False)
-    ]
-    assert torch.equal(*continued)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -134,7 +130,7 @@ def test_bare_transformers_has_the_bits_of_our_weights(run, weights, dequantize)
 @pytest.mark.parametrize("activations", ["W4A8", "W4A4"])
 @pytest.mark.parametrize("kind", ["gqa_tied", "qwen2"])
 def test_bare_transformers_differs_in_the_grid_of_activations_alone(run, kind, activations, monkeypatch):
-    """compressed-tensors divides the largest activation by 127.5 (7.5), we by 127 (7) as vLLM's kernel does."""
+    """compressed-tensors divides the largest activation by 127.5 (7.5), we by 127 (7): no setting of the format says which."""
     words, _, directory = run(kind, *NO_HAD, *ACTIVATIONS[activations])
     bare = AutoModelForCausalLM.from_pretrained(directory)
     ours = logits(pipeline_cell(words, "gptq", off="kv"))
