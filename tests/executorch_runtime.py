@@ -23,6 +23,7 @@ def load(directory: Path, inject_r4: bool = True) -> Any:
         for name, value in entries.items():
             setattr(getattr(config, group), name, kinds[name](value) if name in kinds else value)
     config.base.checkpoint, config.base.params = str(directory / "consolidated.00.pth"), str(directory / "params.json")
+    config.export.max_seq_length = config.export.max_context_length = 512
     config.debug.generate_full_logits = True
     config.model.use_kv_cache = False
     config.model.enable_dynamic_shape = False

@@ -123,7 +123,9 @@ def _method(config: RunConfig, target: str, r4: bool, step: str) -> list[str]:
     table = {
         "Base model": _base(config),
         "Rotations merged": rotated + ("; learned beside R3 and R4, which are left out" if left_out else ""),
-        "Learned": f"{step} steps of {learned.optimizer}, {learned.batch_size} x {learned.seq_len} tokens of {learned.source}",
+        "Learned": f"{step} steps of {learned.optimizer}, {learned.batch_size} x {learned.seq_len} tokens of {learned.source}"
+        if step != "0"
+        else "not by this run: rotations of a file, or random ones",
         "Learned for": f"activations {q.a_bits} bits, keys {q.k_bits}, values {q.v_bits}",
         "Number format": config.model.dtype,
     }
