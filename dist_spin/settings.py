@@ -287,6 +287,11 @@ class DistributedConfig:
     """Device to compute on; auto takes CUDA where there is one."""
     offload_layers: int = -1
     """Decoder layers whose weights stay in host memory while rotations are learned; -1: as many as do not fit on the GPU."""
+    offload_dir: str | None = None
+    """With DeepSpeed: a directory on a fast local disk that holds the weights of those layers instead of host memory."""
+    engine: Literal["auto", "fsdp", "deepspeed"] = "auto"
+    """What shards the frozen weights: FSDP2 or DeepSpeed ZeRO-3, with the same results, so that a run may change it;
+    auto: as accelerate's config says under `accelerate launch`, fsdp elsewhere."""
     threads: int = 0
     """CPU threads per process; 0 shares the cores evenly among the processes of this machine."""
 

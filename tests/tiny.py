@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 COMMON = {
     "vocab_size": 97,
@@ -31,12 +31,17 @@ SHAPES = {
 
 
 def write_model(
-    kind: str, directory: Path, *, layers: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0
+    kind: str | PreTrainedConfig,
+    directory: Path,
+    *,
+    layers: int = 2,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
 ) -> Path:
-    """A seeded random checkpoint whose norm gains and biases are far from their trivial values."""
+    """A seeded random checkpoint of one of SHAPES or a config; norm gains and biases are far from their trivial values."""
     import copy
 
-    config = copy.deepcopy(SHAPES[kind])
+    config = copy.deepcopy(SHAPES[kind] if isinstance(kind, str) else kind)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = (list(config.layer_types) * layers)[:layers]
