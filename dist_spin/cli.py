@@ -23,7 +23,7 @@ VERBS = {
     "optimize": "learn the rotations",
     "quantize": "merge the rotations and quantise the weights",
     "evaluate": "measure perplexity",
-    "export": "write the model for another program: hf, compressed-tensors or gguf",
+    "export": "write the model for another program: hf, compressed-tensors, gguf or executorch",
     "report": "write report.html and report.md: tables and pictures of a run, finished or not",
     "plot": "one figure of a run as PNG or SVG; names them if none is given",
     "generate": "let the full-precision and the quantised model continue a text",
@@ -32,13 +32,13 @@ VERBS = {
     "status": "show where a run stands",
     "logs": "show the end of everything a run's jobs printed",
     "cancel": "end a run's jobs; they save first",
-    "bench": "time a stage on this machine's devices: bench optimize SHAPE, bench quantize --shape 8b",
+    "bench": "time a stage on this machine's devices: bench optimize SHAPE, bench quantize --shape 8b, bench inference SHAPE",
 }
 USAGE = """usage: dist-spin VERB CONFIG.yaml [key.sub=value ...]
        dist-spin quantize CONFIG.yaml [--layers A:B | --boundaries] [key.sub=value ...]
        dist-spin quantize CONFIG.yaml --cluster local|slurm|submitit-local|debug [--workers N] [--retries N]
                           [--slurm key=value ...] [key.sub=value ...]
-       dist-spin export RUN|CONFIG.yaml --format hf|compressed-tensors|gguf [--output DIR] [key.sub=value ...]
+       dist-spin export RUN|CONFIG.yaml --format hf|compressed-tensors|gguf|executorch [--output DIR] [key.sub=value ...]
        dist-spin report CONFIG.yaml [key.sub=value ...]       # measures the activations first
        dist-spin report RUN                                   # from the run's files alone
        dist-spin plot RUN [FIGURE [-o FILE.png|FILE.svg] [--dark]]
@@ -190,6 +190,7 @@ def _range(text: str | None) -> tuple[int, int] | None:
 
 
 def _stage(verb: str, config: RunConfig, **options: Any) -> int:
+    quieten_libraries()
     # Imported late, so that --help and mistakes in the configuration answer at once.
     import torch.distributed as dist
 
@@ -208,7 +209,6 @@ def _stage(verb: str, config: RunConfig, **options: Any) -> int:
         "export": export,
         "report": report,
     }
-    quieten_libraries()
     timeout = config.distributed.timeout_s
     world = start(config.distributed.device, timeout, config.distributed.threads)
     layers = options.get("layers")
@@ -234,9 +234,10 @@ def _stage(verb: str, config: RunConfig, **options: Any) -> int:
 
 
 def _bench(rest: list[str]) -> int:
-    from dist_spin.bench import optimize, quantize
+    quieten_libraries()
+    from dist_spin.bench import inference, optimize, quantize
 
-    benches = {"optimize": optimize.main, "quantize": quantize.main}
+    benches = {"optimize": optimize.main, "quantize": quantize.main, "inference": inference.main}
     if rest in (["--help"], ["-h"]):
         print("dist-spin bench " + "|".join(benches) + " --help explains each")
         return EXIT_OK
@@ -245,16 +246,19 @@ def _bench(rest: list[str]) -> int:
             f"bench takes one of {', '.join(benches)}",
             "dist-spin bench optimize configs/shapes/llama-3-8b, or bench quantize --shape 8b",
         )
-    quieten_libraries()
     return benches[rest[0]](rest[1:])
 
 
 def quieten_libraries() -> None:
-    """Leave the terminal to our own progress: transformers draws bars while it converts a model."""
-    from transformers.utils import logging
+    """Leave the terminal to our own progress: transformers draws bars, torchao tells of libraries for other devices."""
+    import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def _submit(rest: list[str]) -> int:

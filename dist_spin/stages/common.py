@@ -115,7 +115,7 @@ def open_configured_model(config: RunConfig) -> ModelFiles:
     # The others only after it is there; one of them may be on a host that does not see the path.
     together(lambda: None if files else files.append(find()))
     if config.export.target != "none":
-        check_target(config.export.target, config, files[0].shape, starting=True)
+        check_target(config.export.target, config, files[0].config, starting=True)
     return files[0]
 
 

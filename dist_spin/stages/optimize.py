@@ -55,6 +55,7 @@ from dist_spin.stages.common import (
     sites_for,
     starting_rotations,
 )
+from dist_spin.stages.given import keep_given, refuse_given
 
 # Settings that change how fast or where a run computes, not what: they may differ when it is continued.
 FREE_SETTINGS = {"micro_batch_size", "keep_checkpoints", "recompute", "compile"}
@@ -85,6 +86,11 @@ def optimize(config: RunConfig, world: World) -> None:
         NumericsError: loss or gradient is not finite; the checkpoints before it are kept.
         UserError: something in the configuration or the run directory is in the way.
     """
+    if config.optimize.steps == 0:
+        keep_given(config, open_configured_model(config).shape)
+        say("optimize.steps=0: rotations stay as they are given")
+        return
+    refuse_given(config)
     stop = StopRequest()
     learning = set_up(config, world)
     settings = config.optimize
