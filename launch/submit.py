@@ -2,9 +2,9 @@
 
     dist-spin submit CONFIG.yaml --cluster slurm --slurm partition=gpu --slurm nodes=2 --slurm time=240
 
-optimize (`nodes` nodes) -> stored hidden states -> an array of quantize jobs, one per span of layers -> evaluate. A job that is
-preempted, runs out of time or stops getting answers saves and queues itself again (`StageJob`). Which jobs were submitted
-stands in the run's events.jsonl; whether they still live, Slurm is asked.
+optimize (`nodes` nodes) -> stored hidden states -> an array of quantize jobs, one per span of layers -> evaluate -> report.
+A job that is preempted, runs out of time or stops getting answers saves and queues itself again (`StageJob`). Which jobs
+were submitted stands in the run's events.jsonl; whether they still live, Slurm is asked.
 """
 
 import subprocess
@@ -23,6 +23,8 @@ from dist_spin.scheduler import JobState, cancel_jobs, job_states
 from dist_spin.settings import RunConfig
 from dist_spin.stages.common import open_configured_model, run_dir, say
 from dist_spin.stages.quantize import prepare_works, spans_of
+from launch.local import ALONE
+from launch.slurm_settings import slurm_settings
 from launch.stage_job import PipelineJob, StageJob
 
 # What is in the way, by the reason Slurm gives for a job that waits or the message with which it refuses one.
@@ -58,7 +60,7 @@ class Submitter:
         extra = {"kill-on-invalid-dep": "yes", "requeue": True, "open-mode": "append"}
         extra |= self.settings.get("slurm_additional_parameters", {})
         dependency = {"slurm_dependency": "afterok:" + ":".join(after)} if after else {}
-        ranks = self.config.distributed.nproc
+        ranks = 1 if stage in ALONE else self.config.distributed.nproc
         jobs = [StageJob(stage, [*self.arguments, *part], ranks) for part in parts]
         try:
             executor.update_parameters(
@@ -118,7 +120,7 @@ def _submit_here(arguments: list[str], config: RunConfig, run: RunDir, cluster: 
 
 
 def _submit_slurm(arguments: list[str], config: RunConfig, run: RunDir, scheduler: list[str]) -> int:
-    settings = scheduler_settings(scheduler, config)
+    settings = slurm_settings(scheduler, ranks=config.distributed.nproc, gpu=config.distributed.device != "cpu")
     nodes = settings.pop("nodes", 1)
     submitter = Submitter(arguments, config, run, settings, living_jobs(run))
     living = submitter.active
@@ -135,44 +137,18 @@ def _submit_slurm(arguments: list[str], config: RunConfig, run: RunDir, schedule
         if wanted[-1][0] > 0:  # spans that begin inside the model start from stored hidden states
             before = living.get("boundaries") or submitter.stage("boundaries", [["--boundaries"]], optimize)
         quantize = quantize + submitter.stage("quantize", [["--layers", f"{a}:{b}"] for a, b in wanted], before)
-    if submitter.submitted and living.get("evaluate"):
-        cancel_jobs(living.pop("evaluate"))  # it waits for less than it should
-    if not living.get("evaluate") and (submitter.submitted or not (run.path / "results.json").exists()):
-        submitter.stage("evaluate", [[]], quantize or optimize)
+    before = quantize or optimize
+    for stage, product in (("evaluate", "results.json"), ("report", "report.html")):
+        if submitter.submitted and living.get(stage):
+            cancel_jobs(living.pop(stage))  # it waits for less than it should
+        if not living.get(stage) and (submitter.submitted or not (run.path / product).exists()):
+            submitter.stage(stage, [[]], before)
+        before = submitter.submitted[-1:] or living.get(stage, [])
     if not submitter.submitted:
         jobs = sorted(job for ids in living.values() for job in ids)
         say(f"nothing to submit: {'jobs ' + ', '.join(jobs) + ' are at it' if jobs else 'the run is complete'}")
     warn_of_stuck(job_states(submitter.submitted))
     return 0
-
-
-def scheduler_settings(words: list[str], config: RunConfig) -> dict[str, Any]:
-    """submitit parameters from `key=value` words: its own names, and every other option of sbatch by its long name.
-
-    Raises:
-        UserError: a word is not `key=value`.
-    """
-    on_gpu = config.distributed.device != "cpu"
-    ranks = config.distributed.nproc
-    settings: dict[str, Any] = {"slurm_time": 240, "slurm_signal_delay_s": 120, "slurm_ntasks_per_node": 1}
-    settings |= {"slurm_gpus_per_node": ranks} if on_gpu else {"slurm_cpus_per_task": ranks}
-    extra: dict[str, Any] = {}
-    known = submitit.SlurmExecutor._valid_parameters()
-    for word in words:
-        key, equals, text = word.partition("=")
-        if not equals:
-            raise UserError(f"--slurm {word} sets nothing", "write --slurm key=value, such as partition=gpu")
-        value: Any = int(text) if text.isdigit() else text
-        key = key.replace("-", "_")
-        if key == "nodes":
-            settings["nodes"] = value
-        elif key == "setup":  # shell lines, may be given several times
-            settings.setdefault("slurm_setup", []).append(text)
-        elif key in known:
-            settings[f"slurm_{key}"] = value
-        else:
-            extra[key.replace("_", "-")] = value
-    return settings | ({"slurm_additional_parameters": extra} if extra else {})
 
 
 def living_jobs(run: RunDir) -> dict[str, list[str]]:

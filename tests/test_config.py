@@ -16,11 +16,13 @@ from dist_spin.errors import UserError
 from dist_spin.settings import (
     DistributedConfig,
     EvaluateConfig,
+    ExportConfig,
     MethodsConfig,
     ModelConfig,
     OptimizeConfig,
     QuantConfig,
     QuantizeConfig,
+    ReportConfig,
     RotationConfig,
     RunConfig,
 )
@@ -28,8 +30,16 @@ from dist_spin.settings import (
 CONFIGS = Path(__file__).parent.parent / "configs"
 MODEL = "model.path=some/model"
 LEAVES = (
-    *(ModelConfig, RotationConfig, QuantConfig, OptimizeConfig, QuantizeConfig, MethodsConfig),
-    *(EvaluateConfig, DistributedConfig),
+    ModelConfig,
+    RotationConfig,
+    QuantConfig,
+    OptimizeConfig,
+    QuantizeConfig,
+    MethodsConfig,
+    EvaluateConfig,
+    ExportConfig,
+    ReportConfig,
+    DistributedConfig,
 )
 
 
@@ -206,7 +216,7 @@ def test_the_model_must_be_named() -> None:
         "quant.v_group_size=-64",
         "optimize.source=wikitext",
         "optimize.seq_len=1",
-        "optimize.steps=0",
+        "optimize.steps=-1",
         "optimize.batch_size=0",
         "optimize.micro_batch_size=9",
         "optimize.micro_batch_size=-1",
@@ -231,6 +241,9 @@ def test_the_model_must_be_named() -> None:
         "evaluate.sources=[wiki.txt]",
         "evaluate.seq_len=1",
         "evaluate.max_sequences=-1",
+        "evaluate.task_limit=-1",
+        "evaluate.tasks=[piqa,piqa]",
+        "evaluate.tasks=[mmlu]",
         "distributed.nproc=0",
         "distributed.timeout_s=0",
         "distributed.threads=-1",

@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dist_spin.model.architecture import ATTENTION
-from dist_spin.numerics.hadamard import kronecker_apply
+from dist_spin.numerics.hadamard import online_transform
 from dist_spin.numerics.quantizer import QuantSpec, fake_quantize
 
 
@@ -168,7 +168,7 @@ class DownFront(nn.Module):
 
     def forward(self, m: Tensor) -> Tensor:
         """m [..., intermediate] to the same."""
-        return fake_quantize(kronecker_apply(m, self.hadamard) if self.hadamard else m, self.spec)
+        return fake_quantize(online_transform(m, self.hadamard) if self.hadamard else m, self.spec)
 
 
 class FrontedLinear(nn.Module):
@@ -199,7 +199,7 @@ class KeySite(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         if self.hadamard:
-            query, key = kronecker_apply(query, self.hadamard), kronecker_apply(key, self.hadamard)
+            query, key = online_transform(query, self.hadamard), online_transform(key, self.hadamard)
         return query, fake_quantize(key, self.spec)
 
 

@@ -17,16 +17,15 @@ from dist_spin.checkpoint_writer import CheckpointWriter
 from dist_spin.config import dump_config
 from dist_spin.data import batch_indices, fingerprint, load_tokens, rank_share
 from dist_spin.distributed import World, agree, any_rank, on_leader, sum_over_ranks_, together
-from dist_spin.engine import fsdp
+from dist_spin.engine.choice import Engine, chosen
 from dist_spin.engine.memory import layers_to_offload, passes_and_levels
 from dist_spin.engine.rotation_optimizer import RotationOptimizer
-from dist_spin.engine.weight_grids import fit_grids
 from dist_spin.errors import Interrupted, NumericsError, UserError
 from dist_spin.model.learning import LearningModel
 from dist_spin.model.loading import ModelFiles
 from dist_spin.model.rotation import Rotations
 from dist_spin.model.weight_learning import WeightGrid
-from dist_spin.numerics.cayley import nearest_orthogonal
+from dist_spin.numerics.cayley import nearest_orthogonal, orthogonality_error
 from dist_spin.progress import Progress
 from dist_spin.rotation_files import save_final
 from dist_spin.rundir import (
@@ -41,6 +40,7 @@ from dist_spin.rundir import (
     write_json,
     write_text,
 )
+from dist_spin.scalars import Scalars
 from dist_spin.settings import SELF, RunConfig
 from dist_spin.signals import StopRequest
 from dist_spin.stages.common import (
@@ -55,6 +55,7 @@ from dist_spin.stages.common import (
     sites_for,
     starting_rotations,
 )
+from dist_spin.stages.given import keep_given, refuse_given
 from dist_spin.stages.self_text import self_text
 
 # Settings that change how fast or where a run computes, not what: they may differ when it is continued.
@@ -68,6 +69,7 @@ class Learning:
     config: RunConfig
     world: World
     run: RunDir
+    engine: Engine
     model: LearningModel
     optimizer: RotationOptimizer
     tokens: Tensor  # [blocks, seq_len]
@@ -85,9 +87,15 @@ def optimize(config: RunConfig, world: World) -> None:
         NumericsError: loss or gradient is not finite; the checkpoints before it are kept.
         UserError: something in the configuration or the run directory is in the way.
     """
+    if config.optimize.steps == 0:
+        keep_given(config, open_configured_model(config).shape)
+        say("optimize.steps=0: rotations stay as they are given")
+        return
+    refuse_given(config)
     stop = StopRequest()
     learning = set_up(config, world)
     settings = config.optimize
+    scalars = Scalars(learning.run.path / "tensorboard", learning.step, config.report.tensorboard and world.leads, say)
     progress = Progress("learn rotations: step", settings.steps, learning.step, show=world.leads)
     writer = CheckpointWriter(lambda state, step: write_checkpoint(learning, state, step))
     stall = 0.0  # seconds that the checkpoint before this step held it up
@@ -108,7 +116,9 @@ def optimize(config: RunConfig, world: World) -> None:
         assert_same_rotations(learning, reduced)
         # Before the checkpoint, so that none lacks its line; a resumed run drops lines that have no checkpoint.
         seconds = time.monotonic() - began + stall
-        log(learning, {"loss": loss, "grad_norm": norm, "lr": lr, **figures, "stall": stall, "seconds": seconds})
+        line = {"loss": loss, "grad_norm": norm, "lr": lr, **figures, "stall": stall, "seconds": seconds}
+        log(learning, line)
+        scalars.add("optimize", learning.step, line)
         # Rank 0 alone writes; a write that failed stops every rank.
         stall = on_leader(lambda: writer.submit(learning.optimizer.state(), learning.step))
         progress.advance(f"loss {loss:.4f}")
@@ -123,7 +133,7 @@ def optimize(config: RunConfig, world: World) -> None:
 
 def set_up(config: RunConfig, world: World) -> Learning:
     """Model, data, rotations and optimiser, at the newest whole checkpoint if there is one."""
-    run = run_dir(config)
+    run, engine = run_dir(config), chosen(config.distributed)
     files = open_configured_model(config)
     shape, dtype, settings = files.shape, model_dtype(config), config.optimize
     sites = sites_for(config, shape)
@@ -154,13 +164,14 @@ def set_up(config: RunConfig, world: World) -> Learning:
         grid=grid,
     )
     share = -(-settings.batch_size // world.size)  # sequences of one rank
+    place = config.distributed
     away = layers_to_offload(
-        config.distributed.offload_layers, shape, share * settings.seq_len, dtype, settings.w_bits, world
+        place.offload_layers, shape, share * settings.seq_len, dtype, settings.w_bits, bool(place.offload_dir), world
     )
     if away and world.leads:
-        say(f"the weights of {len(away)} of {shape.layers} layers stay in host memory")
-    fsdp.shard(model, world, away)
-    together(lambda: fsdp.load(model, files.weights, sites.r4))
+        say(f"the weights of {len(away)} of {shape.layers} layers stay in {place.offload_dir or 'host memory'}")
+    engine.shard(model, world, away)
+    together(lambda: engine.load(model, files.weights, sites.r4))
     micro, levels = passes_and_levels(
         settings.micro_batch_size,
         settings.recompute,
@@ -172,6 +183,8 @@ def set_up(config: RunConfig, world: World) -> Learning:
         offloaded=bool(away),
         compiled=compiled,
     )
+    if engine.keeps_gathered and not compiled and settings.recompute == "auto":
+        levels = ["sites" if level == "none" else level for level in levels]  # or it would keep every layer's weights
     model.set_levels(levels)
     optimizer = RotationOptimizer(
         rotations,
@@ -181,7 +194,7 @@ def set_up(config: RunConfig, world: World) -> Learning:
         max_grad_norm=settings.max_grad_norm,
         reproject_every=settings.reproject_every,
     )
-    learning = Learning(config, world, run, model, optimizer, tokens, identity, micro, len(away))
+    learning = Learning(config, world, run, engine, model, optimizer, tokens, identity, micro, len(away))
     resume(learning)
     return learning
 
@@ -228,7 +241,7 @@ def backward(learning: Learning) -> float:
     padded = mine + [indices[0]] * (passes * at_once - len(mine))
     weights = torch.tensor([1.0] * len(mine) + [0.0] * (len(padded) - len(mine)), device=world.device) / len(indices)
     total = torch.zeros((), device=world.device, dtype=torch.float64)
-    fit_grids(learning.model, learning.optimizer.rotations)
+    learning.engine.fit_grids(learning.model, learning.optimizer.rotations)
     for i in range(0, len(padded), at_once):
         chosen = slice(i, i + at_once)
         ids = learning.tokens[padded[chosen]].to(world.device)  # [micro, seq_len]
@@ -236,7 +249,7 @@ def backward(learning: Learning) -> float:
         loss = (losses * weights[chosen].to(losses.dtype)).sum()
         loss.backward()
         total += loss.detach()
-    fsdp.assert_sharded(learning.model, world)
+    learning.engine.assert_sharded(learning.model, world)
     return float(sum_over_ranks_(total))
 
 
@@ -284,9 +297,10 @@ def write_checkpoint(learning: Learning, state: dict[str, Tensor], step: int) ->
 
 def resume(learning: Learning) -> None:
     """Continue from the newest whole checkpoint, read by rank 0 and handed to all; start at step 0 without one."""
+    who = {"ranks": learning.world.size, "engine": learning.engine.name}
     found = on_leader(lambda: newest_checkpoint(learning.run, say))
     if found is None:
-        on_leader(lambda: learning.run.event("start", stage="optimize", ranks=learning.world.size))
+        on_leader(lambda: learning.run.event("start", stage="optimize", **who))
         return
     state, metadata = found
     try:
@@ -305,7 +319,7 @@ def resume(learning: Learning) -> None:
 
             kept = [json.dumps(line) + "\n" for line in read_lines(metrics) if line["step"] <= learning.step]
             write_text(metrics, "".join(kept))
-        learning.run.event("resume", stage="optimize", step=learning.step, ranks=learning.world.size)
+        learning.run.event("resume", stage="optimize", step=learning.step, **who)
         if learning.step < learning.config.optimize.steps:
             say(f"continuing after step {learning.step} of {learning.config.optimize.steps}")
 
@@ -320,7 +334,11 @@ def finish(learning: Learning) -> None:
         dtype = rotations.r1.dtype
         r1, r2 = (nearest_orthogonal(r).to(dtype) for r in (rotations.r1, rotations.r2))
         save_final(learning.run, r1, r2, {"step": str(learning.step), "seed": str(learning.config.rotation.seed)})
-        learning.run.event("done", stage="optimize", step=learning.step)
+        errors = {
+            "orthogonality_r1": float(orthogonality_error(r1)),
+            "orthogonality_r2": float(orthogonality_error(r2)),
+        }
+        learning.run.event("done", stage="optimize", step=learning.step, **errors)
         say(f"wrote {learning.run.rotations / 'final.safetensors'} and R.bin")
 
     if learning.world.leads and (learning.run.rotations / "final.safetensors").exists():

@@ -1,16 +1,21 @@
 """The sbatch scripts on a real Slurm: several nodes, preemption, another number of nodes, what a user gets wrong."""
 
+import itertools
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from torch import Tensor
 
 from tests.slurm.harness import Cluster, Run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(400)]
 SCRIPT = "slurm/optimize.sbatch"
-STEPS = {"optimize__steps": 30}
+MOMENTUM = 0.1  # so that checkpoints hold gradients: m(t) = MOMENTUM m(t-1) + g(t)
+STEPS = {"optimize__steps": 30, "optimize__momentum": MOMENTUM, "optimize__keep_checkpoints": 30}
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +26,19 @@ def alone(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, model: Pat
     return run
 
 
+def gradients(run: Run) -> list[Tensor]:
+    """The reduced and clipped gradient of R1 and of R2 in each step."""
+    paths = sorted((run.path / "rotations").glob("step_*.safetensors"))
+    assert len(paths) == STEPS["optimize__steps"]
+    kept = [load_file(path) for path in paths]
+    first = [kept[0]["momentum1"], kept[0]["momentum2"]]
+    later = [b[m] - MOMENTUM * a[m] for a, b in itertools.pairwise(kept) for m in ("momentum1", "momentum2")]
+    return first + later
+
+
 def assert_same(run: Run, alone: Run) -> None:
+    for ours, theirs in zip(gradients(run), gradients(alone), strict=True):
+        assert float((ours - theirs).abs().max()) < 1e-6 * float(theirs.abs().max())  # element by element
     ours, theirs = (load_file(r.path / "rotations" / "final.safetensors") for r in (run, alone))
     for name in ("R1", "R2"):
         assert float((ours[name] - theirs[name]).abs().max()) < 1e-9
@@ -63,6 +80,27 @@ def test_preempted_saves_queues_again_and_ends_the_same_on_fewer_nodes(
     assert_same(run, alone)
 
 
+@pytest.mark.parametrize(("number", "node"), [(signal.SIGSTOP, 1), (signal.SIGKILL, 0)], ids=["hangs", "killed"])
+def test_a_lost_rank_queues_the_job_again(
+    cluster: Cluster,
+    make_run: Callable[..., Run],
+    alone: Run,
+    tmp_path: Path,
+    number: signal.Signals,
+    node: int,
+) -> None:
+    run, log = make_run(**STEPS, distributed__timeout_s=8), tmp_path / "log"
+    job = cluster.sbatch(f"--output={log}", SCRIPT, str(run.config), RANKS="1")
+    cluster.until(lambda: run.step >= 2, 120, log.read_text)
+    os.kill(cluster.ranks(f"n{node + 1}")[0], number)
+    cluster.until(lambda: "queues itself again" in log.read_text(), 120, log.read_text)
+    assert "no answer from another rank" in log.read_text()
+    ended = cluster.wait(job, log)
+    assert ended == "COMPLETED", log.read_text() + cluster.call("scontrol", "show", "job", job).stdout
+    assert run.events("resume")[0]["step"] >= 2
+    assert_same(run, alone)
+
+
 def test_a_shared_path_that_a_node_does_not_see(cluster: Cluster, make_run: Callable[..., Run], tmp_path: Path) -> None:
     log = tmp_path / "log"
     job = cluster.sbatch(f"--output={log}", SCRIPT, str(make_run().config), ROOT="/not/shared")
@@ -77,10 +115,13 @@ def test_pipeline_script_goes_from_nothing_to_results(
     logs = {"SBATCH_OUTPUT": str(tmp_path / "log-%j"), "OPTIMIZE_OPTIONS": "--nodes=1"}
     said = cluster.call("slurm/pipeline.sh", str(run.config), "rotation.seed=3", **logs).stdout
     jobs = [line.split("job ")[1].split(",")[0] for line in said.splitlines()]
-    assert [line.partition(":")[0] for line in said.splitlines()] == ["optimize", "boundaries", "quantize", "evaluate"]
-    assert cluster.wait(jobs[-1], seconds=200) == "COMPLETED", said
+    stages = ["optimize", "boundaries", "quantize", "evaluate", "report"]
+    assert [line.partition(":")[0] for line in said.splitlines()] == stages
+    assert cluster.wait(jobs[-1], seconds=300) == "COMPLETED", said
     assert {row["seed"] for row in run.results} == {3}
+    assert "learned rotation" in (run.path / "report.md").read_text()
+    assert "Not there yet" not in (run.path / "report.html").read_text()
     assert {tuple(event["hosts"]) for event in run.events("job") if event["part"] in ("0-2", "2-4")} != {()}
     text = cluster.dist_spin("status", str(run.path)).stdout
     assert "learned: 4 layers finished" in text
-    assert text.count("COMPLETED") == 5  # the array has two tasks
+    assert text.count("COMPLETED") == 6  # the array has two tasks
