@@ -22,6 +22,7 @@ VERBS = {
     "optimize": "learn the rotations",
     "quantize": "merge the rotations and quantise the weights",
     "evaluate": "measure perplexity",
+    "compare": "measure RTN, GPTQ, SmoothQuant, QuaRot, SpinQuant and ours at several bit widths: the table",
     "submit": "hand every missing stage to a cluster as jobs that wait for each other",
     "status": "show where a run stands",
     "logs": "show the end of everything a run's jobs printed",
@@ -160,11 +161,17 @@ def _stage(verb: str, config: RunConfig, **options: Any) -> int:
 
     from dist_spin.distributed import start, stop
     from dist_spin.stages.common import writing
+    from dist_spin.stages.compare import compare
     from dist_spin.stages.evaluate import evaluate
     from dist_spin.stages.optimize import optimize
     from dist_spin.stages.quantize import quantize
 
-    stages: dict[str, Callable[..., Any]] = {"optimize": optimize, "quantize": quantize, "evaluate": evaluate}
+    stages: dict[str, Callable[..., Any]] = {
+        "optimize": optimize,
+        "quantize": quantize,
+        "evaluate": evaluate,
+        "compare": compare,
+    }
     quieten_libraries()
     timeout = config.distributed.timeout_s
     world = start(config.distributed.device, timeout, config.distributed.threads)

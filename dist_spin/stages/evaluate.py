@@ -10,7 +10,8 @@ import dataclasses
 import json
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dist_spin.data import fingerprint, load_tokens
 from dist_spin.distributed import World, any_rank, on_leader, sum_over_ranks_
 from dist_spin.errors import Interrupted, NumericsError, UserError
 from dist_spin.layer_files import finished_layer, identity_hash, layer_path
+from dist_spin.model.architecture import Shape
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.loading import ModelFiles
 from dist_spin.model.rotation import Sites
@@ -29,17 +31,25 @@ from dist_spin.progress import Progress
 from dist_spin.rundir import RunDir, write_json
 from dist_spin.settings import RunConfig
 from dist_spin.signals import StopRequest
-from dist_spin.stages.common import WEIGHT_SETTINGS, check_vocabulary, model_dtype, open_configured_model, run_dir, say
+from dist_spin.stages.common import check_vocabulary, model_dtype, open_configured_model, run_dir, say
 from dist_spin.stages.quantize import (
     LEARNED,
     Variant,
     calibration_tokens,
     ends_of,
     layer_identity,
+    model_identity,
+    site_settings,
     variant,
 )
+from dist_spin.stages.results import public, update_results
 
-TOKENS_AT_ONCE = 4096  # of hidden states that go through a layer together
+TOKENS_AT_ONCE = (
+    4096  # of hidden states that go through a layer together, where memory does not say that it may be more
+)
+BYTES_PER_CHANNEL = (
+    32  # of the MLP, for each token on its way through: a few copies, among them fp32 ones of the quantiser
+)
 
 
 @dataclass
@@ -50,10 +60,13 @@ class Cell:
     weights: str  # none, rtn or gptq
     full_precision: bool = False
     made_under: str = ""  # fingerprint of its layer files; empty where weights are as they are
+    about: dict[str, Any] = field(default_factory=dict)  # further entries of its row, which decide no figure
 
     @property
     def label(self) -> str:
         """The method's name in tables."""
+        if "system" in self.about:
+            return self.about["system"]
         if self.full_precision:
             return "full precision"
         return {"none": "no rotation", LEARNED: "learned rotation"}.get(
@@ -87,12 +100,12 @@ def evaluate(config: RunConfig, world: World) -> list[dict[str, Any]]:
             rows.append(row)
             if any_rank(bool(stop)):
                 raise Interrupted("stopped by a signal between two measurements", "the same command continues")
-    public = [{k: v for k, v in row.items() if k not in ("losses", "identity")} for row in rows]
-    on_leader(lambda: write_json(run.path / "results.json", public))
+    shown = [public(row) for row in rows]
+    on_leader(lambda: update_results(run, "evaluate", shown))
     if world.leads:
-        print(table(public))
+        print(table(shown))
         say(f"wrote {run.path / 'results.json'}")
-    return public
+    return shown
 
 
 def cells(config: RunConfig, files: ModelFiles, device: torch.device) -> list[Cell]:
@@ -127,6 +140,18 @@ def measure(
     tokens: Tensor,
 ) -> dict[str, Any]:
     """One cell on one source, from its file if it was measured before."""
+    row = described(config, files, cell, source, tokens)
+    before = measured_before(run, row)
+    if before is not None:
+        return before
+    began = time.monotonic()
+    what = f"measure {source}, {cell.label}, {cell.weights} weights"
+    (losses,) = window_losses(config, world, files, cell, [(cell.chosen.sites, tokens)], what)
+    return recorded(run, row, losses, time.monotonic() - began)
+
+
+def described(config: RunConfig, files: ModelFiles, cell: Cell, source: str, tokens: Tensor) -> dict[str, Any]:
+    """What is known of a row before it is measured, with the `identity` that names its file."""
     q = config.quant
     off = cell.full_precision
     bits = {
@@ -134,7 +159,6 @@ def measure(
         **{f"{s}_bits": 16 if off else getattr(q, f"{s}_bits") for s in "akv"},
     }
     row = {
-        "method": cell.label,
         "rotation": cell.chosen.name,
         "weights": cell.weights,
         **bits,
@@ -146,33 +170,42 @@ def measure(
     identity = identity_hash(
         {**row, "layers": cell.made_under, "tokens": fingerprint(tokens), **cell_identity(config, files, cell)}
     )
-    path = run.path / "evaluations" / f"{identity}.json"
+    return {"method": cell.label, **row, "tokens": tokens.numel(), "identity": identity, **cell.about}
+
+
+def measurement_path(run: RunDir, row: dict[str, Any]) -> Path:
+    """The file of a measurement."""
+    return run.path / "evaluations" / f"{row['identity']}.json"
+
+
+def measured_before(run: RunDir, row: dict[str, Any]) -> dict[str, Any] | None:
+    """`row` with its figures if it was measured before, under whatever name."""
+    path = measurement_path(run, row)
     before = on_leader(lambda: json.loads(path.read_text()) if path.exists() else None)
-    if before is not None:
-        return before
-    began = time.monotonic()
-    losses = window_losses(config, world, files, run, cell, source, tokens)
+    return None if before is None else before | row
+
+
+def recorded(run: RunDir, row: dict[str, Any], losses: Tensor, seconds: float) -> dict[str, Any]:
+    """`row` with its figures, kept in a file.
+
+    Raises:
+        NumericsError: the mean of `losses` is not finite.
+    """
     mean = float(losses.mean())
     if not math.isfinite(mean):
         raise NumericsError(
-            f"{cell.label} on {source}: the loss is {mean}", "check the model's dtype and the quantisers"
+            f"{row['method']} on {row['dataset']}: the loss is {mean}", "check the model's dtype and the quantisers"
         )
-    row |= {
-        "ppl": math.exp(mean),
-        "tokens": tokens.numel(),
-        "seconds": round(time.monotonic() - began, 2),
-        "identity": identity,
-        "losses": losses.tolist(),
-    }
-    on_leader(lambda: write_json(path, row))
+    row = row | {"ppl": math.exp(mean), "seconds": round(seconds, 2), "losses": losses.tolist()}
+    on_leader(lambda: write_json(measurement_path(run, row), row))
     return row
 
 
 def cell_identity(config: RunConfig, files: ModelFiles, cell: Cell) -> dict[str, Any]:
     """What decides a measurement beside its row and layers: model, rotations, site settings and quantised ends."""
-    none = torch.zeros(1, 1, dtype=torch.long)
-    chosen = layer_identity(config, files, cell.chosen, none)
-    found = {k: v for k, v in chosen.items() if not k.startswith(("quantize.", *WEIGHT_SETTINGS))}
+    found = model_identity(config, files, cell.chosen)
+    if not cell.full_precision:
+        found |= site_settings(config)
     ends = ends_of(config, files, cell.chosen)
     return found if cell.weights == "none" or not ends.bits else found | {"ends": ends.made_under}
 
@@ -181,33 +214,50 @@ def window_losses(
     config: RunConfig,
     world: World,
     files: ModelFiles,
-    run: RunDir,
     cell: Cell,
-    source: str,
-    tokens: Tensor,
-) -> Tensor:
-    """Mean next-token cross entropy of every window [n], fp64 on the CPU; windows are shared out over ranks."""
+    jobs: Sequence[tuple[Sites, Tensor]],
+    what: str,
+) -> list[Tensor]:
+    """Mean next-token cross entropy of every window of each job's tokens, each fp64 [n] on the CPU.
+
+    The jobs, (sites, tokens [n, T]), share the cell's weights, so that a layer is read or merged once for all of them.
+    Windows are shared out over ranks. `what` is shown while it goes on.
+    """
     dtype, chosen, layers = model_dtype(config), cell.chosen, files.shape.layers
     rotated = chosen.rotations is not None
     runner = LayerRunner(files.config, chosen.sites, device=world.device, dtype=dtype, rotated=rotated)
-    mine = tokens[world.rank :: world.size].to(world.device)
-    batch = max(1, TOKENS_AT_ONCE // tokens.shape[1])
+    placed = [sites.to(world.device, dtype) for sites, _ in jobs]
+    mine = [tokens[world.rank :: world.size].to(world.device) for _, tokens in jobs]
+    together = tokens_at_once(world.device, files.shape)
+    batches = [ids.split(max(1, together // ids.shape[1])) if len(ids) else () for ids in mine]
     ends = ends_of(config, files, chosen).load(dtype, world.device, say) if cell.weights != "none" else {}
     embedding = ends.pop("embedding") if "embedding" in ends else chosen.weights.embedding()
-    hidden = [embedding[ids] for ids in mine.split(batch)] if len(mine) else []  # each [batch, T, h]
+    hidden = [[embedding[ids] for ids in parts] for parts in batches]  # for each job: [batch, T, h], ...
     del embedding
-    progress = Progress(f"measure {source}, {cell.label}, {cell.weights} weights: layer", layers, show=world.leads)
+    progress = Progress(f"{what}: layer", layers, show=world.leads)
     for index in range(layers):
-        weights = quantized_weights(run, cell, index, dtype, world) or chosen.weights.layer(index)
-        module = runner.build(index, weights)
-        hidden = [runner.run(module, index, h) for h in hidden]
+        weights = quantized_weights(run_dir(config), cell, index, dtype, world) or chosen.weights.layer(index)
+        for sites, states in zip(placed, hidden, strict=True):
+            module = runner.build(index, weights, sites)
+            states[:] = [runner.run(module, index, h) for h in states]
         progress.advance()
     head = chosen.weights.head(files.config.rms_norm_eps, ends.get("head"))
-    losses = torch.zeros(len(tokens), dtype=torch.float64)
-    if hidden:
-        parts = [head.loss(h, ids) for h, ids in zip(hidden, mine.split(batch), strict=True)]
-        losses[world.rank :: world.size] = torch.cat(parts).double().cpu()
-    return sum_over_ranks_(losses)
+    out = []
+    for (_, tokens), parts, states in zip(jobs, batches, hidden, strict=True):
+        losses = torch.zeros(len(tokens), dtype=torch.float64)
+        if states:
+            mean = [head.loss(h, ids) for h, ids in zip(states, parts, strict=True)]
+            losses[world.rank :: world.size] = torch.cat(mean).double().cpu()
+        out.append(sum_over_ranks_(losses))
+    return out
+
+
+def tokens_at_once(device: torch.device, shape: Shape) -> int:
+    """Tokens that go through a layer together: on a GPU as many as an eighth of its memory has room for."""
+    if device.type != "cuda":
+        return TOKENS_AT_ONCE
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(TOKENS_AT_ONCE, memory // 8 // (BYTES_PER_CHANNEL * shape.intermediate))
 
 
 def quantized_weights(

@@ -71,15 +71,17 @@ class Learning:
     step: int = 0
 
 
-def optimize(config: RunConfig, world: World) -> None:
+def optimize(config: RunConfig, world: World, stop: StopRequest | None = None) -> None:
     """Learn R1 and R2 from where the run directory stands, and write rotations/final.safetensors and R.bin.
+
+    stop: of the stage that this is a part of; alone it has its own.
 
     Raises:
         Interrupted: a signal came; the state is saved.
         NumericsError: loss or gradient is not finite; the checkpoints before it are kept.
         UserError: something in the configuration or the run directory is in the way.
     """
-    stop = StopRequest()
+    stop = StopRequest() if stop is None else stop
     learning = set_up(config, world)
     settings = config.optimize
     progress = Progress("learn rotations: step", settings.steps, learning.step, show=world.leads)
