@@ -15,7 +15,6 @@ from dist_spin.errors import UserError
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 CLIPS = {"quarot": {"a_clip_ratio": 0.9, "k_clip_ratio": 0.95, "v_clip_ratio": 0.95}}  # presets of QuantConfig
 COMPARED = "rtn gptq smoothquant quarot spinquant_no_had spinquant_had ours"
-COMPARABLE = (*COMPARED.split(), "hadamard", "orthogonal", "quarot_no_clips")
 NAMED_SOURCES = ("pydoc", "wikitext2", "c4")
 
 
@@ -241,6 +240,26 @@ class QuantizeConfig:
 
 
 @dataclass(frozen=True)
+class MethodsConfig:
+    """methods (other published methods, for comparison; they calibrate on the text of quantize)."""
+
+    smooth_alphas: list[float] = field(default_factory=lambda: [0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+    """SmoothQuant: strengths tried for each layer, from 0 (weights smooth) to 1 (activations smooth)."""
+    flat_epochs: int = 15
+    """FlatQuant, OmniQuant, AffineQuant: passes over the calibration text; FlatQuant's published number."""
+    flat_batch_size: int = 4
+    """FlatQuant, OmniQuant, AffineQuant: sequences per step; FlatQuant's published number."""
+    flat_lr: float = 5e-3
+    """FlatQuant, OmniQuant, AffineQuant: learning rate of transforms, that of clips is ten times it; FlatQuant's."""
+
+    def __post_init__(self) -> None:
+        strengths = "use numbers from 0 to 1, such as [0.5]"
+        _check(self, "smooth_alphas", lambda xs: bool(xs) and all(0 <= x <= 1 for x in xs), strengths)
+        _check(self, "flat_epochs flat_batch_size", lambda n: n >= 1, "use 1 or more")
+        _check(self, "flat_lr", lambda x: 0 < x < math.inf, "use a number above 0, such as 5e-3")
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """evaluate (measuring perplexity)."""
 
@@ -269,8 +288,9 @@ class CompareConfig:
     """compare (the table of systems, bits and seeds)."""
 
     methods: list[str] = field(default_factory=COMPARED.split)
-    """Rows: rtn and gptq (no rotation), smoothquant, hadamard and orthogonal (random, unlearned), quarot, quarot_no_clips,
-    spinquant_no_had (R1 and R2 alone), spinquant_had (published update rule) and ours (this run's settings)."""
+    """Rows: rtn and gptq (no rotation), hadamard and orthogonal (random, unlearned), quarot, quarot_no_clips,
+    spinquant_no_had (R1 and R2 alone), spinquant_had (published update rule), ours (this run's settings), and the other
+    methods that are built (smoothquant, flatquant, ...)."""
     bits: list[str] = field(default_factory=lambda: ["W4A16", "W4A8", "W4A4KV16", "W4A4KV4", "W4A8KV8"])
     """Columns: bits of weights, activations, and keys and values (16 if left out)."""
     weights: list[Literal["rtn", "gptq"]] = field(default_factory=lambda: ["rtn", "gptq"])
@@ -291,8 +311,6 @@ class CompareConfig:
             _check(self, name, bool, "name at least one")
         for name in ("methods", "bits", "weights", "seeds", "spread_bits"):
             _check(self, name, lambda values: len(set(values)) == len(values), "name each once")
-        known = f"use {', '.join(COMPARABLE)}"
-        _check(self, "methods", lambda names: set(names) <= set(COMPARABLE), known)
         for name in ("bits", "spread_bits"):
             _check(
                 self, name, lambda texts: all(map(bits_of, texts)), "write each as W4A4KV4 or W4A8, 2 to 8 or 16 bits"
@@ -341,6 +359,7 @@ class RunConfig:
     quant: QuantConfig = field(default_factory=QuantConfig)
     optimize: OptimizeConfig = field(default_factory=OptimizeConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    methods: MethodsConfig = field(default_factory=MethodsConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)

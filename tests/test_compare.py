@@ -66,12 +66,14 @@ def rows_of(run: Path) -> list[dict]:
 def test_bits_are_read_from_text():
     assert [bits_of(t) for t in ("W4A4KV4", "W4A16", "W16A4KV8")] == [(4, 4, 4), (4, 16, 16), (16, 4, 8)]
     assert [bits_of(t) for t in ("W4", "A4W4", "W4A4KV9", "W1A4", "w4a4", "W4A4KV4 ")] == [None] * 6
-    for wrong in ({"bits": ["W4A4KV9"]}, {"methods": ["rtn", "rtn"]}, {"methods": ["awq"]}, {"seeds": []}):
+    for wrong in ({"bits": ["W4A4KV9"]}, {"methods": ["rtn", "rtn"]}, {"seeds": []}):
         with pytest.raises(UserError, match=f"compare.{next(iter(wrong))}"):
             CompareConfig(**wrong)
 
 
 def test_the_plan_names_everything_once(words):
+    with pytest.raises(UserError, match=r"compare\.methods has 'awq'.*use some of rtn, gptq, "):
+        planned(load_config(None, [*words, "compare.methods=[rtn, awq]"]))
     config = load_config(None, [*words, "compare.weights=[rtn, gptq]", "compare.spread_seeds=3"])
     plan = planned(config)
     assert len(plan) == len(set(plan))

@@ -45,8 +45,12 @@ class LayerRunner:
         widen_norms(layer, self.rotated)
         missing = [name for name, p in layer.named_parameters() if p.is_meta]
         assert not missing, f"layer {index} was given no {missing[0]}"
-        attach(layer, self.shape, self.sites if sites is None else sites.to(self.device, self.dtype))
+        self.attach(layer, index, self.sites if sites is None else sites.to(self.device, self.dtype))
         return layer.requires_grad_(False)
+
+    def attach(self, layer: nn.Module, index: int, sites: Sites) -> None:
+        """Put the sites into decoder layer `index`, in place."""
+        attach(layer, self.shape, sites)
 
     def context(self, index: int, hidden: Tensor) -> dict[str, Any]:
         """What a layer or its attention takes beside hidden states [batch, T, h]: mask and rotary embeddings."""

@@ -9,6 +9,7 @@ RUN/evaluations, so that a second start does only what is missing; the weights a
 """
 
 import dataclasses
+import gc
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from dist_spin.distributed import World, any_rank, on_leader
-from dist_spin.errors import Interrupted
+from dist_spin.errors import Interrupted, UserError
 from dist_spin.layer_files import ends_path, identity_hash, layer_path
 from dist_spin.model.loading import ModelFiles
 from dist_spin.rundir import RunDir, read_metadata
@@ -28,6 +29,7 @@ from dist_spin.signals import StopRequest
 from dist_spin.stages.common import model_dtype, open_configured_model, run_dir, say, sites_for, writing
 from dist_spin.stages.compare_table import comparison_table, row_key
 from dist_spin.stages.evaluate import Cell, described, measured_before, measuring_tokens, recorded, window_losses
+from dist_spin.stages.methods import METHODS, learn, method_variant
 from dist_spin.stages.optimize import optimize
 from dist_spin.stages.quantize import (
     LEARNED,
@@ -51,7 +53,10 @@ BUDGET = (
 
 @dataclass(frozen=True)
 class System:
-    """One row of the published tables. rotation: a name that `variant` takes. weights: the one rounding it stands for."""
+    """One row of the published tables. rotation: a name that `variant` takes; "none" also where `METHODS` has its own way.
+
+    weights: the one rounding that the row stands for. clips, online: the settings of `quant` and `rotation` that it is run with.
+    """
 
     label: str
     rotation: str
@@ -72,6 +77,7 @@ SYSTEMS = {
     "spinquant_no_had": System("SpinQuant (no had)", LEARNED, online=False),
     "spinquant_had": System("SpinQuant (had)", LEARNED),
     "ours": System("ours", LEARNED),
+    **{name: System(label, "none") for name, label in METHODS.items()},
 }
 
 
@@ -86,8 +92,16 @@ class Entry:
 
 
 def planned(config: RunConfig) -> list[Entry]:
-    """Every entry of a comparison, seed by seed, so that the first is complete early; none twice."""
+    """Every entry of a comparison, none twice: the table of the first seed, the study of the spread, the other seeds.
+
+    Raises:
+        UserError: a method is not built.
+    """
     c = config.compare
+    for method in c.methods:
+        if method not in SYSTEMS or method == FULL:
+            known = ", ".join(name for name in SYSTEMS if name != FULL)
+            raise UserError(f"compare.methods has '{method}', which is not built", f"use some of {known}")
 
     def entries(method: str, seed: int, weights: list[str], widths: list[str]) -> Iterator[Entry]:
         system = SYSTEMS[method]
@@ -101,20 +115,20 @@ def planned(config: RunConfig) -> list[Entry]:
     for seed in c.seeds:
         for method in c.methods:
             plan += entries(method, seed, [*c.weights], c.bits)
-    for method, seeds in (
-        ("ours", c.seeds),
-        ("hadamard", range(c.spread_seeds)),
-        ("orthogonal", range(c.spread_seeds)),
-    ):
-        for seed in seeds if c.spread_seeds else ():
-            plan += entries(method, seed, [c.spread_weights], c.spread_bits)
+        if c.spread_seeds:  # the learned ones are marked among the random ones
+            plan += entries("ours", seed, [c.spread_weights], c.spread_bits)
+        if seed == c.seeds[0]:
+            for random in range(c.spread_seeds):
+                for method in ("hadamard", "orthogonal"):
+                    plan += entries(method, random, [c.spread_weights], c.spread_bits)
     return list(dict.fromkeys(plan))
 
 
 def group(entry: Entry) -> tuple[str, int, str]:
     """Entries that are equal here have the same rotations and rounding: they may share their weights."""
     rotation = SYSTEMS[entry.method].rotation
-    return entry.method if rotation == LEARNED else rotation, entry.seed, entry.weights
+    apart = rotation == LEARNED or entry.method in METHODS
+    return entry.method if apart else rotation, entry.seed, entry.weights
 
 
 def settings_of(config: RunConfig, method: str, seed: int) -> RunConfig:
@@ -196,7 +210,7 @@ class Comparison:
         return calibration_tokens(self.config, self.files)
 
     def candidates(self, entries: list[Entry]) -> list[Candidate]:
-        """Entries of one `group`; rotations that are missing are learned first."""
+        """Entries of one `group`; what is to be learned for them and missing is learned first."""
         base = settings_of(self.config, entries[0].method, entries[0].seed)
         rotation, weights = SYSTEMS[entries[0].method].rotation, entries[0].weights
         if rotation == LEARNED:
@@ -206,7 +220,8 @@ class Comparison:
         for entry in entries:
             system = SYSTEMS[entry.method]
             config = at_bits(settings_of(self.config, entry.method, entry.seed), weights, entry.bits)
-            cell = Cell(self.at_sites(first, config), weights, full_precision=entry.method == FULL)
+            chosen = self.own_way(config, entry.method) if entry.method in METHODS else self.at_sites(first, config)
+            cell = Cell(chosen, weights, full_precision=entry.method == FULL)
             if weights != "none":
                 cell.made_under = identity_hash(layer_identity(config, self.files, cell.chosen, self.calibration))
             online = config.rotation.online and first.rotations is not None
@@ -221,11 +236,18 @@ class Comparison:
         rotated, heads = chosen.rotations is not None, bool(chosen.sites.heads)
         return dataclasses.replace(chosen, sites=sites_for(config, self.files.shape, rotated=rotated, heads=heads))
 
+    def own_way(self, config: RunConfig, method: str) -> Variant:
+        """What one of `METHODS` makes for the bits of `config`, learned in the run's own directory unless it is there."""
+        here = dataclasses.replace(config, output_dir=self.config.output_dir, name=self.config.name)
+        learn(here, self.world, self.files, method, stop=self.stop)
+        return method_variant(here, self.files, method, self.world.device, self.calibration)
+
     def learn(self, base: RunConfig) -> None:
         """Learn the rotations of a configuration, unless they are there."""
         if not on_leader((run_dir(base).rotations / "final.safetensors").exists):
             with writing(base, self.world, "optimize"):
                 optimize(base, self.world, self.stop)
+            gc.collect()  # sharded modules hold themselves in circles, and what comes next needs their memory
 
     def measure(self, together: list[Candidate]) -> None:
         """Measure what is missing of candidates that share their weights, and fill it into their rows."""

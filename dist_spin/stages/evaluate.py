@@ -23,7 +23,6 @@ from dist_spin.distributed import World, any_rank, on_leader, sum_over_ranks_
 from dist_spin.errors import Interrupted, NumericsError, UserError
 from dist_spin.layer_files import finished_layer, identity_hash, layer_path
 from dist_spin.model.architecture import Shape
-from dist_spin.model.layers import LayerRunner
 from dist_spin.model.loading import ModelFiles
 from dist_spin.model.rotation import Sites
 from dist_spin.numerics.quantizer import QuantSpec
@@ -224,8 +223,7 @@ def window_losses(
     Windows are shared out over ranks. `what` is shown while it goes on.
     """
     dtype, chosen, layers = model_dtype(config), cell.chosen, files.shape.layers
-    rotated = chosen.rotations is not None
-    runner = LayerRunner(files.config, chosen.sites, device=world.device, dtype=dtype, rotated=rotated)
+    runner = chosen.runner(files.config, chosen.sites, world.device, dtype)
     placed = [sites.to(world.device, dtype) for sites, _ in jobs]
     mine = [tokens[world.rank :: world.size].to(world.device) for _, tokens in jobs]
     together = tokens_at_once(world.device, files.shape)

@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -58,19 +58,51 @@ from dist_spin.stages.ends import Ends, ends_bits
 LEARNED = "learned"
 
 
+class Recipe(Protocol):
+    """What another method (`dist_spin.stages.methods`) puts into the layers of an unrotated model."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that decides it."""
+
+    def runner(self, config: Any, sites: Sites, device: torch.device, dtype: torch.dtype) -> LayerRunner:
+        """Builds and runs its layers."""
+
+    def to_round(self, index: int) -> dict[str, Tensor]:
+        """A layer's parameters inside the ranges it has learned for their codes."""
+
+    @property
+    def clips(self) -> bool:
+        """Whether it has learned such ranges, so that none are searched for."""
+
+
 @dataclass
 class Variant:
-    """One rotation of a model: learned, an unlearned baseline, or "none". digest: of the rotations, made when not given."""
+    """One rotation of a model: learned, an unlearned baseline, or "none"; or another method, by its recipe.
+
+    digest: of the rotations, made when not given.
+    """
 
     name: str
     rotations: tuple[Tensor, Tensor] | None
     sites: Sites
     weights: RotatedWeights
+    recipe: Recipe | None = None
     digest: str = ""
 
     def __post_init__(self) -> None:
         if not self.digest:
             self.digest = tensors_digest(dict(zip(("R1", "R2"), self.rotations or (), strict=False)))
+
+    def runner(self, config: Any, sites: Sites, device: torch.device, dtype: torch.dtype) -> LayerRunner:
+        """Builds and runs its layers with `sites`, of a model's `config`."""
+        if self.recipe is not None:
+            return self.recipe.runner(config, sites, device, dtype)
+        return LayerRunner(config, sites, device=device, dtype=dtype, rotated=self.rotations is not None)
+
+    def to_round(self, index: int) -> dict[str, Tensor]:
+        """Parameters of decoder layer `index` as the weight quantiser takes them."""
+        return self.weights.layer(index) if self.recipe is None else self.recipe.to_round(index)
 
 
 def variant(config: RunConfig, files: ModelFiles, name: str, device: torch.device) -> Variant:
@@ -190,7 +222,9 @@ def states_identity(config: RunConfig, files: ModelFiles, chosen: Variant, token
 
 def model_identity(config: RunConfig, files: ModelFiles, chosen: Variant) -> dict[str, Any]:
     """Everything that decides a variant's 16-bit weights and online Hadamards."""
+    recipe = {} if chosen.recipe is None else {"recipe": chosen.recipe.fingerprint}
     return {
+        **recipe,
         "model": files.weights.fingerprint(),
         "dtype": config.model.dtype,
         "rotations": chosen.digest,
@@ -290,13 +324,8 @@ class Work:
     def runner(self) -> LayerRunner:
         """Builds and runs the variant's layers, with the sites that calibration sees."""
         sites = self.chosen.sites
-        return LayerRunner(
-            self.files.config,
-            sites if self.config.quantize.quantize_activations else unquantized(sites),
-            device=self.world.device,
-            dtype=model_dtype(self.config),
-            rotated=self.chosen.rotations is not None,
-        )
+        seen = sites if self.config.quantize.quantize_activations else unquantized(sites)
+        return self.chosen.runner(self.files.config, seen, self.world.device, model_dtype(self.config))
 
     @cached_property
     def stored(self) -> BoundaryFiles:
@@ -325,6 +354,8 @@ class Work:
         """The solver under the configuration's options."""
         dtype = model_dtype(self.config)
         options = gptq_options(self.config)
+        if self.chosen.recipe is not None and self.chosen.recipe.clips:
+            options = dataclasses.replace(options, mse_clip=False)
         hessian_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         down_bits = self.config.quant.down_bits
         return LayerQuantizer(
@@ -360,7 +391,7 @@ def quantize_span(work: Work, start: int, stop: int) -> None:
             began = time.monotonic()
             if world.leads:
                 work.run.event("layer_start", variant=name, layer=index, pid=os.getpid(), host=socket.gethostname())
-            layer = work.quantizer.quantize(index, work.chosen.weights.layer(index), hidden)
+            layer = work.quantizer.quantize(index, work.chosen.to_round(index), hidden)
             figures = worst(layer)
             on_leader(functools.partial(_finish, written))
             if world.leads:

@@ -1,0 +1,191 @@
+"""The other methods of a comparison as variants: learned layer by layer, then rounded and measured like a rotation.
+
+    RUN/methods/NAME/KEY/000.safetensors ...      a layer's state each; KEY hashes all that decides them
+
+Every layer is learned from the full-precision model alone, so ranks and jobs take different layers and need not meet.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_spin.distributed import World, any_rank, together
+from dist_spin.errors import Interrupted, UserError
+from dist_spin.layer_files import FOREIGN, identity_hash, layer_path, set_aside
+from dist_spin.methods import flatquant, smoothquant
+from dist_spin.methods.inputs import LayerTask, observe
+from dist_spin.methods.training import Schedule
+from dist_spin.methods.transformed import State, TransformedRunner, TransformedWeights
+from dist_spin.model.architecture import LAYER_LINEARS
+from dist_spin.model.layers import LayerRunner, RotatedWeights
+from dist_spin.model.loading import ModelFiles
+from dist_spin.model.rotation import Sites
+from dist_spin.numerics.gptq import GPTQOptions
+from dist_spin.progress import Progress
+from dist_spin.rundir import CorruptFile, load_tensors, save_tensors
+from dist_spin.settings import RunConfig
+from dist_spin.signals import StopRequest
+from dist_spin.stages.common import ENDS_SETTINGS, flat, model_dtype, run_dir, say, sites_for
+from dist_spin.stages.quantize import Variant, calibration_tokens, gptq_options, states_identity, variant
+
+METHODS = {"smoothquant": "SmoothQuant", "flatquant": "FlatQuant"}
+METHOD_WEIGHTS = {"smoothquant": "rtn", "flatquant": "rtn"}  # how the papers round weights
+SETTINGS = {"smoothquant": "smooth_", "flatquant": "flat_"}  # of the group `methods`, by the beginning of their names
+CLIPPING = ("flatquant",)  # methods that learn the range of each weight row
+
+Learner = Callable[[LayerTask], tuple[State, dict[str, float]]]
+
+
+def learn(
+    config: RunConfig,
+    world: World,
+    files: ModelFiles,
+    name: str,
+    layers: tuple[int, int] | None = None,
+    stop: StopRequest | None = None,
+) -> None:
+    """Learn what a method needs, except for layers that are there; called by all ranks together.
+
+    Args:
+        layers: only these, from the first up to but not including the second.
+        stop: of the stage that this is a part of; alone it has its own.
+
+    Raises:
+        Interrupted: a signal came; finished layers are kept.
+        UserError: the text cannot be read, or a file cannot be written.
+    """
+    recipe = MethodRecipe(config, files, name, world.device, calibration_tokens(config, files))
+    first, end = layers or (0, files.shape.layers)
+    missing = [index for index in range(first, end) if not recipe.path(index).exists()]
+    together(lambda: None)  # no rank looks while another already writes
+    if not missing:
+        return
+    signals = StopRequest() if stop is None else stop
+    wide = wide_dtype(config)
+    off = Sites()
+    runner = LayerRunner(files.config, off, device=world.device, dtype=wide, rotated=False)
+    plain = RotatedWeights(files.weights, files.shape, None, (), world.device, model_dtype(config))
+    hidden = plain.embedding()[recipe.tokens.to(world.device)].to(wide)  # [n, T, h]
+    progress = Progress(f"{METHODS[name]}: layer", missing[-1] + 1, show=world.leads)
+    mine = set(missing[world.rank :: world.size])
+    for index in range(missing[-1] + 1):
+        task = LayerTask(index, runner, plain.layer(index), hidden)
+        note = ""
+        if index in mine:
+            state, figures = recipe.learner(task)
+            recipe.save(index, state, figures)
+            note = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
+        if index < missing[-1]:
+            task.hidden = hidden = observe(task)
+        progress.advance(note)
+        if index < missing[-1] and any_rank(bool(signals)):
+            raise Interrupted(f"stopped by a signal after layer {index} ({name})", "the same command continues")
+    together(lambda: None)  # every rank's layers are on disk
+
+
+def method_variant(config: RunConfig, files: ModelFiles, name: str, device: torch.device, tokens: Tensor) -> Variant:
+    """A method's variant; its layers are read when they are built. tokens: `calibration_tokens` of the configuration."""
+    recipe = MethodRecipe(config, files, name, device, tokens)
+    weights = TransformedWeights(files.weights, files.shape, recipe.state, device, model_dtype(config))
+    return Variant(name, None, sites_for(config, files.shape, rotated=False), weights, recipe)
+
+
+def wide_dtype(config: RunConfig) -> torch.dtype:
+    """What layers are learned in: fp32, or fp64 for an fp64 model."""
+    return torch.promote_types(model_dtype(config), torch.float32)
+
+
+@dataclass
+class MethodRecipe:
+    """What a method puts into each layer (`stages.quantize.Recipe`), kept in files."""
+
+    config: RunConfig
+    files: ModelFiles
+    name: str
+    device: torch.device
+    tokens: Tensor  # [n, T]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of everything that decides the states."""
+        config = self.config
+        unrotated = variant(config, self.files, "none", torch.device("cpu"))
+        quant = {k: v for k, v in flat(config.quant, "quant").items() if k not in ENDS_SETTINGS}
+        settings = {k: v for k, v in vars(config.methods).items() if k.startswith(SETTINGS[self.name])}
+        weights = config.quantize.method != "none"
+        known = states_identity(config, self.files, unrotated, self.tokens)
+        return identity_hash({"method": self.name, **known, **quant, **settings, "weights": weights})
+
+    @property
+    def directory(self) -> Path:
+        """Where its files lie."""
+        return run_dir(self.config).path / "methods" / self.name / self.fingerprint[:12]
+
+    def path(self, index: int) -> Path:
+        """Where the state of layer `index` is kept."""
+        return layer_path(self.directory, index)
+
+    def save(self, index: int, state: State, figures: dict[str, float]) -> None:
+        """Write one layer's state, atomically."""
+        about = {"fingerprint": self.fingerprint, "layer": str(index), "figures": json.dumps(figures)}
+        save_tensors(self.path(index), state, about)
+
+    def state(self, index: int) -> State:
+        """One layer's state, on the CPU.
+
+        Raises:
+            UserError: it is not there; a file that cannot be used is set aside.
+        """
+        path = self.path(index)
+        if path.exists():
+            try:
+                tensors, about = load_tensors(path)
+                problem = "" if about["fingerprint"] == self.fingerprint else FOREIGN
+            except CorruptFile as error:
+                problem = str(error).removeprefix(f"{path}: ")
+            if not problem:
+                return tensors
+            set_aside(path, problem, "learning the layer again next time", say)
+        raise UserError(f"layer {index} of {METHODS[self.name]} is not learned", "start the comparison again")
+
+    @property
+    def learner(self) -> Learner:
+        """Learns one layer."""
+        config, m = self.config, self.config.methods
+        sites = sites_for(config, self.files.shape, rotated=False)
+        if self.name == "smoothquant":
+            return lambda task: smoothquant.learn_layer(task, sites, self.options, m.smooth_alphas)
+        schedule = Schedule(m.flat_epochs, m.flat_batch_size, m.flat_lr, config.quantize.seed)
+        return lambda task: flatquant.learn_layer(task, sites, self.options, model_dtype(config), schedule)
+
+    @property
+    def options(self) -> dict[str, GPTQOptions]:
+        """How each linear's weight is rounded; empty where weights stay at 16 bits."""
+        if self.config.quant.w_bits == 16 or self.config.quantize.method == "none":
+            return {}
+        options = gptq_options(self.config)
+        down = dataclasses.replace(options, bits=self.config.quant.down_bits or options.bits)
+        return {role: down if role == "mlp.down_proj" else options for role in LAYER_LINEARS}
+
+    @property
+    def clips(self) -> bool:
+        """Whether ranges of weights are learned."""
+        return self.name in CLIPPING
+
+    def runner(self, config: Any, sites: Sites, device: torch.device, dtype: torch.dtype) -> LayerRunner:
+        """Builds and runs its layers."""
+        return TransformedRunner(config, sites, self.state, device=device, dtype=dtype)
+
+    def to_round(self, index: int) -> dict[str, Tensor]:
+        """A layer's parameters inside their learned ranges."""
+        weights = TransformedWeights(
+            self.files.weights, self.files.shape, self.state, self.device, model_dtype(self.config)
+        )
+        return weights.to_round(index, self.config.quant.w_symmetric)

@@ -1,0 +1,275 @@
+"""The other methods: their numerics by hand, their layers against the original ones, what learning brings."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from tiny import write_model
+
+from dist_spin import distributed
+from dist_spin.config import load_config
+from dist_spin.distributed import World
+from dist_spin.layer_files import identity_hash
+from dist_spin.methods.flatquant import FlatParameters
+from dist_spin.methods.inputs import LayerTask, maxima, observe
+from dist_spin.methods.smoothquant import smoothing
+from dist_spin.methods.transformed import INVERSE, TransformedRunner, clamp, merged
+from dist_spin.model.layers import LayerRunner, RotatedWeights
+from dist_spin.model.loading import open_model
+from dist_spin.model.rotation import Sites
+from dist_spin.numerics.clipped import clipped_quantize
+from dist_spin.numerics.gptq import GPTQOptions
+from dist_spin.numerics.quantizer import QuantSpec, dequantize_weight, fake_quantize, quantize_weight, weight_scales
+from dist_spin.numerics.transforms import apply_pair, kronecker_sizes, orthogonal
+from dist_spin.signals import StopRequest
+from dist_spin.stages.common import open_configured_model, run_dir
+from dist_spin.stages.evaluate import Cell, window_losses
+from dist_spin.stages.methods import METHODS, learn, method_variant
+from dist_spin.stages.quantize import Work, calibration_tokens, layer_identity, quantize_span, variant
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, 0, 1, CPU)
+ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+pytestmark = pytest.mark.usefixtures("restored_process")
+
+
+@pytest.fixture(autouse=True)
+def _group():
+    distributed.start("cpu", threads=1)
+    yield
+    distributed.stop()
+
+
+# Numerics --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "sizes"), [(4096, (64, 64)), (8192, (64, 128)), (14336, (112, 128)), (28672, (128, 224)), (1536, (32, 48))]
+)
+def test_kronecker_sizes(n, sizes):
+    assert kronecker_sizes(n) == sizes
+
+
+def test_sizes_multiply_to_the_width():
+    for n in range(1, 400):
+        if n % 4 == 2:
+            with pytest.raises(ValueError, match=str(n)):
+                kronecker_sizes(n)
+        else:
+            assert math.prod(kronecker_sizes(n)) == n
+
+
+def test_pair_is_the_kronecker_product():
+    left, right, x = torch.randn(3, 3), torch.randn(4, 4), torch.randn(5, 12)
+    torch.testing.assert_close(apply_pair(x, left, right), x @ torch.kron(left, right))
+    torch.testing.assert_close(apply_pair(x, left), x @ torch.kron(left, torch.eye(4)))
+
+
+def test_orthogonal_is_the_exponential():
+    skew = torch.randn(3, 16, 16, dtype=torch.float64)
+    upper = skew.triu(1)
+    torch.testing.assert_close(orthogonal(skew), torch.linalg.matrix_exp(upper - upper.mT), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_clip_of_one_is_the_plain_quantiser(symmetric):
+    x = torch.randn(7, 48)
+    one = torch.ones(())
+    for group in (0, 16):
+        expected = fake_quantize(x, QuantSpec(4, symmetric, group))
+        assert torch.equal(clipped_quantize(x, (one, one), 4, symmetric, group), expected)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_gradients_are_those_of_straight_through_autograd(symmetric):
+    """Against the definition written plainly, with round's gradient set to 1 and autograd for the rest."""
+
+    def plain(x, low_share, high_share):
+        def rounded(u):
+            return u + (torch.round(u) - u).detach()
+
+        low, high = x.amin(-1, keepdim=True) * low_share, x.amax(-1, keepdim=True) * high_share
+        if symmetric:
+            scale = torch.maximum(-low, high) / 7
+            return rounded((x / scale).clamp(-8.5 + 1e-9, 7.5 - 1e-9)).clamp(-8, 7) * scale
+        scale = (high - low) / 15
+        zero = rounded(-low / scale)
+        return ((rounded(x / scale) + zero).clamp(0, 15) - zero) * scale
+
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(5, 32, generator=generator, dtype=torch.float64)
+    weight = torch.randn(5, 32, generator=generator, dtype=torch.float64)
+    grads = []
+    for call in (plain, lambda x, low, high: clipped_quantize(x, (low, high), 4, symmetric)):
+        inputs = [t.clone().requires_grad_() for t in (x, torch.tensor(0.7).double(), torch.tensor(0.8).double())]
+        out = call(*inputs)
+        (out * weight).sum().backward()
+        grads.append((out.detach(), *(t.grad for t in inputs)))
+    for ours, theirs in zip(grads[1], grads[0], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_clamped_rows_have_the_learned_grid(symmetric):
+    w = torch.randn(6, 32, dtype=torch.float64)
+    shrink = torch.rand(1 if symmetric else 2, 6, 2, 1, dtype=torch.float64).expand(2, -1, -1, -1) / 2 + 0.5
+    learned = clipped_quantize(w, (shrink[0], shrink[1]), 4, symmetric, 16, even=True)
+    name = "self_attn.q_proj"
+    inside = clamp({f"{name}.weight": w}, {f"{name}.shrink": shrink}, symmetric)[f"{name}.weight"]
+    scale, zero = weight_scales(inside, 4, symmetric, 16)
+    codes = quantize_weight(inside, scale, zero, 4, symmetric, 16)
+    torch.testing.assert_close(dequantize_weight(codes, scale, zero, 16, torch.float64), learned)
+
+
+def test_smoothing_by_hand():
+    x_max, w_max = torch.tensor([16.0, 1.0, 4.0]), torch.tensor([1.0, 4.0, 4.0])
+    torch.testing.assert_close(smoothing(x_max, w_max, 0.5), torch.tensor([4.0, 0.5, 1.0]))
+    torch.testing.assert_close(smoothing(x_max, w_max, 1.0), x_max)
+    torch.testing.assert_close(smoothing(x_max, w_max, 0.0), 1 / w_max)
+
+
+# Layers ----------------------------------------------------------------------------------------------------------
+
+
+def task_of(kind, place, n=4, length=24, scale=1.0):
+    files = open_model(str(write_model(kind, place / "model")), dtype=torch.float64)
+    weights = RotatedWeights(files.weights, files.shape, None, (), CPU, torch.float64)
+    runner = LayerRunner(files.config, Sites(), device=CPU, dtype=torch.float64, rotated=False)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, length, files.shape.hidden, generator=generator, dtype=torch.float64) * scale
+    return files, LayerTask(0, runner, weights.layer(0), hidden)
+
+
+def random_state(task, seed=0):
+    """Everything a state may hold, far from its start."""
+    shape = task.runner.shape
+    largest, _ = maxima(task)
+    scales = {site: largest[site] for site in ("attention", "mlp", "down")}
+    options = dict.fromkeys((f"self_attn.{r}" if r[0] in "qkvo" else f"mlp.{r}" for r in ROLES), GPTQOptions())
+    parameters = FlatParameters(shape, scales, task.weights, options, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters.parameters():
+            parameter += torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3
+    state = {name: t.detach() for name, t in parameters.state().items() if not name.endswith(INVERSE)}
+    for site in ("attention", "mlp"):
+        state[f"{site}.shift"] = torch.randn(shape.hidden, generator=generator, dtype=torch.float64)
+    return state
+
+
+@pytest.mark.parametrize("kind", ["mha", "gqa_tied", "biases", "mistral_window", "qwen2", "qwen3"])
+def test_transforms_preserve_the_layer(kind, tmp_path):
+    _, task = task_of(kind, tmp_path)
+    expected = observe(task)
+    state = random_state(task)
+    runner = TransformedRunner(task.runner.config, Sites(), lambda index: state, device=CPU, dtype=torch.float64)
+    layer = runner.build(0, merged(task.weights, state, task.runner.shape))
+    torch.testing.assert_close(runner.run(layer, 0, task.hidden), expected, rtol=1e-9, atol=1e-9)
+    off = QuantSpec(4)
+    rounding = TransformedRunner(
+        task.runner.config, Sites(off, off, off, off), lambda index: state, device=CPU, dtype=torch.float64
+    )
+    layer = rounding.build(0, merged(task.weights, state, task.runner.shape))
+    assert float((rounding.run(layer, 0, task.hidden) - expected).abs().max()) > 1e-2  # the quantisers are there
+
+
+def test_known_inverses_are_inverses(tmp_path):
+    _, task = task_of("gqa_tied", tmp_path)
+    shape = task.runner.shape
+    ones = {site: torch.ones(n, dtype=torch.float64) for site, n in (("attention", 48), ("mlp", 48), ("down", 80))}
+    parameters = FlatParameters(shape, ones, task.weights, {}, 0)
+    with torch.no_grad():
+        for parameter in parameters.transforms():
+            parameter += torch.randn_like(parameter) * 0.3
+    state = parameters.state()
+    names = [name for name in state if name + INVERSE in state]
+    assert len(names) == 9
+    for name in names:
+        torch.testing.assert_close(state[name].mT @ state[name + INVERSE], torch.eye(len(state[name])).double())
+
+
+# Through the stages ----------------------------------------------------------------------------------------------
+
+
+def settings(place, *more):
+    torch.manual_seed(0)
+    tokens = torch.randint(97, (10, 24)).numpy()
+    import numpy as np
+
+    np.save(place / "tokens.npy", tokens)
+    source = f"tokens:{place / 'tokens.npy'}#all"
+    return load_config(
+        None,
+        [
+            f"output_dir={place / 'runs'}",
+            f"model.path={place / 'model'}",
+            "model.dtype=float64",
+            f"quantize.source={source}",
+            "quantize.n_sequences=8",
+            "quantize.seq_len=24",
+            "quantize.method=rtn",
+            f"evaluate.sources=[{source}]",
+            "evaluate.seq_len=24",
+            "methods.flat_epochs=4",
+            *more,
+        ],
+    )
+
+
+def prepared(place, *more, kind="gqa_tied"):
+    write_model(kind, place / "model")
+    config = settings(place, *more)
+    files = open_configured_model(config)
+    return config, files, calibration_tokens(config, files)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_sixteen_bits_preserve_the_model(name, tmp_path):
+    config, files, tokens = prepared(tmp_path, "methods.flat_epochs=1")
+    learn(config, ALONE, files, name)
+    chosen = method_variant(config, files, name, CPU, tokens)
+    chosen.sites = Sites(r3=chosen.sites.r3, r4=chosen.sites.r4)
+    unrotated = variant(config, files, "none", CPU)
+    plain = Cell(dataclasses.replace(unrotated, sites=Sites()), "none", full_precision=True)
+    run = run_dir(config)
+    losses = [window_losses(config, ALONE, files, run, cell, "text", tokens) for cell in (plain, Cell(chosen, "none"))]
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-9)
+
+
+def test_learning_is_resumed_layer_by_layer(tmp_path):
+    config, files, tokens = prepared(tmp_path, "methods.flat_epochs=1")
+    learn(config, ALONE, files, "flatquant", layers=(0, 1))
+    recipe = method_variant(config, files, "flatquant", CPU, tokens).recipe
+    assert [recipe.path(i).exists() for i in range(2)] == [True, False]
+    first = recipe.path(0).read_bytes(), recipe.path(0).stat().st_mtime_ns
+    learn(config, ALONE, files, "flatquant")
+    assert (recipe.path(0).read_bytes(), recipe.path(0).stat().st_mtime_ns) == first
+    second = recipe.path(1).read_bytes()
+    recipe.path(0).unlink()
+    recipe.path(1).unlink()
+    learn(config, ALONE, files, "flatquant")
+    assert recipe.path(0).read_bytes() == first[0]
+    assert recipe.path(1).read_bytes() == second
+    other = method_variant(
+        dataclasses.replace(config, quant=dataclasses.replace(config.quant, a_bits=8)), files, "flatquant", CPU, tokens
+    ).recipe
+    assert other.directory != recipe.directory
+
+
+@pytest.mark.parametrize("rounding", ["rtn", "gptq"])
+def test_flatquant_is_better_than_none(rounding, tmp_path):
+    config, files, tokens = prepared(tmp_path, f"quantize.method={rounding}", "methods.flat_epochs=20")
+    learn(config, ALONE, files, "flatquant")
+    run, stop = run_dir(config), StopRequest()
+    reference = variant(config, files, "none", CPU)
+    plain = Cell(dataclasses.replace(reference, sites=Sites()), "none", full_precision=True)
+    exact = window_losses(config, ALONE, files, run, plain, "text", tokens)
+    off = []
+    for chosen in (reference, method_variant(config, files, "flatquant", CPU, tokens)):
+        quantize_span(Work(config, ALONE, files, chosen, tokens, stop), 0, files.shape.layers)
+        cell = Cell(chosen, rounding)
+        cell.made_under = identity_hash(layer_identity(config, files, chosen, tokens))
+        losses = window_losses(config, ALONE, files, run, cell, "text", tokens)
+        off.append(float((losses - exact).abs().mean()))
+    assert off[1] < 0.6 * off[0], off
