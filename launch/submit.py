@@ -23,6 +23,7 @@ from dist_spin.scheduler import JobState, cancel_jobs, job_states
 from dist_spin.settings import RunConfig
 from dist_spin.stages.common import open_configured_model, run_dir, say
 from dist_spin.stages.quantize import prepare_works, spans_of
+from dist_spin.stages.results import results
 from launch.stage_job import PipelineJob, StageJob
 
 # What is in the way, by the reason Slurm gives for a job that waits or the message with which it refuses one.
@@ -137,7 +138,7 @@ def _submit_slurm(arguments: list[str], config: RunConfig, run: RunDir, schedule
         quantize = quantize + submitter.stage("quantize", [["--layers", f"{a}:{b}"] for a, b in wanted], before)
     if submitter.submitted and living.get("evaluate"):
         cancel_jobs(living.pop("evaluate"))  # it waits for less than it should
-    if not living.get("evaluate") and (submitter.submitted or not (run.path / "results.json").exists()):
+    if not living.get("evaluate") and (submitter.submitted or not results(run, "evaluate")):
         submitter.stage("evaluate", [[]], quantize or optimize)
     if not submitter.submitted:
         jobs = sorted(job for ids in living.values() for job in ids)

@@ -189,9 +189,10 @@ def status_text(figures: dict[str, Any]) -> str:
     for name, states in figures["quantize"].items():
         others = [f"{state} {ranges(layers)}" for state, layers in states.items() if layers and state != "finished"]
         lines.append("; ".join([f"quantize  {name}: {len(states['finished'])} layers finished", *others]))
-    lines += [
-        f"result    {r['method']}, {r['weights']} weights: {r['ppl']:.3f} on {r['dataset']}" for r in figures["results"]
-    ]
+    measured = [r for r in figures["results"] if r.get("stage") != "compare"]
+    lines += [f"result    {r['method']}, {r['weights']} weights: {r['ppl']:.3f} on {r['dataset']}" for r in measured]
+    if compared := len(figures["results"]) - len(measured):
+        lines.append(f"compare   {compared} figures in results.json")
     lines += jobs
     if figures["last_event"]:
         event = figures["last_event"]

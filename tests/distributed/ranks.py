@@ -21,7 +21,7 @@ PATIENCE = 60.0  # seconds after which a test gives up on a rank
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
     [
-        *(f"dist_spin.stages.{stage}" for stage in ("optimize", "quantize", "evaluate")),
+        *(f"dist_spin.stages.{stage}" for stage in ("optimize", "quantize", "evaluate", "compare")),
         *(f"transformers.models.{kind}.modeling_{kind}" for kind in ("llama", "qwen2")),
     ]
 )
