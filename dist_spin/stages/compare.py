@@ -26,11 +26,11 @@ from dist_spin.model.loading import ModelFiles
 from dist_spin.rundir import RunDir, read_metadata
 from dist_spin.settings import OptimizeConfig, RunConfig, bits_of
 from dist_spin.signals import StopRequest
-from dist_spin.stages.common import model_dtype, open_configured_model, run_dir, say, sites_for, writing
+from dist_spin.stages.common import flat, model_dtype, open_configured_model, run_dir, say, sites_for, writing
 from dist_spin.stages.compare_table import comparison_table, row_key
 from dist_spin.stages.evaluate import Cell, described, measured_before, measuring_tokens, recorded, window_losses
 from dist_spin.stages.methods import METHODS, learn, method_variant
-from dist_spin.stages.optimize import optimize
+from dist_spin.stages.optimize import FREE_SETTINGS, optimize
 from dist_spin.stages.quantize import (
     LEARNED,
     Variant,
@@ -39,6 +39,7 @@ from dist_spin.stages.quantize import (
     ends_of,
     layer_identity,
     quantize_variant,
+    site_settings,
     variant,
 )
 from dist_spin.stages.results import public, results, update_results
@@ -132,7 +133,10 @@ def group(entry: Entry) -> tuple[str, int, str]:
 
 
 def settings_of(config: RunConfig, method: str, seed: int) -> RunConfig:
-    """The run as `method` would have it, from `seed`: the run itself where that changes nothing, else one inside it."""
+    """The run as `method` would have it, from `seed`: the run itself where that changes nothing, else one inside it.
+
+    What is learned under other settings lies in another directory, so that nothing stale is taken for it.
+    """
     system, rotation, learning = SYSTEMS[method], config.rotation, config.optimize
     changed = config
     if seed != rotation.seed:
@@ -150,7 +154,10 @@ def settings_of(config: RunConfig, method: str, seed: int) -> RunConfig:
         )
     if changed == config:
         return config
-    return dataclasses.replace(changed, output_dir=str(run_dir(config).path / "compare"), name=f"{method}-seed{seed}")
+    learned = {k: v for k, v in flat(changed.optimize, "optimize").items() if k.split(".")[1] not in FREE_SETTINGS}
+    decides = {**vars(changed.model), **flat(changed.rotation, "rotation"), **site_settings(changed), **learned}
+    name = f"{method}-seed{seed}-{identity_hash(decides)[:8]}"
+    return dataclasses.replace(changed, output_dir=str(run_dir(config).path / "compare"), name=name)
 
 
 def at_bits(config: RunConfig, weights: str, bits: tuple[int, int, int]) -> RunConfig:
