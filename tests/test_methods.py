@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import write_model
 
 from dist_spin import distributed
@@ -257,19 +258,40 @@ def test_learning_is_resumed_layer_by_layer(tmp_path):
     assert other.directory != recipe.directory
 
 
+def error_after(config, files, tokens, chosen, exact):
+    """How far the window losses are from those of the full-precision model after rounding as the configuration says."""
+    quantize_span(Work(config, ALONE, files, chosen, tokens, StopRequest()), 0, files.shape.layers)
+    cell = Cell(chosen, config.quantize.method)
+    cell.made_under = identity_hash(layer_identity(config, files, chosen, tokens))
+    losses = window_losses(config, ALONE, files, run_dir(config), cell, "text", tokens)
+    return float((losses - exact).abs().mean())
+
+
+def with_outliers(place):
+    """The tiny model with a few loud channels, as real ones have, which per-token grids do not forgive."""
+    path = place / "model" / "model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if "layernorm" in name:
+            tensor[::16] *= 12
+        elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")):
+            tensor[:, ::16] /= 12
+    save_file(tensors, path, {"format": "pt"})
+
+
 @pytest.mark.parametrize("rounding", ["rtn", "gptq"])
-def test_flatquant_is_better_than_none(rounding, tmp_path):
-    config, files, tokens = prepared(tmp_path, f"quantize.method={rounding}", "methods.flat_epochs=20")
-    learn(config, ALONE, files, "flatquant")
-    run, stop = run_dir(config), StopRequest()
+def test_methods_are_better_than_rounding_alone(rounding, tmp_path):
+    write_model("gqa_tied", tmp_path / "model")
+    with_outliers(tmp_path)
+    config = settings(tmp_path, f"quantize.method={rounding}", "methods.flat_epochs=12")
+    files = open_configured_model(config)
+    tokens = calibration_tokens(config, files)
     reference = variant(config, files, "none", CPU)
     plain = Cell(dataclasses.replace(reference, sites=Sites()), "none", full_precision=True)
-    exact = window_losses(config, ALONE, files, run, plain, "text", tokens)
-    off = []
-    for chosen in (reference, method_variant(config, files, "flatquant", CPU, tokens)):
-        quantize_span(Work(config, ALONE, files, chosen, tokens, stop), 0, files.shape.layers)
-        cell = Cell(chosen, rounding)
-        cell.made_under = identity_hash(layer_identity(config, files, chosen, tokens))
-        losses = window_losses(config, ALONE, files, run, cell, "text", tokens)
-        off.append(float((losses - exact).abs().mean()))
-    assert off[1] < 0.6 * off[0], off
+    exact = window_losses(config, ALONE, files, run_dir(config), plain, "text", tokens)
+    off = {"none": error_after(config, files, tokens, reference, exact)}
+    for name in METHODS:
+        learn(config, ALONE, files, name)
+        off[name] = error_after(config, files, tokens, method_variant(config, files, name, CPU, tokens), exact)
+    print(off)
+    assert all(off[name] < 0.8 * off["none"] for name in METHODS), off

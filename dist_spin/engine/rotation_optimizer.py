@@ -52,6 +52,7 @@ class RotationOptimizer:
         This is the one place where rotation gradients meet: no engine reduces them, since no engine owns the rotations.
         """
         sum_over_ranks_(self.rotations.gradient)
+        self.rotations.to_tilt()
         for part in (self.rotations.tilt1, self.rotations.tilt2):
             part.copy_(tangent(part))
         return float(self.rotations.gradient.norm())

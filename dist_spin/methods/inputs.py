@@ -30,7 +30,8 @@ class LayerTask:
 def observe(task: LayerTask, see: Callable[[str, Tensor], None] | None = None) -> Tensor:
     """The layer's outputs [n, T, h]; `see` is told what each site reads, a batch at a time.
 
-    Sites and shapes: "attention", "mlp" [batch, T, h], "o" [batch, T, heads * d], "down" [batch, T, intermediate].
+    Sites and shapes: "attention", "mlp" [batch, T, h], "o" [batch, T, heads * d], "down" [batch, T, intermediate]; and
+    "before attention", "before mlp" [batch, T, h], the residual stream in front of their norms.
     """
     layer: Any = task.runner.build(task.index, task.weights)
     if see is not None:
@@ -41,12 +42,18 @@ def observe(task: LayerTask, see: Callable[[str, Tensor], None] | None = None) -
             ("down", layer.mlp.down_proj.front),
         ):
             _watch(module, site, see)
+        for site, norm in (("before attention", ATTENTION_NORM), ("before mlp", MLP_NORM)):
+            _watch_input(getattr(layer, norm), site, see)
     batch = max(1, TOKENS_AT_ONCE // task.hidden.shape[1])
     return torch.cat([task.runner.run(layer, task.index, part) for part in task.hidden.split(batch)])
 
 
 def _watch(module: nn.Module, site: str, see: Callable[[str, Tensor], None]) -> None:
     module.register_forward_hook(lambda _module, _inputs, output: see(site, output))
+
+
+def _watch_input(module: nn.Module, site: str, see: Callable[[str, Tensor], None]) -> None:
+    module.register_forward_pre_hook(lambda _module, inputs: see(site, inputs[0]))
 
 
 def maxima(task: LayerTask) -> tuple[dict[str, Tensor], Tensor]:

@@ -6,6 +6,7 @@ the error is a small difference of large numbers; products run in the network's 
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -186,9 +187,15 @@ class _Stepper:
         if self.graph is None:
             self.hidden, self.target = hidden.clone(), target.clone()
             self.optimizer.zero_grad(set_to_none=True)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.loss = self._step(self.hidden, self.target)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph):
+                    self.loss = self._step(self.hidden, self.target)
+            except RuntimeError as error:  # a library that cannot be recorded costs speed, no result
+                warnings.warn(f"no CUDA graph ({str(error).splitlines()[0]}): slower", stacklevel=2)
+                self.on_gpu = False
+                return self._step(hidden, target)
+            self.graph = graph
         else:
             self.hidden.copy_(hidden)
             self.target.copy_(target)

