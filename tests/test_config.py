@@ -14,8 +14,10 @@ from dist_spin import settings as module
 from dist_spin.config import config_help, dump_config, load_config
 from dist_spin.errors import UserError
 from dist_spin.settings import (
+    CompareConfig,
     DistributedConfig,
     EvaluateConfig,
+    MethodsConfig,
     ModelConfig,
     OptimizeConfig,
     QuantConfig,
@@ -26,7 +28,10 @@ from dist_spin.settings import (
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MODEL = "model.path=some/model"
-LEAVES = (ModelConfig, RotationConfig, QuantConfig, OptimizeConfig, QuantizeConfig, EvaluateConfig, DistributedConfig)
+LEAVES = (
+    *(ModelConfig, RotationConfig, QuantConfig, OptimizeConfig, QuantizeConfig, MethodsConfig),
+    *(EvaluateConfig, CompareConfig, DistributedConfig),
+)
 
 
 def error_of(path: Path | None, *overrides: str) -> str:
