@@ -93,25 +93,28 @@ def test_what_each_method_changes_of_the_run(words):
     config = load_config(
         None, [*words, "quant.a_clip_ratio=0.9", "optimize.warmup_steps=1", "rotation.init=orthogonal"]
     )
-    assert settings_of(config, "ours", 0) is config
-    other = settings_of(config, "ours", 5)
+    assert settings_of(config, "ours", 0, "rtn") is config
+    other = settings_of(config, "ours", 5, "gptq")
     assert (other.rotation.seed, other.optimize.seed) == (5, 5)
     assert (other.optimize.optimizer, other.quant) == ("cayley_adam", config.quant)
     for method, online in (("spinquant_had", True), ("spinquant_no_had", False)):
-        published = settings_of(config, method, 0)
+        published = settings_of(config, method, 0, "gptq")
         assert (published.rotation.init, published.rotation.online) == ("hadamard", online)
         assert published.quant.a_clip_ratio == 1
         o, default = published.optimize, OptimizeConfig()
         assert (o.optimizer, o.lr, o.warmup_steps) == (default.optimizer, default.lr, 0)
-        assert (o.source, o.steps, o.batch_size) == (config.optimize.source, 2, 2)
+        assert (o.source, o.steps, o.batch_size, o.w_bits) == (config.optimize.source, 2, 2, 16)
+        assert settings_of(config, method, 0, "rtn").optimize == dataclasses.replace(o, w_bits=4)
         assert Path(published.output_dir) == Path(config.output_dir, "tiny", "compare")
         assert published.name.startswith(f"{method}-seed0-")
         longer = dataclasses.replace(config, optimize=dataclasses.replace(config.optimize, steps=3))
-        assert settings_of(longer, method, 0).name != published.name  # what was learned in 2 steps is not taken for it
-    assert settings_of(config, "quarot", 1).quant.k_clip_ratio == 0.95
+        assert (
+            settings_of(longer, method, 0, "gptq").name != published.name
+        )  # what was learned in 2 steps is not taken for it
+    assert settings_of(config, "quarot", 1, "gptq").quant.k_clip_ratio == 0.95
     # A run that already is what SpinQuant published is not learned twice.
     plain = dataclasses.replace(config, rotation=published.rotation, quant=published.quant, optimize=published.optimize)
-    assert settings_of(plain, "spinquant_no_had", 0) is plain
+    assert settings_of(plain, "spinquant_no_had", 0, "gptq") is plain
 
 
 def measured(said: str) -> int:

@@ -132,9 +132,10 @@ def group(entry: Entry) -> tuple[str, int, str]:
     return entry.method if apart else rotation, entry.seed, entry.weights
 
 
-def settings_of(config: RunConfig, method: str, seed: int) -> RunConfig:
+def settings_of(config: RunConfig, method: str, seed: int, weights: str) -> RunConfig:
     """The run as `method` would have it, from `seed`: the run itself where that changes nothing, else one inside it.
 
+    SpinQuant learns with 16-bit weights where GPTQ follows and with rounded ones where nothing does better (Liu et al. 2024).
     What is learned under other settings lies in another directory, so that nothing stale is taken for it.
     """
     system, rotation, learning = SYSTEMS[method], config.rotation, config.optimize
@@ -146,16 +147,18 @@ def settings_of(config: RunConfig, method: str, seed: int) -> RunConfig:
     if method != "ours":
         clips: dict[str, Any] = dict.fromkeys(("a_clip_ratio", "k_clip_ratio", "v_clip_ratio"), 1.0)
         clips["clips"] = system.clips
+        kept = {name: getattr(learning, name) for name in BUDGET}
         changed = dataclasses.replace(
             config,
             rotation=dataclasses.replace(rotation, init="hadamard", load=None, online=system.online),
             quant=dataclasses.replace(config.quant, **clips),
-            optimize=OptimizeConfig(**{name: getattr(learning, name) for name in BUDGET}),
+            optimize=OptimizeConfig(**kept, w_bits=config.quant.w_bits if weights == "rtn" else 16),
         )
     if changed == config:
         return config
     learned = {k: v for k, v in flat(changed.optimize, "optimize").items() if k.split(".")[1] not in FREE_SETTINGS}
-    decides = {**vars(changed.model), **flat(changed.rotation, "rotation"), **site_settings(changed), **learned}
+    quant = site_settings(changed) if changed.optimize.w_bits == 16 else flat(changed.quant, "quant")
+    decides = {**vars(changed.model), **flat(changed.rotation, "rotation"), **quant, **learned}
     name = f"{method}-seed{seed}-{identity_hash(decides)[:8]}"
     return dataclasses.replace(changed, output_dir=str(run_dir(config).path / "compare"), name=name)
 
@@ -218,15 +221,15 @@ class Comparison:
 
     def candidates(self, entries: list[Entry]) -> list[Candidate]:
         """Entries of one `group`; what is to be learned for them and missing is learned first."""
-        base = settings_of(self.config, entries[0].method, entries[0].seed)
         rotation, weights = SYSTEMS[entries[0].method].rotation, entries[0].weights
+        base = settings_of(self.config, entries[0].method, entries[0].seed, weights)
         if rotation == LEARNED:
             self.learn(base)
         first = variant(base, self.files, rotation, self.world.device)
         out = []
         for entry in entries:
             system = SYSTEMS[entry.method]
-            config = at_bits(settings_of(self.config, entry.method, entry.seed), weights, entry.bits)
+            config = at_bits(settings_of(self.config, entry.method, entry.seed, weights), weights, entry.bits)
             chosen = self.own_way(config, entry.method) if entry.method in METHODS else self.at_sites(first, config)
             cell = Cell(chosen, weights, full_precision=entry.method == FULL)
             if weights != "none":
