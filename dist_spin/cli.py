@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _main(words)
     except UserError as error:
-        if not (error.said_elsewhere or (error.same_everywhere and os.environ.get("RANK", "0") != "0")):
+        if not error.shared or os.environ.get("RANK", "0") == "0":
             print(f"dist-spin: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 
@@ -90,7 +90,7 @@ def _settings(path: str | None, overrides: list[str]) -> RunConfig:
     try:
         return load_config(path, overrides)
     except UserError as error:
-        error.said_elsewhere = os.environ.get("RANK", "0") != "0"  # every rank reads the same settings
+        error.shared = True  # every rank reads the same settings
         raise
 
 

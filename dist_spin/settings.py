@@ -16,6 +16,17 @@ BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 CLIPS = {"quarot": {"a_clip_ratio": 0.9, "k_clip_ratio": 0.95, "v_clip_ratio": 0.95}}  # presets of QuantConfig
 COMPARED = "rtn gptq smoothquant quarot spinquant_no_had spinquant_had ours"
 NAMED_SOURCES = ("pydoc", "wikitext2", "c4")
+TASKS = (
+    "boolq",
+    "piqa",
+    "siqa",
+    "hellaswag",
+    "winogrande",
+    "arc_easy",
+    "arc_challenge",
+    "openbookqa",
+    "lambada_openai",
+)
 
 
 def _check(config: object, names: str, wanted: Callable[[Any], bool], remedy: str) -> None:
@@ -274,7 +285,7 @@ class MethodsConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """evaluate (measuring perplexity)."""
+    """evaluate (measuring perplexity and zero-shot tasks)."""
 
     sources: list[str] = field(default_factory=lambda: ["wikitext2"])
     """Texts to measure on, a list such as [wikitext2, c4]; same forms as optimize.source."""
@@ -286,14 +297,24 @@ class EvaluateConfig:
     """Sequences measured per source, from its start; 0 means all."""
     unquantized_weights: bool = False
     """Also measure every rotation with 16-bit weights: what learning achieved before the weights were rounded."""
+    tasks: list[str] = field(default_factory=list)
+    """Zero-shot tasks of lm-evaluation-harness: boolq, piqa, siqa, hellaswag, winogrande, arc_easy, arc_challenge,
+    openbookqa, lambada_openai; none by default."""
+    tasks_dir: str | None = None
+    """Directory with copies of the tasks' data sets, OWNER/NAME as on the hub; null reads the hub or its local cache."""
+    task_limit: int = 0
+    """Items measured per task, from its start; 0 means all."""
 
     def __post_init__(self) -> None:
-        _check(self, "sources", bool, "name at least one source, such as [wikitext2]")
+        some = "name at least one source, such as [wikitext2]"
+        _check(self, "sources", lambda names: bool(names or self.tasks), some)
         for source in self.sources:
             check_source("evaluate.sources", source)
         _check(self, "sources", lambda names: len(set(names)) == len(names), "name each source once")
         _check(self, "seq_len", lambda n: n >= 2, "next-token loss needs 2 tokens or more")
-        _check(self, "max_sequences", lambda n: n >= 0, "use a number, or 0 for all")
+        _check(self, "max_sequences task_limit", lambda n: n >= 0, "use a number, or 0 for all")
+        _check(self, "tasks", lambda names: set(names) <= set(TASKS), f"use names out of {', '.join(TASKS)}")
+        _check(self, "tasks", lambda names: len(set(names)) == len(names), "name each task once")
 
 
 @dataclass(frozen=True)

@@ -52,3 +52,17 @@ def write_model(
                 parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
     model.save_pretrained(directory)
     return directory
+
+
+def write_letters(directory: Path) -> None:
+    """A tokenizer of single characters for the vocabulary of `SHAPES`; it puts BOS first, as Llama's does."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    marks = ["<pad>", "<s>", "</s>", "<unk>"]
+    letters = {mark: i for i, mark in enumerate(marks)} | {chr(32 + i): 4 + i for i in range(93)}
+    characters = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    characters.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=characters, **names).save_pretrained(directory)

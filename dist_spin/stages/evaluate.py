@@ -7,10 +7,11 @@ start measures only what is missing.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from dist_spin.distributed import World, any_rank, on_leader, sum_over_ranks_
 from dist_spin.errors import Interrupted, NumericsError, UserError
 from dist_spin.layer_files import finished_layer, identity_hash, layer_path
 from dist_spin.model.architecture import Shape
+from dist_spin.model.layers import Head
 from dist_spin.model.loading import ModelFiles
 from dist_spin.model.rotation import Sites
 from dist_spin.numerics.quantizer import QuantSpec
@@ -99,10 +101,14 @@ def evaluate(config: RunConfig, world: World) -> list[dict[str, Any]]:
             rows.append(row)
             if any_rank(bool(stop)):
                 raise Interrupted("stopped by a signal between two measurements", "the same command continues")
+    if config.evaluate.tasks:
+        from dist_spin.stages.zero_shot import zero_shot  # late: the harness is an extra
+
+        rows += zero_shot(config, world, files, run, measured, stop)
     shown = [public(row) for row in rows]
     on_leader(lambda: update_results(run, "evaluate", shown))
     if world.leads:
-        print(table(shown))
+        print("\n".join(filter(None, [table(shown), task_table(shown)])))
         say(f"wrote {run.path / 'results.json'}")
     return shown
 
@@ -151,18 +157,7 @@ def measure(
 
 def described(config: RunConfig, files: ModelFiles, cell: Cell, source: str, tokens: Tensor) -> dict[str, Any]:
     """What is known of a row before it is measured, with the `identity` that names its file."""
-    q = config.quant
-    off = cell.full_precision
-    bits = {
-        "w_bits": q.w_bits if cell.weights != "none" else 16,
-        **{f"{s}_bits": 16 if off else getattr(q, f"{s}_bits") for s in "akv"},
-    }
-    row = {
-        "rotation": cell.chosen.name,
-        "weights": cell.weights,
-        **bits,
-        "group_size": q.w_group_size if cell.weights != "none" else 0,
-        "seed": config.rotation.seed,
+    row = {k: v for k, v in describe(config, cell).items() if k != "method"} | {
         "dataset": source,
         "seq_len": config.evaluate.seq_len,
     }
@@ -200,6 +195,20 @@ def recorded(run: RunDir, row: dict[str, Any], losses: Tensor, seconds: float) -
     return row
 
 
+def describe(config: RunConfig, cell: Cell) -> dict[str, Any]:
+    """What every row says of the model that was measured: method, rotation, weights, bits, group size and seed."""
+    q, off = config.quant, cell.full_precision
+    return {
+        "method": cell.label,
+        "rotation": cell.chosen.name,
+        "weights": cell.weights,
+        "w_bits": q.w_bits if cell.weights != "none" else 16,
+        **{f"{s}_bits": 16 if off else getattr(q, f"{s}_bits") for s in "akv"},
+        "group_size": q.w_group_size if cell.weights != "none" else 0,
+        "seed": config.rotation.seed,
+    }
+
+
 def cell_identity(config: RunConfig, files: ModelFiles, cell: Cell) -> dict[str, Any]:
     """What decides a measurement beside its row and layers: model, rotations, site settings and quantised ends."""
     found = model_identity(config, files, cell.chosen)
@@ -222,29 +231,21 @@ def window_losses(
     The jobs, (sites, tokens [n, T]), share the cell's weights, so that a layer is read or merged once for all of them.
     Windows are shared out over ranks. `what` is shown while it goes on.
     """
-    dtype, chosen, layers = model_dtype(config), cell.chosen, files.shape.layers
-    runner = chosen.runner(files.config, chosen.sites, world.device, dtype)
-    placed = [sites.to(world.device, dtype) for sites, _ in jobs]
-    mine = [tokens[world.rank :: world.size].to(world.device) for _, tokens in jobs]
+    walk = Walk(config, world, files, run_dir(config), cell)
     together = tokens_at_once(world.device, files.shape)
+    mine = [tokens[world.rank :: world.size] for _, tokens in jobs]
     batches = [ids.split(max(1, together // ids.shape[1])) if len(ids) else () for ids in mine]
-    ends = ends_of(config, files, chosen).load(dtype, world.device, say) if cell.weights != "none" else {}
-    embedding = ends.pop("embedding") if "embedding" in ends else chosen.weights.embedding()
-    hidden = [[embedding[ids] for ids in parts] for parts in batches]  # for each job: [batch, T, h], ...
-    del embedding
-    progress = Progress(f"{what}: layer", layers, show=world.leads)
-    for index in range(layers):
-        weights = quantized_weights(run_dir(config), cell, index, dtype, world) or chosen.weights.layer(index)
-        for sites, states in zip(placed, hidden, strict=True):
-            module = runner.build(index, weights, sites)
-            states[:] = [runner.run(module, index, h) for h in states]
-        progress.advance()
-    head = chosen.weights.head(files.config.rms_norm_eps, ends.get("head"))
+    states = iter(walk.embed(ids for parts in batches for ids in parts))
+    hidden = [[next(states) for _ in parts] for parts in batches]  # for each job: [batch, T, h], ...
+    for layers in walk.layers_at(what, [sites for sites, _ in jobs]):
+        for layer, parts in zip(layers, hidden, strict=True):
+            parts[:] = [layer(h) for h in parts]
+    head = walk.head()
     out = []
-    for (_, tokens), parts, states in zip(jobs, batches, hidden, strict=True):
+    for (_, tokens), ids, parts in zip(jobs, batches, hidden, strict=True):
         losses = torch.zeros(len(tokens), dtype=torch.float64)
-        if states:
-            mean = [head.loss(h, ids) for h, ids in zip(states, parts, strict=True)]
+        if parts:
+            mean = [head.loss(h, some.to(world.device)) for h, some in zip(parts, ids, strict=True)]
             losses[world.rank :: world.size] = torch.cat(mean).double().cpu()
         out.append(sum_over_ranks_(losses))
     return out
@@ -256,6 +257,43 @@ def tokens_at_once(device: torch.device, shape: Shape) -> int:
         return TOKENS_AT_ONCE
     memory = torch.cuda.get_device_properties(device).total_memory
     return max(TOKENS_AT_ONCE, memory // 8 // (BYTES_PER_CHANNEL * shape.intermediate))
+
+
+class Walk:
+    """A cell's model taken one layer at a time: embed, then every layer in order, then the head."""
+
+    def __init__(self, config: RunConfig, world: World, files: ModelFiles, run: RunDir, cell: Cell) -> None:
+        self._world, self._files, self._run, self._cell = world, files, run, cell
+        self._dtype, self._weights = model_dtype(config), cell.chosen.weights
+        self._runner = cell.chosen.runner(files.config, cell.chosen.sites, world.device, self._dtype)
+        quantised = cell.weights != "none"
+        self._ends = ends_of(config, files, cell.chosen).load(self._dtype, world.device, say) if quantised else {}
+
+    def embed(self, batches: Iterable[Tensor], place: torch.device | None = None) -> list[Tensor]:
+        """Hidden states [batch, T, h] of token ids, each [batch, T], kept on `place` (default: the rank's device)."""
+        embedding = self._ends.pop("embedding") if "embedding" in self._ends else self._weights.embedding()
+        return [embedding[ids.to(embedding.device)].to(place or embedding.device) for ids in batches]
+
+    def layers(self, what: str) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Each decoder layer in order, as a function of hidden states [batch, T, h] on the rank's device."""
+        for (layer,) in self.layers_at(what, [self._cell.chosen.sites]):
+            yield layer
+
+    def layers_at(self, what: str, sites: Sequence[Sites]) -> Iterator[list[Callable[[Tensor], Tensor]]]:
+        """Each decoder layer in order, once for each of `sites`, with the same weights."""
+        placed = [each.to(self._world.device, self._dtype) for each in sites]
+        count = self._files.shape.layers
+        progress = Progress(f"{what}: layer", count, show=self._world.leads)
+        for index in range(count):
+            quantised = quantized_weights(self._run, self._cell, index, self._dtype, self._world)
+            weights = quantised or self._weights.layer(index)
+            modules = [self._runner.build(index, weights, each) for each in placed]
+            yield [functools.partial(self._runner.run, module, index) for module in modules]
+            progress.advance()
+
+    def head(self) -> Head:
+        """Final norm and lm_head."""
+        return self._weights.head(self._files.config.rms_norm_eps, self._ends.get("head"))
 
 
 def quantized_weights(
@@ -276,20 +314,37 @@ def cell_layer(run: RunDir, cell: Cell, index: int) -> Path:
     return layer_path(run.layers("" if cell.chosen.name == LEARNED else cell.chosen.name), index)
 
 
+def bits_label(row: dict[str, Any]) -> str:
+    """Bits as tables name them: W4A4KV4, or W4A4K4V8 where keys and values differ."""
+    k, v = row["k_bits"], row["v_bits"]
+    return f"W{row['w_bits']}A{row['a_bits']}" + (f"KV{k}" if k == v else f"K{k}V{v}")
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Results as a plain text table, best quantised perplexity of each bit width and source marked with *."""
-
-    def bits(r: dict[str, Any]) -> str:
-        k, v = r["k_bits"], r["v_bits"]
-        return f"W{r['w_bits']}A{r['a_bits']}" + (f"KV{k}" if k == v else f"K{k}V{v}")
-
+    """Perplexities as a plain text table, the best quantised one of each bit width and source marked with *."""
+    rows = [r for r in rows if "ppl" in r]
     best: dict[tuple[str, str], float] = {}
     for r in rows:
-        key = (r["dataset"], bits(r))
+        key = (r["dataset"], bits_label(r))
         best[key] = min(best.get(key, math.inf), r["ppl"])
     lines = [("text", "bits", "method", "weights", "perplexity")]
     for r in rows:
-        mark = " *" if r["ppl"] == best[(r["dataset"], bits(r))] and r["method"] != "full precision" else ""
-        lines.append((r["dataset"], bits(r), r["method"], r["weights"], f"{r['ppl']:.3f}{mark}"))
-    widths = [max(len(line[i]) for line in lines) for i in range(5)]
-    return "\n".join("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+        mark = " *" if r["ppl"] == best[(r["dataset"], bits_label(r))] and r["method"] != "full precision" else ""
+        lines.append((r["dataset"], bits_label(r), r["method"], r["weights"], f"{r['ppl']:.3f}{mark}"))
+    return columns(lines)
+
+
+def task_table(rows: list[dict[str, Any]]) -> str:
+    """Zero-shot figures as a plain text table, each with its standard error."""
+    lines = [("task", "bits", "method", "weights", "metric", "value", "items")]
+    for r in (r for r in rows if "task" in r):
+        value = f"{r['value']:.4f}" + (f" ± {r['stderr']:.4f}" if r["stderr"] is not None else "")
+        lines.append((r["task"], bits_label(r), r["method"], r["weights"], r["metric"], value, str(r["n"])))
+    return columns(lines)
+
+
+def columns(lines: Sequence[tuple[str, ...]]) -> str:
+    """Lines under a header line as aligned columns; nothing if there is only the header."""
+    widths = [max(len(text) for text in column) for column in zip(*lines, strict=True)]
+    aligned = ["  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join(aligned) if len(lines) > 1 else ""

@@ -190,7 +190,9 @@ def status_text(figures: dict[str, Any]) -> str:
         others = [f"{state} {ranges(layers)}" for state, layers in states.items() if layers and state != "finished"]
         lines.append("; ".join([f"quantize  {name}: {len(states['finished'])} layers finished", *others]))
     measured = [r for r in figures["results"] if r.get("stage") != "compare"]
-    lines += [f"result    {r['method']}, {r['weights']} weights: {r['ppl']:.3f} on {r['dataset']}" for r in measured]
+    for r in measured:
+        figure = f"{r['ppl']:.3f} on {r['dataset']}" if "ppl" in r else f"{r['metric']} {r['value']:.4f} on {r['task']}"
+        lines.append(f"result    {r['method']}, {r['weights']} weights: {figure}")
     if compared := len(figures["results"]) - len(measured):
         lines.append(f"compare   {compared} figures in results.json")
     lines += jobs
