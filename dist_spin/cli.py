@@ -23,6 +23,10 @@ VERBS = {
     "quantize": "merge the rotations and quantise the weights",
     "evaluate": "measure perplexity",
     "compare": "measure RTN, GPTQ, SmoothQuant, QuaRot, SpinQuant and ours at several bit widths: the table",
+    "report": "write report.html and report.md: tables and pictures of a run, finished or not",
+    "plot": "one figure of a run as PNG or SVG; names them if none is given",
+    "generate": "let the full-precision and the quantised model continue a text",
+    "chat": "ask both models on standard input",
     "submit": "hand every missing stage to a cluster as jobs that wait for each other",
     "status": "show where a run stands",
     "logs": "show the end of everything a run's jobs printed",
@@ -33,6 +37,11 @@ USAGE = """usage: dist-spin VERB CONFIG.yaml [key.sub=value ...]
        dist-spin quantize CONFIG.yaml [--layers A:B | --boundaries] [key.sub=value ...]
        dist-spin quantize CONFIG.yaml --cluster local|slurm|submitit-local|debug [--workers N] [--retries N]
                           [--slurm key=value ...] [key.sub=value ...]
+       dist-spin report CONFIG.yaml [key.sub=value ...]       # measures the activations first
+       dist-spin report RUN                                   # from the run's files alone
+       dist-spin plot RUN [FIGURE [-o FILE.png|FILE.svg] [--dark]]
+       dist-spin generate RUN "TEXT" [--tokens N]
+       dist-spin chat RUN [--tokens N]
        dist-spin submit CONFIG.yaml --cluster slurm|local|debug [--slurm key=value ...] [key.sub=value ...]
        dist-spin status RUN [--json] [--watch]
        dist-spin logs RUN
@@ -70,6 +79,12 @@ def _main(words: list[str]) -> int:
         return _jobs(verb, rest)
     if verb == "submit":
         return _submit(rest)
+    if verb == "plot":
+        return _plot(rest)
+    if verb in ("generate", "chat"):
+        return _speak(verb, rest)
+    if verb == "report" and rest and Path(rest[0]).is_dir():
+        return _report(rest)
     if verb == "quantize":
         return _quantize(rest)
     path = _config_path(rest)
@@ -165,12 +180,14 @@ def _stage(verb: str, config: RunConfig, **options: Any) -> int:
     from dist_spin.stages.evaluate import evaluate
     from dist_spin.stages.optimize import optimize
     from dist_spin.stages.quantize import quantize
+    from dist_spin.stages.report import report
 
     stages: dict[str, Callable[..., Any]] = {
         "optimize": optimize,
         "quantize": quantize,
         "evaluate": evaluate,
         "compare": compare,
+        "report": report,
     }
     quieten_libraries()
     timeout = config.distributed.timeout_s
@@ -248,6 +265,44 @@ def _status(rest: list[str]) -> int:
         watch(path, show)
     else:
         print(show(status(path)))
+    return EXIT_OK
+
+
+def _report(rest: list[str]) -> int:
+    from dist_spin.stages.report import write_report
+
+    write_report(_run_directory("report", rest))
+    return EXIT_OK
+
+
+def _plot(rest: list[str]) -> int:
+    from dist_spin.stages.plot import plot
+
+    dark = "--dark" in rest
+    rest = [word for word in rest if word != "--dark"]
+    target = next(reversed(_option(rest, "-o")), None)
+    if not 1 <= len(rest) <= 2 or any(word.startswith("-") for word in rest):
+        raise UserError(
+            f"plot does not take {' '.join(rest) or 'nothing'}", "dist-spin plot runs/NAME [FIGURE] [-o FILE]"
+        )
+    plot(Path(rest[0]), rest[1] if len(rest) > 1 else "", target, "dark" if dark else "light")
+    return EXIT_OK
+
+
+def _speak(verb: str, rest: list[str]) -> int:
+    from dist_spin.stages.generate import TOKENS, chat, generate
+
+    tokens = _count(
+        "--tokens", next(reversed(_option(rest, "--tokens")), None), 4 * TOKENS if verb == "chat" else TOKENS
+    )
+    if len(rest) != (2 if verb == "generate" else 1):
+        example = 'dist-spin generate runs/NAME "some text"' if verb == "generate" else "dist-spin chat runs/NAME"
+        raise UserError(f"{verb} does not take {' '.join(rest) or 'nothing'}", example)
+    quieten_libraries()
+    if verb == "chat":
+        chat(Path(rest[0]), tokens)
+    else:
+        generate(Path(rest[0]), rest[1], tokens)
     return EXIT_OK
 
 

@@ -363,6 +363,19 @@ def bits_of(text: str) -> tuple[int, int, int] | None:
 
 
 @dataclass(frozen=True)
+class ReportConfig:
+    """report (what is drawn of a run)."""
+
+    sequences: int = 4
+    """Calibration sequences whose activations are measured before and after rotation; 0 leaves that pass out."""
+    tensorboard: bool = True
+    """Write the figures of every learning step for TensorBoard too, to RUN/tensorboard."""
+
+    def __post_init__(self) -> None:
+        _check(self, "sequences", lambda n: n >= 0, "use a number, or 0 for none")
+
+
+@dataclass(frozen=True)
 class DistributedConfig:
     """distributed (processes and devices)."""
 
@@ -399,6 +412,7 @@ class RunConfig:
     methods: MethodsConfig = field(default_factory=MethodsConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ from dist_spin.settings import (
     OptimizeConfig,
     QuantConfig,
     QuantizeConfig,
+    ReportConfig,
     RotationConfig,
     RunConfig,
 )
@@ -30,7 +31,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 MODEL = "model.path=some/model"
 LEAVES = (
     *(ModelConfig, RotationConfig, QuantConfig, OptimizeConfig, QuantizeConfig, MethodsConfig),
-    *(EvaluateConfig, CompareConfig, DistributedConfig),
+    *(EvaluateConfig, CompareConfig, ReportConfig, DistributedConfig),
 )
 
 

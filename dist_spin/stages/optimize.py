@@ -26,7 +26,7 @@ from dist_spin.model.learning import LearningModel
 from dist_spin.model.loading import ModelFiles
 from dist_spin.model.rotation import Rotations
 from dist_spin.model.weight_learning import WeightGrid
-from dist_spin.numerics.cayley import nearest_orthogonal
+from dist_spin.numerics.cayley import nearest_orthogonal, orthogonality_error
 from dist_spin.progress import Progress
 from dist_spin.rotation_files import save_final
 from dist_spin.rundir import (
@@ -41,6 +41,7 @@ from dist_spin.rundir import (
     write_json,
     write_text,
 )
+from dist_spin.scalars import Scalars
 from dist_spin.settings import RunConfig
 from dist_spin.signals import StopRequest
 from dist_spin.stages.common import (
@@ -89,6 +90,7 @@ def optimize(config: RunConfig, world: World, stop: StopRequest | None = None) -
     stop = StopRequest() if stop is None else stop
     learning = set_up(config, world)
     settings = config.optimize
+    scalars = Scalars(learning.run.path / "tensorboard", learning.step, config.report.tensorboard and world.leads, say)
     progress = Progress("learn rotations: step", settings.steps, learning.step, show=world.leads)
     writer = CheckpointWriter(lambda state, step: write_checkpoint(learning, state, step))
     stall = 0.0  # seconds that the checkpoint before this step held it up
@@ -109,7 +111,9 @@ def optimize(config: RunConfig, world: World, stop: StopRequest | None = None) -
         assert_same_rotations(learning, reduced)
         # Before the checkpoint, so that none lacks its line; a resumed run drops lines that have no checkpoint.
         seconds = time.monotonic() - began + stall
-        log(learning, {"loss": loss, "grad_norm": norm, "lr": lr, **figures, "stall": stall, "seconds": seconds})
+        line = {"loss": loss, "grad_norm": norm, "lr": lr, **figures, "stall": stall, "seconds": seconds}
+        log(learning, line)
+        scalars.add("optimize", learning.step, line)
         # Rank 0 alone writes; a write that failed stops every rank.
         stall = on_leader(lambda: writer.submit(learning.optimizer.state(), learning.step))
         progress.advance(f"loss {loss:.4f}")
@@ -313,7 +317,11 @@ def finish(learning: Learning) -> None:
         dtype = rotations.r1.dtype
         r1, r2 = (nearest_orthogonal(r).to(dtype) for r in (rotations.r1, rotations.r2))
         save_final(learning.run, r1, r2, {"step": str(learning.step), "seed": str(learning.config.rotation.seed)})
-        learning.run.event("done", stage="optimize", step=learning.step)
+        errors = {
+            "orthogonality_r1": float(orthogonality_error(r1)),
+            "orthogonality_r2": float(orthogonality_error(r2)),
+        }
+        learning.run.event("done", stage="optimize", step=learning.step, **errors)
         say(f"wrote {learning.run.rotations / 'final.safetensors'} and R.bin")
 
     if learning.world.leads and (learning.run.rotations / "final.safetensors").exists():
