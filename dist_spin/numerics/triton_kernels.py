@@ -127,6 +127,45 @@ def _clip_trial(
 
 
 @triton.jit
+def _clip_refined(
+    best_error,
+    best_scale,
+    best_zero,
+    best,
+    start,
+    width,
+    low,
+    high,
+    lowest,
+    highest,
+    norm,
+    tiny,
+    most,
+    least,
+    REACH: tl.constexpr,
+    STEP: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The best (error, scale, zero, percentage) less than REACH around the best so far, in steps of STEP."""
+    if REACH > STEP:
+        centre = best
+        for i in range(2 * (REACH // STEP) - 1):
+            percentage = centre + (REACH // STEP - 1 - i) * STEP
+            inside = (percentage != centre) & (percentage <= most) & (percentage > least)
+            if inside:
+                error, scale, zero = _clip_trial(
+                    start, width, low, high, percentage, lowest, highest, norm, tiny, low * 0.0, SYMMETRIC, BLOCK
+                )
+                better = error < best_error
+                best_error = tl.where(better, error, best_error)
+                best_scale = tl.where(better, scale, best_scale)
+                best_zero = tl.where(better, zero, best_zero)
+                best = tl.where(better, percentage, best)
+    return best_error, best_scale, best_zero, best
+
+
+@triton.jit
 def _clip_kernel(
     w_ptr,
     scale_ptr,
@@ -160,7 +199,7 @@ def _clip_kernel(
     best_error = nothing + float("inf")
     best_scale = nothing + 1.0
     best_zero = nothing
-    best = most
+    best = most + 0 * tl.program_id(0)  # a number, also where `most` is a constant
     for i in range(tl.cdiv(most - least, COARSE)):
         percentage = most - i * COARSE
         error, scale, zero = _clip_trial(
@@ -171,22 +210,46 @@ def _clip_kernel(
         best_scale = tl.where(better, scale, best_scale)
         best_zero = tl.where(better, zero, best_zero)
         best = tl.where(better, percentage, best)
-    for level in tl.static_range(2):  # around the best so far: at steps of MIDDLE, then of 1
-        reach: tl.constexpr = COARSE if level == 0 else MIDDLE
-        step: tl.constexpr = MIDDLE if level == 0 else 1
-        if reach > step:
-            centre = best
-            for i in range(2 * (reach // step) - 1):
-                percentage = centre + (reach // step - 1 - i) * step
-                if (percentage != centre) & (percentage <= most) & (percentage > least):
-                    error, scale, zero = _clip_trial(
-                        start, width, low, high, percentage, lowest, highest, norm, tiny, nothing, SYMMETRIC, BLOCK
-                    )
-                    better = error < best_error
-                    best_error = tl.where(better, error, best_error)
-                    best_scale = tl.where(better, scale, best_scale)
-                    best_zero = tl.where(better, zero, best_zero)
-                    best = tl.where(better, percentage, best)
+    best_error, best_scale, best_zero, best = _clip_refined(
+        best_error,
+        best_scale,
+        best_zero,
+        best,
+        start,
+        width,
+        low,
+        high,
+        lowest,
+        highest,
+        norm,
+        tiny,
+        most,
+        least,
+        COARSE,
+        MIDDLE,
+        SYMMETRIC,
+        BLOCK,
+    )
+    best_error, best_scale, best_zero, best = _clip_refined(
+        best_error,
+        best_scale,
+        best_zero,
+        best,
+        start,
+        width,
+        low,
+        high,
+        lowest,
+        highest,
+        norm,
+        tiny,
+        most,
+        least,
+        MIDDLE,
+        1,
+        SYMMETRIC,
+        BLOCK,
+    )
     tl.store(scale_ptr + group, best_scale + tl.sum(poison, axis=0))
     tl.store(zero_ptr + group, best_zero)
 
