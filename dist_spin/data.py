@@ -8,6 +8,8 @@ Sources (`dist_spin.config.check_source`):
     text:PATH[,PATH…]           UTF-8 files, joined by blank lines
     tokens:PATH.npy             integers [rows, length], tokenised already; each row is one sequence
 
+(`self`, the model's own text, is no source that is read: see `dist_spin.stages.self_text`.)
+
 Splits: wikitext2, c4 and hf: have their own. The local sources (pydoc, text:, tokens:) are cut in two: `train` is the
 first 80 % of the tokens (tokens: rows), `test` the rest, so the two never share a token. Split `all`, or `#all` behind
 a path (`text:wiki.test.raw#all`), takes everything: meant for files that are a split already.

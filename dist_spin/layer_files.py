@@ -29,7 +29,8 @@ class QuantizedLayer:
     """A decoder layer after quantisation.
 
     solutions: linear (`self_attn.q_proj`, ...) -> codes and scales. others: remaining parameters (biases, q/k norms, and the
-    layer norms of a model that was not rotated) by their names within the layer. figures: per linear, `error` (relative
+    layer norms of a model that was not rotated) by their names within the layer, and for a linear some of whose columns are
+    exact, ROLE.kept (their indices) and ROLE.columns [out, n]. figures: per linear, `error` (relative
     output error), `rtn_error` (the same for rounding to nearest) and `damping`. bits: of each linear's codes.
     """
 
@@ -42,10 +43,14 @@ class QuantizedLayer:
 
     def weights(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """All parameters by their names within the layer, dequantised."""
-        out = {name: tensor.to(device, dtype) for name, tensor in self.others.items()}
+        exact = {name for role in self.solutions for name in (f"{role}.kept", f"{role}.columns")}
+        out = {name: tensor.to(device, dtype) for name, tensor in self.others.items() if name not in exact}
         for role, solution in self.solutions.items():
             codes, scale, zero = (t.to(device) for t in solution)
             out[f"{role}.weight"] = dequantize_weight(codes, scale, zero, self.group_size, dtype)
+            if f"{role}.kept" in self.others:
+                kept, columns = (self.others[f"{role}.{kind}"].to(device) for kind in ("kept", "columns"))
+                out[f"{role}.weight"][:, kept] = columns.to(dtype)
         return out
 
 
@@ -91,7 +96,7 @@ def load_layer(path: Path) -> tuple[QuantizedLayer, str]:
             codes = unpack_int4(tensor, about["symmetric"]) if kind == "packed" else tensor
             scale = tensors[f"{role}.scale"]
             solutions[role] = Solution(codes, scale, tensors.get(f"{role}.zero", torch.zeros_like(scale)))
-        elif kind in ("weight", "bias"):
+        elif kind in ("weight", "bias", "kept", "columns"):
             others[name] = tensor
     return QuantizedLayer(solutions, others, **{k: about[k] for k in ("figures", "bits", "symmetric", "group_size")}), (
         metadata["fingerprint"]

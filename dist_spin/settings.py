@@ -16,6 +16,7 @@ BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 CLIPS = {"quarot": {"a_clip_ratio": 0.9, "k_clip_ratio": 0.95, "v_clip_ratio": 0.95}}  # presets of QuantConfig
 COMPARED = "rtn gptq smoothquant quarot spinquant_no_had spinquant_had ours"
 NAMED_SOURCES = ("pydoc", "wikitext2", "c4")
+SELF = "self"  # text that the model writes, to learn or calibrate from
 TASKS = (
     "boolq",
     "piqa",
@@ -46,13 +47,13 @@ def check_source(key: str, source: str) -> None:
         UserError: `source` is neither a known name nor `hf:…`, `text:…` or `tokens:….npy`.
     """
     kind, _, rest = source.partition(":")
-    if source in NAMED_SOURCES or (kind in ("hf", "text") and rest):
+    if source in (*NAMED_SOURCES, SELF) or (kind in ("hf", "text") and rest):
         return
     if kind == "tokens" and rest.removesuffix("#all").endswith(".npy"):
         return
     close = difflib.get_close_matches(source, NAMED_SOURCES, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
-    choices = f"{', '.join(NAMED_SOURCES)}, hf:NAME, text:PATH or tokens:PATH.npy"
+    choices = f"{', '.join(NAMED_SOURCES)}, self, hf:NAME, text:PATH or tokens:PATH.npy"
     raise UserError(f"{key} is {source!r}, which is no text source", f"{hint}use {choices}")
 
 
@@ -162,7 +163,8 @@ class OptimizeConfig:
     """optimize (learning the rotations)."""
 
     source: str = "wikitext2"
-    """Text to learn from: pydoc, wikitext2, c4, hf:NAME[:CONFIG][:COLUMN], text:PATH[,PATH…] or tokens:PATH.npy."""
+    """Text to learn from: pydoc, wikitext2, c4, hf:NAME[:CONFIG][:COLUMN], text:PATH[,PATH…], tokens:PATH.npy, or self,
+    which the model writes itself."""
     split: str = "train"
     """Part of the source; local ones have train (first 80 %), test (the rest) and all (also text:PATH#all)."""
     seq_len: int = 2048
@@ -265,6 +267,8 @@ class MethodsConfig:
     """FlatQuant, OmniQuant, AffineQuant: sequences per step; FlatQuant's published number."""
     flat_lr: float = 5e-3
     """FlatQuant, OmniQuant, AffineQuant: learning rate of transforms, that of clips is ten times it; FlatQuant's."""
+    quik_columns: int = 256
+    """QUIK: input channels of each site that stay at 16 bits, but at most a quarter of them; about the published number."""
     dart_share: float = 0.1
     """DartQuant: share of the calibration tokens whose activations are kept; published."""
     dart_epochs: int = 10
@@ -279,6 +283,7 @@ class MethodsConfig:
         _check(self, "smooth_alphas", lambda xs: bool(xs) and all(0 <= x <= 1 for x in xs), strengths)
         counts = "flat_epochs flat_batch_size dart_epochs dart_batch_size"
         _check(self, counts, lambda n: n >= 1, "use 1 or more")
+        _check(self, "quik_columns", lambda n: n >= 0, "use a number of channels")
         _check(self, "flat_lr dart_lr", lambda x: 0 < x < math.inf, "use a number above 0, such as 5e-3")
         _check(self, "dart_share", lambda x: 0 < x <= 1, "use a fraction above 0 and up to 1")
 
@@ -310,6 +315,7 @@ class EvaluateConfig:
         _check(self, "sources", lambda names: bool(names or self.tasks), some)
         for source in self.sources:
             check_source("evaluate.sources", source)
+        _check(self, "sources", lambda names: SELF not in names, "the model's own text says nothing about its quality")
         _check(self, "sources", lambda names: len(set(names)) == len(names), "name each source once")
         _check(self, "seq_len", lambda n: n >= 2, "next-token loss needs 2 tokens or more")
         _check(self, "max_sequences task_limit", lambda n: n >= 0, "use a number, or 0 for all")

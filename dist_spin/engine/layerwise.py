@@ -18,6 +18,7 @@ from dist_spin.model.architecture import ATTENTION_NORM, LAYER_LINEARS, MLP_NORM
 from dist_spin.model.layers import LayerRunner
 from dist_spin.numerics.gptq import GPTQOptions, Solution, output_errors, prepare, solve, split_rows
 from dist_spin.numerics.hessian import TOKEN_CHUNK, Hessian
+from dist_spin.numerics.outliers import condense
 from dist_spin.numerics.quantizer import ROW_TILE, dequantize_weight, quantize_weight, weight_scales
 
 PARTS = ("forward", "hessian", "factor", "solve", "errors")  # what a clock is asked to time
@@ -27,7 +28,7 @@ class LayerQuantizer:
     """Quantises layers with one set of options, but for the bits of down_proj if `down_bits` gives it its own.
 
     hessian_dtype: fp32, or fp64 where results must not depend on how sequences are split over ranks. clock: entered
-    around each of `PARTS`, for benchmarks.
+    around each of `PARTS`, for benchmarks. kept: columns of a layer's linears that stay exact; those of one site are the same.
     """
 
     def __init__(
@@ -39,9 +40,11 @@ class LayerQuantizer:
         hessian_dtype: torch.dtype,
         clock: Callable[[str], AbstractContextManager[object]] = lambda part: nullcontext(),
         down_bits: int = 0,
+        kept: Callable[[int], dict[str, Tensor]] = lambda index: {},
     ) -> None:
         self.runner, self.world, self.method, self.options = runner, world, method, options
         self.hessian_dtype, self.clock = hessian_dtype, clock
+        self.kept = kept
         self.down_options = dataclasses.replace(options, bits=down_bits or options.bits)
 
     @torch.no_grad()
@@ -51,6 +54,7 @@ class LayerQuantizer:
         weights: the layer's parameters by their names within it, rotations merged.
         """
         self._layer = self.runner.build(index, weights)
+        self._kept = self.kept(index)
         self._result = QuantizedLayer(
             {},
             {k: w for k, w in weights.items() if not (k.endswith(".weight") and k[: -len(".weight")] in LAYER_LINEARS)},
@@ -95,19 +99,34 @@ class LayerQuantizer:
         """Quantise the linears of one site and put their dequantised weights into the layer."""
         linears = {role: _linear(self._layer, role) for role in roles}
         mean = self._mean_hessian(inputs, next(iter(linears.values())).weight)
+        kept, carry = self._kept.get(roles[0]), None
+        if kept is not None:
+            kept = kept.to(mean.device)
+            if self.method == "gptq":
+                with self.clock("factor"):
+                    mean, carry = condense(mean, kept, options.percdamp)
         with self.clock("factor"):
             factor = prepare(mean, options) if self.method == "gptq" else None
         # Rows do not know one another, so all linears of the site are solved as one; tiles belong to one linear each.
         tiled = [_whole_tiles(linear.weight) for linear in linears.values()]
         stacked = torch.cat(tiled)
         start, stop = split_rows(len(stacked), self.world.size)[self.world.rank]
-        rows = stacked[start:stop]
+        rows = whole_rows = stacked[start:stop]
+        if kept is not None:
+            rows = rows.index_fill(1, kept, 0)
         with self.clock("solve"):
             mine = self._round(rows, options) if factor is None else solve(rows, factor, options)
         damping = factor.damping if factor is not None else 0.0
         del factor
         with self.clock("errors"):
             errors = output_errors(rows, mine, mean, options)  # [rows, 3]
+        columns = None
+        if kept is not None:
+            columns = whole_rows[:, kept]
+            if carry is not None:
+                moved = rows.to(carry.dtype) - dequantize_weight(*mine, options.group_size, carry.dtype)
+                columns = (columns + moved @ carry).to(columns.dtype)
+            columns = _gather(columns, len(stacked), self.world)
         whole = Solution(*(_gather(part, len(stacked), self.world) for part in mine))
         errors = _gather(errors, len(stacked), self.world)
         first = 0
@@ -124,7 +143,11 @@ class LayerQuantizer:
                 "damping": damping,
             }
             dtype = linear.weight.dtype
-            linear.weight = nn.Parameter(dequantize_weight(*solution, options.group_size, dtype), False)
+            dequantized = dequantize_weight(*solution, options.group_size, dtype)
+            if kept is not None and columns is not None:
+                self._result.others |= {f"{role}.kept": kept.clone(), f"{role}.columns": columns[span]}
+                dequantized[:, kept] = columns[span]
+            linear.weight = nn.Parameter(dequantized, False)
 
     def _mean_hessian(self, inputs: Iterable[Tensor], weight: Tensor) -> Tensor:
         """H over the sequences of all ranks, [in, in]."""

@@ -70,6 +70,8 @@ def learn_layer(
 
     observe(task, see)
     heads = torch.cat(kept.pop("o")).unflatten(-1, (-1, len(start)))  # [n, tokens, heads, d]
+    # The loss knows a scale, which norms set for R1 but nothing for values: their mean square becomes 1.
+    heads = heads / heads.square().mean().sqrt()
 
     def batches(epoch: int) -> Iterable[Tensor]:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch))

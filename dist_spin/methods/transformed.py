@@ -9,6 +9,7 @@ A method's whole result for one layer is a dict of tensors, its state; what is a
     value.left [d, d]                                                     v_proj to o_proj, merged
     key.left [d, d]                                                       k left and q left^-T after RoPE, online
     SITE.shrink [2] at attention, mlp, down, o, key, value                what clipping leaves of the range's two ends
+    SITE.kept [n] int64 at attention, mlp, o                              channels that are not quantised
     ROLE.shrink [2, out, groups, 1]                                       the same of a weight's rows
 
 x is divided by nothing: a scale multiplies x, its inverse the weights. With 16 bits everywhere the layer is the original one.
@@ -35,7 +36,7 @@ SITE_BEFORE = {role: "attention" if norm == ATTENTION_NORM else "mlp" for role, 
 
 
 class Front(nn.Module):
-    """Transform, then quantise, what a linear reads: buffers `left`, `right`, `shift` and `shrink`, None where absent.
+    """Transform, then quantise, what a linear reads. Buffers are None where absent.
 
     dtype: of the result, if another than the input's; training keeps the residual stream wider than the products.
     """
@@ -44,11 +45,12 @@ class Front(nn.Module):
     right: Tensor | None
     shift: Tensor | None
     shrink: Tensor | None
+    kept: Tensor | None
 
     def __init__(self, spec: QuantSpec, state: State, site: str, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.spec, self.dtype = spec, dtype
-        for name in ("left", "right", "shift", "shrink"):
+        for name in ("left", "right", "shift", "shrink", "kept"):
             self.register_buffer(name, state.get(f"{site}.{name}"), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,6 +59,9 @@ class Front(nn.Module):
             x = x.to(self.dtype)
         if self.left is not None:
             x = apply_pair(x, self.left, self.right)
+        if self.kept is not None and self.spec.enabled:
+            quiet = self._quantize(x.index_fill(-1, self.kept, 0))
+            return quiet.index_copy(-1, self.kept, x.index_select(-1, self.kept))
         if self.shift is None:
             return self._quantize(x)
         shift = self.shift.to(x.dtype)
@@ -190,7 +195,7 @@ class TransformedRunner(LayerRunner):
     def attach(self, layer: nn.Module, index: int, sites: Sites) -> None:
         """Put a layer's sites into it, in place."""
         dtype = torch.promote_types(self.dtype, torch.float32)
-        state = {name: tensor.to(self.device, dtype) for name, tensor in self.states(index).items()}
+        state = {n: t.to(self.device, dtype if t.is_floating_point() else None) for n, t in self.states(index).items()}
         attention: Any = layer.self_attn
         mlp: Any = layer.mlp
         for name, site in ((ATTENTION_NORM, "attention"), (MLP_NORM, "mlp")):

@@ -6,6 +6,7 @@ Every layer is learned from the full-precision model alone, so ranks and jobs ta
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 from dist_spin.distributed import World, any_rank, on_leader, together
 from dist_spin.errors import Interrupted, UserError
 from dist_spin.layer_files import FOREIGN, identity_hash, layer_path, set_aside
-from dist_spin.methods import dartquant, flatquant, omniquant, smoothquant
+from dist_spin.methods import dartquant, flatquant, omniquant, quik, smoothquant
 from dist_spin.methods.inputs import LayerTask, observe
 from dist_spin.methods.training import Schedule
 from dist_spin.methods.transformed import State, TransformedRunner, TransformedWeights
@@ -41,13 +42,16 @@ METHODS = {
     "smoothquant": "SmoothQuant",
     "omniquant": "OmniQuant",
     "affinequant": "AffineQuant",
+    "quik": "QUIK-4B",
     "dartquant": "DartQuant",
     "flatquant": "FlatQuant",
 }
-METHOD_WEIGHTS = {name: "gptq" if name == "dartquant" else "rtn" for name in METHODS}  # how the papers round weights
+METHOD_WEIGHTS = {
+    name: "gptq" if name in ("quik", "dartquant") else "rtn" for name in METHODS
+}  # how the papers round weights
 CLIPPING = ("omniquant", "affinequant", "flatquant")  # learn the range of each weight row
 # The settings of `methods` that decide a method, by the beginning of their names.
-SETTINGS = {"smoothquant": "smooth_", "dartquant": "dart_"} | dict.fromkeys(CLIPPING, "flat_")
+SETTINGS = {"smoothquant": "smooth_", "quik": "quik_", "dartquant": "dart_"} | dict.fromkeys(CLIPPING, "flat_")
 
 Learner = Callable[[LayerTask], tuple[State, dict[str, float]]]
 
@@ -72,13 +76,14 @@ def learn(
     """
     recipe = MethodRecipe(config, files, name, world.device, calibration_tokens(config, files))
     first, end = layers or (0, files.shape.layers)
-    if recipe.rotations.exists():
-        return
-    missing = [index for index in range(first, end) if not recipe.path(index).exists()]
-    together(lambda: None)  # no rank looks while another already writes
-    if missing:
-        _learn_layers(recipe, world, missing, StopRequest() if stop is None else stop)
-    if name == "dartquant" and all(recipe.path(index).exists() for index in range(files.shape.layers)):
+
+    def missing(layers: range) -> list[int]:
+        return on_leader(lambda: [] if recipe.rotations.exists() else [i for i in layers if recipe.finished(i) is None])
+
+    if wanted := missing(range(first, end)):
+        _learn_layers(recipe, world, wanted, StopRequest() if stop is None else stop)
+    learns_rotations = name == "dartquant" and not on_leader(recipe.rotations.exists)
+    if learns_rotations and not missing(range(files.shape.layers)):
         _learn_rotations(recipe, world)
 
 
@@ -90,20 +95,28 @@ def _learn_layers(recipe: "MethodRecipe", world: World, missing: list[int], stop
     plain = RotatedWeights(files.weights, files.shape, None, (), world.device, model_dtype(config))
     hidden = plain.embedding()[recipe.tokens.to(world.device)].to(wide)  # [n, T, h]
     progress = Progress(f"{METHODS[name]}: layer", missing[-1] + 1, show=world.leads)
-    mine = set(missing[world.rank :: world.size])
-    for index in range(missing[-1] + 1):
-        task = LayerTask(index, runner, plain.layer(index), hidden)
-        note = ""
-        if index in mine:
-            state, figures = recipe.learner(task)
-            recipe.save(index, state, figures)
-            note = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
-        if index < missing[-1]:
-            task.hidden = hidden = observe(task)
-        progress.advance(note)
-        if index < missing[-1] and any_rank(bool(stop)):
-            raise Interrupted(f"stopped by a signal after layer {index} ({name})", "the same command continues")
-    together(lambda: None)  # every rank's layers are on disk
+
+    def advance(start: int, end: int, mine: int | None) -> None:
+        nonlocal hidden
+        for index in range(start, end):
+            task = LayerTask(index, runner, plain.layer(index), hidden)
+            note = ""
+            if index == mine:
+                state, figures = recipe.learner(task)
+                recipe.save(index, state, figures)
+                note = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
+            if index < missing[-1]:
+                hidden = observe(task)
+            progress.advance(note)
+
+    start = 0
+    for first in range(0, len(missing), world.size):  # a layer for each rank, then they meet
+        taken = missing[first : first + world.size]
+        mine = taken[world.rank] if world.rank < len(taken) else None
+        together(functools.partial(advance, start, taken[-1] + 1, mine))
+        start = taken[-1] + 1
+        if start <= missing[-1] and any_rank(bool(stop)):
+            raise Interrupted(f"stopped by a signal after layer {start - 1} ({name})", "the same command continues")
 
 
 def _learn_rotations(recipe: "MethodRecipe", world: World) -> None:
@@ -173,7 +186,9 @@ class MethodRecipe:
         quant = {k: v for k, v in flat(config.quant, "quant").items() if k not in ENDS_SETTINGS}
         settings = {k: v for k, v in vars(config.methods).items() if k.startswith(SETTINGS[self.name])}
         known = states_identity(config, self.files, unrotated, self.tokens)
-        bits = {} if self.name == "dartquant" else {**quant, "weights": config.quantize.method != "none"}
+        bits = {**quant, "weights": config.quantize.method != "none"}
+        if self.name in ("quik", "dartquant"):  # read activations alone
+            bits = {}
         return identity_hash({"method": self.name, **known, **bits, **settings})
 
     @property
@@ -195,23 +210,31 @@ class MethodRecipe:
         about = {"fingerprint": self.fingerprint, "layer": str(index), "figures": json.dumps(figures)}
         save_tensors(self.path(index), state, about)
 
+    def finished(self, index: int) -> State | None:
+        """One layer's state on the CPU if it is there and whole; a file that cannot be used is set aside, saying so."""
+        path = self.path(index)
+        if not path.exists():
+            return None
+        try:
+            tensors, about = load_tensors(path)
+            problem = "" if about["fingerprint"] == self.fingerprint else FOREIGN
+        except CorruptFile as error:
+            problem = str(error).removeprefix(f"{path}: ")
+        if not problem:
+            return tensors
+        set_aside(path, problem, "learning the layer again", say)
+        return None
+
     def state(self, index: int) -> State:
         """One layer's state, on the CPU.
 
         Raises:
-            UserError: it is not there; a file that cannot be used is set aside.
+            UserError: it is not there.
         """
-        path = self.path(index)
-        if path.exists():
-            try:
-                tensors, about = load_tensors(path)
-                problem = "" if about["fingerprint"] == self.fingerprint else FOREIGN
-            except CorruptFile as error:
-                problem = str(error).removeprefix(f"{path}: ")
-            if not problem:
-                return tensors
-            set_aside(path, problem, "learning the layer again next time", say)
-        raise UserError(f"layer {index} of {METHODS[self.name]} is not learned", "start the comparison again")
+        found = self.finished(index)
+        if found is None:
+            raise UserError(f"layer {index} of {METHODS[self.name]} is not learned", "start the comparison again")
+        return found
 
     @property
     def learner(self) -> Learner:
@@ -223,6 +246,8 @@ class MethodRecipe:
         match self.name:
             case "smoothquant":
                 return lambda task: smoothquant.learn_layer(task, sites, self.options, m.smooth_alphas)
+            case "quik":
+                return lambda task: quik.learn_layer(task, m.quik_columns)
             case "dartquant":
                 starts = initial("hadamard", self.files.shape, seed)[1]
                 fixed = (m.dart_share, m.dart_batch_size, m.dart_epochs, m.dart_lr, seed, dtype)
@@ -246,9 +271,19 @@ class MethodRecipe:
         """Whether ranges of weights are learned."""
         return self.name in CLIPPING
 
+    @property
+    def down_bits(self) -> int:
+        """Weight bits of down_proj, or 0 for the configuration's."""
+        return quik.DOWN_BITS if self.name == "quik" else 0
+
+    def kept(self, index: int) -> dict[str, Tensor]:
+        """Input columns of a layer's linears that stay exact, by linear."""
+        return quik.kept_columns(self.state(index)) if self.name == "quik" else {}
+
     def runner(self, config: Any, sites: Sites, device: torch.device, dtype: torch.dtype) -> LayerRunner:
         """Builds and runs its layers."""
-        return TransformedRunner(config, sites, self.state, device=device, dtype=dtype)
+        down = dataclasses.replace(sites.a, bits=quik.DOWN_BITS) if self.name == "quik" and sites.a.enabled else None
+        return TransformedRunner(config, sites, self.state, device=device, dtype=dtype, down=down)
 
     def to_round(self, index: int) -> dict[str, Tensor]:
         """A layer's parameters inside their learned ranges."""

@@ -42,7 +42,7 @@ from dist_spin.rundir import (
     write_text,
 )
 from dist_spin.scalars import Scalars
-from dist_spin.settings import RunConfig
+from dist_spin.settings import SELF, RunConfig
 from dist_spin.signals import StopRequest
 from dist_spin.stages.common import (
     ENDS_SETTINGS,
@@ -56,6 +56,7 @@ from dist_spin.stages.common import (
     sites_for,
     starting_rotations,
 )
+from dist_spin.stages.self_text import self_text
 
 # Settings that change how fast or where a run computes, not what: they may differ when it is continued.
 FREE_SETTINGS = {"micro_batch_size", "keep_checkpoints", "recompute", "compile"}
@@ -132,9 +133,7 @@ def set_up(config: RunConfig, world: World) -> Learning:
     files = open_configured_model(config)
     shape, dtype, settings = files.shape, model_dtype(config), config.optimize
     sites = sites_for(config, shape)
-    tokenizer = None if settings.source.startswith("tokens:") else files.tokenizer()
-    tokens = on_leader(lambda: load_tokens(settings.source, settings.split, settings.seq_len, tokenizer))
-    check_vocabulary(tokens, shape, settings.source)
+    tokens = learning_tokens(config, files)
     r1, r2 = starting_rotations(config, shape)
     if not any(spec.enabled for spec in (sites.a, sites.o, sites.k, sites.v)):
         raise UserError("every activation quantiser is off, so rotations have nothing to learn", "set quant.a_bits=4")
@@ -191,6 +190,16 @@ def set_up(config: RunConfig, world: World) -> Learning:
     learning = Learning(config, world, run, model, optimizer, tokens, identity, micro, len(away))
     resume(learning)
     return learning
+
+
+def learning_tokens(config: RunConfig, files: ModelFiles) -> Tensor:
+    """The sequences [n, T] to learn from; of the model's own text as many as the steps take."""
+    o = config.optimize
+    if o.source == SELF:
+        return on_leader(lambda: self_text(config, files, o.steps * o.batch_size, o.seq_len, o.seed))
+    tokenizer = None if o.source.startswith("tokens:") else files.tokenizer()
+    tokens = on_leader(lambda: load_tokens(o.source, o.split, o.seq_len, tokenizer))
+    return check_vocabulary(tokens, files.shape, o.source)
 
 
 def run_fingerprint(config: RunConfig, files: ModelFiles, tokens: Tensor) -> dict[str, object]:

@@ -39,7 +39,7 @@ from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.progress import Progress
 from dist_spin.rotation_files import load_rotations
 from dist_spin.rundir import RunDir, tensors_digest, write_text
-from dist_spin.settings import RunConfig
+from dist_spin.settings import SELF, RunConfig
 from dist_spin.signals import StopRequest
 from dist_spin.stages.boundaries import Boundaries
 from dist_spin.stages.common import (
@@ -54,6 +54,7 @@ from dist_spin.stages.common import (
     sites_for,
 )
 from dist_spin.stages.ends import Ends, ends_bits
+from dist_spin.stages.self_text import self_text
 
 LEARNED = "learned"
 
@@ -74,6 +75,13 @@ class Recipe(Protocol):
     @property
     def clips(self) -> bool:
         """Whether it has learned such ranges, so that none are searched for."""
+
+    @property
+    def down_bits(self) -> int:
+        """Weight bits of down_proj, or 0 for the configuration's."""
+
+    def kept(self, index: int) -> dict[str, Tensor]:
+        """Input columns [n] of a layer's linears that stay exact, by linear."""
 
 
 @dataclass
@@ -206,6 +214,8 @@ def spans_within(spans: list[tuple[int, int]], wanted: tuple[int, int]) -> list[
 def calibration_tokens(config: RunConfig, files: ModelFiles) -> Tensor:
     """The calibration sequences [n, T] of a configuration."""
     q = config.quantize
+    if q.source == SELF:
+        return on_leader(lambda: self_text(config, files, q.n_sequences, q.seq_len, q.seed))
     tokenizer = None if q.source.startswith("tokens:") else files.tokenizer()
     tokens = on_leader(lambda: calibration_windows(q.source, q.split, q.n_sequences, q.seq_len, q.seed, tokenizer))
     return check_vocabulary(tokens, files.shape, q.source)
@@ -354,12 +364,20 @@ class Work:
         """The solver under the configuration's options."""
         dtype = model_dtype(self.config)
         options = gptq_options(self.config)
-        if self.chosen.recipe is not None and self.chosen.recipe.clips:
-            options = dataclasses.replace(options, mse_clip=False)
+        recipe, down_bits = self.chosen.recipe, self.config.quant.down_bits
         hessian_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        down_bits = self.config.quant.down_bits
+        method = self.config.quantize.method
+        if recipe is None:
+            return LayerQuantizer(self.runner, self.world, method, options, hessian_dtype, down_bits=down_bits)
+        options = dataclasses.replace(options, mse_clip=options.mse_clip and not recipe.clips)
         return LayerQuantizer(
-            self.runner, self.world, self.config.quantize.method, options, hessian_dtype, down_bits=down_bits
+            self.runner,
+            self.world,
+            method,
+            options,
+            hessian_dtype,
+            down_bits=recipe.down_bits or down_bits,
+            kept=recipe.kept,
         )
 
 
