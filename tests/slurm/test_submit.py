@@ -11,7 +11,7 @@ from dist_spin import cli
 from dist_spin.signals import STOPPING
 from tests.slurm.harness import ROOT, Cluster, Run
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(500)]
 
 
 class Terminal:
