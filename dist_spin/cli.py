@@ -24,6 +24,7 @@ VERBS = {
     "quantize": "merge the rotations and quantise the weights",
     "evaluate": "measure perplexity",
     "export": "write the model for another program: hf, compressed-tensors, gguf or executorch",
+    "compare": "measure RTN, GPTQ, SmoothQuant, QuaRot, SpinQuant and ours at several bit widths: the table",
     "report": "write report.html and report.md: tables and pictures of a run, finished or not",
     "plot": "one figure of a run as PNG or SVG; names them if none is given",
     "generate": "let the full-precision and the quantised model continue a text",
@@ -196,6 +197,7 @@ def _stage(verb: str, config: RunConfig, **options: Any) -> int:
 
     from dist_spin.distributed import start, stop
     from dist_spin.stages.common import writing
+    from dist_spin.stages.compare import compare
     from dist_spin.stages.evaluate import evaluate
     from dist_spin.stages.export import export
     from dist_spin.stages.optimize import optimize
@@ -207,6 +209,7 @@ def _stage(verb: str, config: RunConfig, **options: Any) -> int:
         "quantize": quantize,
         "evaluate": evaluate,
         "export": export,
+        "compare": compare,
         "report": report,
     }
     timeout = config.distributed.timeout_s

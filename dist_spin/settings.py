@@ -5,6 +5,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,6 +13,8 @@ from typing import Any, Literal
 from dist_spin.errors import UserError
 
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
+CLIPS = {"quarot": {"a_clip_ratio": 0.9, "k_clip_ratio": 0.95, "v_clip_ratio": 0.95}}  # presets of QuantConfig
+COMPARED = "rtn gptq smoothquant quarot spinquant_no_had spinquant_had ours"
 NAMED_SOURCES = ("pydoc", "wikitext2", "c4")
 SELF = "self"  # text that the model writes, to learn or calibrate from
 TASKS = (
@@ -117,6 +120,8 @@ class QuantConfig:
     """Activations symmetric around 0; false adds a zero point, as published."""
     a_clip_ratio: float = 1.0
     """Fraction of the activation range that is kept, above 0 up to 1; 1 clips nothing."""
+    clips: Literal["none", "quarot"] = "none"
+    """Preset of the three clip ratios: quarot sets activations 0.9, keys and values 0.95; none leaves them as given."""
     o_per_head: bool = False
     """Quantise the input of o_proj per head instead of per token; the paper says per token."""
     k_bits: int = 4
@@ -137,6 +142,10 @@ class QuantConfig:
     """Channels that share one value scale; 0 means the head dimension (one scale per head and token)."""
 
     def __post_init__(self) -> None:
+        for name, ratio in CLIPS.get(self.clips, {}).items():
+            whole = f"quant.clips={self.clips} sets it to {ratio}, so leave it out, or use quant.clips=none"
+            _check(self, name, (1.0, ratio).__contains__, whole)
+            object.__setattr__(self, name, ratio)  # before anything reads it
         widths = "w_bits embedding_bits head_bits a_bits k_bits v_bits"
         _check(self, widths, lambda n: n in BITS, "use 2 to 8 bits, or 16 = off")
         _check(self, "down_bits", lambda n: n in (0, *BITS[:-1]), "use 2 to 8 bits, or 0 for the same as quant.w_bits")
@@ -333,6 +342,51 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
+class CompareConfig:
+    """compare (the table of systems, bits and seeds)."""
+
+    methods: list[str] = field(default_factory=COMPARED.split)
+    """Rows: rtn and gptq (no rotation), hadamard and orthogonal (random, unlearned), quarot, quarot_no_clips,
+    spinquant_no_had (R1 and R2 alone), spinquant_had (published update rule), ours (this run's settings), and the other
+    methods that are built (smoothquant, flatquant, ...)."""
+    bits: list[str] = field(default_factory=lambda: ["W4A16", "W4A8", "W4A4KV16", "W4A4KV4", "W4A8KV8"])
+    """Columns: bits of weights, activations, and keys and values (16 if left out)."""
+    weights: list[Literal["rtn", "gptq"]] = field(default_factory=lambda: ["rtn", "gptq"])
+    """How weights are rounded: every row once with each, but for rtn and gptq themselves."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Seeds of the rows that start from something random; the table gives mean and standard deviation."""
+    spread_seeds: int = 0
+    """Also measure this many random Hadamards and random orthogonal matrices, to show how far they vary; 0: none."""
+    spread_bits: list[str] = field(default_factory=lambda: ["W16A4KV4", "W4A4KV4"])
+    """Bits of that study."""
+    spread_weights: Literal["rtn", "gptq"] = "rtn"
+    """How weights are rounded in that study."""
+    keep_layers: bool = False
+    """Keep the quantised layers of every row: a copy of the model each."""
+
+    def __post_init__(self) -> None:
+        for name in ("methods", "bits", "weights", "seeds"):
+            _check(self, name, bool, "name at least one")
+        for name in ("methods", "bits", "weights", "seeds", "spread_bits"):
+            _check(self, name, lambda values: len(set(values)) == len(values), "name each once")
+        for name in ("bits", "spread_bits"):
+            _check(
+                self, name, lambda texts: all(map(bits_of, texts)), "write each as W4A4KV4 or W4A8, 2 to 8 or 16 bits"
+            )
+        _check(self, "seeds", lambda seeds: min(seeds) >= 0, "use 0 or more")
+        _check(self, "spread_seeds", lambda n: n >= 0, "use a number of seeds, or 0 for none")
+
+
+def bits_of(text: str) -> tuple[int, int, int] | None:
+    """Bits of weights, activations, and of keys and values, of a text such as W4A4KV4; None if it is no such text."""
+    found = re.fullmatch(r"W(\d+)A(\d+)(?:KV(\d+))?", text)
+    if found is None:
+        return None
+    w, a, kv = (int(group or 16) for group in found.groups())
+    return (w, a, kv) if {w, a, kv} <= set(BITS) else None
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """report (what is drawn of a run)."""
 
@@ -387,6 +441,7 @@ class RunConfig:
     methods: MethodsConfig = field(default_factory=MethodsConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 

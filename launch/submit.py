@@ -23,6 +23,7 @@ from dist_spin.scheduler import JobState, cancel_jobs, job_states
 from dist_spin.settings import RunConfig
 from dist_spin.stages.common import open_configured_model, run_dir, say
 from dist_spin.stages.quantize import prepare_works, spans_of
+from dist_spin.stages.results import results
 from launch.local import ALONE
 from launch.slurm_settings import slurm_settings
 from launch.stage_job import PipelineJob, StageJob
@@ -138,10 +139,13 @@ def _submit_slurm(arguments: list[str], config: RunConfig, run: RunDir, schedule
             before = living.get("boundaries") or submitter.stage("boundaries", [["--boundaries"]], optimize)
         quantize = quantize + submitter.stage("quantize", [["--layers", f"{a}:{b}"] for a, b in wanted], before)
     before = quantize or optimize
-    for stage, product in (("evaluate", "results.json"), ("report", "report.html")):
+    for stage, complete in (
+        ("evaluate", bool(results(run, "evaluate"))),
+        ("report", (run.path / "report.html").exists()),
+    ):
         if submitter.submitted and living.get(stage):
             cancel_jobs(living.pop(stage))  # it waits for less than it should
-        if not living.get(stage) and (submitter.submitted or not (run.path / product).exists()):
+        if not living.get(stage) and (submitter.submitted or not complete):
             submitter.stage(stage, [[]], before)
         before = submitter.submitted[-1:] or living.get(stage, [])
     if not submitter.submitted:

@@ -14,6 +14,7 @@ from dist_spin import settings as module
 from dist_spin.config import config_help, dump_config, load_config
 from dist_spin.errors import UserError
 from dist_spin.settings import (
+    CompareConfig,
     DistributedConfig,
     EvaluateConfig,
     ExportConfig,
@@ -37,6 +38,7 @@ LEAVES = (
     QuantizeConfig,
     MethodsConfig,
     EvaluateConfig,
+    CompareConfig,
     ExportConfig,
     ReportConfig,
     DistributedConfig,

@@ -77,16 +77,17 @@ class RotatedWeights:
         r4: tuple[Tensor, ...],
         device: torch.device,
         dtype: torch.dtype,
+        heads: tuple[Tensor, ...] = (),
     ) -> None:
-        """rotations: R1 [h, h] and R2 [layers, d, d] in fp64, or None."""
-        self.source, self.shape, self.rotations, self.r4 = source, shape, rotations, r4
+        """rotations: R1 [h, h] and R2 [layers, d, d] in fp64, or None. r4, heads: online Hadamards to undo (`Sites`)."""
+        self.source, self.shape, self.rotations, self.r4, self.heads = source, shape, rotations, r4, heads
         self.device, self.dtype = device, dtype
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """Parameters of decoder layer `index` by their names within it, in the model's dtype."""
         if self.rotations is not None:
             r1, r2 = self.rotations
-            merged = rotated_layer(self.source, index, self.shape, r1, r2[index], self.r4, self.device)
+            merged = rotated_layer(self.source, index, self.shape, r1, r2[index], self.r4, self.device, self.heads)
             return {name: w.to(self.dtype) for name, w in merged.items()}
         roles = (*LAYER_LINEARS, ATTENTION_NORM, MLP_NORM, "self_attn.q_norm", "self_attn.k_norm")
         names = [f"{role}.{kind}" for role in roles for kind in ("weight", "bias")]

@@ -2,7 +2,8 @@
 
 Row-vector convention, weights [out, in], d = head size, h = hidden size (Liu et al. 2024, SpinQuant):
 R1 [h, h] turns the residual stream, R2 [d, d] of each layer its values, R3 and R4 are fixed Hadamards on q, k and on the
-input of down_proj. All weight arithmetic here is fp64.
+input of down_proj; QuaRot (Ashkboos et al. 2024) adds one across the heads that o_proj reads. All weight arithmetic here
+is fp64.
 """
 
 from collections.abc import Callable
@@ -23,8 +24,15 @@ from dist_spin.model.sites import (
     OutputFront,
     ValueSite,
     WideRMSNorm,
+    across_heads,
 )
-from dist_spin.numerics.hadamard import kronecker_apply, random_hadamard, random_orthogonal
+from dist_spin.numerics.hadamard import (
+    hadamard_transform,
+    kronecker_apply,
+    largest_block,
+    random_hadamard,
+    random_orthogonal,
+)
 from dist_spin.numerics.quantizer import QuantSpec
 
 # The norm whose gain folds into each linear.
@@ -49,10 +57,11 @@ class Sites:
     v: QuantSpec = QuantSpec()
     r3: tuple[Tensor, ...] = ()
     r4: tuple[Tensor, ...] = ()
+    heads: tuple[Tensor, ...] = ()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Sites":
         """The same with the Hadamard factors on `device` in `dtype`."""
-        moved = [tuple(f.to(device, dtype) for f in factors) for factors in (self.r3, self.r4)]
+        moved = [tuple(f.to(device, dtype) for f in factors) for factors in (self.r3, self.r4, self.heads)]
         return Sites(self.a, self.o, self.k, self.v, *moved)
 
 
@@ -60,9 +69,14 @@ def initial(kind: str, shape: Shape, seed: int) -> tuple[Tensor, Tensor]:
     """Seeded starting rotations R1 [h, h] and R2 [layers, d, d], fp64 on the CPU, drawn R1 first, then layer by layer.
 
     Args:
-        kind: "hadamard" (random signs times a Hadamard), "orthogonal" (Haar) or "identity".
+        kind: "hadamard" (random signs times a Hadamard), "orthogonal" (Haar), "identity", or "quarot": R1 as "hadamard"
+            has it and R2 the Hadamard itself, the same in every layer (Ashkboos et al. 2024).
     """
     generator = torch.Generator().manual_seed(seed)
+    if kind == "quarot":
+        r1, d = random_hadamard(shape.hidden, generator), shape.head_dim
+        r2 = hadamard_transform(torch.eye(d, dtype=torch.float64), largest_block(d))
+        return r1, r2.expand(shape.layers, d, d).clone()
     make: dict[str, Callable[[int], Tensor]] = {
         "hadamard": lambda n: random_hadamard(n, generator),
         "orthogonal": lambda n: random_orthogonal(n, generator),
@@ -138,7 +152,8 @@ def attach(layer: nn.Module, shape: Shape, sites: Sites, r1: Basis | None = None
     for name in (ATTENTION_NORM, MLP_NORM):
         setattr(layer, name, NormSite(getattr(layer, name), sites.a, r1))
     attention.v_proj = ValueSite(attention.v_proj, sites.v, shape.head_dim, r2)
-    attention.o_proj = FrontedLinear(OutputFront(sites.o, shape.head_dim, r2), attention.o_proj, keep=r2 is not None)
+    front = OutputFront(sites.o, shape.head_dim, r2, sites.heads)
+    attention.o_proj = FrontedLinear(front, attention.o_proj, keep=r2 is not None)
     mlp.down_proj = FrontedLinear(DownFront(sites.a, sites.r4), mlp.down_proj)
     attention.key_site = KeySite(sites.k, sites.r3)
 
@@ -207,17 +222,18 @@ def rotated_layer(
     r2: Tensor,
     r4: tuple[Tensor, ...],
     device: torch.device,
+    heads: tuple[Tensor, ...] = (),
 ) -> dict[str, Tensor]:
     """All parameters of decoder layer `index` with its norms folded and R1, R2, R4 merged; fp64 on `device`.
 
     Args:
-        r1 [h, h], r2 [d, d]: fp64. r4: fp64 Kronecker factors, empty for none.
+        r1 [h, h], r2 [d, d]: fp64. r4, heads: fp64 Kronecker factors, empty for none.
 
     Returns:
         name within the layer (`self_attn.q_proj.weight`, ...) to tensor; q/k norms as they are, layer norms left out.
     """
     r1, r2 = r1.to(device), r2.to(device)
-    r4 = tuple(f.to(device) for f in r4)
+    r4, heads = (tuple(f.to(device) for f in factors) for factors in (r4, heads))
 
     def read(role: str, kind: str) -> Tensor | None:
         name = f"{layer_name(index)}.{role}.{kind}"
@@ -245,6 +261,7 @@ def rotated_layer(
         assert w is not None
         if role == "self_attn.o_proj":
             w = (w.unflatten(1, (-1, shape.head_dim)) @ r2).flatten(1)  # each head's columns
+            w = across_heads(w, heads, shape.head_dim) if heads else w
         elif r4:
             w = kronecker_apply(w, r4)
         _put(out, role, r1.T @ w, None if b is None else b @ r1)

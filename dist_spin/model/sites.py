@@ -143,15 +143,26 @@ class ValueSite(nn.Module):
         return fake_quantize(v, self.spec).flatten(-2)
 
 
-class OutputFront(nn.Module):
-    """What o_proj reads: Q(a) R2^T, quantised in the R2 basis, by token or by head (`spec.group_size`)."""
+def across_heads(x: Tensor, hadamard: tuple[Tensor, ...], head_dim: int) -> Tensor:
+    """x (H (x) I_d) for x [..., heads * d]: every channel of a head mixed with the same channel of the other heads."""
+    return online_transform(x.unflatten(-1, (-1, head_dim)).mT, hadamard).mT.flatten(-2)
 
-    def __init__(self, spec: QuantSpec, head_dim: int, basis: Basis | None) -> None:
+
+class OutputFront(nn.Module):
+    """What o_proj reads: Q(a) R2^T, quantised in the R2 basis, by token or by head (`spec.group_size`).
+
+    heads: Kronecker factors of an online Hadamard across heads (QuaRot), whose inverse o_proj's weight then holds; () leaves
+    it out, as learning does.
+    """
+
+    def __init__(self, spec: QuantSpec, head_dim: int, basis: Basis | None, heads: tuple[Tensor, ...] = ()) -> None:
         super().__init__()
-        self.spec, self.head_dim, self.basis = spec, head_dim, basis
+        self.spec, self.head_dim, self.basis, self.heads = spec, head_dim, basis, heads
 
     def forward(self, attended: Tensor) -> Tensor:
         """attended [..., heads * d] to the same."""
+        if self.heads:
+            attended = across_heads(attended, self.heads, self.head_dim)
         a = fake_quantize(attended, self.spec)
         if self.basis is None:
             return a

@@ -135,8 +135,10 @@ def hadamard_factors(size: int, block: int, setting: str) -> tuple[Tensor, ...]:
         raise UserError(str(error), f"set {setting}={largest_block(size)} for a block-Hadamard") from error
 
 
-def sites_for(config: RunConfig, shape: Shape, *, rotated: bool = True) -> Sites:
+def sites_for(config: RunConfig, shape: Shape, *, rotated: bool = True, heads: bool = False) -> Sites:
     """The sites of a configuration; an unrotated baseline has no online Hadamards.
+
+    heads: QuaRot's Hadamard across the heads that o_proj reads, over the largest block of heads that has one.
 
     Raises:
         UserError: a group size does not fit the model's head size, or an order has no Hadamard.
@@ -155,6 +157,7 @@ def sites_for(config: RunConfig, shape: Shape, *, rotated: bool = True) -> Sites
         return QuantSpec(values[f"{which}_bits"], values[f"{which}_symmetric"], group, values[f"{which}_clip_ratio"])
 
     online = config.rotation.online and rotated
+    block = largest_block(shape.heads)
     return Sites(
         a=spec("a", 0),
         o=QuantSpec(q.a_bits, q.a_symmetric, d if q.o_per_head else 0, q.a_clip_ratio),
@@ -162,6 +165,7 @@ def sites_for(config: RunConfig, shape: Shape, *, rotated: bool = True) -> Sites
         v=spec("v", d),
         r3=hadamard_factors(d, 0, "rotation.online") if online and q.k_bits < 16 else (),
         r4=hadamard_factors(shape.intermediate, config.rotation.r4_block, "rotation.r4_block") if online else (),
+        heads=hadamard_factors(shape.heads, block, "rotation.online") if online and heads and block > 1 else (),
     )
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from dist_spin.data import fingerprint, load_tokens
 from dist_spin.distributed import World, any_rank, on_leader, sum_over_ranks_
 from dist_spin.errors import Interrupted, NumericsError, UserError
 from dist_spin.layer_files import finished_layer, identity_hash, layer_path
+from dist_spin.model.architecture import Shape
 from dist_spin.model.layers import Head
 from dist_spin.model.loading import ModelFiles
 from dist_spin.model.rotation import Sites
@@ -31,17 +32,25 @@ from dist_spin.progress import Progress
 from dist_spin.rundir import RunDir, write_json
 from dist_spin.settings import RunConfig
 from dist_spin.signals import StopRequest
-from dist_spin.stages.common import WEIGHT_SETTINGS, check_vocabulary, model_dtype, open_configured_model, run_dir, say
+from dist_spin.stages.common import check_vocabulary, model_dtype, open_configured_model, run_dir, say
 from dist_spin.stages.quantize import (
     LEARNED,
     Variant,
     calibration_tokens,
     ends_of,
     layer_identity,
+    model_identity,
+    site_settings,
     variant,
 )
+from dist_spin.stages.results import public, update_results
 
-TOKENS_AT_ONCE = 4096  # of hidden states that go through a layer together
+TOKENS_AT_ONCE = (
+    4096  # of hidden states that go through a layer together, where memory does not say that it may be more
+)
+BYTES_PER_CHANNEL = (
+    32  # of the MLP, for each token on its way through: a few copies, among them fp32 ones of the quantiser
+)
 
 
 @dataclass
@@ -53,10 +62,13 @@ class Cell:
     full_precision: bool = False
     made_under: str = ""  # fingerprint of its layer files; empty where weights are as they are
     given: bool = False  # its rotations were not learned here
+    about: dict[str, Any] = field(default_factory=dict)  # further entries of its row, which decide no figure
 
     @property
     def label(self) -> str:
         """The method's name in tables."""
+        if "system" in self.about:
+            return self.about["system"]
         if self.full_precision:
             return "full precision"
         learned = "given rotation" if self.given else "learned rotation"
@@ -95,12 +107,12 @@ def evaluate(config: RunConfig, world: World) -> list[dict[str, Any]]:
         from dist_spin.stages.zero_shot import zero_shot  # late: the harness is an extra
 
         rows += zero_shot(config, world, files, run, measured, stop)
-    public = [{k: v for k, v in row.items() if k not in ("losses", "identity")} for row in rows]
-    on_leader(lambda: write_json(run.path / "results.json", public))
+    shown = [public(row) for row in rows]
+    on_leader(lambda: update_results(run, "evaluate", shown))
     if world.leads:
-        print("\n".join(filter(None, [table(public), task_table(public)])))
+        print("\n".join(filter(None, [table(shown), task_table(shown)])))
         say(f"wrote {run.path / 'results.json'}")
-    return public
+    return shown
 
 
 def cells(config: RunConfig, files: ModelFiles, device: torch.device) -> list[Cell]:
@@ -135,33 +147,53 @@ def measure(
     tokens: Tensor,
 ) -> dict[str, Any]:
     """One cell on one source, from its file if it was measured before."""
-    row = {
-        **describe(config, cell),
+    row = described(config, files, cell, source, tokens)
+    before = measured_before(run, row)
+    if before is not None:
+        return before
+    began = time.monotonic()
+    what = f"measure {source}, {cell.label}, {cell.weights} weights"
+    (losses,) = window_losses(config, world, files, cell, [(cell.chosen.sites, tokens)], what)
+    return recorded(run, row, losses, time.monotonic() - began)
+
+
+def described(config: RunConfig, files: ModelFiles, cell: Cell, source: str, tokens: Tensor) -> dict[str, Any]:
+    """What is known of a row before it is measured, with the `identity` that names its file."""
+    row = {k: v for k, v in describe(config, cell).items() if k != "method"} | {
         "dataset": source,
         "seq_len": config.evaluate.seq_len,
     }
     identity = identity_hash(
         {**row, "layers": cell.made_under, "tokens": fingerprint(tokens), **cell_identity(config, files, cell)}
     )
-    path = run.path / "evaluations" / f"{identity}.json"
+    return {"method": cell.label, **row, "tokens": tokens.numel(), "identity": identity, **cell.about}
+
+
+def measurement_path(run: RunDir, row: dict[str, Any]) -> Path:
+    """The file of a measurement."""
+    return run.path / "evaluations" / f"{row['identity']}.json"
+
+
+def measured_before(run: RunDir, row: dict[str, Any]) -> dict[str, Any] | None:
+    """`row` with its figures if it was measured before, under whatever name."""
+    path = measurement_path(run, row)
     before = on_leader(lambda: json.loads(path.read_text()) if path.exists() else None)
-    if before is not None:
-        return before
-    began = time.monotonic()
-    losses = window_losses(config, world, files, run, cell, source, tokens)
+    return None if before is None else before | row
+
+
+def recorded(run: RunDir, row: dict[str, Any], losses: Tensor, seconds: float) -> dict[str, Any]:
+    """`row` with its figures, kept in a file.
+
+    Raises:
+        NumericsError: the mean of `losses` is not finite.
+    """
     mean = float(losses.mean())
     if not math.isfinite(mean):
         raise NumericsError(
-            f"{cell.label} on {source}: the loss is {mean}", "check the model's dtype and the quantisers"
+            f"{row['method']} on {row['dataset']}: the loss is {mean}", "check the model's dtype and the quantisers"
         )
-    row |= {
-        "ppl": math.exp(mean),
-        "tokens": tokens.numel(),
-        "seconds": round(time.monotonic() - began, 2),
-        "identity": identity,
-        "losses": losses.tolist(),
-    }
-    on_leader(lambda: write_json(path, row))
+    row = row | {"ppl": math.exp(mean), "seconds": round(seconds, 2), "losses": losses.tolist()}
+    on_leader(lambda: write_json(measurement_path(run, row), row))
     return row
 
 
@@ -181,9 +213,9 @@ def describe(config: RunConfig, cell: Cell) -> dict[str, Any]:
 
 def cell_identity(config: RunConfig, files: ModelFiles, cell: Cell) -> dict[str, Any]:
     """What decides a measurement beside its row and layers: model, rotations, site settings and quantised ends."""
-    none = torch.zeros(1, 1, dtype=torch.long)
-    chosen = layer_identity(config, files, cell.chosen, none)
-    found = {k: v for k, v in chosen.items() if not k.startswith(("quantize.", *WEIGHT_SETTINGS))}
+    found = model_identity(config, files, cell.chosen)
+    if not cell.full_precision:
+        found |= site_settings(config)
     ends = ends_of(config, files, cell.chosen)
     return found if cell.weights == "none" or not ends.bits else found | {"ends": ends.made_under}
 
@@ -192,25 +224,41 @@ def window_losses(
     config: RunConfig,
     world: World,
     files: ModelFiles,
-    run: RunDir,
     cell: Cell,
-    source: str,
-    tokens: Tensor,
-) -> Tensor:
-    """Mean next-token cross entropy of every window [n], fp64 on the CPU; windows are shared out over ranks."""
-    walk = Walk(config, world, files, run, cell)
-    mine = tokens[world.rank :: world.size]
-    batches = mine.split(max(1, TOKENS_AT_ONCE // tokens.shape[1])) if len(mine) else ()
-    hidden = walk.embed(batches)  # each [batch, T, h]
-    for layer in walk.layers(f"measure {source}, {cell.label}, {cell.weights} weights"):
-        for i in range(len(hidden)):
-            hidden[i] = layer(hidden[i])
+    jobs: Sequence[tuple[Sites, Tensor]],
+    what: str,
+) -> list[Tensor]:
+    """Mean next-token cross entropy of every window of each job's tokens, each fp64 [n] on the CPU.
+
+    The jobs, (sites, tokens [n, T]), share the cell's weights, so that a layer is read or merged once for all of them.
+    Windows are shared out over ranks. `what` is shown while it goes on.
+    """
+    walk = Walk(config, world, files, run_dir(config), cell)
+    together = tokens_at_once(world.device, files.shape)
+    mine = [tokens[world.rank :: world.size] for _, tokens in jobs]
+    batches = [ids.split(max(1, together // ids.shape[1])) if len(ids) else () for ids in mine]
+    states = iter(walk.embed(ids for parts in batches for ids in parts))
+    hidden = [[next(states) for _ in parts] for parts in batches]  # for each job: [batch, T, h], ...
+    for layers in walk.layers_at(what, [sites for sites, _ in jobs]):
+        for layer, parts in zip(layers, hidden, strict=True):
+            parts[:] = [layer(h) for h in parts]
     head = walk.head()
-    losses = torch.zeros(len(tokens), dtype=torch.float64)
-    if hidden:
-        parts = [head.loss(h, ids.to(world.device)) for h, ids in zip(hidden, batches, strict=True)]
-        losses[world.rank :: world.size] = torch.cat(parts).double().cpu()
-    return sum_over_ranks_(losses)
+    out = []
+    for (_, tokens), ids, parts in zip(jobs, batches, hidden, strict=True):
+        losses = torch.zeros(len(tokens), dtype=torch.float64)
+        if parts:
+            mean = [head.loss(h, some.to(world.device)) for h, some in zip(parts, ids, strict=True)]
+            losses[world.rank :: world.size] = torch.cat(mean).double().cpu()
+        out.append(sum_over_ranks_(losses))
+    return out
+
+
+def tokens_at_once(device: torch.device, shape: Shape) -> int:
+    """Tokens that go through a layer together: on a GPU as many as an eighth of its memory has room for."""
+    if device.type != "cuda":
+        return TOKENS_AT_ONCE
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(TOKENS_AT_ONCE, memory // 8 // (BYTES_PER_CHANNEL * shape.intermediate))
 
 
 class Walk:
@@ -230,12 +278,19 @@ class Walk:
 
     def layers(self, what: str) -> Iterator[Callable[[Tensor], Tensor]]:
         """Each decoder layer in order, as a function of hidden states [batch, T, h] on the rank's device."""
+        for (layer,) in self.layers_at(what, [self._cell.chosen.sites]):
+            yield layer
+
+    def layers_at(self, what: str, sites: Sequence[Sites]) -> Iterator[list[Callable[[Tensor], Tensor]]]:
+        """Each decoder layer in order, once for each of `sites`, with the same weights."""
+        placed = [each.to(self._world.device, self._dtype) for each in sites]
         count = self._files.shape.layers
         progress = Progress(f"{what}: layer", count, show=self._world.leads)
         for index in range(count):
             quantised = quantized_weights(self._run, self._cell, index, self._dtype, self._world)
-            module = self._runner.build(index, quantised or self._weights.layer(index))
-            yield functools.partial(self._runner.run, module, index)
+            weights = quantised or self._weights.layer(index)
+            modules = [self._runner.build(index, weights, each) for each in placed]
+            yield [functools.partial(self._runner.run, module, index) for module in modules]
             progress.advance()
 
     def head(self) -> Head:

@@ -79,8 +79,10 @@ class Learning:
     step: int = 0
 
 
-def optimize(config: RunConfig, world: World) -> None:
+def optimize(config: RunConfig, world: World, stop: StopRequest | None = None) -> None:
     """Learn R1 and R2 from where the run directory stands, and write rotations/final.safetensors and R.bin.
+
+    stop: of the stage that this is a part of; alone it has its own.
 
     Raises:
         Interrupted: a signal came; the state is saved.
@@ -92,7 +94,7 @@ def optimize(config: RunConfig, world: World) -> None:
         say("optimize.steps=0: rotations stay as they are given")
         return
     refuse_given(config)
-    stop = StopRequest()
+    stop = StopRequest() if stop is None else stop
     learning = set_up(config, world)
     settings = config.optimize
     scalars = Scalars(learning.run.path / "tensorboard", learning.step, config.report.tensorboard and world.leads, say)

@@ -87,13 +87,21 @@ class Recipe(Protocol):
 
 @dataclass
 class Variant:
-    """One rotation of a model: learned, an unlearned baseline, or "none"; or another method, by its recipe."""
+    """One rotation of a model: learned, an unlearned baseline, or "none"; or another method, by its recipe.
+
+    digest: of the rotations, made when not given.
+    """
 
     name: str
     rotations: tuple[Tensor, Tensor] | None
     sites: Sites
     weights: RotatedWeights
     recipe: Recipe | None = None
+    digest: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.digest:
+            self.digest = tensors_digest(dict(zip(("R1", "R2"), self.rotations or (), strict=False)))
 
     def runner(self, config: Any, sites: Sites, device: torch.device, dtype: torch.dtype) -> LayerRunner:
         """Builds and runs its layers with `sites`, of a model's `config`."""
@@ -108,6 +116,8 @@ class Variant:
 
 def variant(config: RunConfig, files: ModelFiles, name: str, device: torch.device) -> Variant:
     """The rotations of a variant, its sites and its merged weights.
+
+    name: "none", LEARNED, or a kind of `model.rotation.initial`; "quarot" also has QuaRot's Hadamard across heads.
 
     Raises:
         UserError: the learned rotations are not there yet, or belong to another model.
@@ -124,8 +134,8 @@ def variant(config: RunConfig, files: ModelFiles, name: str, device: torch.devic
         rotations = load_rotations(path, shape.hidden, shape.head_dim, shape.layers)
     else:
         rotations = initial(name, shape, config.rotation.seed)
-    sites = sites_for(config, shape, rotated=rotations is not None)
-    weights = RotatedWeights(files.weights, shape, rotations, sites.r4, device, model_dtype(config))
+    sites = sites_for(config, shape, rotated=rotations is not None, heads=name == "quarot")
+    weights = RotatedWeights(files.weights, shape, rotations, sites.r4, device, model_dtype(config), sites.heads)
     return Variant(name, rotations, sites, weights)
 
 
@@ -142,20 +152,24 @@ def quantize(
         Interrupted: a signal came; finished layers are kept.
         UserError: the configuration or the run directory is in the way.
     """
-    works = prepare_works(config, world)
-    for work in works:
-        chosen = work.spans if layers is None else spans_within(work.spans, layers)
-        open_spans = [span for span in chosen if not all(work.finished(*span))]
-        if len(work.spans) > 1 and (boundaries_only or layers is None):
-            work.boundaries.make([start for start, _ in open_spans])
-        if boundaries_only:
-            continue
-        if chosen[0][0] == 0:  # the job of the first layer makes the ends too
-            on_leader(work.make_ends)
-        for span in open_spans:
-            quantize_span(work, *span)
-        if layers is None:
-            on_leader(work.stored.remove)
+    for work in prepare_works(config, world):
+        quantize_variant(work, layers, boundaries_only)
+
+
+def quantize_variant(work: "Work", layers: tuple[int, int] | None = None, boundaries_only: bool = False) -> None:
+    """What `quantize` does, for one variant."""
+    chosen = work.spans if layers is None else spans_within(work.spans, layers)
+    open_spans = [span for span in chosen if not all(work.finished(*span))]
+    if len(work.spans) > 1 and (boundaries_only or layers is None):
+        work.boundaries.make([start for start, _ in open_spans])
+    if boundaries_only:
+        return
+    if chosen[0][0] == 0:  # the job of the first layer makes the ends too
+        on_leader(work.make_ends)
+    for span in open_spans:
+        quantize_span(work, *span)
+    if layers is None:
+        on_leader(work.stored.remove)
 
 
 def prepare_works(config: RunConfig, world: World) -> list["Work"]:
@@ -212,19 +226,30 @@ def calibration_tokens(config: RunConfig, files: ModelFiles) -> Tensor:
 
 def states_identity(config: RunConfig, files: ModelFiles, chosen: Variant, tokens: Tensor) -> dict[str, Any]:
     """Everything that decides the hidden states of a variant's 16-bit model on the calibration sequences."""
-    rotations = dict(zip(("R1", "R2"), chosen.rotations or (), strict=False))
-    quantized = {k: v for k, v in flat(config.quant, "quant").items() if not k.startswith(WEIGHT_SETTINGS)}
+    return {
+        **model_identity(config, files, chosen),
+        "calibration": fingerprint(tokens),
+        "sites": site_settings(config) if config.quantize.quantize_activations else "unquantized",
+    }
+
+
+def model_identity(config: RunConfig, files: ModelFiles, chosen: Variant) -> dict[str, Any]:
+    """Everything that decides a variant's 16-bit weights and online Hadamards."""
     recipe = {} if chosen.recipe is None else {"recipe": chosen.recipe.fingerprint}
     return {
         **recipe,
         "model": files.weights.fingerprint(),
         "dtype": config.model.dtype,
-        "rotations": tensors_digest(rotations),
-        "calibration": fingerprint(tokens),
-        "online": config.rotation.online,
+        "rotations": chosen.digest,
+        "online": config.rotation.online and chosen.rotations is not None,
         "r4_block": config.rotation.r4_block,
-        "sites": quantized if config.quantize.quantize_activations else "unquantized",
+        **({"heads": True} if chosen.sites.heads else {}),
     }
+
+
+def site_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings of what is quantised at run time: activations, keys and values."""
+    return {k: v for k, v in flat(config.quant, "quant").items() if not k.startswith(WEIGHT_SETTINGS)}
 
 
 def layer_identity(config: RunConfig, files: ModelFiles, chosen: Variant, tokens: Tensor) -> dict[str, Any]:
@@ -232,7 +257,10 @@ def layer_identity(config: RunConfig, files: ModelFiles, chosen: Variant, tokens
     settings = {k: v for k, v in flat(config.quantize, "quantize").items() if k != "quantize.baselines"}
     if settings["quantize.layers_per_job"] >= files.shape.layers:  # one span, however it was said
         settings["quantize.layers_per_job"] = 0
-    quant = {k: v for k, v in flat(config.quant, "quant").items() if k not in ENDS_SETTINGS}
+    seen = (
+        () if config.quantize.quantize_activations else site_settings(config)
+    )  # no setting of a site decides a weight
+    quant = {k: v for k, v in flat(config.quant, "quant").items() if k not in (*ENDS_SETTINGS, *seen)}
     if config.quant.down_bits in (0, config.quant.w_bits):  # the same, however it was said
         del quant["quant.down_bits"]
     return {**states_identity(config, files, chosen, tokens), **quant, **settings}
@@ -244,7 +272,7 @@ def ends_of(config: RunConfig, files: ModelFiles, chosen: Variant) -> Ends:
     identity = {
         "model": files.weights.fingerprint(),
         "dtype": config.model.dtype,
-        "rotations": tensors_digest(dict(zip(("R1", "R2"), chosen.rotations or (), strict=False))),
+        "rotations": chosen.digest,
         "bits": bits,
         "mse_clip": clip,
     }
@@ -409,9 +437,9 @@ def _finish(written: Future[None] | None) -> None:
 
 
 def unquantized(sites: Sites) -> Sites:
-    """The same online Hadamards with every activation quantiser off."""
+    """The same network with every activation quantiser off; R3 goes too, since queries and keys without it cancel it."""
     off = QuantSpec()
-    return dataclasses.replace(sites, a=off, o=off, k=off, v=off)
+    return dataclasses.replace(sites, a=off, o=off, k=off, v=off, r3=())
 
 
 def worst(layer: QuantizedLayer) -> dict[str, float]:

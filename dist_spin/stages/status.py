@@ -205,9 +205,12 @@ def status_text(figures: dict[str, Any]) -> str:
     for name, states in figures["quantize"].items():
         others = [f"{state} {ranges(layers)}" for state, layers in states.items() if layers and state != "finished"]
         lines.append("; ".join([f"quantize  {name}: {len(states['finished'])} layers finished", *others]))
-    for r in figures["results"]:
+    measured = [r for r in figures["results"] if r.get("stage") != "compare"]
+    for r in measured:
         figure = f"{r['ppl']:.3f} on {r['dataset']}" if "ppl" in r else f"{r['metric']} {r['value']:.4f} on {r['task']}"
         lines.append(f"result    {r['method']}, {r['weights']} weights: {figure}")
+    if compared := len(figures["results"]) - len(measured):
+        lines.append(f"compare   {compared} figures in results.json")
     lines += [f"export    {e['format']}, {e['profile']}: {e['path']}" for e in figures["exports"]]
     if figures["report"]:
         lines.append(f"report    {Path(figures['run']) / 'report.html'}")

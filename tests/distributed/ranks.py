@@ -22,7 +22,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed settles on a device 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
     [
-        *(f"dist_spin.stages.{stage}" for stage in ("optimize", "quantize", "evaluate")),
+        *(f"dist_spin.stages.{stage}" for stage in ("optimize", "quantize", "evaluate", "compare")),
         "deepspeed",
         *(f"transformers.models.{kind}.modeling_{kind}" for kind in ("llama", "qwen2")),
     ]

@@ -1,0 +1,232 @@
+"""`dist-spin compare`: what is planned, what each row means, and that nothing is measured or rounded twice."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import statistics
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import write_model
+
+from dist_spin.cli import main
+from dist_spin.config import load_config
+from dist_spin.errors import UserError
+from dist_spin.rundir import RunDir, read_lines
+from dist_spin.settings import CompareConfig, OptimizeConfig, bits_of
+from dist_spin.stages.compare import Entry, planned, settings_of
+from dist_spin.stages.compare_table import comparison_table
+
+pytestmark = pytest.mark.usefixtures("restored_process")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    place = write_model("gqa_tied", tmp_path_factory.mktemp("model"))
+    np.save(place / "tokens.npy", np.random.default_rng(0).integers(3, 97, (60, 20)))
+    np.save(place / "other.npy", np.random.default_rng(1).integers(3, 60, (40, 20)))
+    return place
+
+
+@pytest.fixture
+def words(model, tmp_path) -> list[str]:
+    source = f"tokens:{model / 'tokens.npy'}"
+    return [
+        f"output_dir={tmp_path}",
+        "name=tiny",
+        f"model.path={model}",
+        "model.dtype=float64",
+        *(f"{stage}.seq_len=20" for stage in ("optimize", "quantize", "evaluate")),
+        f"optimize.source={source}",
+        "optimize.batch_size=2",
+        "optimize.steps=2",
+        "optimize.optimizer=cayley_adam",
+        "optimize.lr=0.02",
+        f"quantize.source={source}",
+        "quantize.n_sequences=8",
+        f"evaluate.sources=[{source}, {source.replace('tokens.npy', 'other.npy')}]",
+        "compare.methods=[gptq, hadamard, quarot, quarot_no_clips, spinquant_no_had, ours]",
+        "compare.bits=[W4A16, W4A4KV4]",
+        "compare.weights=[gptq]",
+        "compare.seeds=[0, 1]",
+        "distributed.device=cpu",
+        "distributed.threads=1",
+    ]
+
+
+def rows_of(run: Path) -> list[dict]:
+    return [row for row in json.loads((run / "results.json").read_text()) if row["stage"] == "compare"]
+
+
+def test_bits_are_read_from_text():
+    assert [bits_of(t) for t in ("W4A4KV4", "W4A16", "W16A4KV8")] == [(4, 4, 4), (4, 16, 16), (16, 4, 8)]
+    assert [bits_of(t) for t in ("W4", "A4W4", "W4A4KV9", "W1A4", "w4a4", "W4A4KV4 ")] == [None] * 6
+    for wrong in ({"bits": ["W4A4KV9"]}, {"methods": ["rtn", "rtn"]}, {"seeds": []}):
+        with pytest.raises(UserError, match=f"compare.{next(iter(wrong))}"):
+            CompareConfig(**wrong)
+
+
+def test_the_plan_names_everything_once(words):
+    with pytest.raises(UserError, match=r"compare\.methods has 'awq'.*use some of rtn, gptq, "):
+        planned(load_config(None, [*words, "compare.methods=[rtn, awq]"]))
+    config = load_config(None, [*words, "compare.weights=[rtn, gptq]", "compare.spread_seeds=3"])
+    plan = planned(config)
+    assert len(plan) == len(set(plan))
+    assert plan[0] == Entry("full", 0, "none", (16, 16, 16))
+    # GPTQ's row is no rotation rounded by GPTQ: neither seeds nor other roundings change it.
+    assert [e.weights for e in plan if e.method == "gptq"] == ["gptq", "gptq"]
+    for method in ("quarot", "spinquant_no_had"):
+        wanted = {(s, w, b) for s in (0, 1) for w in ("rtn", "gptq") for b in ((4, 16, 16), (4, 4, 4))}
+        assert {(e.seed, e.weights, e.bits) for e in plan if e.method == method} == wanted
+    spread = {(s, w, b) for s in range(3) for w, b in (("none", (16, 4, 4)), ("rtn", (4, 4, 4)))}
+    assert {(e.seed, e.weights, e.bits) for e in plan if e.method == "orthogonal"} == spread
+    assert spread <= {(e.seed, e.weights, e.bits) for e in plan if e.method == "hadamard"}
+    assert {e.seed for e in plan if e.method == "ours" and e.bits == (16, 4, 4)} == {0, 1}  # the marks
+
+
+def test_what_each_method_changes_of_the_run(words):
+    config = load_config(
+        None, [*words, "quant.a_clip_ratio=0.9", "optimize.warmup_steps=1", "rotation.init=orthogonal"]
+    )
+    assert settings_of(config, "ours", 0, "rtn") is config
+    other = settings_of(config, "ours", 5, "gptq")
+    assert (other.rotation.seed, other.optimize.seed) == (5, 5)
+    assert (other.optimize.optimizer, other.quant) == ("cayley_adam", config.quant)
+    for method, online in (("spinquant_had", True), ("spinquant_no_had", False)):
+        published = settings_of(config, method, 0, "gptq")
+        assert (published.rotation.init, published.rotation.online) == ("hadamard", online)
+        assert published.quant.a_clip_ratio == 1
+        o, default = published.optimize, OptimizeConfig()
+        assert (o.optimizer, o.lr, o.warmup_steps) == (default.optimizer, default.lr, 0)
+        assert (o.source, o.steps, o.batch_size, o.w_bits) == (config.optimize.source, 2, 2, 16)
+        assert settings_of(config, method, 0, "rtn").optimize == dataclasses.replace(o, w_bits=4)
+        assert Path(published.output_dir) == Path(config.output_dir, "tiny", "compare")
+        assert published.name.startswith(f"{method}-seed0-")
+        longer = dataclasses.replace(config, optimize=dataclasses.replace(config.optimize, steps=3))
+        assert (
+            settings_of(longer, method, 0, "gptq").name != published.name
+        )  # what was learned in 2 steps is not taken for it
+    assert settings_of(config, "quarot", 1, "gptq").quant.k_clip_ratio == 0.95
+    # A run that already is what SpinQuant published is not learned twice.
+    plain = dataclasses.replace(config, rotation=published.rotation, quant=published.quant, optimize=published.optimize)
+    assert settings_of(plain, "spinquant_no_had", 0, "gptq") is plain
+
+
+def measured(said: str) -> int:
+    return sum(int(n) for n in re.findall(r"measure .* (\d+) at once: layer 2/2", said))
+
+
+@pytest.mark.slow
+def test_interrupted_and_resumed_nothing_is_done_twice(capfd, tmp_path, words):
+    run = RunDir(tmp_path / "tiny")
+    files = run.path / "evaluations"
+
+    def interrupt() -> None:
+        while len(list(files.glob("*.json")) if files.exists() else []) < 7:
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=interrupt)
+    watcher.start()
+    capfd.readouterr()
+    assert main(["compare", *words]) == 75
+    watcher.join()
+    first = capfd.readouterr()
+    assert "the same command continues" in first.err
+    assert first.out == ""
+    kept = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files.glob("*.json")}
+    part = rows_of(run.path)
+    assert 0 < len(part) <= len(kept)
+
+    assert main(["compare", *words]) == 0
+    second = capfd.readouterr()
+    for path, before in kept.items():
+        assert (path.stat().st_mtime_ns, path.read_bytes()) == before
+    rows = rows_of(run.path)
+    # 2 texts x (full precision + 2 widths x (gptq + 5 systems x 2 seeds)); a row is a measurement, and each was made once.
+    assert len(rows) == 2 * (1 + 2 * (1 + 5 * 2))
+    assert measured(first.err) + measured(second.err) == len(list(files.glob("*.json"))) == len(rows)
+    assert all(row in rows for row in part)
+    # Rounded weights serve both widths, and QuaRot's with clips and without: 1 + 4 systems x 2 seeds.
+    rounded = re.findall(r"gptq \((\w+)\): layer 2/2", first.err + second.err)
+    assert sorted(rounded) == sorted(["none", *["hadamard", "quarot", "learned", "learned"] * 2])
+    learned = sorted(p.name.rpartition("-")[0] for p in (run.path / "compare").iterdir())
+    assert learned == ["ours-seed1", "spinquant_no_had-seed0", "spinquant_no_had-seed1"]  # layers are gone
+    text = comparison_table(rows)
+    assert text in second.out
+    values = [r["ppl"] for r in rows if r["system"] == "ours" and r["a_bits"] == 4 and "other" in r["dataset"]]
+    assert f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f} (2)" in text
+
+    # A third start measures nothing; evaluate and compare leave each other's rows alone, and share what they measured.
+    assert main(["compare", *words]) == 0
+    assert measured(capfd.readouterr().err) == 0
+    assert main(["quantize", *words, "quantize.baselines=[none, hadamard]"]) == 0
+    before = len(list(files.glob("*.json")))
+    capfd.readouterr()
+    assert main(["evaluate", *words, "quantize.baselines=[none, hadamard]"]) == 0
+    assert len(list(files.glob("*.json"))) == before
+    assert rows_of(run.path) == rows
+    ours = {(r["rotation"], r["dataset"]): r["ppl"] for r in json.loads((run.path / "results.json").read_text())[-8:]}
+    for row in rows:
+        system = {"GPTQ": "none", "random Hadamard": "hadamard", "ours": "learned"}.get(row["system"])
+        if system and row["a_bits"] == 4 and row["seed"] == 0:
+            assert ours[system, row["dataset"]] == row["ppl"]
+
+
+@pytest.mark.slow
+def test_a_row_is_what_the_stages_measure_by_themselves(tmp_path, words):
+    """The run's own stages, started apart in another directory, give the same perplexities to the last bit."""
+    assert main(["compare", *words, "compare.methods=[gptq, hadamard, ours]", "compare.seeds=[0]"]) == 0
+    apart = [*words, "name=apart", "quantize.baselines=[none, hadamard]"]
+    for stage in ("optimize", "quantize", "evaluate"):
+        assert main([stage, *apart]) == 0
+    alone = json.loads((tmp_path / "apart" / "results.json").read_text())
+    figures = {(r["rotation"], r["a_bits"], r["dataset"]): r["ppl"] for r in alone}
+    rows = [row for row in rows_of(tmp_path / "tiny") if (row["w_bits"], row["a_bits"]) in ((4, 4), (16, 16))]
+    assert {row["system"] for row in rows} == {"full precision", "GPTQ", "random Hadamard", "ours"}
+    for row in rows:
+        assert row["ppl"] == figures[row["rotation"], row["a_bits"], row["dataset"]], row
+
+
+def test_layers_of_the_run_are_used_and_kept(capfd, tmp_path, words):
+    few = [*words, "compare.methods=[gptq, ours]", "compare.seeds=[0]", "quantize.baselines=[none]"]
+    assert main(["optimize", *few]) == 0
+    assert main(["quantize", *few]) == 0
+    run = RunDir(tmp_path / "tiny")
+    capfd.readouterr()
+    assert main(["compare", *few]) == 0
+    assert "gptq (" not in capfd.readouterr().err  # nothing was rounded
+    assert len(list(run.layers().glob("*.safetensors"))) == len(list(run.layers("none").glob("*.safetensors"))) == 2
+    assert not (run.path / "compare").exists()
+    assert [e["event"] for e in read_lines(run.path / "events.jsonl")].count("layer") == 4
+
+
+def test_the_table_shows_mean_spread_and_the_best():
+    def row(system: str, ppl: float, seed: int = 0, **changed) -> dict:
+        found = {
+            "system": system,
+            "clips": "none",
+            "weights": "rtn",
+            "w_bits": 4,
+            "a_bits": 4,
+            "k_bits": 4,
+            "v_bits": 4,
+        }
+        return found | {"seed": seed, "dataset": "text", "ppl": ppl, "tokens": 60, "seq_len": 20} | changed
+
+    full = {"w_bits": 16, "a_bits": 16, "k_bits": 16, "v_bits": 16, "weights": "none"}
+    rows = [row("full precision", 2.0, **full), row("RTN", 11.0), row("QuaRot", 9.0, clips="quarot")]
+    rows += [row("QuaRot", 5.0, 1, clips="quarot"), row("QuaRot", 8.0), row("RTN", 4000.4, a_bits=8)]
+    lines = comparison_table(rows).splitlines()
+    assert lines[0] == "text: perplexity, 60 tokens in windows of 20; full precision 2.000"
+    assert [re.split(r" {2,}", line) for line in lines[1:]] == [
+        ["method", "weights", "W4A4KV4", "W4A8KV4"],
+        ["RTN", "rtn", "11.000", "4000 *"],
+        ["QuaRot, clipped", "rtn", "7.000 ± 2.828 (2) *", "-"],
+        ["QuaRot", "rtn", "8.000", "-"],
+    ]
