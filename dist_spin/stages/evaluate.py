@@ -45,12 +45,8 @@ from dist_spin.stages.quantize import (
 )
 from dist_spin.stages.results import public, update_results
 
-TOKENS_AT_ONCE = (
-    4096  # of hidden states that go through a layer together, where memory does not say that it may be more
-)
-BYTES_PER_CHANNEL = (
-    32  # of the MLP, for each token on its way through: a few copies, among them fp32 ones of the quantiser
-)
+TOKENS_AT_ONCE = 4096  # of hidden states that go through a layer together, at least
+BYTES_PER_CHANNEL = 32  # of the MLP for each token on its way through: copies, some of them in the quantiser's fp32
 
 
 @dataclass
