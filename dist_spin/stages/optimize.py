@@ -7,6 +7,7 @@ torchrun --nproc_per_node 2 -m dist_spin optimize configs/quickstart.yaml optimi
 import contextlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +19,16 @@ from dist_spin.config import dump_config
 from dist_spin.data import batch_indices, fingerprint, load_tokens, rank_share
 from dist_spin.distributed import World, agree, any_rank, on_leader, sum_over_ranks_, together
 from dist_spin.engine import fsdp
+from dist_spin.engine.euclidean_optimizer import EuclideanOptimizer
+from dist_spin.engine.guard import Guard
 from dist_spin.engine.memory import recompute_levels
 from dist_spin.engine.rotation_optimizer import RotationOptimizer
 from dist_spin.errors import Interrupted, NumericsError, UserError
+from dist_spin.model.architecture import layer_name
 from dist_spin.model.learning import LearningModel
 from dist_spin.model.loading import ModelFiles
 from dist_spin.model.rotation import Rotations
+from dist_spin.model.transforms import Transforms
 from dist_spin.numerics.cayley import nearest_orthogonal
 from dist_spin.progress import Progress
 from dist_spin.rotation_files import save_final
@@ -69,6 +74,12 @@ class Learning:
     tokens: Tensor  # [blocks, seq_len]
     fingerprint: dict[str, object]
     step: int = 0
+    guard: Guard | None = None
+    held_out: Tensor | None = None  # [sequences, seq_len] that the guard measures on
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint holds."""
+        return {**self.optimizer.state(), **({} if self.guard is None else self.guard.state())}
 
 
 def optimize(config: RunConfig, world: World) -> None:
@@ -85,27 +96,21 @@ def optimize(config: RunConfig, world: World) -> None:
     progress = Progress("learn rotations: step", settings.steps, learning.step, show=world.leads)
     writer = CheckpointWriter(lambda state, step: write_checkpoint(learning, state, step))
     stall = 0.0  # seconds that the checkpoint before this step held it up
+    if learning.step == 0 and learning.guard is not None:
+        judge(learning)
     while learning.step < settings.steps:
         began = time.monotonic()
-        loss = backward(learning)
-        norm = learning.optimizer.reduce_gradients()
-        reduced = bits_of(learning.optimizer.rotations.gradient)
-        if not math.isfinite(loss + norm):
+        try:
+            figures = one_step(learning)
+        except NumericsError:
             on_leader(writer.close)
-            raise NumericsError(
-                f"step {learning.step + 1}: loss {loss} and gradient norm {norm} are not finite",
-                f"the state after step {learning.step} is kept; lower optimize.lr or check the data",
-            )
-        lr = learning_rate(config, learning.step)
-        figures = learning.optimizer.step(lr, norm)
-        learning.step += 1
-        assert_same_rotations(learning, reduced)
+            raise
         # Before the checkpoint, so that none lacks its line; a resumed run drops lines that have no checkpoint.
         seconds = time.monotonic() - began + stall
-        log(learning, {"loss": loss, "grad_norm": norm, "lr": lr, **figures, "stall": stall, "seconds": seconds})
+        log(learning, {**figures, "stall": stall, "seconds": seconds})
         # Rank 0 alone writes; a write that failed stops every rank.
-        stall = on_leader(lambda: writer.submit(learning.optimizer.state(), learning.step))
-        progress.advance(f"loss {loss:.4f}")
+        stall = on_leader(lambda: writer.submit(learning.state(), learning.step))
+        progress.advance(f"loss {figures['loss']:.4f}")
         if learning.step < settings.steps and any_rank(bool(stop)):
             on_leader(writer.close)
             if world.leads:
@@ -113,6 +118,72 @@ def optimize(config: RunConfig, world: World) -> None:
             raise Interrupted(f"stopped by a signal after step {learning.step}", "the same command continues")
     on_leader(writer.close)
     finish(learning)
+
+
+def one_step(learning: Learning) -> dict[str, float]:
+    """Loss, backward, reduce, step, and the guard's judgement where it is due; returns the figures to log.
+
+    Raises:
+        NumericsError: loss or gradient is not finite, and no guard knows a state from which they were.
+    """
+    settings, guard, optimizer = learning.config.optimize, learning.guard, learning.optimizer
+    loss = backward(learning)
+    norm = optimizer.reduce_gradients()
+    reduced = bits_of(*gradients(learning))
+    if not math.isfinite(loss + norm):
+        if guard is None or guard.at_best:
+            raise NumericsError(
+                f"step {learning.step + 1}: loss {loss} and gradient norm {norm} are not finite",
+                f"the state after step {learning.step} is kept; lower optimize.lr or check the data",
+            )
+        guard.back_off()
+        learning.step += 1
+        optimizer.forget(learning.step)
+        note_back_off(learning, loss)
+        return {"loss": loss, "grad_norm": norm, "lr": 0.0, "held_out": guard.best_loss}
+    lr = learning_rate(learning.config, learning.step) * (1.0 if guard is None else guard.factor)
+    figures = optimizer.step(lr, norm, lr / settings.lr)
+    learning.step += 1
+    if guard is not None:
+        guard.moved()
+    assert_same_rotations(learning, reduced)
+    if guard is not None and (learning.step % settings.guard_every == 0 or learning.step == settings.steps):
+        figures["held_out"] = judge(learning)
+    return {"loss": loss, "grad_norm": norm, "lr": lr, **figures}
+
+
+def judge(learning: Learning) -> float:
+    """Measure the held-out loss and let the guard act on it; after the last step the best state is taken.
+
+    Raises:
+        NumericsError: it is not finite where learning starts.
+    """
+    guard, last = learning.guard, learning.step == learning.config.optimize.steps
+    assert guard is not None
+    loss = held_out_loss(learning)
+    if learning.step == 0 and not math.isfinite(loss):
+        raise NumericsError(f"the held-out loss is {loss} at the start", "check the model's dtype and the data")
+    if guard.judge(loss):
+        learning.optimizer.forget(learning.step)
+        note_back_off(learning, loss)
+    elif last and not guard.at_best:
+        guard.restore()
+        learning.optimizer.forget(learning.step)
+    if learning.world.leads and (last or not learning.step):
+        learning.run.event("held_out", step=learning.step, loss=loss, best=guard.best_loss)
+    return loss
+
+
+def note_back_off(learning: Learning, loss: float) -> None:
+    """Tell of a jump."""
+    guard = learning.guard
+    assert guard is not None
+    if learning.world.leads:
+        learning.run.event("back_off", step=learning.step, loss=loss, best=guard.best_loss, factor=guard.factor)
+        say(
+            f"step {learning.step}: loss {loss:.4f} against {guard.best_loss:.4f} at best: back to it, "
+            f"learning rates times {guard.factor:g}"
+        )
 
 
 def set_up(config: RunConfig, world: World) -> Learning:
@@ -128,6 +199,14 @@ def set_up(config: RunConfig, world: World) -> Learning:
     if not any(spec.enabled for spec in (sites.a, sites.o, sites.k, sites.v)):
         raise UserError("every activation quantiser is off, so rotations have nothing to learn", "set quant.a_bits=4")
     identity = run_fingerprint(config, files, tokens)
+    held_out = None
+    if settings.guard_every:
+        if len(tokens) <= settings.guard_sequences:
+            raise UserError(
+                f"{settings.source} has {len(tokens)} sequences, and the guard holds out {settings.guard_sequences}",
+                "give more text or set optimize.guard_every=0",
+            )
+        tokens, held_out = tokens[: -settings.guard_sequences], tokens[-settings.guard_sequences :]
 
     def check() -> None:
         check_fingerprint(run.path / "fingerprint.json", identity, f"run {config.name}")
@@ -135,6 +214,12 @@ def set_up(config: RunConfig, world: World) -> Learning:
 
     on_leader(check)
     rotations = Rotations(r1, r2, world.device, dtype, learn=True)
+    transforms = None
+    if settings.scales or settings.clips:
+        shared_keys = files.weights.has(f"{layer_name(0)}.self_attn.k_norm.weight")
+        transforms = Transforms(
+            shape, world.device, dtype, scales=settings.scales, clips=settings.clips, shared_keys=shared_keys
+        )
     compiled = settings.compile == "on" or (settings.compile == "auto" and world.device.type == "cuda")
     model = LearningModel(
         files.config,
@@ -143,9 +228,11 @@ def set_up(config: RunConfig, world: World) -> Learning:
         device=world.device,
         dtype=dtype,
         compile=compiled,
+        transforms=transforms,
+        teacher_share={"cross_entropy": 0.0, "kl": 1.0, "mixed": settings.kl_share}[settings.objective],
     )
     fsdp.shard(model, world)
-    together(lambda: fsdp.load(model, files.weights, sites.r4))
+    together(lambda: fsdp.load(model, files.weights, () if settings.scales else sites.r4))
     tokens_at_once = settings.micro_batch_size * settings.seq_len
     model.set_levels(recompute_levels(settings.recompute, shape, tokens_at_once, dtype, world))
     optimizer = RotationOptimizer(
@@ -155,8 +242,11 @@ def set_up(config: RunConfig, world: World) -> Learning:
         momentum=settings.momentum,
         max_grad_norm=settings.max_grad_norm,
         reproject_every=settings.reproject_every,
+        euclidean=None if transforms is None else EuclideanOptimizer(transforms, settings.scale_lr, settings.clip_lr),
     )
     learning = Learning(config, world, run, model, optimizer, tokens, identity)
+    if held_out is not None:
+        learning.guard, learning.held_out = Guard(optimizer.masters()), held_out
     resume(learning)
     return learning
 
@@ -177,27 +267,42 @@ def run_fingerprint(config: RunConfig, files: ModelFiles, tokens: Tensor) -> dic
 
 
 def backward(learning: Learning) -> float:
-    """Forward and backward of this rank's share of the global batch; returns the loss of the whole batch.
+    """Forward and backward of this rank's share of the global batch; returns the loss of the whole batch."""
+    settings = learning.config.optimize
+    indices = batch_indices(learning.step, settings.batch_size, len(learning.tokens), settings.seed)
+    total = torch.zeros((), device=learning.world.device, dtype=torch.float64)
+    for ids, weights in passes(learning, learning.tokens, indices):
+        losses = learning.model(ids)  # [micro]
+        loss = (losses * weights.to(losses.dtype)).sum()
+        loss.backward()
+        total += loss.detach()
+    fsdp.assert_sharded(learning.model, learning.world)
+    return float(sum_over_ranks_(total))
+
+
+@torch.no_grad()
+def held_out_loss(learning: Learning) -> float:
+    """The objective on the held-out sequences, their mean over all ranks."""
+    assert learning.held_out is not None
+    total = torch.zeros((), device=learning.world.device, dtype=torch.float64)
+    for ids, weights in passes(learning, learning.held_out, list(range(len(learning.held_out)))):
+        total += (learning.model(ids) * weights).sum()
+    return float(sum_over_ranks_(total))
+
+
+def passes(learning: Learning, tokens: Tensor, indices: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of a batch in forward passes: ids [micro, seq_len] and the sequences' weights [micro] in the mean.
 
     Every rank makes the same number of passes, since sharded layers are gathered by all; a rank with fewer sequences
     repeats one with weight zero. So the result does not depend on how the batch divides.
     """
-    settings, world = learning.config.optimize, learning.world
-    indices = batch_indices(learning.step, settings.batch_size, len(learning.tokens), settings.seed)
+    world, micro = learning.world, learning.config.optimize.micro_batch_size
     mine = rank_share(indices, world.rank, world.size)
-    passes = -(-len(rank_share(indices, 0, world.size)) // settings.micro_batch_size)
-    padded = mine + [indices[0]] * (passes * settings.micro_batch_size - len(mine))
+    count = -(-len(rank_share(indices, 0, world.size)) // micro)
+    padded = mine + [indices[0]] * (count * micro - len(mine))
     weights = torch.tensor([1.0] * len(mine) + [0.0] * (len(padded) - len(mine)), device=world.device) / len(indices)
-    total = torch.zeros((), device=world.device, dtype=torch.float64)
-    for i in range(0, len(padded), settings.micro_batch_size):
-        chosen = slice(i, i + settings.micro_batch_size)
-        ids = learning.tokens[padded[chosen]].to(world.device)  # [micro, seq_len]
-        losses = learning.model(ids)  # [micro]
-        loss = (losses * weights[chosen].to(losses.dtype)).sum()
-        loss.backward()
-        total += loss.detach()
-    fsdp.assert_sharded(learning.model, world)
-    return float(sum_over_ranks_(total))
+    for i in range(0, len(padded), micro):
+        yield tokens[padded[i : i + micro]].to(world.device), weights[i : i + micro]
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
@@ -217,13 +322,19 @@ def bits_of(*tensors: Tensor) -> int:
 
 
 def assert_same_rotations(learning: Learning, reduced: int) -> None:
-    """Every rank holds the same bits of R1, R2 and of the gradient (`reduced`) that moved them.
+    """Every rank holds the same bits of what is learned and of the gradient (`reduced`) that moved it.
 
     The gradient is asked for too, because shares of R are gathered: a reduction that did not happen would not show in R.
     """
-    rotations = learning.optimizer.rotations
-    if not agree((bits_of(rotations.r1, rotations.r2) + reduced) % (1 << 62)):
+    if not agree((bits_of(*learning.optimizer.masters().values()) + reduced) % (1 << 62)):
         raise AssertionError(f"rotations or their gradients differ between ranks after step {learning.step}")
+
+
+def gradients(learning: Learning) -> list[Tensor]:
+    """The packed gradients of everything that is learned."""
+    euclidean = learning.optimizer.euclidean
+    own = learning.optimizer.rotations.gradient
+    return [own] if euclidean is None else [own, euclidean.transforms.gradient]
 
 
 def log(learning: Learning, figures: dict[str, float]) -> None:
@@ -251,6 +362,8 @@ def resume(learning: Learning) -> None:
     state, metadata = found
     try:
         learning.optimizer.load(state, int(metadata["step"]))
+        if learning.guard is not None:
+            learning.guard.load(state)
     except KeyError as error:
         raise UserError(
             f"the newest checkpoint lacks {error}", "it was written with another optimize.optimizer"
@@ -279,7 +392,9 @@ def finish(learning: Learning) -> None:
     def write() -> None:
         dtype = rotations.r1.dtype
         r1, r2 = (nearest_orthogonal(r).to(dtype) for r in (rotations.r1, rotations.r2))
-        save_final(learning.run, r1, r2, {"step": str(learning.step), "seed": str(learning.config.rotation.seed)})
+        about = {"step": str(learning.step), "seed": str(learning.config.rotation.seed)}
+        euclidean = learning.optimizer.euclidean
+        save_final(learning.run, r1, r2, about, None if euclidean is None else euclidean.transforms.values())
         learning.run.event("done", stage="optimize", step=learning.step)
         say(f"wrote {learning.run.rotations / 'final.safetensors'} and R.bin")
 

@@ -16,7 +16,7 @@ import os
 import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from dist_spin.model.rotation import Sites, initial
 from dist_spin.numerics.gptq import GPTQOptions
 from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.progress import Progress
-from dist_spin.rotation_files import load_rotations
+from dist_spin.rotation_files import load_rotations, load_transforms
 from dist_spin.rundir import RunDir, tensors_digest, write_text
 from dist_spin.settings import RunConfig
 from dist_spin.signals import StopRequest
@@ -60,12 +60,21 @@ LEARNED = "learned"
 
 @dataclass
 class Variant:
-    """One rotation of a model: learned, an unlearned baseline, or "none"."""
+    """One rotation of a model: learned, an unlearned baseline, or "none".
+
+    transforms: learned scales and clips (`rotation_files.load_transforms`), which `sites` and `weights` contain.
+    """
 
     name: str
     rotations: tuple[Tensor, Tensor] | None
     sites: Sites
     weights: RotatedWeights
+    transforms: dict[str, Tensor] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """A fingerprint of everything that was learned."""
+        rotations = dict(zip(("R1", "R2"), self.rotations or (), strict=False))
+        return tensors_digest({**rotations, **self.transforms})
 
 
 def variant(config: RunConfig, files: ModelFiles, name: str, device: torch.device) -> Variant:
@@ -75,6 +84,7 @@ def variant(config: RunConfig, files: ModelFiles, name: str, device: torch.devic
         UserError: the learned rotations are not there yet, or belong to another model.
     """
     shape = files.shape
+    transforms: dict[str, Tensor] = {}
     if name == "none":
         rotations = None
     elif name == LEARNED:
@@ -82,11 +92,14 @@ def variant(config: RunConfig, files: ModelFiles, name: str, device: torch.devic
         if not path.exists():
             raise UserError(f"{path} does not exist", "run `dist-spin optimize` first")
         rotations = load_rotations(path, shape.hidden, shape.head_dim, shape.layers)
+        transforms = load_transforms(path)
     else:
         rotations = initial(name, shape, config.rotation.seed)
     sites = sites_for(config, shape, rotated=rotations is not None)
-    weights = RotatedWeights(files.weights, shape, rotations, sites.r4, device, model_dtype(config))
-    return Variant(name, rotations, sites, weights)
+    sites = dataclasses.replace(sites, clips=transforms.get("clip"))
+    scales = {key.removeprefix("scale."): t for key, t in transforms.items() if key.startswith("scale.")}
+    weights = RotatedWeights(files.weights, shape, rotations, sites.r4, device, model_dtype(config), scales)
+    return Variant(name, rotations, sites, weights, transforms)
 
 
 def quantize(
@@ -170,12 +183,11 @@ def calibration_tokens(config: RunConfig, files: ModelFiles) -> Tensor:
 
 def states_identity(config: RunConfig, files: ModelFiles, chosen: Variant, tokens: Tensor) -> dict[str, Any]:
     """Everything that decides the hidden states of a variant's 16-bit model on the calibration sequences."""
-    rotations = dict(zip(("R1", "R2"), chosen.rotations or (), strict=False))
     quantized = {k: v for k, v in flat(config.quant, "quant").items() if not k.startswith(WEIGHT_SETTINGS)}
     return {
         "model": files.weights.fingerprint(),
         "dtype": config.model.dtype,
-        "rotations": tensors_digest(rotations),
+        "rotations": chosen.digest(),
         "calibration": fingerprint(tokens),
         "online": config.rotation.online,
         "r4_block": config.rotation.r4_block,
@@ -200,7 +212,7 @@ def ends_of(config: RunConfig, files: ModelFiles, chosen: Variant) -> Ends:
     identity = {
         "model": files.weights.fingerprint(),
         "dtype": config.model.dtype,
-        "rotations": tensors_digest(dict(zip(("R1", "R2"), chosen.rotations or (), strict=False))),
+        "rotations": chosen.digest(),
         "bits": bits,
         "mse_clip": clip,
     }
