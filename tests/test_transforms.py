@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_model import CPU, ids, learning_model, merged_logits, online_sites, relative  # noqa: F401 (a fixture)
+from test_model import CPU, ids, merged_logits, online_sites, relative  # noqa: F401 (a fixture)
 from tiny import SHAPES, write_model
 from torch import Tensor, nn
 
@@ -37,7 +37,13 @@ def build(files: ModelFiles, rotations: Rotations, sites: Sites, transforms: Tra
     return model
 
 
-def merged(files: ModelFiles, rotations: tuple[Tensor, Tensor], sites: Sites, values: dict[str, Tensor], ids: Tensor):
+def merged(
+    files: ModelFiles,
+    rotations: tuple[Tensor, Tensor],
+    sites: Sites,
+    values: dict[str, Tensor],
+    ids: Tensor,  # noqa: F811
+) -> Tensor:
     scales = {name.removeprefix("scale."): s for name, s in values.items() if name != "clip"}
     weights = RotatedWeights(files.weights, files.shape, rotations, sites.r4, CPU, torch.float64, scales)
     sites = dataclasses.replace(sites, clips=values.get("clip"))
@@ -133,7 +139,7 @@ def test_the_teacher_is_the_full_precision_network(files, ids):  # noqa: F811
     for scales in (False, True):  # without scales R4 is folded, and the teacher has to meet it
         transforms = learned_transforms(files, scales=scales)
         off = build(files, rotations, online_sites(files, 16), transforms, teacher_share=1.0)
-        assert float(off(ids).abs().max()) < 1e-12  # nothing is quantised, so nothing diverges
+        assert float(off(ids).detach().abs().max()) < 1e-12  # nothing is quantised, so nothing diverges
         on = build(files, rotations, online_sites(files, 4), transforms, teacher_share=1.0)
         student = merged(files, initial("hadamard", files.shape, 0), online_sites(files, 4), transforms.values(), ids)
         teacher = merged_logits(files, None, Sites(), ids, torch.float64)
@@ -143,7 +149,6 @@ def test_the_teacher_is_the_full_precision_network(files, ids):  # noqa: F811
 
 
 def test_learned_parameters_get_gradients_of_the_whole_network(files, ids):  # noqa: F811
-    """Central differences of the unquantised site chain are useless (rounding); 8 bits leave a smooth enough loss."""
     rotations = Rotations(*initial("hadamard", files.shape, 0), CPU, torch.float64, learn=True)
     transforms = learned_transforms(files)
     model = build(files, rotations, online_sites(files, 4), transforms, teacher_share=0.5)

@@ -204,7 +204,9 @@ def range_gradients(x: Tensor, g: Tensor, spec: QuantSpec, ratio: Tensor | None 
         d_bound = d_scale / highest + d_over + d_under * (lowest / highest)
         d_high, d_low = torch.where(high >= -low, d_bound, 0.0), torch.where(high < -low, -d_bound, 0.0)
     else:
-        d_scale = d_scale + (d_over + d_under) * (-low * kept / scale - zero)  # what rounding the zero adds to the bounds
+        d_scale = d_scale + (d_over + d_under) * (
+            -low * kept / scale - zero
+        )  # what rounding the zero adds to the bounds
         d_high = d_over + d_scale / (highest - lowest)
         d_low = d_under - d_scale / (highest - lowest)
     d_ratio = (d_high * high + d_low * low).sum() * spec.clip_ratio
