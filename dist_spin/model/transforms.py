@@ -74,6 +74,19 @@ class Transforms:
         named = self.named(self.parameters)
         return {name: x.sigmoid() if name == "clip" else x.exp() for name, x in named.items()}
 
+    def start_from(self, values: dict[str, Tensor]) -> None:
+        """Take up stored `values`; what is not among them, or not learned here, stays as it is.
+
+        Raises:
+            ValueError: their shapes are of another model.
+        """
+        for name, parameters in self.named(self.parameters).items():
+            if name in values:
+                if values[name].shape != parameters.shape:
+                    raise ValueError(f"{name} is {list(values[name].shape)}, not {list(parameters.shape)}")
+                stored = values[name].to(parameters)
+                parameters.copy_(stored.logit(eps=1e-6) if name == "clip" else stored.log())
+
 
 def _leaf(value: Tensor, gradient: Tensor) -> Tensor:
     leaf = value.detach().requires_grad_()  # shares its memory: a step shows at once

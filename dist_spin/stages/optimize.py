@@ -56,6 +56,7 @@ from dist_spin.stages.common import (
     say,
     sites_for,
     starting_rotations,
+    starting_transforms,
 )
 
 # Settings that change how fast or where a run computes, not what: they may differ when it is continued.
@@ -220,6 +221,7 @@ def set_up(config: RunConfig, world: World) -> Learning:
         transforms = Transforms(
             shape, world.device, dtype, scales=settings.scales, clips=settings.clips, shared_keys=shared_keys
         )
+        transforms.start_from(starting_transforms(config))
     compiled = settings.compile == "on" or (settings.compile == "auto" and world.device.type == "cuda")
     model = LearningModel(
         files.config,
