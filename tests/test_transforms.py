@@ -175,3 +175,13 @@ def test_two_compiled_graphs_serve_all_layers_and_their_teacher(tmp_path, ids): 
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
     assert relative(gradients[1], gradients[0]) < 1e-9
+
+
+def test_stored_scales_and_clips_are_what_learning_continues_from(tmp_path):
+    files = open_model(str(write_model("gqa_tied", tmp_path)))
+    first, second = learned_transforms(files), learned_transforms(files, clips=False)
+    second.start_from(first.values())
+    for name, values in second.values().items():
+        torch.testing.assert_close(values, first.values()[name], rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="not \\[2, 48\\]"):
+        second.start_from({"scale.input_layernorm": torch.ones(2, 47)})
