@@ -151,8 +151,8 @@ class OptimizeConfig:
     """Gradient steps; the published number."""
     batch_size: int = 8
     """Sequences per step over all processes together, so that the result does not depend on how many there are."""
-    micro_batch_size: int = 1
-    """Sequences per forward pass in one process; larger is faster and takes more memory."""
+    micro_batch_size: int = 0
+    """Sequences per forward pass in one process; 0: as many as pay and fit into measured GPU memory, 1 on the CPU."""
     lr: float = 1.5
     """Learning rate, an upper bound: a step is shortened when the gradient is large. The published value."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -161,6 +161,8 @@ class OptimizeConfig:
     """Steps in which the learning rate rises from 0; 0 as published, a few calm an unstable start."""
     momentum: float = 0.0
     """Momentum, from 0 up to but not including 1; 0 as published."""
+    w_bits: int = 16
+    """Weight bits while learning (2 to 8, or 16 = off): 16 if GPTQ follows, 4 if rtn does (published). quant.w_… apply."""
     max_grad_norm: float = 1.0
     """Joint gradient norm above which gradients are scaled down; 0 switches this off."""
     optimizer: Literal["cayley_sgd", "cayley_adam"] = "cayley_sgd"
@@ -197,11 +199,16 @@ class OptimizeConfig:
     def __post_init__(self) -> None:
         check_source("optimize.source", self.source)
         _check(self, "seq_len", lambda n: n >= 2, "next-token loss needs 2 tokens or more")
-        counts = "steps batch_size micro_batch_size reproject_every keep_checkpoints"
+        counts = "steps batch_size reproject_every keep_checkpoints"
         _check(self, counts, lambda n: n >= 1, "use 1 or more")
+        _check(self, "w_bits", lambda n: n in BITS, "use 2 to 8 bits, or 16 = off")
+        if self.w_bits < 16:
+            alone = f"optimize.w_bits={self.w_bits} learns rotations alone, so use"
+            _check(self, "scales clips", lambda on: not on, f"{alone} false")
+            _check(self, "objective", lambda name: name == "cross_entropy", f"{alone} cross_entropy")
         _check(self, "seed", lambda n: n >= -1, "use 0 or more, or -1 for the order as it comes")
         most = f"optimize.batch_size is {self.batch_size}, so use at most that"
-        _check(self, "micro_batch_size", lambda n: n <= self.batch_size, most)
+        _check(self, "micro_batch_size", lambda n: 0 <= n <= self.batch_size, most)
         left = f"optimize.steps is {self.steps}, so use 0 to {self.steps - 1}"
         _check(self, "warmup_steps", lambda n: 0 <= n < self.steps, left)
         _check(self, "lr", lambda x: 0 < x < math.inf, "use a number above 0")
@@ -285,11 +292,14 @@ class DistributedConfig:
     """Seconds that a process waits for the others before it gives up; above the slowest step and model load."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on; auto takes CUDA where there is one."""
+    offload_layers: int = -1
+    """Decoder layers whose weights stay in host memory while rotations are learned; -1: as many as do not fit on the GPU."""
     threads: int = 0
     """CPU threads per process; 0 shares the cores evenly among the processes of this machine."""
 
     def __post_init__(self) -> None:
         _check(self, "nproc timeout_s", lambda n: n >= 1, "use 1 or more")
+        _check(self, "offload_layers", lambda n: n >= -1, "use a number of layers, or -1 for as many as do not fit")
         _check(self, "threads", lambda n: n >= 0, "use a number, or 0 for an even share of the cores")
 
 

@@ -60,7 +60,9 @@ def learning_model(
     model = LearningModel(files.config, rotations, sites, device=CPU, dtype=dtype, **kwargs)
     model.to_empty(device="cpu")
     for name, parameter in model.named_parameters():
-        folded_rows(files.weights, parameter_source(name), parameter.data, 0, sites.r4)
+        stored = parameter_source(name)
+        if stored is not None:
+            folded_rows(files.weights, stored, parameter.data, 0, sites.r4)
     return model
 
 

@@ -1,12 +1,15 @@
 """Time rotation learning on random weights of a real shape, with everything a run does, its checkpoints included.
 
 dist-spin bench optimize configs/shapes/llama-3-8b optimize.batch_size=8 --steps 5 --json out.json
+dist-spin bench optimize configs/shapes/llama-3-8b --layers 8 optimize.batch_size=1 --baseline weight-side
 torchrun --nproc_per_node 2 -m dist_spin bench optimize configs/shapes/llama-3-70b optimize.batch_size=8
 """
 
 import argparse
+import gc
 import itertools
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -16,12 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from dist_spin.bench import weight_side
 from dist_spin.bench.device import describe, matmul_ceiling, synchronize
 from dist_spin.checkpoint_writer import CheckpointWriter
 from dist_spin.config import load_config
 from dist_spin.distributed import World, on_leader, start, stop
+from dist_spin.engine.weight_grids import fit_grids
+from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
-from dist_spin.stages.common import say
+from dist_spin.stages.common import model_dtype, say, sites_for
 from dist_spin.stages.optimize import Learning, backward, learning_rate, set_up, write_checkpoint
 
 
@@ -32,8 +38,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("settings", nargs="*", help="key.sub=value, as for a run")
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after two that are not")
     parser.add_argument("--layers", type=int, default=0, help="decoder layers; 0: as the config says")
+    parser.add_argument(
+        "--baseline",
+        choices=["weight-side"],
+        help="also time the published formulation, every weight rotated in fp64 in every forward; for one sequence on one device",
+    )
     parser.add_argument("--json", type=Path, help="write all figures here")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    if options.baseline and (
+        "optimize.batch_size=1" not in options.settings or os.environ.get("WORLD_SIZE", "1") != "1"
+    ):
+        raise UserError("--baseline compares one sequence on one device", "add optimize.batch_size=1, without torchrun")
     world = start()
     try:
         figures = measure(options, world)
@@ -73,7 +88,7 @@ def measure(options: argparse.Namespace, world: World) -> dict[str, Any]:
     ceiling = matmul_ceiling(world.device)
     levels = [getattr(layer, "level", "") for layer in learning.model.layers]
     cuda = world.device.type == "cuda"
-    return {
+    figures = {
         "device": describe(world.device),
         "ranks": world.size,
         "layers": shape.layers,
@@ -88,7 +103,26 @@ def measure(options: argparse.Namespace, world: World) -> dict[str, Any]:
         "overhead_share": round((parts["reduce"] + parts["cayley"] + parts["stall"]) / parts["step"], 4),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if cuda else 0.0,
         "recompute": {level: levels.count(level) for level in sorted(set(levels))},
+        "offloaded_layers": learning.offloaded,
+        "micro_batch_size": learning.micro_batch_size,
     }
+    if config.optimize.w_bits < 16:  # a part of forward_backward
+        began = time.monotonic()
+        fit_grids(learning.model, learning.optimizer.rotations)
+        synchronize(world.device)
+        figures["fit_grids_s"] = round(time.monotonic() - began, 4)
+    if options.baseline:
+        sites, dtype = sites_for(config, shape), model_dtype(config)
+        del learning, writer
+        gc.collect()
+        baseline = weight_side.measure(
+            json_config(directory), sites, world.device, dtype, config.optimize.seq_len, options.steps
+        )
+        figures |= {f"baseline_{name}": round(value, 4) for name, value in baseline.items()}
+        ours = parts["forward_backward"]
+        figures["times_faster_forward_backward"] = round((baseline["forward_s"] + baseline["backward_s"]) / ours, 2)
+        figures["times_faster_step"] = round(sum(baseline.values()) / parts["step"], 2)
+    return figures
 
 
 def one_step(learning: Learning, writer: CheckpointWriter) -> dict[str, float]:

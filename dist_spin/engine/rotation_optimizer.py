@@ -57,6 +57,7 @@ class RotationOptimizer:
         The norm is of the rotations alone, but NaN where the gradient of scales or clips is not finite.
         """
         sum_over_ranks_(self.rotations.gradient)
+        self.rotations.to_tilt()
         for part in (self.rotations.tilt1, self.rotations.tilt2):
             part.copy_(tangent(part))
         other = 0.0 if self.euclidean is None else self.euclidean.reduce_gradients()

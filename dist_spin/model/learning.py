@@ -1,5 +1,6 @@
 """The fake-quantised network that rotations are learned on: transformers' own layers, embedding to loss, weights frozen."""
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from dist_spin.model.loss import cross_entropy, distillation
 from dist_spin.model.rotation import Rotations, Sites, attach, widen_norms
 from dist_spin.model.sites import WideRMSNorm, plain_sites
 from dist_spin.model.transforms import Transforms
+from dist_spin.model.weight_learning import GRIDDED, GriddedLinear, WeightGrid, attach_gridded, rotate
 
 
 class LearningLayer(nn.Module):
@@ -60,7 +62,9 @@ class LearningModel(nn.Module):
 
     Weights are expected folded (norm gains, R4) but not rotated: see `rotation.folded_rows` for what `parameter_source`
     names. `rotations` and `transforms` stay outside of the module tree, so that no engine touches them. With scales, R4 must
-    not be folded. The teacher (`teacher_share` above 0) is the same network with its sites off, run along in one pass.
+    not be folded. The teacher (`teacher_share` above 0) is the same network with its sites off, run along in one pass. With
+    `grid`, linears run on the grids of their merged weights (model/weight_learning.py), which an engine fits after every
+    step; neither transforms nor a teacher go with it.
     """
 
     def __init__(
@@ -74,17 +78,22 @@ class LearningModel(nn.Module):
         compile: bool = False,
         transforms: Transforms | None = None,
         teacher_share: float = 0.0,
+        grid: WeightGrid | None = None,
     ) -> None:
         super().__init__()
+        self.rotated = None if grid is None else rotations.basis1  # the basis of the residual stream, if not its own
         base = skeleton(config).to(dtype)
         self.config, self.device = base.config, device
         shape = Shape.of(config)
         sites = sites.to(device, dtype)
         for i, layer in enumerate(base.model.layers):
             widen_norms(layer, folded=True)
-            learned = None if transforms is None else transforms.layer(i)
-            unfold = transforms is not None and transforms.scales
-            attach(layer, shape, sites, rotations.basis1, rotations.basis2[i], learned, unfold)
+            if grid is None:
+                learned = None if transforms is None else transforms.layer(i)
+                unfold = transforms is not None and transforms.scales
+                attach(layer, shape, sites, rotations.basis1, rotations.basis2[i], learned, unfold)
+            else:
+                attach_gridded(layer, shape, sites, grid, rotations.basis1, rotations.basis2[i])
         self.embed = base.model.embed_tokens
         self.layers = nn.ModuleList([LearningLayer(layer, compile) for layer in base.model.layers])
         self.head = LossHead(base.config.rms_norm_eps, base.lm_head, teacher_share)
@@ -98,10 +107,21 @@ class LearningModel(nn.Module):
         teacher = hidden.detach() if self.head.teacher_share else None
         if torch.is_grad_enabled():
             hidden.requires_grad_()  # as every later layer's input does, so that all layers share one compiled graph
+        if self.rotated is not None:
+            hidden = rotate(hidden, self.rotated)
         cos, sin = self._position_embeddings(hidden)
         for layer, mask in zip(self.layers, attention_masks(self.config, hidden), strict=True):
             hidden, teacher = layer(hidden, teacher, cos, sin, mask)
+        if self.rotated is not None:
+            hidden = rotate(hidden, self.rotated, back=True)  # here, where the norm commutes with it
         return self.head(hidden, teacher, ids)
+
+    def gridded(self) -> Iterator[tuple[int, str, GriddedLinear]]:
+        """Layer index, role (such as q_proj) and module of every linear that runs on a grid."""
+        for i, layer in enumerate(self.layers):
+            for name, module in layer.named_modules():
+                if isinstance(module, GriddedLinear):
+                    yield i, GRIDDED[name.removeprefix("layer.")], module
 
     def set_levels(self, levels: list[str]) -> None:
         """What each layer keeps for the backward pass (`recompute.LEVELS`)."""
@@ -115,12 +135,16 @@ class LearningModel(nn.Module):
         return self._positions[T]
 
 
-def parameter_source(name: str) -> str:
-    """The checkpoint name of a `LearningModel` parameter."""
+def parameter_source(name: str) -> str | None:
+    """The checkpoint name of a `LearningModel` parameter; None for grids, which are fitted, not read."""
+    if name.endswith((".codes", ".scale", ".zero")):
+        return None
     name = name.replace(".linear.", ".")
     if name.startswith("embed."):
         return name.replace("embed.", "model.embed_tokens.", 1)
     if name.startswith("head."):
         return name.removeprefix("head.")
     _, index, _, rest = name.split(".", 3)
+    module, _, kind = rest.rpartition(".")
+    rest = f"{GRIDDED.get(module, module)}.{kind}"
     return f"model.layers.{index}.{rest}"

@@ -107,10 +107,20 @@ class Rotations:
     """The master copies of R1 and R2 on one device, what the sites see of them, and one packed gradient buffer.
 
     r1 [h, h], r2 [layers, d, d]: fp32 masters (fp64 when compute is fp64). bases: what the sites hold.
-    gradient: packed [h*h + layers*d*d] in the masters' dtype; backward accumulates straight into it.
+    gradient: packed [h*h + layers*d*d] in the masters' dtype; backward accumulates straight into it: the gradients of the
+        tilts (see `Basis`), or with `euclidean` those of R1 and R2 as plain matrices until `to_tilt` is called.
     """
 
-    def __init__(self, r1: Tensor, r2: Tensor, device: torch.device, compute: torch.dtype, learn: bool = False) -> None:
+    def __init__(
+        self,
+        r1: Tensor,
+        r2: Tensor,
+        device: torch.device,
+        compute: torch.dtype,
+        learn: bool = False,
+        euclidean: bool = False,
+    ) -> None:
+        self.euclidean = euclidean
         master = torch.float64 if compute == torch.float64 else torch.float32
         self.r1, self.r2 = (r.to(device, master, copy=True) for r in (r1, r2))
         self._seen1, self._seen2 = self.r1.to(compute, copy=True), self.r2.to(compute, copy=True)
@@ -135,6 +145,12 @@ class Rotations:
     def tilt2(self) -> Tensor:
         """R2's part of the gradient buffer, as [layers, d, d]."""
         return self.gradient[self.r1.numel() :].view_as(self.r2)
+
+    def to_tilt(self) -> None:
+        """Turn gradients of R into those of the tilt, in place: R(Omega) = (I + Omega) R, so dOmega = dR R^T."""
+        if self.euclidean:
+            self.tilt1.copy_(self.tilt1 @ self.r1.T)
+            self.tilt2.copy_(self.tilt2 @ self.r2.mT)
 
     def refresh(self) -> None:
         """Show the sites the masters as they are now."""
@@ -205,6 +221,7 @@ def folded_rows(
     out: Tensor,
     start: int = 0,
     r4: tuple[Tensor, ...] = (),
+    device: torch.device | None = None,
 ) -> None:
     """Fill `out` with rows [start, start + len(out)) of a parameter, the norm's gain and R4 folded in.
 
@@ -213,12 +230,13 @@ def folded_rows(
 
     Args:
         parameter: checkpoint name. out: [rows, ...], any floating dtype and device. r4: fp64 Kronecker factors.
+        device: where to compute; None: where `out` lies.
     """
     gain = _gain_before(source, parameter)
     rotate = bool(r4) and parameter.endswith("mlp.down_proj.weight")
     for lo in range(0, len(out), ROWS_AT_ONCE):
         hi = min(lo + ROWS_AT_ONCE, len(out))
-        rows = source.rows(parameter, start + lo, start + hi, out.device)
+        rows = source.rows(parameter, start + lo, start + hi, device or out.device)
         if gain is not None or rotate:
             rows = rows.double()
         if gain is not None:

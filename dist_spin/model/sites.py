@@ -88,7 +88,7 @@ kept_matmul.register_autograd(
 )
 
 
-def _matmul_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def matmul_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b for 2-D operands with the result in `dtype`, without rounding the sum to the operands' dtype on the way."""
     if a.dtype == dtype:
         return a @ b
@@ -164,7 +164,7 @@ class _RotateScaleQuantize(torch.autograd.Function):
 def _tilt_gradient(x: Tensor, x_hat: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     n = x.shape[-1]
     moved = (x_hat - x).reshape(-1, n)  # [tokens, n]
-    return _matmul_wide(g.reshape(-1, n).T, moved, dtype)  # [n, n]
+    return matmul_wide(g.reshape(-1, n).T, moved, dtype)  # [n, n]
 
 
 def _scale_quantize(y: Tensor, scale: Tensor | None, clip: Tensor | None, spec: QuantSpec) -> Tensor:

@@ -7,7 +7,14 @@ Euclidean gradient G of X that is G X^T, and its skew part A is all that moves X
 becomes in these coordinates (W = X^T A X, Y = X^T Z)
     Z_0 = I + alpha A,  Z <- I + (alpha/2) A (I + Z),  X <- Z^T X,
 whose columns of Z, and so rows of the new X, do not interact: each rank can compute its own.
+
+Written in increments, Z = I + S + T_1 + ... with S = alpha A and T_k = (S/2) T_(k-1), only the last product X + (Z - I)^T X
+is as large as X. The others are corrections of it, so on a GPU they run in TF32, several times faster: an error of 5e-4 in
+T_1 ~ S^2/2 is far below the fp32 rounding of X.
 """
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -34,7 +41,8 @@ def step_size(x: Tensor, direction: Tensor, lr: float) -> Tensor:
 
 def column_sums(x: Tensor, direction: Tensor, columns: slice) -> Tensor:
     """Column sums of magnitudes of X^T A X, for some of its columns: [..., columns]."""
-    return (x.mT @ (direction @ x[..., columns])).abs().sum(-2)
+    with _tf32():
+        return (x.mT @ (direction @ x[..., columns])).abs().sum(-2)
 
 
 def bounded(norm: Tensor, lr: float) -> Tensor:
@@ -54,14 +62,24 @@ def retract_rows(
     Returns:
         [..., stop - start, n], the rows of Cayley(-alpha A) X; exact up to (alpha ||A|| / 2)^(ITERATIONS + 1).
     """
-    n = x.shape[-1]
-    stop = n if stop is None else stop
-    eye = torch.eye(n, dtype=x.dtype, device=x.device)[:, start:stop]  # [n, c]
     scaled = direction * alpha
-    z = eye + scaled[..., start:stop]
-    for _ in range(ITERATIONS):
-        z = eye + 0.5 * (scaled @ (eye + z))
-    return z.mT @ x
+    moved = correction = scaled[..., start:stop]  # [..., n, c]: Z - I
+    with _tf32():
+        for _ in range(ITERATIONS):
+            correction = 0.5 * (scaled @ correction)
+            moved = moved + correction
+    return x[..., start:stop, :] + moved.mT @ x
+
+
+@contextlib.contextmanager
+def _tf32() -> Iterator[None]:
+    """Let products of fp32 matrices on CUDA round their operands to TF32; other dtypes and devices know no difference."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def orthogonality_error(x: Tensor) -> Tensor:

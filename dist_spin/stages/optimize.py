@@ -21,14 +21,16 @@ from dist_spin.distributed import World, agree, any_rank, on_leader, sum_over_ra
 from dist_spin.engine import fsdp
 from dist_spin.engine.euclidean_optimizer import EuclideanOptimizer
 from dist_spin.engine.guard import Guard
-from dist_spin.engine.memory import recompute_levels
+from dist_spin.engine.memory import layers_to_offload, passes_and_levels
 from dist_spin.engine.rotation_optimizer import RotationOptimizer
+from dist_spin.engine.weight_grids import fit_grids
 from dist_spin.errors import Interrupted, NumericsError, UserError
 from dist_spin.model.architecture import layer_name
 from dist_spin.model.learning import LearningModel
 from dist_spin.model.loading import ModelFiles
 from dist_spin.model.rotation import Rotations
 from dist_spin.model.transforms import Transforms
+from dist_spin.model.weight_learning import WeightGrid
 from dist_spin.numerics.cayley import nearest_orthogonal
 from dist_spin.progress import Progress
 from dist_spin.rotation_files import save_final
@@ -47,6 +49,7 @@ from dist_spin.rundir import (
 from dist_spin.settings import RunConfig
 from dist_spin.signals import StopRequest
 from dist_spin.stages.common import (
+    ENDS_SETTINGS,
     WEIGHT_SETTINGS,
     check_vocabulary,
     flat,
@@ -74,6 +77,8 @@ class Learning:
     optimizer: RotationOptimizer
     tokens: Tensor  # [blocks, seq_len]
     fingerprint: dict[str, object]
+    micro_batch_size: int  # sequences of one pass on one rank
+    offloaded: int  # layers whose weights stay on the host
     step: int = 0
     guard: Guard | None = None
     held_out: Tensor | None = None  # [sequences, seq_len] that the guard measures on
@@ -214,7 +219,11 @@ def set_up(config: RunConfig, world: World) -> Learning:
         write_text(run.path / "config.yaml", dump_config(config))
 
     on_leader(check)
-    rotations = Rotations(r1, r2, world.device, dtype, learn=True)
+    q = config.quant
+    grid = None
+    if settings.w_bits < 16:
+        grid = WeightGrid(settings.w_bits, q.w_symmetric, q.w_group_size, q.w_mse_clip)
+    rotations = Rotations(r1, r2, world.device, dtype, learn=True, euclidean=grid is not None)
     transforms = None
     if settings.scales or settings.clips:
         shared_keys = files.weights.has(f"{layer_name(0)}.self_attn.k_norm.weight")
@@ -230,13 +239,22 @@ def set_up(config: RunConfig, world: World) -> Learning:
         device=world.device,
         dtype=dtype,
         compile=compiled,
+        grid=grid,
         transforms=transforms,
         teacher_share={"cross_entropy": 0.0, "kl": 1.0, "mixed": settings.kl_share}[settings.objective],
     )
-    fsdp.shard(model, world)
+    share = -(-settings.batch_size // world.size)  # sequences of one rank
+    away = layers_to_offload(
+        config.distributed.offload_layers, shape, share * settings.seq_len, dtype, settings.w_bits, world
+    )
+    if away and world.leads:
+        say(f"the weights of {len(away)} of {shape.layers} layers stay in host memory")
+    fsdp.shard(model, world, away)
     together(lambda: fsdp.load(model, files.weights, () if settings.scales else sites.r4))
-    tokens_at_once = settings.micro_batch_size * settings.seq_len
-    model.set_levels(recompute_levels(settings.recompute, shape, tokens_at_once, dtype, world))
+    micro, levels = passes_and_levels(
+        settings.micro_batch_size, settings.recompute, shape, share, settings.seq_len, dtype, bool(away), world
+    )
+    model.set_levels(levels)
     optimizer = RotationOptimizer(
         rotations,
         world,
@@ -246,7 +264,7 @@ def set_up(config: RunConfig, world: World) -> Learning:
         reproject_every=settings.reproject_every,
         euclidean=None if transforms is None else EuclideanOptimizer(transforms, settings.scale_lr, settings.clip_lr),
     )
-    learning = Learning(config, world, run, model, optimizer, tokens, identity)
+    learning = Learning(config, world, run, model, optimizer, tokens, identity, micro, len(away))
     if held_out is not None:
         learning.guard, learning.held_out = Guard(optimizer.masters()), held_out
     resume(learning)
@@ -256,7 +274,10 @@ def set_up(config: RunConfig, world: World) -> Learning:
 def run_fingerprint(config: RunConfig, files: ModelFiles, tokens: Tensor) -> dict[str, object]:
     """What must not change between the starts of one run, field by field."""
     learned = {k: v for k, v in flat(config.optimize, "optimize").items() if k.split(".")[1] not in FREE_SETTINGS}
-    sites = {k: v for k, v in flat(config.quant, "quant").items() if not k.startswith(WEIGHT_SETTINGS)}
+    decides_nothing = (
+        WEIGHT_SETTINGS if config.optimize.w_bits == 16 else ("quant.w_bits", "quant.down_bits", *ENDS_SETTINGS)
+    )
+    sites = {k: v for k, v in flat(config.quant, "quant").items() if not k.startswith(decides_nothing)}
     return {
         "model weights": files.weights.fingerprint(),
         "model.dtype": config.model.dtype,
@@ -273,6 +294,7 @@ def backward(learning: Learning) -> float:
     settings = learning.config.optimize
     indices = batch_indices(learning.step, settings.batch_size, len(learning.tokens), settings.seed)
     total = torch.zeros((), device=learning.world.device, dtype=torch.float64)
+    fit_grids(learning.model, learning.optimizer.rotations)
     for ids, weights in passes(learning, learning.tokens, indices):
         losses = learning.model(ids)  # [micro]
         loss = (losses * weights.to(losses.dtype)).sum()
@@ -287,6 +309,7 @@ def held_out_loss(learning: Learning) -> float:
     """The objective on the held-out sequences, their mean over all ranks."""
     assert learning.held_out is not None
     total = torch.zeros((), device=learning.world.device, dtype=torch.float64)
+    fit_grids(learning.model, learning.optimizer.rotations)
     for ids, weights in passes(learning, learning.held_out, list(range(len(learning.held_out)))):
         total += (learning.model(ids) * weights).sum()
     return float(sum_over_ranks_(total))
@@ -298,7 +321,7 @@ def passes(learning: Learning, tokens: Tensor, indices: list[int]) -> Iterator[t
     Every rank makes the same number of passes, since sharded layers are gathered by all; a rank with fewer sequences
     repeats one with weight zero. So the result does not depend on how the batch divides.
     """
-    world, micro = learning.world, learning.config.optimize.micro_batch_size
+    world, micro = learning.world, learning.micro_batch_size
     mine = rank_share(indices, world.rank, world.size)
     count = -(-len(rank_share(indices, 0, world.size)) // micro)
     padded = mine + [indices[0]] * (count * micro - len(mine))

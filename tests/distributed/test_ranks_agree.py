@@ -129,3 +129,12 @@ def test_adam_learns_the_same_on_two_ranks(words, tmp_path_factory, more):
     assert len(one) == (8 if more else 2)
     for name in one:
         assert (one[name] - two[name]).abs().max() < 1e-9, name
+
+
+@pytest.mark.parametrize("grid", ["quant.w_mse_clip=true", "quant.w_symmetric=false"])
+def test_learning_with_rounded_weights_is_the_same_on_any_number_of_ranks(words, grid, tmp_path_factory):
+    more = ("optimize.w_bits=4", "optimize.steps=3", grid)
+    alone, *others = (learned(size, words, tmp_path_factory.mktemp(f"w4-{size}"), *more) for size in (1, 2, 3))
+    for rotations in others:
+        for name in ("R1", "R2"):
+            assert (rotations[name] - alone[name]).abs().max() < 1e-9

@@ -1,0 +1,132 @@
+"""Learning with quantised weights: grids, codes, and gradients against plain autograd of the straight-through network."""
+
+import pytest
+import torch
+from test_model import CPU, WeightSide, learning_model, online_sites, relative
+from tiny import SHAPES, write_model
+from torch import Tensor, nn
+
+from dist_spin.model.learning import LearningModel
+from dist_spin.model.loading import ModelFiles, open_model
+from dist_spin.model.rotation import Rotations, Sites, initial
+from dist_spin.model.weight_learning import WeightGrid, merged_rows
+from dist_spin.numerics.cayley import tangent
+from dist_spin.numerics.quantizer import dequantize_weight, quantize_weight, weight_scales
+
+GRIDS = (
+    WeightGrid(4),
+    WeightGrid(4, mse_clip=True),
+    WeightGrid(3, symmetric=False, group_size=8),
+    WeightGrid(8, symmetric=False),
+)
+
+
+def rounded(w: Tensor, grid: WeightGrid) -> Tensor:
+    """Q(w) by the quantiser's own functions, without packing."""
+    o = (grid.bits, grid.symmetric, grid.group_size)
+    scale, zero = weight_scales(w, *o, grid.mse_clip)
+    return dequantize_weight(quantize_weight(w, scale, zero, *o), scale, zero, grid.group_size, w.dtype)
+
+
+class StraightThrough(WeightSide):
+    """The release's `4 4 4`: every weight rotated and rounded in every forward pass, plain autograd around the rounding."""
+
+    def __init__(self, files: ModelFiles, sites: Sites, r1: Tensor, r2: Tensor, grid: WeightGrid) -> None:
+        super().__init__(files, sites, r1, r2)
+        self.grid = grid
+
+    def weights(self, i: int) -> dict[str, Tensor]:
+        def through(name: str, w: Tensor) -> Tensor:
+            return w + (rounded(w, self.grid) - w).detach() if name.endswith("proj.weight") else w
+
+        return {name: through(name, w) for name, w in super().weights(i).items()}
+
+
+def fit(model: LearningModel, rotations: Rotations) -> None:
+    """What an engine does with shards, on a whole model."""
+    for index, role, linear in model.gridded():
+        r1, r2 = rotations.basis1.value, rotations.basis2[index].value
+        rows = slice(0, len(linear.weight))
+        merged = merged_rows(role.rpartition(".")[2], linear.weight, rows, r1, r2, torch.float64)
+        for parameter, found in zip((linear.codes, linear.scale, linear.zero), linear.spec.fit(merged), strict=True):
+            if parameter is not None:
+                parameter.data.view(found.dtype).copy_(found)
+
+
+def gridded_model(files: ModelFiles, rotations: Rotations, sites: Sites, grid: WeightGrid, **more) -> LearningModel:
+    model = learning_model(files, rotations, sites, torch.float64, grid=grid, **more)
+    fit(model, rotations)
+    return model
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_gradients_equal_plain_autograd_of_the_straight_through_network(kind, grid, ids, tmp_path):
+    files = open_model(str(write_model(kind, tmp_path)))
+    r1, r2 = initial("hadamard", files.shape, seed=7)
+    sites = online_sites(files, 4)
+    rotations = Rotations(r1, r2, CPU, torch.float64, learn=True, euclidean=True)
+    loss = gridded_model(files, rotations, sites, grid)(ids).mean()
+    loss.backward()
+    oracle = StraightThrough(files, sites, r1, r2, grid)
+    oracle_loss = oracle(ids)
+    oracle_loss.backward()
+    torch.testing.assert_close(loss, oracle_loss, rtol=1e-9, atol=0)
+    rotations.to_tilt()
+    # Off the manifold the final norm sees another network, so what must agree is the gradient along it.
+    assert relative(tangent(rotations.tilt1), tangent(oracle.r1.grad @ r1.T)) < 1e-9
+    assert relative(tangent(rotations.tilt2), tangent(oracle.r2.grad @ r2.mT)) < 1e-9
+    unrounded = WeightSide(files, sites, r1, r2)(ids)
+    assert abs(float(loss - unrounded)) > 1e-4  # the grid really is on
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_a_grid_holds_what_the_quantiser_makes(grid):
+    w = torch.randn(24, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = grid.fit(w)
+    assert found.codes.dtype == torch.uint8
+    assert found.codes.shape[1] == (20 if grid.bits <= 4 else 40)
+    assert torch.equal(grid.weight(found, w), rounded(w, grid))
+
+
+@pytest.mark.slow
+def test_one_compiled_graph_serves_all_layers_and_changes_no_gradient(tmp_path, ids):
+    files = open_model(str(write_model("gqa_tied", tmp_path, layers=12)))
+    gradients = []
+    for compiled in (False, True):
+        rotations = Rotations(*initial("hadamard", files.shape, 0), CPU, torch.float64, learn=True, euclidean=True)
+        model = gridded_model(files, rotations, online_sites(files, 4), GRIDS[0], compile=compiled)
+        model.set_levels(["sites"] * 12)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model(ids).sum().backward()
+        gradients.append(rotations.gradient)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert relative(gradients[1], gradients[0]) < 1e-9
+
+
+def test_learning_with_rounded_weights_lowers_their_loss(tmp_path, ids):
+    files = open_model(str(write_model("mha", tmp_path)))
+    rotations = Rotations(*initial("hadamard", files.shape, 0), CPU, torch.float64, learn=True, euclidean=True)
+    model = gridded_model(files, rotations, online_sites(files, 4), WeightGrid(3))
+    losses = []
+    for _ in range(12):
+        fit(model, rotations)
+        loss = model(ids).mean()
+        losses.append(float(loss))
+        loss.backward()
+        rotations.to_tilt()
+        for master, tilt in ((rotations.r1, rotations.tilt1), (rotations.r2, rotations.tilt2)):
+            direction = tangent(tilt)
+            master.copy_(torch.linalg.matrix_exp(-0.02 * direction / direction.abs().amax()) @ master)
+        rotations.gradient.zero_()
+        rotations.refresh()
+    assert min(losses[6:]) < losses[0] - 0.02, losses
+    assert isinstance(model.head, nn.Module)
