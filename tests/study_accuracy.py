@@ -29,26 +29,31 @@ from dist_spin.stages.quantize import quantize
 
 RELEASE = ["optimize.optimizer=cayley_sgd", "optimize.lr=1.5", "optimize.seed=-1"]
 ADAM = ["optimize.optimizer=cayley_adam", "optimize.lr=0.004", "optimize.warmup_steps=5"]
-KL, SCALES, CLIPS = ["optimize.objective=kl"], ["optimize.scales=true"], ["optimize.clips=true"]
-ALL = [*ADAM, *KL, *SCALES, *CLIPS]
+KL, MIXED = ["optimize.objective=kl"], ["optimize.objective=mixed"]
+SCALES, CLIPS = ["optimize.scales=true", "optimize.scale_lr=0.03"], ["optimize.clips=true"]
+ALL = [*ADAM, *SCALES, *CLIPS]  # cross entropy
+LONG = ["optimize.steps=400", "optimize.batch_size=4"]
 FIXED = "optimize.lr=1e-9"
 
 # Runs of one network structure follow one another, so that they share compiled graphs.
 RUNS = {
     "all": ALL,
-    "all, R lr 0.01": [*ALL, "optimize.lr=0.01"],
+    "all, long": [*ALL, *LONG],
     "all, R fixed": [*ALL, FIXED],
-    "all, scale lr 0.03": [*ALL, "optimize.scale_lr=0.03"],
-    "all, cross entropy": [*ALL, "optimize.objective=cross_entropy"],
-    "all, mixed": [*ALL, "optimize.objective=mixed"],
+    "all, scale lr 0.01": [*ALL, "optimize.scale_lr=0.01"],
+    "all, kl": [*ALL, *KL],
+    "all, kl, long": [*ALL, *KL, *LONG],
+    "all, mixed": [*ALL, *MIXED],
+    "all, mixed, long": [*ALL, *MIXED, *LONG],
     "release": RELEASE,
-    "R, cross entropy": ADAM,
+    "R": ADAM,
     "R, kl": [*ADAM, *KL],
-    "scales, kl": [*ADAM, *KL, *SCALES, FIXED],
-    "clips, kl": [*ADAM, *KL, *CLIPS, FIXED],
-    "all but scales": [*ADAM, *KL, *CLIPS],
-    "all but clips": [*ADAM, *KL, *SCALES],
+    "scales": [*ADAM, *SCALES, FIXED],
+    "clips": [*ADAM, *CLIPS, FIXED],
+    "all but scales": [*ADAM, *CLIPS],
+    "all but clips": [*ADAM, *SCALES],
 }
+STRUCTURE = ("objective", "scales", "clips", "batch_size")  # settings that decide the compiled graphs
 
 
 def main() -> None:
@@ -96,7 +101,6 @@ def one(options: argparse.Namespace, world: World, name: str, seed: int, quantis
         f"quantize.seed={seed}",
         f"optimize.source={source}",
         "optimize.batch_size=8",
-        "optimize.micro_batch_size=8",
         f"quantize.source={source}",
         f"quantize.quantize_activations={str(quantised).lower()}",
         f"evaluate.sources=[{','.join(options.texts)}]",
@@ -104,7 +108,10 @@ def one(options: argparse.Namespace, world: World, name: str, seed: int, quantis
         "evaluate.split=all",
     ]
     config = load_config(None, [*given, *RUNS[name], *options.settings])
-    torch._dynamo.reset()  # so that runs of other structures never meet the recompile limit
+    structure = [getattr(config.optimize, name) for name in STRUCTURE]
+    if structure != getattr(options, "structure", None):
+        torch._dynamo.reset()  # so that a run of another structure never meets the recompile limit
+    options.structure = structure
     learned = options.out / directory / "rotations" / "final.safetensors"
     final = run_dir(config).rotations / "final.safetensors"
     if quantised and not final.exists():
