@@ -246,6 +246,10 @@ class QuantizeConfig:
     """Keep activation, key and value quantisers on while calibrating; off as published."""
     layers_per_job: int = 0
     """Layers that see each other's rounding errors and are done by one job, others in parallel; 0: all, as published."""
+    tune_steps: int = 0
+    """Steps of learning norm gains and the scales of weight rows once all codes are fixed, on optimize.source; 0: none."""
+    tune_lr: float = 0.003
+    """Learning rate of that pass, for the logarithms of what is learned (Adam, cosine)."""
     baselines: list[Literal["none", "hadamard", "orthogonal"]] = field(default_factory=list)
     """Unlearned rotations to quantise and evaluate beside the learned one, for comparison."""
 
@@ -253,6 +257,8 @@ class QuantizeConfig:
         check_source("quantize.source", self.source)
         _check(self, "seq_len n_sequences block_size", lambda n: n >= 1, "use 1 or more")
         _check(self, "seed", lambda n: n >= 0, "use 0 or more")
+        _check(self, "tune_steps", lambda n: n >= 0, "use a number of steps, or 0 for none")
+        _check(self, "tune_lr", lambda x: 0 < x < math.inf, "use a number above 0")
         _check(self, "layers_per_job", lambda n: n >= 0, "use a number of layers, or 0 for all")
         _check(self, "percdamp", lambda x: 0 < x < math.inf, "use a fraction above 0, such as 0.01")
         _check(self, "baselines", lambda names: len(set(names)) == len(names), "name each rotation once")

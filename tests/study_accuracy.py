@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=800)
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after so long")
     parser.add_argument("--calibrate-quantised", nargs="*", default=[], help="runs also given GPTQ on quantised inputs")
+    parser.add_argument("--tune", nargs="*", default=[], help="runs also tuned after GPTQ, for 200 steps")
     parser.add_argument("settings", nargs="*")
     options = parser.parse_intermixed_args()
     world = start()
@@ -103,6 +104,7 @@ def one(options: argparse.Namespace, world: World, name: str, seed: int, quantis
         "optimize.batch_size=8",
         f"quantize.source={source}",
         f"quantize.quantize_activations={str(quantised).lower()}",
+        f"quantize.tune_steps={200 if name in options.tune and not quantised else 0}",
         f"evaluate.sources=[{','.join(options.texts)}]",
         f"evaluate.unquantized_weights={str(not quantised).lower()}",
         "evaluate.split=all",
@@ -125,10 +127,12 @@ def one(options: argparse.Namespace, world: World, name: str, seed: int, quantis
     steps = [line["seconds"] for line in read_lines(options.out / directory / "metrics.jsonl")]
     pace = f"{statistics.median(steps):.3f} | {learning:.0f} | {time.monotonic() - began:.0f}"
     label = f"{name}, GPTQ on quantised inputs" if quantised else name
-    for kind in ("full precision", "none", "gptq"):
-        cells = [r for r in results if kind == (r["weights"] if r["method"] != "full precision" else r["method"])]
-        if cells:
-            print(f"{label} | {seed} | {kind} | " + " | ".join(f"{r['ppl']:.3f}" for r in cells) + f" | {pace}")
+    kinds: dict[str, list[float]] = {}
+    for row in results:
+        kind = row["method"] if row["method"] == "full precision" or row["rotation"] == "tuned" else row["weights"]
+        kinds.setdefault(kind, []).append(row["ppl"])
+    for kind, cells in kinds.items():
+        print(f"{label} | {seed} | {kind} | " + " | ".join(f"{ppl:.3f}" for ppl in cells) + f" | {pace}")
     sys.stdout.flush()
     (run_dir(config).path / "study.json").write_text(json.dumps(results))
 

@@ -79,6 +79,24 @@ def test_the_merged_model_has_the_loss_that_learning_measured(place, world):
     torch.testing.assert_close(layer.others["input_layernorm.weight"], learned["scale.input_layernorm"][1])
 
 
+def test_tuned_layers_have_the_loss_that_tuning_measured_and_no_worse_than_before(place, world):
+    more = ("name=tuned", "quantize.tune_steps=4", "quantize.tune_lr=0.01", "optimize.guard_sequences=8")
+    config, run = load_config(None, settings(place, *more)), RunDir(place / "tuned")
+    optimize(config, world)
+    quantize(config, world)
+    (tuned,) = [line for line in read_lines(run.path / "events.jsonl") if line["event"] == "tuned"]
+    rows = {row["rotation"]: row for row in evaluate(config, world) if row["weights"] == "gptq"}
+    assert math.log(rows["learned"]["ppl"]) == pytest.approx(tuned["held_out_before"], rel=1e-9)
+    assert math.log(rows["tuned"]["ppl"]) == pytest.approx(tuned["held_out_after"], rel=1e-9)
+    assert tuned["held_out_after"] < tuned["held_out_before"]
+    before, after = (load_layer(run.layers(name) / "000.safetensors")[0] for name in ("", "tuned"))
+    for role, solution in before.solutions.items():  # codes are fixed
+        assert torch.equal(solution.codes, after.solutions[role].codes)
+    events = len(read_lines(run.path / "events.jsonl"))
+    quantize(config, world)  # and nothing is done twice
+    assert "tuned" not in [line["event"] for line in read_lines(run.path / "events.jsonl")[events:]]
+
+
 def test_a_loss_that_turns_infinite_is_backed_off_from_and_one_that_starts_so_is_an_error(place, world):
     wild = ("name=wild", "optimize.scale_lr=1e6", "optimize.steps=4", "optimize.guard_every=4")
     optimize(load_config(None, settings(place, *wild)), world)

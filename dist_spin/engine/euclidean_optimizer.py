@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dist_spin.distributed import sum_over_ranks_
-from dist_spin.model.transforms import Transforms
+from dist_spin.model.transforms import Packed
 
 BETAS, EPS = (0.9, 0.95), 1e-12
 
@@ -12,12 +12,13 @@ BETAS, EPS = (0.9, 0.95), 1e-12
 class EuclideanOptimizer:
     """Steps all learned scales and clips at once (Kingma & Ba 2015), each kind with its own learning rate."""
 
-    def __init__(self, transforms: Transforms, scale_lr: float, clip_lr: float) -> None:
+    def __init__(self, transforms: Packed, rates: dict[str, float]) -> None:
+        """rates: learning rate of each kind, by name."""
         self.transforms = transforms
         self.step_count = 0
         self._rates = torch.empty_like(transforms.parameters)
         for name, part in transforms.named(self._rates).items():
-            part.fill_(clip_lr if name == "clip" else scale_lr)
+            part.fill_(rates[name])
         self.moments = {name: torch.zeros_like(transforms.parameters) for name in ("mean", "square")}
 
     def reduce_gradients(self) -> float:
@@ -44,6 +45,12 @@ class EuclideanOptimizer:
         named = self.transforms.named(self.transforms.parameters)
         figures = {name: float(x.square().mean().sqrt()) for name, x in named.items() if name != "clip"}
         return figures | {name: float(x.sigmoid().mean()) for name, x in named.items() if name == "clip"}
+
+    def forget(self, step_count: int) -> None:
+        """Clear gradient and momenta, as after `step_count` steps."""
+        self.step_count = step_count
+        for tensor in (self.transforms.gradient, *self.moments.values()):
+            tensor.zero_()
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, by name, on the transforms' device."""

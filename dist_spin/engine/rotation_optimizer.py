@@ -101,13 +101,10 @@ class RotationOptimizer:
         self.step_count = step_count
         self.rotations.gradient.zero_()
         self.rotations.refresh()
-        moments = [*self.moments.values()]
-        if self.euclidean is not None:
-            self.euclidean.step_count = step_count
-            self.euclidean.transforms.gradient.zero_()
-            moments += self.euclidean.moments.values()
-        for moment in moments:
+        for moment in self.moments.values():
             moment.zero_()
+        if self.euclidean is not None:
+            self.euclidean.forget(step_count)
 
     def masters(self) -> dict[str, Tensor]:
         """What is learned, by name."""

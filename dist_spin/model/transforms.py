@@ -29,50 +29,60 @@ def scale_shapes(shape: Shape, shared_keys: bool) -> dict[str, tuple[int, ...]]:
     return {ATTENTION_NORM: (h,), MLP_NORM: (h,), "up": (shape.intermediate,), "value": (kv, d), "key": (keys, d // 2)}
 
 
-class Transforms:
-    """The master copies of scales and clips on one device and their gradients, both packed.
+class Packed:
+    """Learned vectors of all layers in one: the master copies on one device and their gradients.
 
-    parameters, gradient: [n], fp32 (fp64 when compute is fp64); backward accumulates straight into `gradient`.
+    shapes: of each by name, [layers, ...]. parameters, gradient: [n], fp32 (fp64 when compute is fp64); backward
+    accumulates straight into `gradient`.
     """
 
-    def __init__(
-        self, shape: Shape, device: torch.device, compute: torch.dtype, *, scales: bool, clips: bool, shared_keys: bool
-    ) -> None:
+    def __init__(self, shapes: dict[str, tuple[int, ...]], device: torch.device, compute: torch.dtype) -> None:
         master = torch.float64 if compute == torch.float64 else torch.float32
-        self.shapes = {
-            f"scale.{name}": (shape.layers, *size) for name, size in scale_shapes(shape, shared_keys).items() if scales
-        }
-        if clips:
-            self.shapes["clip"] = (shape.layers, len(CLIPS))
-        self.scales = scales
-        total = sum(math.prod(size) for size in self.shapes.values())
+        self.shapes = shapes
+        total = sum(math.prod(size) for size in shapes.values())
         self.parameters = torch.zeros(total, dtype=master, device=device)
         self.gradient = torch.zeros_like(self.parameters)
-        if clips:
-            self.named(self.parameters)["clip"].fill_(math.log(FIRST_CLIP / (1 - FIRST_CLIP)))
 
     def named(self, packed: Tensor) -> dict[str, Tensor]:
         """Views of a packed vector by name, each [layers, ...]."""
-        sizes = [math.prod(size) for size in self.shapes.values()]
-        parts = packed.split(sizes) if sizes else ()
+        parts = packed.split([math.prod(size) for size in self.shapes.values()])
         return {name: part.view(size) for (name, size), part in zip(self.shapes.items(), parts, strict=True)}
 
-    def layer(self, index: int) -> dict[str, Learned]:
-        """What the sites of one layer learn, by the names in CLIPS; to be asked for once per layer."""
-        leaves: dict[str, Tensor] = {}
-        gradients = self.named(self.gradient)
-        for name, values in self.named(self.parameters).items():
-            if name == "clip":
-                for i, site in enumerate(CLIPS):
-                    leaves[f"clip.{site}"] = _leaf(values[index, i], gradients[name][index, i])
-            else:
-                leaves[name] = _leaf(values[index], gradients[name][index])
-        return {site: Learned(leaves.get(f"scale.{SCALE_AT[site]}"), leaves.get(f"clip.{site}")) for site in CLIPS}
+    def leaves(self, index: int) -> dict[str, Tensor]:
+        """The parameters of one layer as leaves of autograd, by name; to be asked for once per layer."""
+        values, gradients = self.named(self.parameters), self.named(self.gradient)
+        return {name: _leaf(values[name][index], gradients[name][index]) for name in self.shapes}
 
     def values(self) -> dict[str, Tensor]:
         """Scales and clip ratios themselves, by name, each [layers, ...]: what is stored and merged."""
         named = self.named(self.parameters)
         return {name: x.sigmoid() if name == "clip" else x.exp() for name, x in named.items()}
+
+
+class Transforms(Packed):
+    """Scales and clips that are learned with the rotations."""
+
+    def __init__(
+        self, shape: Shape, device: torch.device, compute: torch.dtype, *, scales: bool, clips: bool, shared_keys: bool
+    ) -> None:
+        shapes: dict[str, tuple[int, ...]] = {}
+        if scales:
+            shapes |= {f"scale.{n}": (shape.layers, *size) for n, size in scale_shapes(shape, shared_keys).items()}
+        if clips:
+            shapes["clip"] = (shape.layers, len(CLIPS))
+        super().__init__(shapes, device, compute)
+        self.scales = scales
+        if clips:
+            self.named(self.parameters)["clip"].fill_(math.log(FIRST_CLIP / (1 - FIRST_CLIP)))
+
+    def layer(self, index: int) -> dict[str, Learned]:
+        """What the sites of one layer learn, by the names in CLIPS; to be asked for once per layer."""
+        leaves = self.leaves(index)
+        if "clip" in leaves:
+            values, gradient = leaves["clip"].detach(), leaves.pop("clip").grad
+            assert gradient is not None
+            leaves |= {f"clip.{site}": _leaf(values[i], gradient[i]) for i, site in enumerate(CLIPS)}
+        return {site: Learned(leaves.get(f"scale.{SCALE_AT[site]}"), leaves.get(f"clip.{site}")) for site in CLIPS}
 
     def start_from(self, values: dict[str, Tensor]) -> None:
         """Take up stored `values`; what is not among them, or not learned here, stays as it is.

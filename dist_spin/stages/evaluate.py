@@ -32,10 +32,12 @@ from dist_spin.signals import StopRequest
 from dist_spin.stages.common import WEIGHT_SETTINGS, check_vocabulary, model_dtype, open_configured_model, run_dir, say
 from dist_spin.stages.quantize import (
     LEARNED,
+    TUNED,
     Variant,
     calibration_tokens,
     ends_of,
     layer_identity,
+    tuned_identity,
     variant,
 )
 
@@ -56,7 +58,7 @@ class Cell:
         """The method's name in tables."""
         if self.full_precision:
             return "full precision"
-        return {"none": "no rotation", LEARNED: "learned rotation"}.get(
+        return {"none": "no rotation", LEARNED: "learned rotation", TUNED: "learned rotation, tuned"}.get(
             self.chosen.name, f"random {self.chosen.name.capitalize()}"
         )
 
@@ -79,6 +81,8 @@ def evaluate(config: RunConfig, world: World) -> list[dict[str, Any]]:
             problem = f"layer {missing[0]} of '{cell.chosen.name}' is not quantised"
             raise UserError(problem, "run `dist-spin quantize` first")
         cell.made_under = identity_hash(layer_identity(config, files, cell.chosen, calibration))
+        if cell.chosen.name == TUNED:
+            cell.made_under = identity_hash(tuned_identity(config, cell.made_under))
     rows = []
     for source in config.evaluate.sources:
         tokens = measuring_tokens(config, files, source)
@@ -105,7 +109,10 @@ def cells(config: RunConfig, files: ModelFiles, device: torch.device) -> list[Ce
     rotated = {name: variant(config, files, name, device) for name in names}
     if quantised != "none" and config.evaluate.unquantized_weights:
         out += [Cell(rotated[name], "none") for name in names]
-    return out + [Cell(rotated[name], quantised) for name in names]
+    out += [Cell(rotated[name], quantised) for name in names]
+    if quantised != "none" and config.quantize.tune_steps:
+        out.append(Cell(dataclasses.replace(rotated[LEARNED], name=TUNED), quantised))
+    return out
 
 
 def measuring_tokens(config: RunConfig, files: ModelFiles, source: str) -> Tensor:

@@ -46,7 +46,7 @@ from dist_spin.rundir import (
     write_json,
     write_text,
 )
-from dist_spin.settings import RunConfig
+from dist_spin.settings import OptimizeConfig, RunConfig
 from dist_spin.signals import StopRequest
 from dist_spin.stages.common import (
     ENDS_SETTINGS,
@@ -262,13 +262,19 @@ def set_up(config: RunConfig, world: World) -> Learning:
         momentum=settings.momentum,
         max_grad_norm=settings.max_grad_norm,
         reproject_every=settings.reproject_every,
-        euclidean=None if transforms is None else EuclideanOptimizer(transforms, settings.scale_lr, settings.clip_lr),
+        euclidean=None if transforms is None else euclidean_optimizer(transforms, settings),
     )
     learning = Learning(config, world, run, model, optimizer, tokens, identity, micro, len(away))
     if held_out is not None:
         learning.guard, learning.held_out = Guard(optimizer.masters()), held_out
     resume(learning)
     return learning
+
+
+def euclidean_optimizer(transforms: Transforms, settings: OptimizeConfig) -> EuclideanOptimizer:
+    """The optimiser of scales and clips at the configured rates."""
+    rates = {name: settings.clip_lr if name == "clip" else settings.scale_lr for name in transforms.shapes}
+    return EuclideanOptimizer(transforms, rates)
 
 
 def run_fingerprint(config: RunConfig, files: ModelFiles, tokens: Tensor) -> dict[str, object]:
@@ -295,7 +301,7 @@ def backward(learning: Learning) -> float:
     indices = batch_indices(learning.step, settings.batch_size, len(learning.tokens), settings.seed)
     total = torch.zeros((), device=learning.world.device, dtype=torch.float64)
     fit_grids(learning.model, learning.optimizer.rotations)
-    for ids, weights in passes(learning, learning.tokens, indices):
+    for ids, weights in passes(learning.world, learning.micro_batch_size, learning.tokens, indices):
         losses = learning.model(ids)  # [micro]
         loss = (losses * weights.to(losses.dtype)).sum()
         loss.backward()
@@ -310,18 +316,18 @@ def held_out_loss(learning: Learning) -> float:
     assert learning.held_out is not None
     total = torch.zeros((), device=learning.world.device, dtype=torch.float64)
     fit_grids(learning.model, learning.optimizer.rotations)
-    for ids, weights in passes(learning, learning.held_out, list(range(len(learning.held_out)))):
+    everything = list(range(len(learning.held_out)))
+    for ids, weights in passes(learning.world, learning.micro_batch_size, learning.held_out, everything):
         total += (learning.model(ids) * weights).sum()
     return float(sum_over_ranks_(total))
 
 
-def passes(learning: Learning, tokens: Tensor, indices: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+def passes(world: World, micro: int, tokens: Tensor, indices: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's share of a batch in forward passes: ids [micro, seq_len] and the sequences' weights [micro] in the mean.
 
     Every rank makes the same number of passes, since sharded layers are gathered by all; a rank with fewer sequences
     repeats one with weight zero. So the result does not depend on how the batch divides.
     """
-    world, micro = learning.world, learning.micro_batch_size
     mine = rank_share(indices, world.rank, world.size)
     count = -(-len(rank_share(indices, 0, world.size)) // micro)
     padded = mine + [indices[0]] * (count * micro - len(mine))

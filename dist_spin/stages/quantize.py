@@ -54,8 +54,10 @@ from dist_spin.stages.common import (
     sites_for,
 )
 from dist_spin.stages.ends import Ends, ends_bits
+from dist_spin.stages.tune import tune
 
-LEARNED = "learned"
+NOT_OF_LAYERS = ("quantize.baselines", "quantize.tune_")  # beginnings of settings that decide nothing about layers
+LEARNED, TUNED = "learned", "tuned"
 
 
 @dataclass
@@ -129,6 +131,8 @@ def quantize(
             quantize_span(work, *span)
         if layers is None:
             on_leader(work.stored.remove)
+        if layers is None and work.chosen.name == LEARNED and config.quantize.tune_steps:
+            tune(work, identity_hash(tuned_identity(config, work.made_under)))
 
 
 def prepare_works(config: RunConfig, world: World) -> list["Work"]:
@@ -197,13 +201,20 @@ def states_identity(config: RunConfig, files: ModelFiles, chosen: Variant, token
 
 def layer_identity(config: RunConfig, files: ModelFiles, chosen: Variant, tokens: Tensor) -> dict[str, Any]:
     """Everything that decides the content of a variant's layer files."""
-    settings = {k: v for k, v in flat(config.quantize, "quantize").items() if k != "quantize.baselines"}
+    settings = {k: v for k, v in flat(config.quantize, "quantize").items() if not k.startswith(NOT_OF_LAYERS)}
     if settings["quantize.layers_per_job"] >= files.shape.layers:  # one span, however it was said
         settings["quantize.layers_per_job"] = 0
     quant = {k: v for k, v in flat(config.quant, "quant").items() if k not in ENDS_SETTINGS}
     if config.quant.down_bits in (0, config.quant.w_bits):  # the same, however it was said
         del quant["quant.down_bits"]
     return {**states_identity(config, files, chosen, tokens), **quant, **settings}
+
+
+def tuned_identity(config: RunConfig, made_under: str) -> dict[str, Any]:
+    """Everything that decides the tuned layers; made_under: the fingerprint of those they start from."""
+    o, q = flat(config.optimize, "optimize"), flat(config.quantize, "quantize")
+    text = {f"optimize.{k}": o[f"optimize.{k}"] for k in ("source", "split", "seq_len", "batch_size", "seed")}
+    return {"layers": made_under, **text, **{k: v for k, v in q.items() if k.startswith("quantize.tune_")}}
 
 
 def ends_of(config: RunConfig, files: ModelFiles, chosen: Variant) -> Ends:
@@ -216,7 +227,7 @@ def ends_of(config: RunConfig, files: ModelFiles, chosen: Variant) -> Ends:
         "bits": bits,
         "mse_clip": clip,
     }
-    directory = run_dir(config).layers("" if chosen.name == LEARNED else chosen.name)
+    directory = run_dir(config).layers("" if chosen.name in (LEARNED, TUNED) else chosen.name)
     return Ends(chosen.weights, bits, clip, ends_path(directory), identity_hash(identity))
 
 
