@@ -12,12 +12,12 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dist_spin.data import batch_indices, load_tokens
-from dist_spin.distributed import agree, on_leader, sum_over_ranks_
+from dist_spin.distributed import agree, any_rank, on_leader, sum_over_ranks_
 from dist_spin.engine import fsdp
 from dist_spin.engine.euclidean_optimizer import EuclideanOptimizer
 from dist_spin.engine.guard import Guard
 from dist_spin.engine.memory import passes_and_levels
-from dist_spin.errors import NumericsError
+from dist_spin.errors import Interrupted, NumericsError
 from dist_spin.layer_files import finished_layer, layer_path, save_layer
 from dist_spin.model.architecture import ATTENTION_NORM, LAYER_LINEARS, MLP_NORM
 from dist_spin.model.transforms import Packed
@@ -36,6 +36,7 @@ def tune(work: "Work", made_under: str) -> None:
     """Learn and write the tuned layers, unless they are there.
 
     Raises:
+        Interrupted: a signal came; the pass is short, and starts again.
         NumericsError: the loss is not finite.
         UserError: the learning text cannot be read.
     """
@@ -99,6 +100,10 @@ def tune(work: "Work", made_under: str) -> None:
         if (step + 1) % max(1, steps // JUDGEMENTS) == 0 or step + 1 == steps:
             judge()
         progress.advance(f"loss {loss:.4f}")
+        if any_rank(bool(work.stop)):
+            raise Interrupted(
+                f"stopped by a signal after tuning step {step + 1}", "the same command starts the pass again"
+            )
     guard.restore()
 
     def write() -> None:

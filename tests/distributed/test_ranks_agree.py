@@ -138,3 +138,27 @@ def test_learning_with_rounded_weights_is_the_same_on_any_number_of_ranks(words,
     for rotations in others:
         for name in ("R1", "R2"):
             assert (rotations[name] - alone[name]).abs().max() < 1e-9
+
+
+def test_tuned_layers_are_the_same_on_two_ranks(words, tmp_path_factory):
+    source = next(word for word in words if word.startswith("optimize.source=")).replace("optimize.", "quantize.")
+    more = (
+        *ADAM,
+        "optimize.clips=true",
+        "quantize.tune_steps=3",
+        source,
+        "quantize.seq_len=20",
+        "quantize.n_sequences=6",
+    )
+    tuned = []
+    for size in (1, 2):
+        place = tmp_path_factory.mktemp(f"tune{size}")
+        learned(size, words, place, *more)
+        job = Job(size, command, "quantize", *words, f"output_dir={place}", *more, log=place / "log")
+        assert job.wait() == [0] * size, job.log.read_text()
+        tuned.append(load_file(place / "run" / "baselines" / "tuned" / "layers" / "001.safetensors"))
+    for name, tensor in tuned[0].items():
+        if name.endswith((".packed", ".codes")):
+            assert torch.equal(tensor, tuned[1][name]), name
+        else:
+            assert (tensor - tuned[1][name]).abs().max() < 1e-9, name
