@@ -57,6 +57,7 @@ from dist_spin.stages.ends import Ends, ends_bits
 from dist_spin.stages.tune import tune
 
 NOT_OF_LAYERS = ("quantize.baselines", "quantize.tune_")  # beginnings of settings that decide nothing about layers
+LEARNING_TEXT = ("source", "split", "seq_len", "batch_size", "seed", "guard_sequences")  # of optimize, used for tuning
 LEARNED, TUNED = "learned", "tuned"
 
 
@@ -213,7 +214,7 @@ def layer_identity(config: RunConfig, files: ModelFiles, chosen: Variant, tokens
 def tuned_identity(config: RunConfig, made_under: str) -> dict[str, Any]:
     """Everything that decides the tuned layers; made_under: the fingerprint of those they start from."""
     o, q = flat(config.optimize, "optimize"), flat(config.quantize, "quantize")
-    text = {f"optimize.{k}": o[f"optimize.{k}"] for k in ("source", "split", "seq_len", "batch_size", "seed")}
+    text = {f"optimize.{k}": o[f"optimize.{k}"] for k in LEARNING_TEXT}
     return {"layers": made_under, **text, **{k: v for k, v in q.items() if k.startswith("quantize.tune_")}}
 
 
