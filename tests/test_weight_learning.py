@@ -11,7 +11,7 @@ from dist_spin.model.loading import ModelFiles, open_model
 from dist_spin.model.rotation import Rotations, Sites, initial
 from dist_spin.model.weight_learning import WeightGrid, merged_rows
 from dist_spin.numerics.cayley import tangent
-from dist_spin.numerics.quantizer import dequantize_weight, quantize_weight, weight_scales
+from dist_spin.numerics.quantizer import STAGED_CLIP, dequantize_weight, quantize_weight, weight_scales
 
 GRIDS = (
     WeightGrid(4),
@@ -24,7 +24,7 @@ GRIDS = (
 def rounded(w: Tensor, grid: WeightGrid) -> Tensor:
     """Q(w) by the quantiser's own functions, without packing."""
     o = (grid.bits, grid.symmetric, grid.group_size)
-    scale, zero = weight_scales(w, *o, grid.mse_clip)
+    scale, zero = weight_scales(w, *o, grid.mse_clip, STAGED_CLIP)
     return dequantize_weight(quantize_weight(w, scale, zero, *o), scale, zero, grid.group_size, w.dtype)
 
 

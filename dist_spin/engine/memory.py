@@ -63,7 +63,16 @@ def layers_to_offload(
 
 
 def passes_and_levels(
-    micro: int, recompute: str, shape: Shape, mine: int, seq_len: int, dtype: torch.dtype, offloaded: bool, world: World
+    micro: int,
+    recompute: str,
+    shape: Shape,
+    mine: int,
+    seq_len: int,
+    dtype: torch.dtype,
+    world: World,
+    *,
+    offloaded: bool,
+    compiled: bool,
 ) -> tuple[int, list[str]]:
     """Sequences of one pass and what each layer keeps of it, once the sharded weights are in memory.
 
@@ -76,7 +85,7 @@ def passes_and_levels(
     budget = _budget(shape, dtype, offloaded, world)
 
     def fits(size: int, level: str) -> bool:
-        kept, working = (kept_bytes(shape, size * seq_len, dtype.itemsize, how) for how in (level, "none"))
+        kept, working = (kept_bytes(shape, size * seq_len, dtype.itemsize, how, compiled) for how in (level, "none"))
         return shape.layers * kept + 2 * working <= budget
 
     if not micro:
@@ -87,7 +96,7 @@ def passes_and_levels(
         micro = -(-mine // -(-mine // micro))  # equal passes: 8 sequences at 3 a pass take as long as at 4
     if recompute != "auto":
         return micro, [recompute] * shape.layers
-    return micro, plan(shape, micro * seq_len, dtype.itemsize, budget)
+    return micro, plan(shape, micro * seq_len, dtype.itemsize, budget, compiled)
 
 
 def _budget(shape: Shape, dtype: torch.dtype, offloaded: bool, world: World) -> int:

@@ -24,6 +24,7 @@ from dist_spin.model.architecture import ATTENTION_NORM, MLP_NORM, Shape
 from dist_spin.model.rotation import Sites
 from dist_spin.model.sites import Basis, DownFront, KeySite, OutputFront, ValueSite, kept_matmul, matmul_wide
 from dist_spin.numerics.quantizer import (
+    STAGED_CLIP,
     QuantSpec,
     dequantize_weight,
     fake_quantize,
@@ -63,7 +64,7 @@ class WeightGrid:
 
     def fit(self, merged: Tensor) -> "Grid":
         """The grid of rows of a merged weight [rows, in], its scales in fp32 (fp64 for fp64)."""
-        scale, zero = weight_scales(merged, self.bits, self.symmetric, self.group_size, self.mse_clip)
+        scale, zero = weight_scales(merged, self.bits, self.symmetric, self.group_size, self.mse_clip, STAGED_CLIP)
         codes = quantize_weight(merged, scale, zero, self.bits, self.symmetric, self.group_size)
         stored = pack_nibbles(codes) if self.packs(merged.shape[1]) else codes.view(torch.uint8)
         return Grid(stored, scale, None if self.symmetric else zero)

@@ -91,6 +91,81 @@ def solve_block(
 
 
 @triton.jit
+def _clip_trial(
+    start,
+    width,
+    low,
+    high,
+    percentage,
+    lowest,
+    highest,
+    norm,
+    tiny,
+    nothing,
+    SYMMETRIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Error, scale and zero of a group with its range shrunken to a percentage."""
+    lane = tl.arange(0, BLOCK)
+    factor = tl.div_rn(percentage * 1.0, 100.0)
+    if SYMMETRIC:
+        scale = tl.div_rn(tl.maximum(-low * factor, high * factor), highest)
+        scale = tl.where(scale < tiny, 1.0, scale)
+        zero = nothing
+    else:
+        scale = tl.div_rn(high * factor - low * factor, highest - lowest)
+        scale = tl.where(scale < tiny, 1.0, scale)
+        zero = (tl.div_rn(-(low * factor), scale) + 12582912.0) - 12582912.0
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for first in range(0, width, BLOCK):
+        x = tl.load(start + first + lane, mask=first + lane < width, other=0.0)
+        code = (tl.div_rn(x, scale) + 12582912.0) - 12582912.0
+        code = tl.minimum(tl.maximum(code + zero, lowest), highest)
+        error = tl.abs((code - zero) * scale - x)
+        total += tl.exp2(norm * tl.log2(error))  # 0 where the error is 0
+    return tl.sum(total, axis=0), scale, zero
+
+
+@triton.jit
+def _clip_refined(
+    best_error,
+    best_scale,
+    best_zero,
+    best,
+    start,
+    width,
+    low,
+    high,
+    lowest,
+    highest,
+    norm,
+    tiny,
+    most,
+    least,
+    REACH: tl.constexpr,
+    STEP: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The best (error, scale, zero, percentage) less than REACH around the best so far, in steps of STEP."""
+    if REACH > STEP:
+        centre = best
+        for i in range(2 * (REACH // STEP) - 1):
+            percentage = centre + (REACH // STEP - 1 - i) * STEP
+            inside = (percentage != centre) & (percentage <= most) & (percentage > least)
+            if inside:
+                error, scale, zero = _clip_trial(
+                    start, width, low, high, percentage, lowest, highest, norm, tiny, low * 0.0, SYMMETRIC, BLOCK
+                )
+                better = error < best_error
+                best_error = tl.where(better, error, best_error)
+                best_scale = tl.where(better, scale, best_scale)
+                best_zero = tl.where(better, zero, best_zero)
+                best = tl.where(better, percentage, best)
+    return best_error, best_scale, best_zero, best
+
+
+@triton.jit
 def _clip_kernel(
     w_ptr,
     scale_ptr,
@@ -102,6 +177,8 @@ def _clip_kernel(
     tiny,
     most,
     least,
+    COARSE: tl.constexpr,
+    MIDDLE: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -122,36 +199,74 @@ def _clip_kernel(
     best_error = nothing + float("inf")
     best_scale = nothing + 1.0
     best_zero = nothing
-    for i in range(most - least):
-        factor = tl.div_rn((most - i) * 1.0, 100.0)
-        if SYMMETRIC:
-            scale = tl.div_rn(tl.maximum(-low * factor, high * factor), highest)
-            scale = tl.where(scale < tiny, 1.0, scale)
-            zero = nothing
-        else:
-            scale = tl.div_rn(high * factor - low * factor, highest - lowest)
-            scale = tl.where(scale < tiny, 1.0, scale)
-            zero = (tl.div_rn(-(low * factor), scale) + 12582912.0) - 12582912.0
-        total = tl.zeros([BLOCK], dtype=tl.float32)
-        for first in range(0, width, BLOCK):
-            x = tl.load(start + first + lane, mask=first + lane < width, other=0.0)
-            code = (tl.div_rn(x, scale) + 12582912.0) - 12582912.0
-            code = tl.minimum(tl.maximum(code + zero, lowest), highest)
-            error = tl.abs((code - zero) * scale - x)
-            total += tl.exp2(norm * tl.log2(error))  # 0 where the error is 0
-        error = tl.sum(total, axis=0)
+    best = most + 0 * tl.program_id(0)  # a number, also where `most` is a constant
+    for i in range(tl.cdiv(most - least, COARSE)):
+        percentage = most - i * COARSE
+        error, scale, zero = _clip_trial(
+            start, width, low, high, percentage, lowest, highest, norm, tiny, nothing, SYMMETRIC, BLOCK
+        )
         better = error < best_error  # the widest range wins a tie
         best_error = tl.where(better, error, best_error)
         best_scale = tl.where(better, scale, best_scale)
         best_zero = tl.where(better, zero, best_zero)
+        best = tl.where(better, percentage, best)
+    best_error, best_scale, best_zero, best = _clip_refined(
+        best_error,
+        best_scale,
+        best_zero,
+        best,
+        start,
+        width,
+        low,
+        high,
+        lowest,
+        highest,
+        norm,
+        tiny,
+        most,
+        least,
+        COARSE,
+        MIDDLE,
+        SYMMETRIC,
+        BLOCK,
+    )
+    best_error, best_scale, best_zero, best = _clip_refined(
+        best_error,
+        best_scale,
+        best_zero,
+        best,
+        start,
+        width,
+        low,
+        high,
+        lowest,
+        highest,
+        norm,
+        tiny,
+        most,
+        least,
+        MIDDLE,
+        1,
+        SYMMETRIC,
+        BLOCK,
+    )
     tl.store(scale_ptr + group, best_scale + tl.sum(poison, axis=0))
     tl.store(zero_ptr + group, best_zero)
 
 
 def search_clip(
-    w: Tensor, group_size: int, lowest: int, highest: int, symmetric: bool, norm: float, percentages: range
+    w: Tensor,
+    group_size: int,
+    lowest: int,
+    highest: int,
+    symmetric: bool,
+    norm: float,
+    percentages: range,
+    strides: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
     """`quantizer.weight_scales` with a clip search, in one launch; w: [rows, in] fp32, group_size dividing `in`.
+
+    strides: steps through `percentages` of the first and second look; (1, 1) is every one of them.
 
     Returns scale and zero [rows, in / group_size].
     """
@@ -173,6 +288,8 @@ def search_clip(
             torch.finfo(w.dtype).tiny,
             percentages.start,
             percentages.stop,
+            COARSE=strides[0],
+            MIDDLE=strides[1],
             SYMMETRIC=symmetric,
             BLOCK=block,
             num_warps=max(1, min(4, block // 128)),

@@ -252,7 +252,15 @@ def set_up(config: RunConfig, world: World) -> Learning:
     fsdp.shard(model, world, away)
     together(lambda: fsdp.load(model, files.weights, () if settings.scales else sites.r4))
     micro, levels = passes_and_levels(
-        settings.micro_batch_size, settings.recompute, shape, share, settings.seq_len, dtype, bool(away), world
+        settings.micro_batch_size,
+        settings.recompute,
+        shape,
+        share,
+        settings.seq_len,
+        dtype,
+        world,
+        offloaded=bool(away),
+        compiled=compiled,
     )
     model.set_levels(levels)
     optimizer = RotationOptimizer(

@@ -1,10 +1,11 @@
 """One rank of the streaming test: build, shard and load a model; print this rank's peak memory above its own imports.
 
-torchrun --nproc_per_node 2 load_worker.py MODEL_DIR
+torchrun --nproc_per_node 2 load_worker.py MODEL_DIR cpu|cuda
 """
 
 import json
 import sys
+import time
 
 import torch
 
@@ -25,7 +26,7 @@ def memory(field: str) -> int:
 
 def main() -> None:
     """Load and report."""
-    world = start("cpu", 300, 1)
+    world = start(sys.argv[2], 300, 1)
     files = open_model(sys.argv[1])
     r4 = kronecker_factors(files.shape.intermediate, 0, dtype=torch.float64, device="cpu")
     rotations = Rotations(*initial("identity", files.shape, 0), world.device, torch.bfloat16)
@@ -33,11 +34,13 @@ def main() -> None:
     baseline = memory("VmRSS")
     with open("/proc/self/clear_refs", "w") as peak:
         peak.write("5")  # start the peak anew
+    began = time.monotonic()
     model = LearningModel(files.config, rotations, sites, device=world.device, dtype=torch.bfloat16)
     fsdp.shard(model, world)
     fsdp.load(model, files.weights, r4)
     shard = sum(p.to_local().numel() * p.element_size() for p in model.parameters())
-    print(json.dumps({"above": memory("VmHWM") - baseline, "shard": shard}), flush=True)
+    seconds = round(time.monotonic() - began, 2)
+    print(json.dumps({"above": memory("VmHWM") - baseline, "shard": shard, "seconds": seconds}), flush=True)
     stop()
 
 

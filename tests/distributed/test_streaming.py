@@ -1,6 +1,7 @@
 """Every rank reads its own rows alone: no process ever holds the model, or even much more than its share of it."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,15 +15,18 @@ WORKER = Path(__file__).with_name("load_worker.py")
 MIB = 1 << 20
 
 
-def write_shards(directory: Path) -> int:
-    """A checkpoint of 2.1 GB of arbitrary bf16 numbers in several files, written one at a time; bytes of its largest tensor."""
-    h, i, vocab, layers = 2048, 8192, 32000, 14
+def write_shards(directory: Path, h: int = 2048, i: int = 8192, vocab: int = 32000, layers: int = 14) -> int:
+    """A checkpoint of arbitrary bf16 numbers (2.1 GB) in several files, written one at a time; bytes of its largest tensor.
+
+    h, i, vocab, layers = 4096, 14336, 128256, 32 makes one of 18 GB, of the size of Llama-3-8B, to try on GPUs:
+        torchrun --nproc_per_node 2 tests/distributed/load_worker.py DIRECTORY cuda
+    """
     config = LlamaConfig(
         hidden_size=h,
         intermediate_size=i,
         num_hidden_layers=layers,
-        num_attention_heads=16,
-        num_key_value_heads=16,
+        num_attention_heads=h // 128,
+        num_key_value_heads=h // 128,
         vocab_size=vocab,
         tie_word_embeddings=False,
     )
@@ -31,7 +35,7 @@ def write_shards(directory: Path) -> int:
     base = torch.randn(vocab * h, dtype=torch.bfloat16)
 
     def numbers(*shape: int) -> torch.Tensor:
-        return base[: torch.Size(shape).numel()].view(shape).clone()
+        return base[: math.prod(shape)].view(shape).clone()
 
     where: dict[str, str] = {}
     total = 0
@@ -60,7 +64,7 @@ def test_two_ranks_load_two_gigabytes_within_their_share(tmp_path):
     largest = write_shards(tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*command, str(WORKER), str(tmp_path)], capture_output=True, text=True, timeout=280, check=False
+        [*command, str(WORKER), str(tmp_path), "cpu"], capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     ranks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
