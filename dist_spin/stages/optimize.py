@@ -261,6 +261,7 @@ def set_up(config: RunConfig, world: World) -> Learning:
         world,
         offloaded=bool(away),
         compiled=compiled,
+        scaled=transforms is not None,
     )
     model.set_levels(levels)
     optimizer = RotationOptimizer(

@@ -62,7 +62,16 @@ def tune(work: "Work", made_under: str) -> None:
     load(model, work, tunables)
     share = -(-settings.batch_size // world.size)
     micro, levels = passes_and_levels(
-        settings.micro_batch_size, settings.recompute, shape, share, settings.seq_len, dtype, False, world
+        settings.micro_batch_size,
+        settings.recompute,
+        shape,
+        share,
+        settings.seq_len,
+        dtype,
+        world,
+        offloaded=False,
+        compiled=compiled,
+        scaled=True,
     )
     model.set_levels(levels)
     optimizer = EuclideanOptimizer(tunables, dict.fromkeys(tunables.shapes, config.quantize.tune_lr))
