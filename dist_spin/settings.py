@@ -74,7 +74,7 @@ class RotationConfig:
     r4_block: int = 0
     """Block size of R4 in channels; 0 rotates the whole intermediate size."""
     load: str | None = None
-    """File of rotations to start from instead of `init`: R.bin or .safetensors."""
+    """File of rotations to start from instead of `init`: R.bin or .safetensors (scales and clips too, where learned)."""
 
     def __post_init__(self) -> None:
         _check(self, "seed", lambda n: n >= 0, "use 0 or more")
