@@ -177,7 +177,7 @@ class OptimizeConfig:
     """Share of the divergence in a mixed objective; the rest is cross entropy."""
     scales: bool = False
     """Also learn per-channel scales, which merge into norms and weights: before linears, up to down, v to o, k to q."""
-    scale_lr: float = 0.01
+    scale_lr: float = 0.03
     """Learning rate of log-scales (Adam); the schedule and warm-up are those of `lr`."""
     clips: bool = False
     """Also learn the fraction of the range that each quantiser keeps, per layer."""
