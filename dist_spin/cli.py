@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from typing import Any
 from dist_spin.config import config_help, load_config
 from dist_spin.errors import EXIT_HANG, EXIT_OK, UserError
 from dist_spin.progress import where
-from dist_spin.settings import RunConfig
+from dist_spin.settings import ExportConfig, RunConfig
 
 VERBS = {
     "run": "learn rotations, quantise, measure: every stage, on this machine",
     "optimize": "learn the rotations",
     "quantize": "merge the rotations and quantise the weights",
     "evaluate": "measure perplexity",
+    "export": "write the model for another program: hf, compressed-tensors or gguf",
     "submit": "hand every missing stage to a cluster as jobs that wait for each other",
     "status": "show where a run stands",
     "logs": "show the end of everything a run's jobs printed",
@@ -32,6 +34,7 @@ USAGE = """usage: dist-spin VERB CONFIG.yaml [key.sub=value ...]
        dist-spin quantize CONFIG.yaml [--layers A:B | --boundaries] [key.sub=value ...]
        dist-spin quantize CONFIG.yaml --cluster local|slurm|submitit-local|debug [--workers N] [--retries N]
                           [--slurm key=value ...] [key.sub=value ...]
+       dist-spin export RUN|CONFIG.yaml --format hf|compressed-tensors|gguf [--output DIR] [key.sub=value ...]
        dist-spin submit CONFIG.yaml --cluster slurm|local|debug [--slurm key=value ...] [key.sub=value ...]
        dist-spin status RUN [--json] [--watch]
        dist-spin logs RUN
@@ -44,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _main(words)
     except UserError as error:
-        if not (error.said_elsewhere or (error.same_everywhere and os.environ.get("RANK", "0") != "0")):
+        if not error.shared or os.environ.get("RANK", "0") == "0":
             print(f"dist-spin: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 
@@ -71,6 +74,8 @@ def _main(words: list[str]) -> int:
         return _submit(rest)
     if verb == "quantize":
         return _quantize(rest)
+    if verb == "export":
+        return _export(rest)
     path = _config_path(rest)
     config = _settings(path, rest)
     if verb == "run":
@@ -89,7 +94,7 @@ def _settings(path: str | None, overrides: list[str]) -> RunConfig:
     try:
         return load_config(path, overrides)
     except UserError as error:
-        error.said_elsewhere = os.environ.get("RANK", "0") != "0"  # every rank reads the same settings
+        error.shared = True  # every rank reads the same settings
         raise
 
 
@@ -121,6 +126,21 @@ def _quantize(rest: list[str]) -> int:
         retries=_count("--retries", retries, 3),
         scheduler=scheduler,
     )
+
+
+def _export(rest: list[str]) -> int:
+    """`export` of a run's directory, with the settings in it, or of the run that a configuration names."""
+    formats = typing.get_args(ExportConfig.__annotations__["target"])[1:]  # all but "none"
+    target, output = (next(reversed(_option(rest, name)), None) for name in ("--format", "--output"))
+    path = _config_path(rest)
+    if path and Path(path).is_dir():
+        run = Path(path).resolve()  # wherever it was moved to since
+        path, rest = str(run / "config.yaml"), [f"output_dir={run.parent}", f"name={run.name}", *rest]
+    config = _settings(path, rest)
+    chosen = target or config.export.target
+    if chosen not in formats:
+        raise UserError(f"there is no export format {chosen!r}", f"give --format {'|'.join(formats)}")
+    return _stage("export", config, target=chosen, output=Path(output) if output else None)
 
 
 def _option(rest: list[str], name: str) -> list[str]:
@@ -161,15 +181,22 @@ def _stage(verb: str, config: RunConfig, **options: Any) -> int:
     from dist_spin.distributed import start, stop
     from dist_spin.stages.common import writing
     from dist_spin.stages.evaluate import evaluate
+    from dist_spin.stages.export import export
     from dist_spin.stages.optimize import optimize
     from dist_spin.stages.quantize import quantize
 
-    stages: dict[str, Callable[..., Any]] = {"optimize": optimize, "quantize": quantize, "evaluate": evaluate}
+    stages: dict[str, Callable[..., Any]] = {
+        "optimize": optimize,
+        "quantize": quantize,
+        "evaluate": evaluate,
+        "export": export,
+    }
     quieten_libraries()
     timeout = config.distributed.timeout_s
     world = start(config.distributed.device, timeout, config.distributed.threads)
     layers = options.get("layers")
-    part = f"{layers[0]}-{layers[1]}" if layers else "boundaries" if options.get("boundaries_only") else ""
+    part = "boundaries" if options.get("boundaries_only") else options.get("target", "")
+    part = f"{layers[0]}-{layers[1]}" if layers else part
     try:
         with writing(config, world, verb, part):
             stages[verb](config, world, **options)

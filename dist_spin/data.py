@@ -238,7 +238,7 @@ def _hub_text(source: str, split: str) -> _HubText:
 def _hub_documents(source: str, split: str) -> tuple[list[str], str]:
     """Documents in order, and what stands between two of them."""
     wanted = _hub_text(source, split)
-    _require_hub(wanted.name, source)
+    require_hub(wanted.name, source, LOCAL_COPY)
     import datasets  # type: ignore[import-untyped]  # late: slow to import, and local sources do without it
 
     documents: list[str] = []
@@ -267,8 +267,15 @@ def _hub_documents(source: str, split: str) -> tuple[list[str], str]:
     return documents, wanted.separator
 
 
-def _require_hub(name: str, source: str) -> None:
-    """Fail within seconds where there is no network; `datasets` itself would retry for half a minute."""
+def require_hub(name: str, wanted_for: str, instead: str) -> None:
+    """Fail within seconds where there is no network; `datasets` itself would retry for half a minute.
+
+    Args:
+        name: data set on the hub. wanted_for: what is read from it. instead: what to do without the hub.
+
+    Raises:
+        UserError: the hub cannot be reached.
+    """
     if os.path.isdir(name) or huggingface_hub.constants.HF_HUB_OFFLINE:
         return  # offline, `datasets` goes straight to its cache
     try:
@@ -276,5 +283,5 @@ def _require_hub(name: str, source: str) -> None:
     except huggingface_hub.errors.HfHubHTTPError:
         return  # the hub answers; `datasets` says best what is wrong with this name
     except Exception as error:  # the class depends on the HTTP library inside huggingface_hub
-        remedy = f"set HF_HUB_OFFLINE=1 if it was downloaded before; else {LOCAL_COPY}"
-        raise UserError(f"cannot reach the Hugging Face hub for {source}", remedy) from error
+        remedy = f"set HF_HUB_OFFLINE=1 if it was downloaded before; else {instead}"
+        raise UserError(f"cannot reach the Hugging Face hub for {wanted_for}", remedy) from error

@@ -114,7 +114,7 @@ def on_leader(action: Callable[[], T]) -> T:
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(box, src=0)
     if isinstance(box[0], UserError):
-        box[0].said_elsewhere = dist.get_rank() > 0
+        box[0].shared = True
     if isinstance(box[0], BaseException):
         raise box[0]
     return box[0]  # type: ignore[return-value]

@@ -16,8 +16,7 @@ class UserError(Exception):
     """Something the user can put right. `exit_code` is what the process returns."""
 
     exit_code = EXIT_USER
-    said_elsewhere = False  # another rank prints the same line
-    same_everywhere = False  # every rank raises it alike, so that rank 0 speaks for all
+    shared = False  # every rank raises it alike, so that rank 0 speaks for all
 
     def __init__(self, problem: str, remedy: str = "") -> None:
         """`problem` says what is wrong and where; `remedy` says what to do about it."""
@@ -29,11 +28,11 @@ class NumericsError(UserError):
     """The computation left the finite numbers; nothing that was saved before is touched."""
 
     exit_code = EXIT_NUMERICS
-    same_everywhere = True
+    shared = True
 
 
 class Interrupted(UserError):
     """A signal asked us to stop; the state is saved and the same command continues."""
 
     exit_code = EXIT_INTERRUPTED
-    same_everywhere = True
+    shared = True

@@ -53,6 +53,11 @@ class RunDir:
         return self.layers(baseline).with_name("boundaries")
 
     @property
+    def export(self) -> Path:
+        """Exported models, a directory per format."""
+        return self.path / "export"
+
+    @property
     def logs(self) -> Path:
         """What the jobs of a fan-out print, one file each."""
         return self.path / "logs"
@@ -80,12 +85,12 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except OSError as error:
-        raise _as_user_error(error, path) from error
+        raise user_error(error, path) from error
     except SafetensorError as error:  # safetensors reports a full disk as its own kind of error
         if "os error 28" in str(error) or "No space left" in str(error):
-            raise _as_user_error(OSError(errno.ENOSPC, "No space left on device"), path) from error
+            raise user_error(OSError(errno.ENOSPC, "No space left on device"), path) from error
         raise
     finally:
         if temporary is not None:
@@ -98,7 +103,8 @@ def _umask() -> int:
     return value
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Make renames in a directory outlive a crash of the machine."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -106,7 +112,8 @@ def _sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def _as_user_error(error: OSError, path: Path) -> UserError:
+def user_error(error: OSError, path: Path) -> UserError:
+    """What went wrong while `path` was written, in a line for the user."""
     if error.errno == errno.ENOSPC or error.errno == errno.EDQUOT:
         return UserError(
             f"no space left on the device while writing {path}", "free some and start again: nothing is lost"
@@ -132,7 +139,7 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
         with path.open("a") as stream:
             stream.write(json.dumps(value) + "\n")
     except OSError as error:
-        raise _as_user_error(error, path) from error
+        raise user_error(error, path) from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

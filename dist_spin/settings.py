@@ -13,6 +13,17 @@ from dist_spin.errors import UserError
 
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 NAMED_SOURCES = ("pydoc", "wikitext2", "c4")
+TASKS = (
+    "boolq",
+    "piqa",
+    "siqa",
+    "hellaswag",
+    "winogrande",
+    "arc_easy",
+    "arc_challenge",
+    "openbookqa",
+    "lambada_openai",
+)
 
 
 def _check(config: object, names: str, wanted: Callable[[Any], bool], remedy: str) -> None:
@@ -266,7 +277,7 @@ class QuantizeConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """evaluate (measuring perplexity)."""
+    """evaluate (measuring perplexity and zero-shot tasks)."""
 
     sources: list[str] = field(default_factory=lambda: ["wikitext2"])
     """Texts to measure on, a list such as [wikitext2, c4]; same forms as optimize.source."""
@@ -278,14 +289,41 @@ class EvaluateConfig:
     """Sequences measured per source, from its start; 0 means all."""
     unquantized_weights: bool = False
     """Also measure every rotation with 16-bit weights: what learning achieved before the weights were rounded."""
+    tasks: list[str] = field(default_factory=list)
+    """Zero-shot tasks of lm-evaluation-harness: boolq, piqa, siqa, hellaswag, winogrande, arc_easy, arc_challenge,
+    openbookqa, lambada_openai; none by default."""
+    tasks_dir: str | None = None
+    """Directory with copies of the tasks' data sets, OWNER/NAME as on the hub; null reads the hub or its local cache."""
+    task_limit: int = 0
+    """Items measured per task, from its start; 0 means all."""
 
     def __post_init__(self) -> None:
-        _check(self, "sources", bool, "name at least one source, such as [wikitext2]")
+        some = "name at least one source, such as [wikitext2]"
+        _check(self, "sources", lambda names: bool(names or self.tasks), some)
         for source in self.sources:
             check_source("evaluate.sources", source)
         _check(self, "sources", lambda names: len(set(names)) == len(names), "name each source once")
         _check(self, "seq_len", lambda n: n >= 2, "next-token loss needs 2 tokens or more")
-        _check(self, "max_sequences", lambda n: n >= 0, "use a number, or 0 for all")
+        _check(self, "max_sequences task_limit", lambda n: n >= 0, "use a number, or 0 for all")
+        _check(self, "tasks", lambda names: set(names) <= set(TASKS), f"use names out of {', '.join(TASKS)}")
+        _check(self, "tasks", lambda names: len(set(names)) == len(names), "name each task once")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """export (files for the runtimes that models are served with)."""
+
+    target: Literal["none", "hf", "compressed-tensors", "gguf"] = "none"
+    """Format the run is made for; what no runtime of it accepts is then refused when the run starts, not at its end."""
+    profile: Literal["no-had", "r4-block"] = "no-had"
+    """What is rotated: R1 and R2 (no-had), which every runtime serves, or the input of down_proj too (r4-block)."""
+    shard_gb: float = 5.0
+    """Largest weights file, GB; a single tensor that is larger gets a file of its own."""
+    gguf_converter: str | None = None
+    """convert_hf_to_gguf.py of llama.cpp, its folder or a llama-cpp-python source package; download: fetch that with pip."""
+
+    def __post_init__(self) -> None:
+        _check(self, "shard_gb", lambda x: 0 < x < math.inf, "use a number above 0")
 
 
 @dataclass(frozen=True)
@@ -300,6 +338,11 @@ class DistributedConfig:
     """Device to compute on; auto takes CUDA where there is one."""
     offload_layers: int = -1
     """Decoder layers whose weights stay in host memory while rotations are learned; -1: as many as do not fit on the GPU."""
+    offload_dir: str | None = None
+    """With DeepSpeed: a directory on a fast local disk that holds the weights of those layers instead of host memory."""
+    engine: Literal["auto", "fsdp", "deepspeed"] = "auto"
+    """What shards the frozen weights: FSDP2 or DeepSpeed ZeRO-3, with the same results, so that a run may change it;
+    auto: as accelerate's config says under `accelerate launch`, fsdp elsewhere."""
     threads: int = 0
     """CPU threads per process; 0 shares the cores evenly among the processes of this machine."""
 
@@ -323,6 +366,7 @@ class RunConfig:
     optimize: OptimizeConfig = field(default_factory=OptimizeConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:

@@ -1,9 +1,10 @@
-"""What a submitted job does: start the ranks of its node, and on a signal let them save and queue again."""
+"""What runs inside a submitted job: a stage that saves and queues again on a signal, a whole pipeline, a plain command."""
 
 import os
 import signal
 import subprocess
 import sys
+import time
 from typing import Any
 
 import submitit
@@ -13,7 +14,10 @@ from dist_spin.errors import EXIT_HANG, EXIT_INTERRUPTED, EXIT_OK
 from dist_spin.scheduler import job_states
 from launch.local import run_stages
 
-HANGS = 5  # restarts after which a hang is no longer tried again
+LOSSES = 5  # restarts after which a rank that hangs or dies ends the job for good
+PATIENCE = 45  # seconds that the other nodes wait for the first one to queue the job again
+# Where submitit's own variables would make a plain command think that it is one rank of several.
+NOT_INHERITED = ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
 PREEMPTION = getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"))
 
 
@@ -29,7 +33,7 @@ class StageJob:
         return {**vars(self), "process": None}
 
     def __call__(self) -> int:
-        """Returns 0; leaves through a requeue if the ranks saved and left, or got no answers from each other.
+        """Returns 0; leaves through a requeue if the ranks saved and left, or one of them was lost.
 
         Raises:
             RuntimeError: the stage failed, so that jobs which wait for it do not begin.
@@ -41,10 +45,13 @@ class StageJob:
         self.process = subprocess.Popen(command, env={**os.environ, **quiet}, start_new_session=True)
         code = self.process.wait()
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        if (code == EXIT_INTERRUPTED or (code == EXIT_HANG and restarts < HANGS)) and not being_cancelled():
+        lost = code == EXIT_HANG or code > 128  # a rank did not answer, or was killed
+        if (code == EXIT_INTERRUPTED or (lost and restarts < LOSSES)) and not being_cancelled():
             if os.environ.get("SLURM_PROCID", "0") == "0":
                 os.kill(os.getpid(), PREEMPTION)  # submitit's handler calls checkpoint() and queues the job again
-            signal.pause()  # until Slurm ends this job
+            time.sleep(PATIENCE)  # Slurm ends this job, unless the first node is the one that hangs
+            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
+            signal.pause()
         if code != EXIT_OK:
             raise RuntimeError(f"dist-spin {stage} returned {code}; its line above says why")
         return code
@@ -73,6 +80,14 @@ class PipelineJob:
     def checkpoint(self) -> DelayedSubmission:
         """Start again: every stage continues where it was."""
         return DelayedSubmission(PipelineJob(self.arguments, self.ranks))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run `dist-spin ARGUMENTS...` in a process of its own, as one task of a fan-out; returns its exit code."""
+    environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
+    command = [sys.executable, "-m", "dist_spin", *arguments]
+    print(" ".join(command), flush=True)
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def being_cancelled() -> bool:

@@ -23,6 +23,7 @@ from dist_spin.scheduler import JobState, cancel_jobs, job_states
 from dist_spin.settings import RunConfig
 from dist_spin.stages.common import open_configured_model, run_dir, say
 from dist_spin.stages.quantize import prepare_works, spans_of
+from launch.slurm_settings import slurm_settings
 from launch.stage_job import PipelineJob, StageJob
 
 # What is in the way, by the reason Slurm gives for a job that waits or the message with which it refuses one.
@@ -118,7 +119,7 @@ def _submit_here(arguments: list[str], config: RunConfig, run: RunDir, cluster: 
 
 
 def _submit_slurm(arguments: list[str], config: RunConfig, run: RunDir, scheduler: list[str]) -> int:
-    settings = scheduler_settings(scheduler, config)
+    settings = slurm_settings(scheduler, ranks=config.distributed.nproc, gpu=config.distributed.device != "cpu")
     nodes = settings.pop("nodes", 1)
     submitter = Submitter(arguments, config, run, settings, living_jobs(run))
     living = submitter.active
@@ -144,35 +145,6 @@ def _submit_slurm(arguments: list[str], config: RunConfig, run: RunDir, schedule
         say(f"nothing to submit: {'jobs ' + ', '.join(jobs) + ' are at it' if jobs else 'the run is complete'}")
     warn_of_stuck(job_states(submitter.submitted))
     return 0
-
-
-def scheduler_settings(words: list[str], config: RunConfig) -> dict[str, Any]:
-    """submitit parameters from `key=value` words: its own names, and every other option of sbatch by its long name.
-
-    Raises:
-        UserError: a word is not `key=value`.
-    """
-    on_gpu = config.distributed.device != "cpu"
-    ranks = config.distributed.nproc
-    settings: dict[str, Any] = {"slurm_time": 240, "slurm_signal_delay_s": 120, "slurm_ntasks_per_node": 1}
-    settings |= {"slurm_gpus_per_node": ranks} if on_gpu else {"slurm_cpus_per_task": ranks}
-    extra: dict[str, Any] = {}
-    known = submitit.SlurmExecutor._valid_parameters()
-    for word in words:
-        key, equals, text = word.partition("=")
-        if not equals:
-            raise UserError(f"--slurm {word} sets nothing", "write --slurm key=value, such as partition=gpu")
-        value: Any = int(text) if text.isdigit() else text
-        key = key.replace("-", "_")
-        if key == "nodes":
-            settings["nodes"] = value
-        elif key == "setup":  # shell lines, may be given several times
-            settings.setdefault("slurm_setup", []).append(text)
-        elif key in known:
-            settings[f"slurm_{key}"] = value
-        else:
-            extra[key.replace("_", "-")] = value
-    return settings | ({"slurm_additional_parameters": extra} if extra else {})
 
 
 def living_jobs(run: RunDir) -> dict[str, list[str]]:

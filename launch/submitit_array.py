@@ -15,10 +15,10 @@ from submitit.core.utils import FailedJobError, UncompletedJobError
 
 from dist_spin.errors import EXIT_BUG, UserError
 from launch.fanout import Task
-from launch.submitted import run_command
+from launch.slurm_settings import slurm_settings
+from launch.stage_job import run_command
 
 POLL_SECONDS = 1.0
-DEFAULTS: dict[str, Any] = {"slurm_time": 240}  # minutes; override with --slurm
 
 
 class SubmititExecutor:
@@ -41,16 +41,7 @@ class SubmititExecutor:
         self.slots = workers or (10**6 if cluster == "slurm" else 1)
         settings: dict[str, Any] = {"name": "dist-spin"}
         if cluster == "slurm":
-            settings |= (
-                DEFAULTS
-                | ({"slurm_gpus_per_node": 1} if gpu else {})
-                | {"slurm_array_parallelism": min(self.slots, 256)}
-            )
-            for word in scheduler:
-                key, equals, value = word.partition("=")
-                if not equals:
-                    raise UserError(f"--slurm {word} sets nothing", "write --slurm key=value, such as partition=gpu")
-                settings[f"slurm_{key}"] = int(value) if value.isdigit() else value
+            settings |= {"slurm_array_parallelism": min(self.slots, 256)} | slurm_settings(scheduler, ranks=1, gpu=gpu)
         try:
             self._executor.update_parameters(**settings)
         except (NameError, TypeError, ValueError) as error:

@@ -16,6 +16,7 @@ from dist_spin.errors import UserError
 from dist_spin.settings import (
     DistributedConfig,
     EvaluateConfig,
+    ExportConfig,
     ModelConfig,
     OptimizeConfig,
     QuantConfig,
@@ -26,7 +27,16 @@ from dist_spin.settings import (
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MODEL = "model.path=some/model"
-LEAVES = (ModelConfig, RotationConfig, QuantConfig, OptimizeConfig, QuantizeConfig, EvaluateConfig, DistributedConfig)
+LEAVES = (
+    ModelConfig,
+    RotationConfig,
+    QuantConfig,
+    OptimizeConfig,
+    QuantizeConfig,
+    EvaluateConfig,
+    ExportConfig,
+    DistributedConfig,
+)
 
 
 def error_of(path: Path | None, *overrides: str) -> str:
@@ -227,6 +237,9 @@ def test_the_model_must_be_named() -> None:
         "evaluate.sources=[wiki.txt]",
         "evaluate.seq_len=1",
         "evaluate.max_sequences=-1",
+        "evaluate.task_limit=-1",
+        "evaluate.tasks=[piqa,piqa]",
+        "evaluate.tasks=[mmlu]",
         "distributed.nproc=0",
         "distributed.timeout_s=0",
         "distributed.threads=-1",

@@ -1,5 +1,6 @@
 """Hadamard matrices: exact in integers, the same on every path, and the same as in every release before."""
 
+import functools
 import hashlib
 import math
 from typing import Any
@@ -19,6 +20,7 @@ from dist_spin.numerics.hadamard import (
     kronecker_apply,
     kronecker_factors,
     largest_block,
+    online_transform,
     random_hadamard,
     random_orthogonal,
 )
@@ -29,7 +31,7 @@ SIZES = {
     2560: 20, 2816: 44, 3072: 12, 3584: 28, 4096: 1, 4864: 76, 5120: 20, 5504: 172, 5632: 44, 6144: 12, 6656: 52,
     6912: 108, 8192: 1, 8960: 140, 9216: 36, 9728: 76, 11008: 172, 11264: 44, 12288: 12, 13824: 108, 14336: 28,
     16384: 1, 17408: 68, 17920: 140, 18944: 148, 20480: 20, 22016: 172, 24576: 12, 25600: 100, 27648: 108, 28672: 28,
-    29568: 924, 32768: 1, 49152: 12, 53248: 52,
+    29568: 3696, 32768: 1, 49152: 12, 53248: 52,
 }  # fmt: skip
 
 # First hex digits of the SHA-256 of each core as int8 in row-major order. A rotation folded into saved weights is
@@ -41,7 +43,7 @@ DIGESTS = {
     148: "1a8964dfe75c", 156: "3e3ff0d2a2c9", 164: "254202513c27", 172: "3002e6942561", 180: "d36aff58f0f6",
     244: "129e3db9f606", 252: "5c29a03156c2", 260: "e417b3e28d16", 268: "a499993ca03f", 284: "53149ddc3d64",
     292: "f6ef1a3f16ee", 300: "76725178c616", 404: "a1c93e47c8a2", 452: "0b38846cc0aa", 508: "5f6891f8ac9d",
-    540: "07be02335bed", 684: "ac2c24dbe721", 924: "43a042d7e9d5", 1904: "07b2744f0456",
+    540: "07be02335bed", 684: "ac2c24dbe721", 924: "43a042d7e9d5", 1904: "07b2744f0456", 3696: "fdbdce353295",
 }  # fmt: skip
 
 # A single dense factor, two Sylvester factors, Paley cores over a prime and over GF(25), circulants, blocks of a width.
@@ -138,17 +140,29 @@ def test_blocks_that_do_not_divide(block: int) -> None:
 @pytest.mark.parametrize(("n", "block"), SHAPES)
 def test_factors_multiply_to_the_matrix(n: int, block: int) -> None:
     factors = kronecker_factors(n, block, torch.float64)
-    product = factors[0] if len(factors) == 1 else torch.kron(*factors)
+    product = functools.reduce(torch.kron, factors)
     size = block or n
     torch.testing.assert_close(product, dense(size, size), rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("n", [n for n in SIZES if SIZES[n] > 1 or n > 1024])
+@pytest.mark.parametrize("n", [n for n in SIZES if (SIZES[n] > 1 or n > 1024) and SIZES[n] < 512])
 def test_split_is_the_cheapest(n: int) -> None:
     left, right = (len(factor) for factor in kronecker_factors(n))
     assert left * right == n
     power = n // SIZES[n]
     assert left + right == min(n // b + b for b in (2**j for j in range(power.bit_length())))
+
+
+@pytest.mark.parametrize(("n", "sizes"), [(3696, [44, 84]), (29568, [44, 84, 8])])
+def test_a_large_core_is_applied_as_two_small_ones(n: int, sizes: list[int]) -> None:
+    factors = kronecker_factors(n, dtype=torch.float64)
+    assert [len(factor) for factor in factors] == sizes
+    x = torch.randn(1, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    core = hadamard_matrix(3696).to(torch.float64)
+    assert torch.equal(core, torch.kron(hadamard_matrix(44), hadamard_matrix(84)).to(torch.float64))
+    sylvester = hadamard_matrix(n // 3696).to(torch.float64)
+    expected = (core.T @ (x.view(3696, -1) @ sylvester) / math.sqrt(n)).view(1, n)
+    torch.testing.assert_close(kronecker_apply(x, factors), expected, rtol=0, atol=1e-12)
 
 
 @settings(max_examples=60, deadline=None)
@@ -252,8 +266,11 @@ def test_cuda_agrees_with_the_cpu(n: int, block: int) -> None:
     expected = hadamard_transform(x, block)
     torch.testing.assert_close(hadamard_transform(x.cuda(), block).cpu(), expected, rtol=0, atol=1e-12)
     for dtype, tolerance in ((torch.float32, 5e-3), (torch.bfloat16, 5e-2)):  # TF32 may be on
-        y = hadamard_transform(x.to("cuda", dtype), block).cpu().double()
-        torch.testing.assert_close(y, expected, rtol=0, atol=tolerance)
+        given = x.to("cuda", dtype)
+        factors = kronecker_factors(n, block, dtype, "cuda")
+        # The first two by fast_hadamard_transform where it is installed.
+        for y in (hadamard_transform(given, block), online_transform(given, factors), kronecker_apply(given, factors)):
+            torch.testing.assert_close(y.cpu().double(), expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("n", [1, 15, 64, 94, 172, 576])

@@ -1,5 +1,7 @@
 """Rotations change nothing but what is quantised: folding, merging, attaching and their gradients."""
 
+import functools
+
 import pytest
 import torch
 from tiny import SHAPES, write_model
@@ -134,8 +136,8 @@ class WeightSide(nn.Module):
         if "self_attn.v_proj.bias" in out:
             out["self_attn.v_proj.bias"] = out["self_attn.v_proj.bias"] @ blocks(kv)
         out["self_attn.o_proj.weight"] = self.r1.T @ raw("self_attn.o_proj.weight") @ blocks(heads)
-        a, b = self.sites.r4
-        out["mlp.down_proj.weight"] = self.r1.T @ raw("mlp.down_proj.weight") @ torch.kron(a, b)
+        r4 = functools.reduce(torch.kron, self.sites.r4)
+        out["mlp.down_proj.weight"] = self.r1.T @ raw("mlp.down_proj.weight") @ r4
         for role in ("self_attn.o_proj", "mlp.down_proj"):
             if source.has(f"{prefix}{role}.bias"):
                 out[f"{role}.bias"] = raw(f"{role}.bias") @ self.r1

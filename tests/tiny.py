@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 COMMON = {
     "vocab_size": 97,
@@ -31,12 +31,17 @@ SHAPES = {
 
 
 def write_model(
-    kind: str, directory: Path, *, layers: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0
+    kind: str | PreTrainedConfig,
+    directory: Path,
+    *,
+    layers: int = 2,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
 ) -> Path:
-    """A seeded random checkpoint whose norm gains and biases are far from their trivial values."""
+    """A seeded random checkpoint of one of SHAPES or a config; norm gains and biases are far from their trivial values."""
     import copy
 
-    config = copy.deepcopy(SHAPES[kind])
+    config = copy.deepcopy(SHAPES[kind] if isinstance(kind, str) else kind)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = (list(config.layer_types) * layers)[:layers]
@@ -52,3 +57,17 @@ def write_model(
                 parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
     model.save_pretrained(directory)
     return directory
+
+
+def write_letters(directory: Path) -> None:
+    """A tokenizer of single characters for the vocabulary of `SHAPES`; it puts BOS first, as Llama's does."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    marks = ["<pad>", "<s>", "</s>", "<unk>"]
+    letters = {mark: i for i, mark in enumerate(marks)} | {chr(32 + i): 4 + i for i in range(93)}
+    characters = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    characters.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=characters, **names).save_pretrained(directory)

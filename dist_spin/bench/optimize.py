@@ -2,7 +2,7 @@
 
 dist-spin bench optimize configs/shapes/llama-3-8b optimize.batch_size=8 --steps 5 --json out.json
 dist-spin bench optimize configs/shapes/llama-3-8b --layers 8 optimize.batch_size=1 --baseline weight-side
-torchrun --nproc_per_node 2 -m dist_spin bench optimize configs/shapes/llama-3-70b optimize.batch_size=8
+torchrun --nproc_per_node 2 -m dist_spin bench optimize configs/shapes/llama-3-70b distributed.engine=deepspeed
 """
 
 import argparse
@@ -24,7 +24,6 @@ from dist_spin.bench.device import describe, matmul_ceiling, synchronize
 from dist_spin.checkpoint_writer import CheckpointWriter
 from dist_spin.config import load_config
 from dist_spin.distributed import World, on_leader, start, stop
-from dist_spin.engine.weight_grids import fit_grids
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 from dist_spin.stages.common import model_dtype, say, sites_for
@@ -90,6 +89,7 @@ def measure(options: argparse.Namespace, world: World) -> dict[str, Any]:
     cuda = world.device.type == "cuda"
     figures = {
         "device": describe(world.device),
+        "engine": learning.engine.name,
         "ranks": world.size,
         "layers": shape.layers,
         "tokens_per_step": tokens,
@@ -108,7 +108,7 @@ def measure(options: argparse.Namespace, world: World) -> dict[str, Any]:
     }
     if config.optimize.w_bits < 16:  # a part of forward_backward
         began = time.monotonic()
-        fit_grids(learning.model, learning.optimizer.rotations)
+        learning.engine.fit_grids(learning.model, learning.optimizer.rotations)
         synchronize(world.device)
         figures["fit_grids_s"] = round(time.monotonic() - began, 4)
     if options.baseline:

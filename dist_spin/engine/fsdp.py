@@ -5,14 +5,20 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dist_spin.distributed import World
+from dist_spin.engine.weight_grids import fit_grids
 from dist_spin.model.learning import LearningModel, parameter_source
 from dist_spin.model.loading import WeightSource
 from dist_spin.model.rotation import folded_rows
+
+name = "fsdp"
+keeps_gathered = False  # a gather fills the storage that autograd holds, and frees it in between
+
+__all__ = ["assert_sharded", "fit_grids", "keeps_gathered", "load", "name", "shard"]
 
 
 def shard(model: LearningModel, world: World, offloaded: Sequence[int] = ()) -> None:
@@ -52,8 +58,3 @@ def assert_sharded(model: nn.Module, world: World) -> None:
         share = -(-parameter.shape[0] // world.size) * parameter.shape[1:].numel()
         if parameter.to_local().numel() > share or parameter.requires_grad:
             raise AssertionError(f"{name} holds more than its share on rank {world.rank} or takes gradients")
-
-
-def gathers_once(model: nn.Module) -> list[FSDPModule]:
-    """The modules that are gathered as one unit."""
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]

@@ -23,18 +23,19 @@ def layer_bytes(shape: Shape, dtype: torch.dtype, w_bits: int = 16) -> int:
 
 
 def layers_to_offload(
-    setting: int, shape: Shape, tokens: int, dtype: torch.dtype, w_bits: int, world: World
+    setting: int, shape: Shape, tokens: int, dtype: torch.dtype, w_bits: int, to_disk: bool, world: World
 ) -> list[int]:
     """The layers whose frozen weights stay in pinned host memory and visit the device, spread evenly over the depth.
 
     Args:
         setting: their number, or -1: as many as do not fit beside the activations of one pass.
         tokens: tokens that one rank handles in a step.
+        to_disk: they stay on a disk instead, which helps a CPU as well.
 
     Raises:
         UserError: the host has no room for them.
     """
-    if world.device.type == "cpu":
+    if world.device.type == "cpu" and (setting < 0 or not to_disk):
         return []
     layer = layer_bytes(shape, dtype, w_bits)
     mine = -(-layer // world.size)
@@ -53,7 +54,7 @@ def layers_to_offload(
         setting = _largest_over_ranks(max(0, -(-missing // mine)))
     count = min(setting, shape.layers)
     host = _host_bytes_free()
-    if count * mine * world.local_size > host:
+    if count * mine * world.local_size > host and not to_disk:
         raise UserError(
             f"{count} of {shape.layers} layers do not fit on the GPU and need {count * mine * world.local_size >> 30} GiB of "
             f"host memory, of which {host >> 30} GiB are free",

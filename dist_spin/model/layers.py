@@ -36,7 +36,7 @@ class LayerRunner:
         self.shape, self.config = Shape.of(config), self.base.config
         self.device, self.dtype, self.rotated = device, dtype, rotated
         self.sites = sites.to(device, dtype)
-        self._rotary = rotary(self.base, device)
+        self.rotary = rotary(self.base, device)
 
     def build(self, index: int, weights: dict[str, Tensor], sites: Sites | None = None) -> nn.Module:
         """Decoder layer `index` with `weights` (names within the layer, any dtype) and its sites (default: the runner's)."""
@@ -54,7 +54,7 @@ class LayerRunner:
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         return {
             "attention_mask": attention_masks(self.config, hidden)[index],
-            "position_embeddings": self._rotary(hidden, positions),
+            "position_embeddings": self.rotary(hidden, positions),
         }
 
     @torch.no_grad()
@@ -104,10 +104,15 @@ class RotatedWeights:
 
     def head(self, eps: float, weight: Tensor | None = None) -> "Head":
         """Final norm and lm_head, or `weight` [vocab, h] in its place."""
-        gain = None
-        if self.rotations is None:
-            gain = nn.Parameter(self.source.rows(f"{FINAL_NORM}.weight", device=self.device).to(self.dtype), False)
-        return Head(WideRMSNorm(eps, gain), self.head_weight() if weight is None else weight)
+        gain = self.final_gain()
+        norm = WideRMSNorm(eps, None if gain is None else nn.Parameter(gain, False))
+        return Head(norm, self.head_weight() if weight is None else weight)
+
+    def final_gain(self) -> Tensor | None:
+        """Gain of the final norm [h] in the model's dtype; None where it is folded into the head."""
+        if self.rotations is not None:
+            return None
+        return self.source.rows(f"{FINAL_NORM}.weight", device=self.device).to(self.dtype)
 
     def _end(self, name: str) -> Tensor:
         if self.rotations is None:

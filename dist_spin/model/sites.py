@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dist_spin.model.architecture import ATTENTION
-from dist_spin.numerics.hadamard import kronecker_apply
+from dist_spin.numerics.hadamard import kronecker_apply, online_transform
 from dist_spin.numerics.quantizer import QuantSpec, fake_quantize, range_gradients, range_quantize
 
 
@@ -300,7 +300,7 @@ class DownFront(nn.Module):
         if self.learned.scale is not None and not _mode.plain:
             m = _times(m, self.learned.scale)
         if self.hadamard:
-            m = kronecker_apply(m, self.hadamard)
+            m = online_transform(m, self.hadamard)
         if _mode.plain:
             return m
         m = clipped(m, self.spec, self.learned)
@@ -348,7 +348,7 @@ class KeySite(nn.Module):
             query = _times(query, _per_query_head(t, query.shape[1]).unsqueeze(-2), -1)
             key = _times(key, t.unsqueeze(-2))
         if self.hadamard:
-            query, key = kronecker_apply(query, self.hadamard), kronecker_apply(key, self.hadamard)
+            query, key = online_transform(query, self.hadamard), online_transform(key, self.hadamard)
         return query, clipped(key, self.spec, self.learned)
 
 

@@ -5,8 +5,10 @@ weights must still be undone by the online transform of a later release:
 
     H_n = H_K (x) S_{n/K},    S_1 = [1],    S_{2m} = [[1, 1], [1, -1]] (x) S_m   (Sylvester),
 
-with K the smallest order sharing n's odd part for which a core is known here (K = 1 when n is a power of two). A core
-comes from the first of these that applies:
+with K the smallest order sharing n's odd part for which a core is known here (K = 1 when n is a power of two). A K above
+512 gives way to a product of two smaller cores where n has the factors of two for it, because the product is applied as
+two small matrices (29568, the width of Qwen2.5-72B: H_44 (x) H_84 (x) S_8 instead of H_924 (x) S_32). A core comes from
+the first of these that applies:
 
 1. Paley I, order q + 1, for a prime power q = 3 mod 4 (Paley 1933, J. Math. Phys. 12, lemma 3).
 2. Paley II, order 2(q + 1), for a prime power q = 1 mod 4 (same paper, lemma 4).
@@ -55,6 +57,9 @@ _DENSE_LIMIT = 1024
 
 _INT8_ONE = torch.ones(1, 1, dtype=torch.int8, device="cpu")
 _INT8_TWO = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8, device="cpu")
+
+# A single core above this is slow to apply; only 924 is met among model sizes.
+_CORE_LIMIT = 512
 
 # What the CUDA kernel of fast_hadamard_transform takes.
 _LIBRARY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -116,8 +121,11 @@ def _core_order(n: int) -> int | None:
     power = _power_of_two_in(n)
     if power == n:
         return 1
-    candidates = (n // power << j for j in range(2, power.bit_length()))
-    return next((k for k in candidates if _builder(k) is not None), None)
+    candidates = [n // power << j for j in range(2, power.bit_length())]
+    known = next((k for k in candidates if _builder(k) is not None), None)
+    if known is not None and known > _CORE_LIMIT:
+        return next((k for k in candidates if _split(k)), known)
+    return known
 
 
 @cache
@@ -129,11 +137,18 @@ def _builder(k: int) -> Callable[[], Tensor] | None:
         return partial(_paley_two, k // 2 - 1)
     if k // 4 in _CIRCULANTS:
         return partial(_goethals_seidel, k // 4)
-    for a in range(12, math.isqrt(k) + 1, 4):
+    parts = _split(k)
+    return partial(_product, *parts) if parts else None
+
+
+@cache
+def _split(k: int) -> tuple[int, int] | None:
+    """(a, b) with a b = k, both of them orders of cores, of the least sum; or None."""
+    for a in range(math.isqrt(k) // 4 * 4, 8, -4):
         b = k // a
         odd_parts = a * b == k and b % 4 == 0 and _power_of_two_in(a) < a and _power_of_two_in(b) < b
         if odd_parts and _builder(a) and _builder(b):
-            return partial(_product, a, b)
+            return a, b
     return None
 
 
@@ -260,17 +275,24 @@ def kronecker_factors(
     Returns:
         (A [a, a], B [b, b]) with A (x) B = H_block / sqrt(block), split so that a + b, the multiplications per element,
         is least; or (H_block / sqrt(block),) if block is a power of two up to 1024 or has nothing to split off. All
-        entries of a factor have one magnitude. A is H_K (x) S, B is Sylvester.
+        entries of a factor have one magnitude. A is H_K (x) S, B is Sylvester. Where K is a product above 512 of two
+        cores, each of them is a factor of its own: (A, B) or (A, B, Sylvester).
 
     Raises NoHadamard if there is none of order `block`, ValueError if `block` does not divide n.
     """
     block = _check_block(n, block)
     core, power = hadamard_core(block)
+    scale = block**-0.5
+    if core > _CORE_LIMIT and (parts := _split(core)):
+        matrices = [_core_matrix(k) for k in parts] + [_sylvester(power)] * (power > 1)
+        first = 2.0 ** -round(math.log2(parts[0]) / 2)  # a power of two, which every format keeps
+        scales = (first, *_scales(scale / first, parts[1])) if power > 1 else _scales(scale, parts[0])
+        return tuple(m.to(device, dtype) * s for m, s in zip(matrices, scales, strict=True))
     if power == 1 or (core == 1 and block <= _DENSE_LIMIT):
-        return (hadamard_matrix(block).to(device, dtype) * block**-0.5,)
+        return (hadamard_matrix(block).to(device, dtype) * scale,)
     right = min((1 << j for j in range(1, power.bit_length())), key=lambda b: (block // b + b, b))
     left = block // right
-    scale_left, scale_right = _scales(left, right)
+    scale_left, scale_right = _scales(scale, left)
     return (
         hadamard_matrix(left).to(device, dtype) * scale_left,
         _sylvester(right).to(device, dtype) * scale_right,
@@ -278,7 +300,7 @@ def kronecker_factors(
 
 
 def kronecker_apply(x: Tensor, factors: tuple[Tensor, ...], inverse: bool = False) -> Tensor:
-    """y = x @ (I (x) A (x) B), or by the transpose if `inverse`; x and y [..., n], n a multiple of a * b.
+    """y = x @ (I (x) A (x) B ...), or by the transpose if `inverse`; x and y [..., n], n a multiple of a * b ....
 
     Computes in x.dtype; differentiable in x; plain torch operations without caches, so it compiles into one graph.
     Raises ValueError if the width does not fit.
@@ -288,10 +310,9 @@ def kronecker_apply(x: Tensor, factors: tuple[Tensor, ...], inverse: bool = Fals
     if x.shape[-1] % block:
         raise ValueError(f"the last dimension of x is {x.shape[-1]}, no multiple of the Hadamard block {block}")
     matrices = [factor.to(x.dtype).mT if inverse else factor.to(x.dtype) for factor in factors]
-    y = x.reshape(-1, *sizes)  # [tokens * n/block, a, b] or [tokens * n/block, block]
-    y = y @ matrices[-1]
-    if len(matrices) == 2:
-        y = matrices[0].mT @ y
+    y = x.reshape(-1, sizes[-1]) @ matrices[-1]  # the last of the dimensions [tokens * n/block, a, b]
+    for i in range(len(sizes) - 2, -1, -1):
+        y = matrices[i].mT @ y.reshape(-1, sizes[i], math.prod(sizes[i + 1 :]))
     return y.reshape(x.shape)
 
 
@@ -303,9 +324,21 @@ def hadamard_transform(x: Tensor, block: int = 0, inverse: bool = False) -> Tens
     """
     block = _check_block(x.shape[-1], block)
     library = _library() if x.is_cuda and x.dtype in _LIBRARY_DTYPES else None
-    if library is None or not 1 < hadamard_core(block)[1] <= _LIBRARY_LIMIT:
+    core, power = hadamard_core(block)
+    if library is None or core > _CORE_LIMIT or not 1 < power <= _LIBRARY_LIMIT:
         return kronecker_apply(x, _cached_factors(block, x.dtype, x.device), inverse)
     return _library_apply(library, x, block, inverse)
+
+
+def online_transform(x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+    """`kronecker_apply` as the model's sites call it: outside of compiled graphs, by the CUDA kernel where there is one.
+
+    factors: of `kronecker_factors`; x [..., n]. The kernel has no place in a graph, where two dense products fuse with
+    the quantiser behind them.
+    """
+    if x.is_cuda and not torch.compiler.is_compiling() and _library() is not None:
+        return hadamard_transform(x, math.prod([len(factor) for factor in factors]))
+    return kronecker_apply(x, factors)
 
 
 def _library_apply(library: Callable[[Tensor, float], Tensor], x: Tensor, block: int, inverse: bool) -> Tensor:
@@ -347,8 +380,8 @@ def _check_block(n: int, block: int) -> int:
     return block or n
 
 
-def _scales(left: int, right: int) -> tuple[float, float]:
-    """Magnitudes (s, t) of the entries of the factors, s * t = 1 / sqrt(left * right).
+def _scales(scale: float, left: int) -> tuple[float, float]:
+    """Magnitudes (s, t) of the entries of two factors, s * t = scale; s is near 1 / sqrt(left).
 
     Rounding 1 / sqrt(left) and 1 / sqrt(right) to bfloat16 could change the norm of a rotated vector by 0.4%, the same
     way for every vector. So s is the number of eight significant bits for which t is nearest to one: then both are
@@ -360,7 +393,6 @@ def _scales(left: int, right: int) -> tuple[float, float]:
         return abs(mantissa - round(mantissa)) / mantissa
 
     exponent = math.frexp(left**-0.5)[1]
-    scale = (left * right) ** -0.5
     s = min((math.ldexp(m, exponent - 8) for m in range(128, 256)), key=lambda s: rounding(scale / s))
     return s, scale / s
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from dist_spin.distributed import World, on_leader, together
 from dist_spin.environment import environment
 from dist_spin.errors import UserError
+from dist_spin.export.target import check_target
 from dist_spin.lock import stage_lock
 from dist_spin.model.architecture import Shape
 from dist_spin.model.loading import ModelFiles, open_model
@@ -63,7 +64,11 @@ def model_dtype(config: RunConfig) -> torch.dtype:
 
 
 def open_configured_model(config: RunConfig) -> ModelFiles:
-    """Open the model on every rank; what has to be downloaded or converted is so once, by rank 0."""
+    """Open the model on every rank; what has to be downloaded or converted is so once, by rank 0.
+
+    Raises:
+        UserError: it cannot be opened, or no runtime of `export.target` would take what the settings make of it.
+    """
 
     def find() -> ModelFiles:
         return open_model(
@@ -78,6 +83,8 @@ def open_configured_model(config: RunConfig) -> ModelFiles:
     on_leader(lambda: files.append(find()))  # not returned: open files do not travel
     # The others only after it is there; one of them may be on a host that does not see the path.
     together(lambda: None if files else files.append(find()))
+    if config.export.target != "none":
+        check_target(config.export.target, config, files[0].shape, starting=True)
     return files[0]
 
 

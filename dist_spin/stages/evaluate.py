@@ -7,9 +7,11 @@ start measures only what is missing.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from dist_spin.data import fingerprint, load_tokens
 from dist_spin.distributed import World, any_rank, on_leader, sum_over_ranks_
 from dist_spin.errors import Interrupted, NumericsError, UserError
 from dist_spin.layer_files import finished_layer, identity_hash, layer_path
-from dist_spin.model.layers import LayerRunner
+from dist_spin.model.layers import Head, LayerRunner
 from dist_spin.model.loading import ModelFiles
 from dist_spin.model.rotation import Sites
 from dist_spin.numerics.quantizer import QuantSpec
@@ -91,10 +93,14 @@ def evaluate(config: RunConfig, world: World) -> list[dict[str, Any]]:
             rows.append(row)
             if any_rank(bool(stop)):
                 raise Interrupted("stopped by a signal between two measurements", "the same command continues")
+    if config.evaluate.tasks:
+        from dist_spin.stages.zero_shot import zero_shot  # late: the harness is an extra
+
+        rows += zero_shot(config, world, files, run, measured, stop)
     public = [{k: v for k, v in row.items() if k not in ("losses", "identity")} for row in rows]
     on_leader(lambda: write_json(run.path / "results.json", public))
     if world.leads:
-        print(table(public))
+        print("\n".join(filter(None, [table(public), task_table(public)])))
         say(f"wrote {run.path / 'results.json'}")
     return public
 
@@ -134,19 +140,8 @@ def measure(
     tokens: Tensor,
 ) -> dict[str, Any]:
     """One cell on one source, from its file if it was measured before."""
-    q = config.quant
-    off = cell.full_precision
-    bits = {
-        "w_bits": q.w_bits if cell.weights != "none" else 16,
-        **{f"{s}_bits": 16 if off else getattr(q, f"{s}_bits") for s in "akv"},
-    }
     row = {
-        "method": cell.label,
-        "rotation": cell.chosen.name,
-        "weights": cell.weights,
-        **bits,
-        "group_size": q.w_group_size if cell.weights != "none" else 0,
-        "seed": config.rotation.seed,
+        **describe(config, cell),
         "dataset": source,
         "seq_len": config.evaluate.seq_len,
     }
@@ -175,6 +170,20 @@ def measure(
     return row
 
 
+def describe(config: RunConfig, cell: Cell) -> dict[str, Any]:
+    """What every row says of the model that was measured: method, rotation, weights, bits, group size and seed."""
+    q, off = config.quant, cell.full_precision
+    return {
+        "method": cell.label,
+        "rotation": cell.chosen.name,
+        "weights": cell.weights,
+        "w_bits": q.w_bits if cell.weights != "none" else 16,
+        **{f"{s}_bits": 16 if off else getattr(q, f"{s}_bits") for s in "akv"},
+        "group_size": q.w_group_size if cell.weights != "none" else 0,
+        "seed": config.rotation.seed,
+    }
+
+
 def cell_identity(config: RunConfig, files: ModelFiles, cell: Cell) -> dict[str, Any]:
     """What decides a measurement beside its row and layers: model, rotations, site settings and quantised ends."""
     none = torch.zeros(1, 1, dtype=torch.long)
@@ -194,27 +203,52 @@ def window_losses(
     tokens: Tensor,
 ) -> Tensor:
     """Mean next-token cross entropy of every window [n], fp64 on the CPU; windows are shared out over ranks."""
-    dtype, chosen, layers = model_dtype(config), cell.chosen, files.shape.layers
-    rotated = chosen.rotations is not None
-    runner = LayerRunner(files.config, chosen.sites, device=world.device, dtype=dtype, rotated=rotated)
-    mine = tokens[world.rank :: world.size].to(world.device)
-    batch = max(1, TOKENS_AT_ONCE // tokens.shape[1])
-    ends = ends_of(config, files, chosen).load(dtype, world.device, say) if cell.weights != "none" else {}
-    embedding = ends.pop("embedding") if "embedding" in ends else chosen.weights.embedding()
-    hidden = [embedding[ids] for ids in mine.split(batch)] if len(mine) else []  # each [batch, T, h]
-    del embedding
-    progress = Progress(f"measure {source}, {cell.label}, {cell.weights} weights: layer", layers, show=world.leads)
-    for index in range(layers):
-        weights = quantized_weights(run, cell, index, dtype, world) or chosen.weights.layer(index)
-        module = runner.build(index, weights)
-        hidden = [runner.run(module, index, h) for h in hidden]
-        progress.advance()
-    head = chosen.weights.head(files.config.rms_norm_eps, ends.get("head"))
+    walk = Walk(config, world, files, run, cell)
+    mine = tokens[world.rank :: world.size]
+    batches = mine.split(max(1, TOKENS_AT_ONCE // tokens.shape[1])) if len(mine) else ()
+    hidden = walk.embed(batches)  # each [batch, T, h]
+    for layer in walk.layers(f"measure {source}, {cell.label}, {cell.weights} weights"):
+        for i in range(len(hidden)):
+            hidden[i] = layer(hidden[i])
+    head = walk.head()
     losses = torch.zeros(len(tokens), dtype=torch.float64)
     if hidden:
-        parts = [head.loss(h, ids) for h, ids in zip(hidden, mine.split(batch), strict=True)]
+        parts = [head.loss(h, ids.to(world.device)) for h, ids in zip(hidden, batches, strict=True)]
         losses[world.rank :: world.size] = torch.cat(parts).double().cpu()
     return sum_over_ranks_(losses)
+
+
+class Walk:
+    """A cell's model taken one layer at a time: embed, then every layer in order, then the head."""
+
+    def __init__(self, config: RunConfig, world: World, files: ModelFiles, run: RunDir, cell: Cell) -> None:
+        self._world, self._files, self._run, self._cell = world, files, run, cell
+        self._dtype, self._weights = model_dtype(config), cell.chosen.weights
+        rotated = cell.chosen.rotations is not None
+        self._runner = LayerRunner(
+            files.config, cell.chosen.sites, device=world.device, dtype=self._dtype, rotated=rotated
+        )
+        quantised = cell.weights != "none"
+        self._ends = ends_of(config, files, cell.chosen).load(self._dtype, world.device, say) if quantised else {}
+
+    def embed(self, batches: Iterable[Tensor], place: torch.device | None = None) -> list[Tensor]:
+        """Hidden states [batch, T, h] of token ids, each [batch, T], kept on `place` (default: the rank's device)."""
+        embedding = self._ends.pop("embedding") if "embedding" in self._ends else self._weights.embedding()
+        return [embedding[ids.to(embedding.device)].to(place or embedding.device) for ids in batches]
+
+    def layers(self, what: str) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Each decoder layer in order, as a function of hidden states [batch, T, h] on the rank's device."""
+        count = self._files.shape.layers
+        progress = Progress(f"{what}: layer", count, show=self._world.leads)
+        for index in range(count):
+            quantised = quantized_weights(self._run, self._cell, index, self._dtype, self._world)
+            module = self._runner.build(index, quantised or self._weights.layer(index))
+            yield functools.partial(self._runner.run, module, index)
+            progress.advance()
+
+    def head(self) -> Head:
+        """Final norm and lm_head."""
+        return self._weights.head(self._files.config.rms_norm_eps, self._ends.get("head"))
 
 
 def quantized_weights(
@@ -235,20 +269,37 @@ def cell_layer(run: RunDir, cell: Cell, index: int) -> Path:
     return layer_path(run.layers("" if cell.chosen.name == LEARNED else cell.chosen.name), index)
 
 
+def bits_label(row: dict[str, Any]) -> str:
+    """Bits as tables name them: W4A4KV4, or W4A4K4V8 where keys and values differ."""
+    k, v = row["k_bits"], row["v_bits"]
+    return f"W{row['w_bits']}A{row['a_bits']}" + (f"KV{k}" if k == v else f"K{k}V{v}")
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Results as a plain text table, best quantised perplexity of each bit width and source marked with *."""
-
-    def bits(r: dict[str, Any]) -> str:
-        k, v = r["k_bits"], r["v_bits"]
-        return f"W{r['w_bits']}A{r['a_bits']}" + (f"KV{k}" if k == v else f"K{k}V{v}")
-
+    """Perplexities as a plain text table, the best quantised one of each bit width and source marked with *."""
+    rows = [r for r in rows if "ppl" in r]
     best: dict[tuple[str, str], float] = {}
     for r in rows:
-        key = (r["dataset"], bits(r))
+        key = (r["dataset"], bits_label(r))
         best[key] = min(best.get(key, math.inf), r["ppl"])
     lines = [("text", "bits", "method", "weights", "perplexity")]
     for r in rows:
-        mark = " *" if r["ppl"] == best[(r["dataset"], bits(r))] and r["method"] != "full precision" else ""
-        lines.append((r["dataset"], bits(r), r["method"], r["weights"], f"{r['ppl']:.3f}{mark}"))
-    widths = [max(len(line[i]) for line in lines) for i in range(5)]
-    return "\n".join("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+        mark = " *" if r["ppl"] == best[(r["dataset"], bits_label(r))] and r["method"] != "full precision" else ""
+        lines.append((r["dataset"], bits_label(r), r["method"], r["weights"], f"{r['ppl']:.3f}{mark}"))
+    return columns(lines)
+
+
+def task_table(rows: list[dict[str, Any]]) -> str:
+    """Zero-shot figures as a plain text table, each with its standard error."""
+    lines = [("task", "bits", "method", "weights", "metric", "value", "items")]
+    for r in (r for r in rows if "task" in r):
+        value = f"{r['value']:.4f}" + (f" ± {r['stderr']:.4f}" if r["stderr"] is not None else "")
+        lines.append((r["task"], bits_label(r), r["method"], r["weights"], r["metric"], value, str(r["n"])))
+    return columns(lines)
+
+
+def columns(lines: Sequence[tuple[str, ...]]) -> str:
+    """Lines under a header line as aligned columns; nothing if there is only the header."""
+    widths = [max(len(text) for text in column) for column in zip(*lines, strict=True)]
+    aligned = ["  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join(aligned) if len(lines) > 1 else ""

@@ -18,12 +18,11 @@ from dist_spin.checkpoint_writer import CheckpointWriter
 from dist_spin.config import dump_config
 from dist_spin.data import batch_indices, fingerprint, load_tokens, rank_share
 from dist_spin.distributed import World, agree, any_rank, on_leader, sum_over_ranks_, together
-from dist_spin.engine import fsdp
+from dist_spin.engine.choice import Engine, chosen
 from dist_spin.engine.euclidean_optimizer import EuclideanOptimizer
 from dist_spin.engine.guard import Guard
 from dist_spin.engine.memory import layers_to_offload, passes_and_levels
 from dist_spin.engine.rotation_optimizer import RotationOptimizer
-from dist_spin.engine.weight_grids import fit_grids
 from dist_spin.errors import Interrupted, NumericsError, UserError
 from dist_spin.model.architecture import layer_name
 from dist_spin.model.learning import LearningModel
@@ -73,6 +72,7 @@ class Learning:
     config: RunConfig
     world: World
     run: RunDir
+    engine: Engine
     model: LearningModel
     optimizer: RotationOptimizer
     tokens: Tensor  # [blocks, seq_len]
@@ -194,7 +194,7 @@ def note_back_off(learning: Learning, loss: float) -> None:
 
 def set_up(config: RunConfig, world: World) -> Learning:
     """Model, data, rotations and optimiser, at the newest whole checkpoint if there is one."""
-    run = run_dir(config)
+    run, engine = run_dir(config), chosen(config.distributed)
     files = open_configured_model(config)
     shape, dtype, settings = files.shape, model_dtype(config), config.optimize
     sites = sites_for(config, shape)
@@ -244,13 +244,14 @@ def set_up(config: RunConfig, world: World) -> Learning:
         teacher_share={"cross_entropy": 0.0, "kl": 1.0, "mixed": settings.kl_share}[settings.objective],
     )
     share = -(-settings.batch_size // world.size)  # sequences of one rank
+    place = config.distributed
     away = layers_to_offload(
-        config.distributed.offload_layers, shape, share * settings.seq_len, dtype, settings.w_bits, world
+        place.offload_layers, shape, share * settings.seq_len, dtype, settings.w_bits, bool(place.offload_dir), world
     )
     if away and world.leads:
-        say(f"the weights of {len(away)} of {shape.layers} layers stay in host memory")
-    fsdp.shard(model, world, away)
-    together(lambda: fsdp.load(model, files.weights, () if settings.scales else sites.r4))
+        say(f"the weights of {len(away)} of {shape.layers} layers stay in {place.offload_dir or 'host memory'}")
+    engine.shard(model, world, away)
+    together(lambda: engine.load(model, files.weights, () if settings.scales else sites.r4))
     micro, levels = passes_and_levels(
         settings.micro_batch_size,
         settings.recompute,
@@ -263,6 +264,8 @@ def set_up(config: RunConfig, world: World) -> Learning:
         compiled=compiled,
         scaled=transforms is not None,
     )
+    if engine.keeps_gathered and not compiled and settings.recompute == "auto":
+        levels = ["sites" if level == "none" else level for level in levels]  # or it would keep every layer's weights
     model.set_levels(levels)
     optimizer = RotationOptimizer(
         rotations,
@@ -273,7 +276,7 @@ def set_up(config: RunConfig, world: World) -> Learning:
         reproject_every=settings.reproject_every,
         euclidean=None if transforms is None else euclidean_optimizer(transforms, settings),
     )
-    learning = Learning(config, world, run, model, optimizer, tokens, identity, micro, len(away))
+    learning = Learning(config, world, run, engine, model, optimizer, tokens, identity, micro, len(away))
     if held_out is not None:
         learning.guard, learning.held_out = Guard(optimizer.masters()), held_out
     resume(learning)
@@ -309,13 +312,13 @@ def backward(learning: Learning) -> float:
     settings = learning.config.optimize
     indices = batch_indices(learning.step, settings.batch_size, len(learning.tokens), settings.seed)
     total = torch.zeros((), device=learning.world.device, dtype=torch.float64)
-    fit_grids(learning.model, learning.optimizer.rotations)
+    learning.engine.fit_grids(learning.model, learning.optimizer.rotations)
     for ids, weights in passes(learning.world, learning.micro_batch_size, learning.tokens, indices):
         losses = learning.model(ids)  # [micro]
         loss = (losses * weights.to(losses.dtype)).sum()
         loss.backward()
         total += loss.detach()
-    fsdp.assert_sharded(learning.model, learning.world)
+    learning.engine.assert_sharded(learning.model, learning.world)
     return float(sum_over_ranks_(total))
 
 
@@ -324,7 +327,7 @@ def held_out_loss(learning: Learning) -> float:
     """The objective on the held-out sequences, their mean over all ranks."""
     assert learning.held_out is not None
     total = torch.zeros((), device=learning.world.device, dtype=torch.float64)
-    fit_grids(learning.model, learning.optimizer.rotations)
+    learning.engine.fit_grids(learning.model, learning.optimizer.rotations)
     everything = list(range(len(learning.held_out)))
     for ids, weights in passes(learning.world, learning.micro_batch_size, learning.held_out, everything):
         total += (learning.model(ids) * weights).sum()
@@ -395,9 +398,10 @@ def write_checkpoint(learning: Learning, state: dict[str, Tensor], step: int) ->
 
 def resume(learning: Learning) -> None:
     """Continue from the newest whole checkpoint, read by rank 0 and handed to all; start at step 0 without one."""
+    who = {"ranks": learning.world.size, "engine": learning.engine.name}
     found = on_leader(lambda: newest_checkpoint(learning.run, say))
     if found is None:
-        on_leader(lambda: learning.run.event("start", stage="optimize", ranks=learning.world.size))
+        on_leader(lambda: learning.run.event("start", stage="optimize", **who))
         return
     state, metadata = found
     try:
@@ -418,7 +422,7 @@ def resume(learning: Learning) -> None:
 
             kept = [json.dumps(line) + "\n" for line in read_lines(metrics) if line["step"] <= learning.step]
             write_text(metrics, "".join(kept))
-        learning.run.event("resume", stage="optimize", step=learning.step, ranks=learning.world.size)
+        learning.run.event("resume", stage="optimize", step=learning.step, **who)
         if learning.step < learning.config.optimize.steps:
             say(f"continuing after step {learning.step} of {learning.config.optimize.steps}")
 

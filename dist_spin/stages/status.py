@@ -55,9 +55,19 @@ def status(path: Path) -> dict[str, Any]:
         },
         "quantize": {name: layer_states(run, name, events) for name in ("learned", *config["quantize"]["baselines"])},
         "results": json.loads(results.read_text()) if results.exists() else [],
+        "exports": exports(run),
         "jobs": jobs_of(events),
         "last_event": events[-1] if events else None,
     }
+
+
+def exports(run: RunDir) -> list[dict[str, str]]:
+    """Format, profile and directory of every finished export inside the run."""
+    found = []
+    for file in sorted(run.export.glob("[!.]*/dist_spin.json")):
+        about = json.loads(file.read_text())
+        found.append({"format": about["format"], "profile": about["profile"], "path": str(file.parent)})
+    return found
 
 
 def run_events(path: Path) -> list[dict[str, Any]]:
@@ -189,9 +199,10 @@ def status_text(figures: dict[str, Any]) -> str:
     for name, states in figures["quantize"].items():
         others = [f"{state} {ranges(layers)}" for state, layers in states.items() if layers and state != "finished"]
         lines.append("; ".join([f"quantize  {name}: {len(states['finished'])} layers finished", *others]))
-    lines += [
-        f"result    {r['method']}, {r['weights']} weights: {r['ppl']:.3f} on {r['dataset']}" for r in figures["results"]
-    ]
+    for r in figures["results"]:
+        figure = f"{r['ppl']:.3f} on {r['dataset']}" if "ppl" in r else f"{r['metric']} {r['value']:.4f} on {r['task']}"
+        lines.append(f"result    {r['method']}, {r['weights']} weights: {figure}")
+    lines += [f"export    {e['format']}, {e['profile']}: {e['path']}" for e in figures["exports"]]
     lines += jobs
     if figures["last_event"]:
         event = figures["last_event"]

@@ -18,10 +18,12 @@ from torch.distributed.tensor import DTensor
 
 PATIENCE = 60.0  # seconds after which a test gives up on a rank
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed settles on a device as soon as it is imported
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
     [
         *(f"dist_spin.stages.{stage}" for stage in ("optimize", "quantize", "evaluate")),
+        "deepspeed",
         *(f"transformers.models.{kind}.modeling_{kind}" for kind in ("llama", "qwen2")),
     ]
 )
@@ -102,7 +104,7 @@ def one_step(words: list[str], out: Path, reduce: bool) -> None:
     """
     from dist_spin import distributed
     from dist_spin.config import load_config
-    from dist_spin.engine import fsdp, rotation_optimizer
+    from dist_spin.engine import rotation_optimizer
     from dist_spin.stages import optimize
 
     config = load_config(None, words)
@@ -111,7 +113,7 @@ def one_step(words: list[str], out: Path, reduce: bool) -> None:
         rotation_optimizer.sum_over_ranks_ = lambda buffer: buffer
     learning = optimize.set_up(config, world)
     loss = optimize.backward(learning)
-    fsdp.assert_sharded(learning.model, world)
+    learning.engine.assert_sharded(learning.model, world)
     parameters = {
         name: (isinstance(p, DTensor), p.requires_grad, p.to_local().numel(), tuple(p.shape))
         for name, p in learning.model.named_parameters()
@@ -124,11 +126,11 @@ def one_step(words: list[str], out: Path, reduce: bool) -> None:
     for name, part in (("layer", learning.model.layers[1]), ("head", learning.model.head)):
         part.unshard()
         try:
-            fsdp.assert_sharded(learning.model, world)
+            learning.engine.assert_sharded(learning.model, world)
         except AssertionError as error:
             caught[name] = str(error)
         part.reshard()
-    fsdp.assert_sharded(learning.model, world)
+    learning.engine.assert_sharded(learning.model, world)
     out.mkdir(parents=True, exist_ok=True)
     torch.save(
         {"loss": loss, "gradient": gradient, "state": state, "parameters": parameters, "caught": caught},

@@ -83,6 +83,7 @@ CryptoType=crypto/munge
 SlurmctldPidFile=$dir/pids/slurmctld.pid
 SlurmdPidFile=$dir/pids/slurmd.%n.pid
 StateSaveLocation=$dir/state
+FirstJobId=$((port % 5000 + 1))
 SlurmdSpoolDir=$dir/spool/%n
 SlurmctldLogFile=$dir/log/slurmctld.log
 SlurmdLogFile=$dir/log/slurmd.%n.log

@@ -18,8 +18,8 @@ PROGRAMS = "slurmctld slurmd srun sbatch munged slurmdbd mariadbd"
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` neighbouring free ports."""
-    for first in range(26817, 60000, 50):
+    """The first of `count` neighbouring free ports; two test runs on one host begin to look in different places."""
+    for first in range(26817 + os.getpid() % 100 * 50, 60000, 50):
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             for port in range(first, first + count):
                 stack.enter_context(socket.socket()).bind(("127.0.0.1", port))

@@ -95,6 +95,12 @@ class Cluster:
                         found.add(parent)
         return sorted(found)
 
+    def ranks(self, node: str) -> list[int]:
+        """The processes on a node that compute: those that torchrun started."""
+        words = b"\0-m\0dist_spin\0"
+        found = [process for process in self.processes(node) if words in Path(f"/proc/{process}/cmdline").read_bytes()]
+        return [process for process in found if b"launch.torchrun" not in Path(f"/proc/{process}/cmdline").read_bytes()]
+
     def node(self, name: str) -> str:
         """The state of a node."""
         return self.call("sinfo", "-h", "-p", "main", "-n", name, "-o", "%T").stdout.strip()

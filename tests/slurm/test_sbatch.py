@@ -1,16 +1,21 @@
 """The sbatch scripts on a real Slurm: several nodes, preemption, another number of nodes, what a user gets wrong."""
 
+import itertools
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from torch import Tensor
 
 from tests.slurm.harness import Cluster, Run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(400)]
 SCRIPT = "slurm/optimize.sbatch"
-STEPS = {"optimize__steps": 30}
+MOMENTUM = 0.1  # so that checkpoints hold gradients: m(t) = MOMENTUM m(t-1) + g(t)
+STEPS = {"optimize__steps": 30, "optimize__momentum": MOMENTUM, "optimize__keep_checkpoints": 30}
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +26,19 @@ def alone(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, model: Pat
     return run
 
 
+def gradients(run: Run) -> list[Tensor]:
+    """The reduced and clipped gradient of R1 and of R2 in each step."""
+    paths = sorted((run.path / "rotations").glob("step_*.safetensors"))
+    assert len(paths) == STEPS["optimize__steps"]
+    kept = [load_file(path) for path in paths]
+    first = [kept[0]["momentum1"], kept[0]["momentum2"]]
+    later = [b[m] - MOMENTUM * a[m] for a, b in itertools.pairwise(kept) for m in ("momentum1", "momentum2")]
+    return first + later
+
+
 def assert_same(run: Run, alone: Run) -> None:
+    for ours, theirs in zip(gradients(run), gradients(alone), strict=True):
+        assert float((ours - theirs).abs().max()) < 1e-6 * float(theirs.abs().max())  # element by element
     ours, theirs = (load_file(r.path / "rotations" / "final.safetensors") for r in (run, alone))
     for name in ("R1", "R2"):
         assert float((ours[name] - theirs[name]).abs().max()) < 1e-9
@@ -60,6 +77,27 @@ def test_preempted_saves_queues_again_and_ends_the_same_on_fewer_nodes(
     assert resumed[0] == (stopped, 4)
     assert resumed[1][0] > stopped
     assert resumed[1][1] == 2
+    assert_same(run, alone)
+
+
+@pytest.mark.parametrize(("number", "node"), [(signal.SIGSTOP, 1), (signal.SIGKILL, 0)], ids=["hangs", "killed"])
+def test_a_lost_rank_queues_the_job_again(
+    cluster: Cluster,
+    make_run: Callable[..., Run],
+    alone: Run,
+    tmp_path: Path,
+    number: signal.Signals,
+    node: int,
+) -> None:
+    run, log = make_run(**STEPS, distributed__timeout_s=8), tmp_path / "log"
+    job = cluster.sbatch(f"--output={log}", SCRIPT, str(run.config), RANKS="1")
+    cluster.until(lambda: run.step >= 2, 120, log.read_text)
+    os.kill(cluster.ranks(f"n{node + 1}")[0], number)
+    cluster.until(lambda: "queues itself again" in log.read_text(), 120, log.read_text)
+    assert "no answer from another rank" in log.read_text()
+    ended = cluster.wait(job, log)
+    assert ended == "COMPLETED", log.read_text() + cluster.call("scontrol", "show", "job", job).stdout
+    assert run.events("resume")[0]["step"] >= 2
     assert_same(run, alone)
 
 

@@ -1,5 +1,6 @@
 """`dist-spin submit` on a real Slurm: preemption, cancelled tasks, a dead node, and what a user gets wrong."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -100,6 +101,22 @@ def test_whole_pipeline_survives_preemption_cancelled_tasks_and_a_dead_node(
     cluster.dist_spin("optimize", str(alone.config))
     ours, theirs = (load_file(r.path / "rotations" / "final.safetensors") for r in (run, alone))
     assert all(float((ours[name] - theirs[name]).abs().max()) < 1e-9 for name in ("R1", "R2"))
+
+
+def test_a_rank_that_hangs_on_the_first_node_queues_the_job_again(
+    cluster: Cluster, terminal: Terminal, make_run: Callable[..., Run]
+) -> None:
+    run = make_run(quant__w_bits=16, optimize__steps=20, distributed__nproc=1, distributed__timeout_s=8)
+    terminal.submit(run)
+
+    def say() -> str:
+        return terminal.call("status", str(run.path)) + terminal.call("logs", str(run.path))
+
+    cluster.until(lambda: run.step >= 2, 120, say)
+    os.kill(cluster.ranks("n1")[0], signal.SIGSTOP)
+    assert cluster.wait(jobs_of(run, "optimize")[0], seconds=240) == "COMPLETED", say()
+    assert len(run.events("resume")) == 1
+    assert cluster.wait(jobs_of(run, "evaluate")[0]) == "COMPLETED", say()
 
 
 @pytest.mark.parametrize(

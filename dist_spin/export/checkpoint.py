@@ -1,0 +1,79 @@
+"""A Hugging Face directory of a rotated model, written layer by layer: weights, config, tokenizer and the sidecar."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_spin.export.directory import Shards
+from dist_spin.model.architecture import ATTENTION_NORM, EMBEDDING, FINAL_NORM, HEAD, MLP_NORM, layer_name
+from dist_spin.model.loading import ModelFiles
+from dist_spin.rundir import write_json
+
+COPIED = (
+    "tokenizer*",
+    "*.model",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "*.jinja",
+    "generation_config.json",
+)
+DOWN, ROTATED_DOWN = "mlp.down_proj.weight", "mlp.down_proj.weight_after_r4"
+FOREIGN_TYPE = "dist_spin_{}"
+
+
+def write_checkpoint(
+    directory: Path,
+    files: ModelFiles,
+    dtype: torch.dtype,
+    *,
+    layer: Callable[[int], dict[str, Tensor]],
+    embedding: Callable[[], Tensor],
+    head: Callable[[], Tensor],
+    extra: dict[str, Any],
+    shard_bytes: float,
+    between: Callable[[int], None],
+) -> None:
+    """Weights with norm gains of one (they are folded into the linears), config.json, tokenizer and generation config.
+
+    Args:
+        layer: tensors of decoder layer i by their names within it, without the layer norms. embedding, head: [vocab, h].
+        extra: entries of config.json that replace the model's own. between: called before each layer, with its number.
+    """
+    shards = Shards(directory, shard_bytes)
+    ones = torch.ones(files.shape.hidden, dtype=dtype)
+    shards.add(f"{EMBEDDING}.weight", embedding())
+    for index in range(files.shape.layers):
+        between(index)
+        for name, tensor in layer(index).items():
+            shards.add(f"{layer_name(index)}.{name}", tensor)
+        for norm in (ATTENTION_NORM, MLP_NORM):
+            shards.add(f"{layer_name(index)}.{norm}.weight", ones.clone())
+    shards.add(f"{FINAL_NORM}.weight", ones)
+    shards.add(f"{HEAD}.weight", head())
+    shards.finish()
+    config = copy.deepcopy(files.config)
+    config.tie_word_embeddings = False  # the final norm's gain is in lm_head alone
+    config.dtype = dtype
+    config.save_pretrained(directory)
+    about = json.loads((directory / "config.json").read_text())
+    write_json(directory / "config.json", about | extra)
+    copied = {path for pattern in COPIED for path in files.directory.glob(pattern)}
+    for path in sorted(copied):
+        shutil.copyfile(path, directory / path.name)
+
+
+def hide_from_others(files: ModelFiles) -> dict[str, Any]:
+    """Entries of config.json with which transformers, vLLM and converters refuse a model whose R4 they would leave out."""
+    return {"model_type": FOREIGN_TYPE.format(files.config.model_type), "architectures": ["DistSpinForCausalLM"]}
+
+
+def rename_down(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with down_proj under a name of ours, so that whoever forces his way past config.json is told it is missing."""
+    return {ROTATED_DOWN if name == DOWN else name: tensor for name, tensor in weights.items()}

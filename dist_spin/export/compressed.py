@@ -1,0 +1,128 @@
+"""The compressed-tensors format: packed codes and scales as the layer files hold them, and the config that explains them.
+
+Weights are `pack-quantized`: codes shifted to be unsigned, dense in int32 words along the input, low bits first. Nothing is
+rounded again, so codes and scales come back exactly (`unpack`).
+"""
+
+from typing import Any
+
+import compressed_tensors
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from compressed_tensors.transform import TransformArgs, TransformConfig, TransformScheme
+from torch import Tensor
+
+from dist_spin.errors import UserError
+from dist_spin.layer_files import QuantizedLayer
+from dist_spin.model.rotation import Sites
+from dist_spin.numerics.gptq import Solution
+from dist_spin.numerics.quantizer import QuantSpec, dequantize_weight
+
+FORMAT = "pack-quantized"  # said in the file: the library's own choice beside int activations is unpacked int8
+DOWN = "mlp.down_proj"
+PACKED, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
+
+
+def packed_layer(layer: QuantizedLayer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors of one decoder layer by their names within it; what is not quantised goes to `dtype`.
+
+    Raises:
+        UserError: a weight is more than codes and scales, so that the format would lose a part of it.
+    """
+    out = {name: tensor.to(dtype) for name, tensor in layer.others.items()}
+    weights = layer.weights(torch.float32, torch.device("cpu"))
+    for role, solution in layer.solutions.items():
+        if not torch.equal(weights.pop(f"{role}.weight"), dequantize_weight(*solution, layer.group_size)):
+            raise UserError(
+                f"{role} is more than codes and scales, which compressed-tensors cannot hold", "export as hf"
+            )
+        bits = layer.bits[role]
+        offset = 0 if layer.symmetric else 2 ** (bits - 1)  # the format's codes are signed either way
+
+        def signed(codes: Tensor, offset: int = offset) -> Tensor:
+            return (codes.to(torch.int16) - offset).to(torch.int8)
+
+        out[f"{role}.{PACKED}"] = pack_to_int32(signed(solution.codes), bits)
+        out[f"{role}.{SCALE}"] = solution.scale
+        out[f"{role}.{SHAPE}"] = torch.tensor(solution.codes.shape)
+        if not layer.symmetric:
+            out[f"{role}.{ZERO}"] = pack_to_int32(signed(solution.zero), bits, packed_dim=0).contiguous()
+    assert weights.keys() == layer.others.keys()
+    return out
+
+
+def unpack(tensors: dict[str, Tensor], bits: int) -> Solution:
+    """Codes, scale and zero of a linear from its tensors (`weight_packed`, ...), signed; the inverse of `packed_layer`."""
+    shape, scale = torch.Size(tensors[SHAPE].tolist()), tensors[SCALE]
+    codes = unpack_from_int32(tensors[PACKED], bits, shape)
+    if ZERO not in tensors:
+        return Solution(codes, scale, torch.zeros_like(scale))
+    zero = unpack_from_int32(tensors[ZERO], bits, torch.Size((shape[0], scale.shape[-1])), packed_dim=0)
+    return Solution(codes, scale, zero.to(scale.dtype))
+
+
+def bits_in(quantization: dict[str, Any], role: str) -> tuple[int, int]:
+    """Bits and group size (0: whole rows) of a linear, from the `quantization_config` that `config_entries` made."""
+    groups = quantization["config_groups"]
+    weights = groups["down" if role == DOWN and "down" in groups else "linears"]["weights"]
+    return weights["num_bits"], weights["group_size"] or 0
+
+
+def config_entries(sites: Sites, bits: dict[str, int], symmetric: bool, group_size: int) -> dict[str, Any]:
+    """`quantization_config` of config.json, through the library's own classes, which check it.
+
+    Args:
+        bits: of each linear's weight. group_size: 0 for one scale per row.
+    """
+
+    def scheme(targets: list[str], width: int) -> QuantizationScheme:
+        strategy = {"strategy": "group", "group_size": group_size} if group_size else {"strategy": "channel"}
+        weights = QuantizationArgs(num_bits=width, type="int", symmetric=symmetric, dynamic=False, **strategy)
+        return QuantizationScheme(targets=targets, weights=weights, input_activations=_token(sites.a), format=FORMAT)
+
+    most = {role: width for role, width in bits.items() if role != DOWN}
+    (width,) = set(most.values())
+    groups = {"linears": scheme(["Linear"], width)}
+    if bits[DOWN] != width:
+        others = "|".join(sorted(role.rpartition(".")[2] for role in most))
+        both = [("linears", f"re:.*({others})$", width), ("down", r"re:.*down_proj$", bits[DOWN])]
+        # The wider first: transformers, asked to dequantise, takes the first for all, which must then fail, not mislead.
+        both.sort(key=lambda group: -group[2])
+        groups = {name: scheme([target], width) for name, target, width in both}
+    config = QuantizationConfig(
+        config_groups=groups, format=FORMAT, quantization_status="compressed", ignore=["lm_head"]
+    )
+    about = config.model_dump(mode="json") | {"version": compressed_tensors.__version__}
+    if sites.r4:
+        about["transform_config"] = _online_r4(sites).model_dump(mode="json")
+    return about
+
+
+def _token(spec: QuantSpec) -> QuantizationArgs | None:
+    if not spec.enabled:
+        return None
+    return QuantizationArgs(num_bits=spec.bits, type="int", symmetric=spec.symmetric, strategy="token", dynamic=True)
+
+
+def _online_r4(sites: Sites) -> TransformConfig:
+    """R4 in front of down_proj, and its inverse as already merged into the weight."""
+    block = 1
+    for factor in sites.r4:
+        block *= len(factor)
+    target = ["re:.*down_proj$"]
+    apply = [
+        TransformArgs(targets=target, location="input"),
+        TransformArgs(targets=target, location="weight_input", inverse=True),
+    ]
+    return TransformConfig(config_groups={"R4": TransformScheme(type="hadamard", head_dim=block, apply=apply)})
+
+
+def online_tensors(sites: Sites) -> dict[str, Tensor]:
+    """The Hadamard that loaders of `transform_config` read, unnormalised, for the first layer; all layers share it."""
+    if not sites.r4:
+        return {}
+    dense = torch.ones(1, 1, dtype=torch.float64)
+    for factor in sites.r4:
+        dense = torch.kron(dense, factor.sign())
+    return {f"{DOWN}.R4_input.weight": dense.float()}

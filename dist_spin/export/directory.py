@@ -1,0 +1,90 @@
+"""Directories that appear whole or not at all, and safetensors shards written as their tensors come."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dist_spin.rundir import atomic, sync_directory, user_error, write_json
+
+
+@contextlib.contextmanager
+def whole_directory(target: Path) -> Iterator[Path]:
+    """A directory `.NAME.partial` beside `target` to write into; renamed onto it if the block succeeds, else removed.
+
+    What is at `target` before is removed when the new one is complete. One writer at a time: the caller holds a lock.
+
+    Raises:
+        UserError: the device is full, or the directory may not be written.
+    """
+    partial, before = (target.with_name(f".{target.name}.{what}") for what in ("partial", "before"))
+    try:
+        for leftover in (partial, before):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        if target.exists():
+            os.replace(target, before)
+        os.replace(partial, target)
+        sync_directory(target.parent)
+    except OSError as error:
+        raise user_error(error, target) from error
+    finally:
+        for leftover in (partial, before):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+class Shards:
+    """Tensors of one checkpoint, written to `model-0000N-of-0000M.safetensors` as soon as a file is full.
+
+    Always with an index, which readers follow, so that other safetensors files may lie beside. No more than `limit` bytes
+    (or one larger tensor) are held.
+    """
+
+    def __init__(self, directory: Path, limit: float) -> None:
+        self.directory, self.limit = directory, limit
+        self._held: dict[str, Tensor] = {}
+        self._file_of: dict[str, int] = {}
+        self._files = self._total = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor; names are added once."""
+        assert name not in self._file_of, f"{name} twice"
+        size = tensor.numel() * tensor.element_size()
+        if self._held and sum(t.numel() * t.element_size() for t in self._held.values()) + size > self.limit:
+            self._write()
+        self._held[name] = tensor.detach().cpu().contiguous()
+        self._file_of[name] = self._files + 1
+        self._total += size
+
+    def finish(self) -> None:
+        """Write what is held, give the files their names and write the index."""
+        self._write()
+
+        def final(number: int) -> str:
+            return f"model-{number:05d}-of-{self._files:05d}.safetensors"
+
+        for number in range(1, self._files + 1):
+            os.replace(self._path(number), self.directory / final(number))
+        index = {
+            "metadata": {"total_size": self._total},
+            "weight_map": {name: final(number) for name, number in self._file_of.items()},
+        }
+        write_json(self.directory / "model.safetensors.index.json", index)
+
+    def _write(self) -> None:
+        self._files += 1
+        with atomic(self._path(self._files)) as temporary:
+            save_file(self._held, temporary, {"format": "pt"})
+        self._held = {}
+
+    def _path(self, number: int) -> Path:
+        return self.directory / f"shard-{number}.safetensors"

@@ -1,0 +1,95 @@
+"""The way back in: an exported directory as a transformers model that does what the run measured.
+
+    model = dist_spin.load("runs/NAME/export/compressed-tensors", device="cuda")
+    model.generate(...)
+
+Other loaders leave out what their formats cannot say: the online Hadamards R3 and R4, and the quantisers of activations,
+keys and values. Here they are put back, and weights come from codes and scales by the same arithmetic as in the run.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_spin.errors import UserError
+from dist_spin.export.checkpoint import DOWN, ROTATED_DOWN
+from dist_spin.export.compressed import PACKED, SCALE, SHAPE, ZERO, bits_in, unpack
+from dist_spin.export.sidecar import Sidecar, read_sidecar
+from dist_spin.model.architecture import EMBEDDING, HEAD, LAYER_LINEARS, layer_name
+from dist_spin.model.assembly import assemble
+from dist_spin.model.loading import SafetensorsWeights
+from dist_spin.numerics.quantizer import dequantize_weight
+
+KINDS = ("weight", "bias")
+NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+
+
+def load(path: str | Path, device: str | torch.device = "auto") -> Any:
+    """The model exported to `path` (format hf or compressed-tensors), on `device`, ready for `generate()`.
+
+    Args:
+        path: the directory. device: where all of it goes; "auto" takes CUDA where there is one.
+
+    Returns:
+        The family's own AutoModelForCausalLM class in the dtype of the run, in eval mode; weights dequantised. Moving it
+        to another device or saving it is not supported: load it again, or copy the directory.
+
+    Raises:
+        UserError: the directory is no export, or its files are damaged or do not belong together.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    directory = Path(path).expanduser()
+    sidecar = read_sidecar(directory)
+    about = json.loads((directory / "config.json").read_text())
+    quantization = about.pop("quantization_config", {})
+    kind = about.pop("model_type")
+    if kind not in (sidecar.model_type, f"dist_spin_{sidecar.model_type}"):
+        raise UserError(f"{directory}/config.json is of a {kind}, not of a {sidecar.model_type}", "export again")
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    dtype = getattr(torch, sidecar.dtype)
+    source = SafetensorsWeights(directory)
+    model = assemble(
+        AutoConfig.for_model(sidecar.model_type, **about),
+        sidecar.sites,
+        layer=lambda index: _layer(source, index, sidecar, quantization, dtype, place),
+        embedding=source.rows(f"{EMBEDDING}.weight", device=place),
+        head=source.rows(f"{HEAD}.weight", device=place),
+        rotated=True,
+        device=place,
+        dtype=dtype,
+    )
+    model.name_or_path = str(directory)
+    if (directory / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model
+
+
+def _layer(
+    source: SafetensorsWeights,
+    index: int,
+    sidecar: Sidecar,
+    quantization: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Parameters of a decoder layer by their names within it."""
+    prefix = layer_name(index)
+
+    def read(names: list[str]) -> dict[str, Tensor]:
+        return {n: source.rows(f"{prefix}.{n}", device=device) for n in names if source.has(f"{prefix}.{n}")}
+
+    out = read([f"{role}.{kind}" for role in (*LAYER_LINEARS, *NORMS) for kind in KINDS])
+    if sidecar.format == "hf":
+        renamed = read([ROTATED_DOWN])
+        return out | ({DOWN: renamed[ROTATED_DOWN]} if renamed else {})
+    for role in LAYER_LINEARS:
+        stored = [kind for kind in (PACKED, SCALE, SHAPE, ZERO) if source.has(f"{prefix}.{role}.{kind}")]
+        tensors = {kind: source.rows(f"{prefix}.{role}.{kind}") for kind in stored}
+        bits, group = bits_in(quantization, role)
+        codes, scale, zero = (part.to(device) for part in unpack(tensors, bits))
+        out[f"{role}.weight"] = dequantize_weight(codes, scale, zero, group, dtype)
+    return out

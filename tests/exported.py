@@ -1,0 +1,90 @@
+"""Tiny runs to export, and the logits of the pipeline's own model that an export must reproduce."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tiny import write_model
+from torch import Tensor
+
+from dist_spin.cli import main
+from dist_spin.config import load_config
+from dist_spin.distributed import start, stop
+from dist_spin.layer_files import identity_hash
+from dist_spin.numerics.quantizer import QuantSpec
+from dist_spin.stages.assembled import assembled
+from dist_spin.stages.common import open_configured_model, run_dir
+from dist_spin.stages.evaluate import Cell
+from dist_spin.stages.quantize import calibration_tokens, layer_identity, variant
+
+IDS = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(1))
+NO_HAD = ["rotation.online=false"]
+R4_BLOCK = ["rotation.online=true", "rotation.r4_block=16", "export.profile=r4-block"]
+W4A16 = ["quant.a_bits=16"]
+W4A8 = ["quant.a_bits=8", "quant.a_symmetric=true"]
+W4A4 = ["quant.a_bits=4", "quant.a_symmetric=true"]
+
+
+def settings(place: Path, kind: str, *more: str, dtype: str = "float32") -> list[str]:
+    """Settings of a short run on a tiny model, which is made if it is not there; 4-bit keys and values."""
+    model = place / kind
+    if not model.exists():
+        place.mkdir(exist_ok=True)
+        write_model(kind, model, dtype=getattr(torch, dtype))
+        np.save(place / "tokens.npy", np.random.default_rng(0).integers(3, 97, (30, 20)))
+    source = f"tokens:{place / 'tokens.npy'}"
+    return [
+        f"output_dir={place / 'runs'}",
+        f"model.path={model}",
+        f"model.dtype={dtype}",
+        *(f"{stage}.seq_len=20" for stage in ("optimize", "quantize", "evaluate")),
+        *(f"{stage}.source={source}" for stage in ("optimize", "quantize")),
+        f"evaluate.sources=[{source}]",
+        "optimize.batch_size=2",
+        "optimize.steps=1",
+        "quantize.n_sequences=12",
+        "distributed.device=cpu",
+        "distributed.threads=1",
+        *more,
+    ]
+
+
+def make_run(words: list[str], *stages: str) -> Path:
+    """Run stages; the run's directory."""
+    for stage in stages:
+        assert main([stage, *words]) == 0
+    return run_dir(load_config(None, words)).path
+
+
+def pipeline_cell(words: list[str], weights: str, off: str = "") -> Any:
+    """The pipeline's own model of the learned rotations, assembled from the run's files.
+
+    weights: gptq or none. off: sites (of "aokv") whose quantisers are left out.
+    """
+    config = load_config(None, words)
+    world = start("cpu", 60, 1)
+    try:
+        files = open_configured_model(config)
+        cell = Cell(variant(config, files, "learned", world.device), weights)
+        cell.chosen.sites = replace(cell.chosen.sites, **{site: QuantSpec() for site in off})
+        if weights != "none":
+            tokens = calibration_tokens(config, files)
+            cell.made_under = identity_hash(layer_identity(config, files, cell.chosen, tokens))
+        return assembled(config, world, files, run_dir(config), cell)
+    finally:
+        stop()
+
+
+def exported(words: list[str], target: str) -> Path:
+    """Export a run by its directory and the settings it was made with; the export's directory."""
+    run = run_dir(load_config(None, words)).path
+    assert main(["export", str(run), "--format", target, *words]) == 0
+    return run / "export" / target
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    """[2, 24, vocab] on fixed tokens."""
+    return model(IDS).logits

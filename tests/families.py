@@ -1,0 +1,71 @@
+"""The models of each supported family, one row per published size: their features, their sizes divided by a power of two.
+
+Dividing keeps the ratios and, as long as a factor of two is left beside it, the Hadamard core of the real size.
+"""
+
+from typing import Any
+
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config, SmolLM3Config
+
+TIED: dict[str, Any] = {"tie_word_embeddings": True}
+LLAMA31_ROPE: dict[str, Any] = {
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
+}
+
+
+def _config(
+    kind: type[PreTrainedConfig], hidden: int, intermediate: int, heads: int, kv_heads: int, **features: Any
+) -> PreTrainedConfig:
+    settings: dict[str, Any] = {
+        "vocab_size": 97,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return kind(**settings | features)
+
+
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "llama-1-33b (6656, 17920)": _config(LlamaConfig, 104, 280, 13, 13),
+    "llama-2-7b (4096, 11008)": _config(LlamaConfig, 128, 344, 8, 8),
+    "llama-2-13b (5120, 13824)": _config(LlamaConfig, 80, 216, 5, 5),
+    "llama-2-70b (8192, 28672)": _config(LlamaConfig, 64, 224, 8, 1),
+    "llama-3-8b (4096, 14336)": _config(
+        LlamaConfig, 64, 224, 8, 2, rope_parameters={"rope_type": "default", "rope_theta": 5e5}
+    ),
+    "llama-3.1-405b (16384, 53248)": _config(LlamaConfig, 128, 416, 16, 1, **LLAMA31_ROPE),
+    "llama-3.2-1b (2048, 8192)": _config(LlamaConfig, 64, 256, 8, 2, **TIED, **LLAMA31_ROPE),
+    "llama-3.2-3b (3072, 8192)": _config(LlamaConfig, 96, 256, 6, 2, **TIED, **LLAMA31_ROPE),
+    "llama-3.3-70b (8192, 28672)": _config(LlamaConfig, 64, 224, 8, 1, **LLAMA31_ROPE),
+    "mistral-7b-v0.1 (4096, 14336)": _config(MistralConfig, 64, 224, 8, 2, sliding_window=7),
+    "mistral-nemo-12b (5120, 14336)": _config(MistralConfig, 80, 224, 8, 2, head_dim=8, sliding_window=None),
+    "mistral-small-24b (5120, 32768)": _config(MistralConfig, 80, 512, 8, 2, head_dim=8, sliding_window=None),
+    "qwen2-0.5b (896, 4864)": _config(Qwen2Config, 56, 304, 7, 1, **TIED),
+    "qwen2.5-1.5b (1536, 8960)": _config(Qwen2Config, 48, 280, 6, 1, **TIED),
+    "qwen2.5-7b (3584, 18944)": _config(Qwen2Config, 56, 296, 7, 1),
+    "qwen2.5-32b (5120, 27648)": _config(Qwen2Config, 40, 216, 5, 1),
+    "qwen2.5-72b (8192, 29568)": _config(Qwen2Config, 256, 924, 8, 1),
+    "qwen3-0.6b (1024, 3072)": _config(Qwen3Config, 64, 192, 8, 4, head_dim=16, **TIED),
+    "qwen3-4b (2560, 9728)": _config(Qwen3Config, 80, 304, 8, 2, head_dim=16, **TIED),
+    "qwen3-8b (4096, 12288)": _config(Qwen3Config, 64, 192, 8, 2, head_dim=8),
+    "qwen3-14b (5120, 17408)": _config(Qwen3Config, 80, 272, 10, 2, head_dim=8),
+    "qwen3-32b (5120, 25600)": _config(Qwen3Config, 80, 400, 16, 2, head_dim=8),
+    "smollm2-135m (576, 1536)": _config(LlamaConfig, 72, 192, 9, 3, **TIED),
+    "smollm2-360m (960, 2560)": _config(LlamaConfig, 120, 320, 15, 5, **TIED),
+    "smollm2-1.7b (2048, 8192)": _config(LlamaConfig, 64, 256, 8, 8, **TIED),
+    "smollm3-3b (2048, 11008)": _config(SmolLM3Config, 64, 344, 8, 2, num_hidden_layers=4, **TIED),
+}

@@ -1,0 +1,109 @@
+"""Every family and size: rotations change nothing but what is quantised, gradients are right, layers quantise and reload."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES
+from test_model import WeightSide, learning_model, merged_logits, online_sites, reference_logits, relative
+from tiny import write_model
+from torch import nn
+
+from dist_spin import distributed
+from dist_spin.engine.layerwise import LayerQuantizer
+from dist_spin.errors import UserError
+from dist_spin.layer_files import finished_layer, save_layer
+from dist_spin.model.architecture import LAYER_LINEARS, REFUSED
+from dist_spin.model.layers import LayerRunner, RotatedWeights
+from dist_spin.model.loading import ModelFiles, open_model
+from dist_spin.model.rotation import Rotations, initial
+from dist_spin.numerics.cayley import tangent
+from dist_spin.numerics.gptq import GPTQOptions
+from dist_spin.numerics.hadamard import hadamard_core
+
+CPU = torch.device("cpu")
+WIDE = torch.float64
+IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def files(request, tmp_path_factory) -> ModelFiles:
+    config = FAMILIES[request.param]
+    place = write_model(config, tmp_path_factory.mktemp("model"), layers=config.num_hidden_layers)
+    return open_model(str(place))
+
+
+@pytest.fixture
+def alone() -> Iterator[distributed.World]:
+    yield distributed.start("cpu", threads=1)
+    distributed.stop()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_small_sizes_stand_for_the_real_ones(name):
+    config = FAMILIES[name]
+    hidden, intermediate = map(int, name.split("(")[1].rstrip(")").split(", "))
+    assert hidden * config.intermediate_size == intermediate * config.hidden_size  # one ratio
+    for real, small in ((hidden, config.hidden_size), (intermediate, config.intermediate_size)):
+        core, odd = hadamard_core(real)[0], small // (small & -small)
+        assert core % odd == 0
+        assert core == hadamard_core(small)[0] or core > 512  # a product of cores needs more factors of two
+
+
+def test_function_is_preserved_by_fold_and_rotate(files):
+    logits = merged_logits(files, initial("orthogonal", files.shape, 3), online_sites(files, 16), IDS, WIDE)
+    assert relative(logits, reference_logits(files, IDS, WIDE)) < 1e-9
+
+
+def test_attached_rotations_are_the_merged_ones_and_so_are_their_gradients(files):
+    r1, r2 = initial("hadamard", files.shape, seed=5)
+    sites = online_sites(files, 4)
+    rotations = Rotations(r1, r2, CPU, WIDE, learn=True)
+    losses = learning_model(files, rotations, sites, WIDE)(IDS)
+    losses.mean().backward()
+    logits = merged_logits(files, (r1, r2), sites, IDS, WIDE)
+    merged = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="none")
+    torch.testing.assert_close(losses, merged.view(2, -1).mean(-1), rtol=1e-9, atol=0)
+    oracle = WeightSide(files, sites, r1, r2)
+    oracle(IDS).backward()
+    assert relative(tangent(rotations.tilt1), tangent(oracle.r1.grad @ r1.T)) < 1e-9
+    assert relative(tangent(rotations.tilt2), tangent(oracle.r2.grad @ r2.mT)) < 1e-9
+    assert float(tangent(rotations.tilt1).norm()) > 1e-3
+
+
+def test_layers_are_quantised_and_reload_as_they_were(files, alone, tmp_path):
+    sites = online_sites(files, 16)
+    rotations = initial("hadamard", files.shape, 0)
+    source = RotatedWeights(files.weights, files.shape, rotations, sites.r4, CPU, WIDE)
+    runner = LayerRunner(files.config, sites, device=CPU, dtype=WIDE, rotated=True)
+    quantizer = LayerQuantizer(runner, alone, "gptq", GPTQOptions(), WIDE)
+    generator = torch.Generator().manual_seed(0)
+    last = files.shape.layers - 1
+    hidden = [torch.randn(1, 20, files.shape.hidden, generator=generator, dtype=WIDE) for _ in range(6)]
+    entered = list(hidden)
+    made = quantizer.quantize(last, source.layer(last), hidden)
+    assert set(made.solutions) == set(LAYER_LINEARS)
+    assert all(0 < f["error"] < f["rtn_error"] < 1 for f in made.figures.values())
+    save_layer(tmp_path / "layer.safetensors", made, "a fingerprint")
+    loaded = finished_layer(tmp_path / "layer.safetensors", "a fingerprint", pytest.fail)
+    assert loaded is not None
+    rebuilt = runner.build(last, loaded.weights(WIDE, CPU))
+    for before, after in zip(entered, hidden, strict=True):
+        torch.testing.assert_close(runner.run(rebuilt, last, before), after, rtol=1e-12, atol=1e-12)
+
+
+def refusal(place: Path, config: dict[str, object]) -> str:
+    (place / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as error:
+        open_model(str(place))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_family_that_cannot_be_rotated_is_refused_in_one_line(kind, tmp_path):
+    line = refusal(tmp_path, {"model_type": kind})
+    assert f"'{kind}' is not supported: {REFUSED[kind]}" in line
+    assert "use one of llama" in line
+    assert "\n" not in line
