@@ -74,7 +74,6 @@ def passes_and_levels(
     *,
     offloaded: bool,
     compiled: bool,
-    scaled: bool = False,
 ) -> tuple[int, list[str]]:
     """Sequences of one pass and what each layer keeps of it, once the sharded weights are in memory.
 
@@ -87,8 +86,7 @@ def passes_and_levels(
     budget = _budget(shape, dtype, offloaded, world)
 
     def fits(size: int, level: str) -> bool:
-        tokens = size * seq_len
-        kept, working = (kept_bytes(shape, tokens, dtype.itemsize, how, compiled, scaled) for how in (level, "none"))
+        kept, working = (kept_bytes(shape, size * seq_len, dtype.itemsize, how, compiled) for how in (level, "none"))
         return shape.layers * kept + 2 * working <= budget
 
     if not micro:
@@ -99,7 +97,7 @@ def passes_and_levels(
         micro = -(-mine // -(-mine // micro))  # equal passes: 8 sequences at 3 a pass take as long as at 4
     if recompute != "auto":
         return micro, [recompute] * shape.layers
-    return micro, plan(shape, micro * seq_len, dtype.itemsize, budget, compiled, scaled)
+    return micro, plan(shape, micro * seq_len, dtype.itemsize, budget, compiled)
 
 
 def _budget(shape: Shape, dtype: torch.dtype, offloaded: bool, world: World) -> int:

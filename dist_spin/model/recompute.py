@@ -30,28 +30,25 @@ def run(layer: nn.Module, level: str, hidden: Tensor, **call: Any) -> Tensor:
     return checkpoint(layer, hidden, use_reentrant=False, preserve_rng_state=False, **extra, **call)
 
 
-def kept_bytes(shape: Shape, tokens: int, element: int, level: str, compiled: bool = True, scaled: bool = False) -> int:
+def kept_bytes(shape: Shape, tokens: int, element: int, level: str, compiled: bool = True) -> int:
     """Bytes that one layer keeps for `tokens` tokens of one pass, its input included.
 
     "none" in a compiled layer is what torch.compile's partitioner was measured to keep (0.70 GiB for 6144 tokens of the
     Llama-3-8B shape); in an eager one it counts the tensors between the matmuls and their fp32 companions in quantisers
-    and norms. scaled: learned scales and clips are counted too, whose gradients need what they multiply: queries, keys,
-    values and attention's output, and the input of down_proj before and after R4 and its inverse.
+    and norms.
     """
     h, i = shape.hidden, shape.intermediate
     elements = {"layer": h, "sites": 4 * h, "none": 8 * h + 2 * i if compiled else 24 * h + 10 * i}[level]
-    if scaled and level == "none":
-        elements += 4 * h + 3 * i
     return tokens * elements * element
 
 
-def plan(shape: Shape, tokens: int, element: int, free: int, compiled: bool = True, scaled: bool = False) -> list[str]:
+def plan(shape: Shape, tokens: int, element: int, free: int, compiled: bool = True) -> list[str]:
     """The level of every layer, so that what is kept fits into `free` bytes: as many layers as possible keep more.
 
     One layer's whole working set is set aside, since recomputation builds it once at a time.
     """
-    free -= 2 * kept_bytes(shape, tokens, element, "none", compiled, scaled)
-    need = {level: kept_bytes(shape, tokens, element, level, compiled, scaled) for level in LEVELS}
+    free -= 2 * kept_bytes(shape, tokens, element, "none", compiled)
+    need = {level: kept_bytes(shape, tokens, element, level, compiled) for level in LEVELS}
     for rich, poor in (("none", "sites"), ("sites", "layer")):
         spare = free - shape.layers * need[poor]
         if spare >= 0:

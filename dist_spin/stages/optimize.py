@@ -261,8 +261,8 @@ def set_up(config: RunConfig, world: World) -> Learning:
         dtype,
         world,
         offloaded=bool(away),
-        compiled=compiled,
-        scaled=transforms is not None,
+        # What a compiled layer keeps was measured for rotations alone; the eager estimate bounds scales, clips and a teacher.
+        compiled=compiled and transforms is None and settings.objective == "cross_entropy",
     )
     if engine.keeps_gathered and not compiled and settings.recompute == "auto":
         levels = ["sites" if level == "none" else level for level in levels]  # or it would keep every layer's weights

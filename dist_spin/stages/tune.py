@@ -70,8 +70,7 @@ def tune(work: "Work", made_under: str) -> None:
         dtype,
         world,
         offloaded=False,
-        compiled=compiled,
-        scaled=True,
+        compiled=False,  # the bound, since what a compiled layer keeps was measured for rotations alone
     )
     model.set_levels(levels)
     optimizer = EuclideanOptimizer(tunables, dict.fromkeys(tunables.shapes, config.quantize.tune_lr))
