@@ -80,7 +80,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["dist_spin", "dist_spin.*", "launch", "launch.*"]),
-    package_data={"dist_spin": ["py.typed"]},
+    package_data={"dist_spin": ["py.typed", "report/*.jinja"]},
     install_requires=RUNTIME,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["dist-spin = dist_spin.cli:main"]},

@@ -23,18 +23,27 @@ VERBS = {
     "optimize": "learn the rotations",
     "quantize": "merge the rotations and quantise the weights",
     "evaluate": "measure perplexity",
-    "export": "write the model for another program: hf, compressed-tensors or gguf",
+    "export": "write the model for another program: hf, compressed-tensors, gguf or executorch",
+    "report": "write report.html and report.md: tables and pictures of a run, finished or not",
+    "plot": "one figure of a run as PNG or SVG; names them if none is given",
+    "generate": "let the full-precision and the quantised model continue a text",
+    "chat": "ask both models on standard input",
     "submit": "hand every missing stage to a cluster as jobs that wait for each other",
     "status": "show where a run stands",
     "logs": "show the end of everything a run's jobs printed",
     "cancel": "end a run's jobs; they save first",
-    "bench": "time a stage on this machine's devices: bench optimize SHAPE, bench quantize --shape 8b",
+    "bench": "time a stage on this machine's devices: bench optimize SHAPE, bench quantize --shape 8b, bench inference SHAPE",
 }
 USAGE = """usage: dist-spin VERB CONFIG.yaml [key.sub=value ...]
        dist-spin quantize CONFIG.yaml [--layers A:B | --boundaries] [key.sub=value ...]
        dist-spin quantize CONFIG.yaml --cluster local|slurm|submitit-local|debug [--workers N] [--retries N]
                           [--slurm key=value ...] [key.sub=value ...]
-       dist-spin export RUN|CONFIG.yaml --format hf|compressed-tensors|gguf [--output DIR] [key.sub=value ...]
+       dist-spin export RUN|CONFIG.yaml --format hf|compressed-tensors|gguf|executorch [--output DIR] [key.sub=value ...]
+       dist-spin report CONFIG.yaml [key.sub=value ...]       # measures the activations first
+       dist-spin report RUN                                   # from the run's files alone
+       dist-spin plot RUN [FIGURE [-o FILE.png|FILE.svg] [--dark]]
+       dist-spin generate RUN "TEXT" [--tokens N]
+       dist-spin chat RUN [--tokens N]
        dist-spin submit CONFIG.yaml --cluster slurm|local|debug [--slurm key=value ...] [key.sub=value ...]
        dist-spin status RUN [--json] [--watch]
        dist-spin logs RUN
@@ -72,6 +81,12 @@ def _main(words: list[str]) -> int:
         return _jobs(verb, rest)
     if verb == "submit":
         return _submit(rest)
+    if verb == "plot":
+        return _plot(rest)
+    if verb in ("generate", "chat"):
+        return _speak(verb, rest)
+    if verb == "report" and rest and Path(rest[0]).is_dir():
+        return _report(rest)
     if verb == "quantize":
         return _quantize(rest)
     if verb == "export":
@@ -175,6 +190,7 @@ def _range(text: str | None) -> tuple[int, int] | None:
 
 
 def _stage(verb: str, config: RunConfig, **options: Any) -> int:
+    quieten_libraries()
     # Imported late, so that --help and mistakes in the configuration answer at once.
     import torch.distributed as dist
 
@@ -184,14 +200,15 @@ def _stage(verb: str, config: RunConfig, **options: Any) -> int:
     from dist_spin.stages.export import export
     from dist_spin.stages.optimize import optimize
     from dist_spin.stages.quantize import quantize
+    from dist_spin.stages.report import report
 
     stages: dict[str, Callable[..., Any]] = {
         "optimize": optimize,
         "quantize": quantize,
         "evaluate": evaluate,
         "export": export,
+        "report": report,
     }
-    quieten_libraries()
     timeout = config.distributed.timeout_s
     world = start(config.distributed.device, timeout, config.distributed.threads)
     layers = options.get("layers")
@@ -217,9 +234,10 @@ def _stage(verb: str, config: RunConfig, **options: Any) -> int:
 
 
 def _bench(rest: list[str]) -> int:
-    from dist_spin.bench import optimize, quantize
+    quieten_libraries()
+    from dist_spin.bench import inference, optimize, quantize
 
-    benches = {"optimize": optimize.main, "quantize": quantize.main}
+    benches = {"optimize": optimize.main, "quantize": quantize.main, "inference": inference.main}
     if rest in (["--help"], ["-h"]):
         print("dist-spin bench " + "|".join(benches) + " --help explains each")
         return EXIT_OK
@@ -228,16 +246,19 @@ def _bench(rest: list[str]) -> int:
             f"bench takes one of {', '.join(benches)}",
             "dist-spin bench optimize configs/shapes/llama-3-8b, or bench quantize --shape 8b",
         )
-    quieten_libraries()
     return benches[rest[0]](rest[1:])
 
 
 def quieten_libraries() -> None:
-    """Leave the terminal to our own progress: transformers draws bars while it converts a model."""
-    from transformers.utils import logging
+    """Leave the terminal to our own progress: transformers draws bars, torchao tells of libraries for other devices."""
+    import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def _submit(rest: list[str]) -> int:
@@ -268,6 +289,44 @@ def _status(rest: list[str]) -> int:
         watch(path, show)
     else:
         print(show(status(path)))
+    return EXIT_OK
+
+
+def _report(rest: list[str]) -> int:
+    from dist_spin.stages.report import write_report
+
+    write_report(_run_directory("report", rest))
+    return EXIT_OK
+
+
+def _plot(rest: list[str]) -> int:
+    from dist_spin.stages.plot import plot
+
+    dark = "--dark" in rest
+    rest = [word for word in rest if word != "--dark"]
+    target = next(reversed(_option(rest, "-o")), None)
+    if not 1 <= len(rest) <= 2 or any(word.startswith("-") for word in rest):
+        raise UserError(
+            f"plot does not take {' '.join(rest) or 'nothing'}", "dist-spin plot runs/NAME [FIGURE] [-o FILE]"
+        )
+    plot(Path(rest[0]), rest[1] if len(rest) > 1 else "", target, "dark" if dark else "light")
+    return EXIT_OK
+
+
+def _speak(verb: str, rest: list[str]) -> int:
+    from dist_spin.stages.generate import TOKENS, chat, generate
+
+    tokens = _count(
+        "--tokens", next(reversed(_option(rest, "--tokens")), None), 4 * TOKENS if verb == "chat" else TOKENS
+    )
+    if len(rest) != (2 if verb == "generate" else 1):
+        example = 'dist-spin generate runs/NAME "some text"' if verb == "generate" else "dist-spin chat runs/NAME"
+        raise UserError(f"{verb} does not take {' '.join(rest) or 'nothing'}", example)
+    quieten_libraries()
+    if verb == "chat":
+        chat(Path(rest[0]), tokens)
+    else:
+        generate(Path(rest[0]), rest[1], tokens)
     return EXIT_OK
 
 

@@ -3,7 +3,7 @@
 config.yaml fingerprint.json metrics.jsonl events.jsonl results.json
 rotations/step_000042.safetensors rotations/latest.json rotations/final.safetensors rotations/R.bin
 layers/000.safetensors ... layers/ends.safetensors boundaries/010/0000.safetensors ...
-baselines/NAME/layers/... logs/ export/FORMAT/ report.html
+baselines/NAME/layers/... logs/ export/FORMAT/ statistics/ tensorboard/ report.html report.md
 """
 
 import contextlib

@@ -159,7 +159,7 @@ class OptimizeConfig:
     seq_len: int = 2048
     """Length of one sequence, tokens; the published length."""
     steps: int = 100
-    """Gradient steps; the published number."""
+    """Gradient steps; 100 as published. 0 learns nothing and takes rotation.load (or init) as it is."""
     batch_size: int = 8
     """Sequences per step over all processes together, so that the result does not depend on how many there are."""
     micro_batch_size: int = 0
@@ -210,18 +210,19 @@ class OptimizeConfig:
     def __post_init__(self) -> None:
         check_source("optimize.source", self.source)
         _check(self, "seq_len", lambda n: n >= 2, "next-token loss needs 2 tokens or more")
-        counts = "steps batch_size reproject_every keep_checkpoints"
+        counts = "batch_size reproject_every keep_checkpoints"
         _check(self, counts, lambda n: n >= 1, "use 1 or more")
         _check(self, "w_bits", lambda n: n in BITS, "use 2 to 8 bits, or 16 = off")
         if self.w_bits < 16:
             alone = f"optimize.w_bits={self.w_bits} learns rotations alone, so use"
             _check(self, "scales clips", lambda on: not on, f"{alone} false")
             _check(self, "objective", lambda name: name == "cross_entropy", f"{alone} cross_entropy")
+        _check(self, "steps", lambda n: n >= 0, "use a number of steps, or 0 to learn nothing")
         _check(self, "seed", lambda n: n >= -1, "use 0 or more, or -1 for the order as it comes")
         most = f"optimize.batch_size is {self.batch_size}, so use at most that"
         _check(self, "micro_batch_size", lambda n: 0 <= n <= self.batch_size, most)
-        left = f"optimize.steps is {self.steps}, so use 0 to {self.steps - 1}"
-        _check(self, "warmup_steps", lambda n: 0 <= n < self.steps, left)
+        left = f"optimize.steps is {self.steps}, so use 0 to {max(0, self.steps - 1)}"
+        _check(self, "warmup_steps", lambda n: 0 <= n < max(1, self.steps), left)
         _check(self, "lr", lambda x: 0 < x < math.inf, "use a number above 0")
         _check(self, "scale_lr clip_lr", lambda x: 0 <= x < math.inf, "use 0 or more")
         _check(self, "kl_share", lambda x: 0 < x < 1, "use a share above 0 and below 1")
@@ -313,7 +314,7 @@ class EvaluateConfig:
 class ExportConfig:
     """export (files for the runtimes that models are served with)."""
 
-    target: Literal["none", "hf", "compressed-tensors", "gguf"] = "none"
+    target: Literal["none", "hf", "compressed-tensors", "gguf", "executorch"] = "none"
     """Format the run is made for; what no runtime of it accepts is then refused when the run starts, not at its end."""
     profile: Literal["no-had", "r4-block"] = "no-had"
     """What is rotated: R1 and R2 (no-had), which every runtime serves, or the input of down_proj too (r4-block)."""
@@ -324,6 +325,19 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         _check(self, "shard_gb", lambda x: 0 < x < math.inf, "use a number above 0")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """report (what is drawn of a run)."""
+
+    sequences: int = 4
+    """Calibration sequences whose activations are measured before and after rotation; 0 leaves that pass out."""
+    tensorboard: bool = True
+    """Write the figures of every learning step for TensorBoard too, to RUN/tensorboard."""
+
+    def __post_init__(self) -> None:
+        _check(self, "sequences", lambda n: n >= 0, "use a number, or 0 for none")
 
 
 @dataclass(frozen=True)
@@ -367,6 +381,7 @@ class RunConfig:
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:

@@ -11,16 +11,17 @@ from types import FrameType
 from dist_spin.errors import EXIT_HANG, EXIT_INTERRUPTED
 from dist_spin.signals import STOPPING
 
-STAGES = ("optimize", "quantize", "evaluate")
+STAGES = ("optimize", "quantize", "evaluate", "report")
+ALONE = ("report",)  # the work of one process
 GRACE = 30.0  # seconds for the other ranks to notice that one is gone
 
 
 def run_stages(arguments: list[str], nproc: int, stages: tuple[str, ...] = STAGES) -> int:
     """Run `stages` in order with the same configuration arguments; returns the first exit code that is not 0.
 
-    Each stage starts `nproc` ranks. A stopping signal is passed on to all of them, so that the stage at work saves and
-    leaves. torchrun is not used here: it turns every failure into exit code 1 and a long report, and SIGUSR1 to it would
-    leave the ranks behind.
+    Each stage starts `nproc` ranks, those of ALONE one. A stopping signal is passed on to all of them, so that the stage
+    at work saves and leaves. torchrun is not used here: it turns every failure into exit code 1 and a long report, and
+    SIGUSR1 to it would leave the ranks behind.
     """
     ranks: list[subprocess.Popen[bytes]] = []
     stopped: list[int] = []
@@ -33,7 +34,7 @@ def run_stages(arguments: list[str], nproc: int, stages: tuple[str, ...] = STAGE
     kept = {number: signal.signal(number, forward) for number in STOPPING}
     try:
         for stage in stages:
-            for environment in environments(nproc):
+            for environment in environments(1 if stage in ALONE else nproc):
                 command = [sys.executable, "-m", "dist_spin", stage, *arguments]
                 # A session of its own, so that ctrl-C reaches the stage once, through us.
                 ranks.append(subprocess.Popen(command, env=os.environ | environment, start_new_session=True))

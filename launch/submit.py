@@ -2,9 +2,9 @@
 
     dist-spin submit CONFIG.yaml --cluster slurm --slurm partition=gpu --slurm nodes=2 --slurm time=240
 
-optimize (`nodes` nodes) -> stored hidden states -> an array of quantize jobs, one per span of layers -> evaluate. A job that is
-preempted, runs out of time or stops getting answers saves and queues itself again (`StageJob`). Which jobs were submitted
-stands in the run's events.jsonl; whether they still live, Slurm is asked.
+optimize (`nodes` nodes) -> stored hidden states -> an array of quantize jobs, one per span of layers -> evaluate -> report.
+A job that is preempted, runs out of time or stops getting answers saves and queues itself again (`StageJob`). Which jobs
+were submitted stands in the run's events.jsonl; whether they still live, Slurm is asked.
 """
 
 import subprocess
@@ -23,6 +23,7 @@ from dist_spin.scheduler import JobState, cancel_jobs, job_states
 from dist_spin.settings import RunConfig
 from dist_spin.stages.common import open_configured_model, run_dir, say
 from dist_spin.stages.quantize import prepare_works, spans_of
+from launch.local import ALONE
 from launch.slurm_settings import slurm_settings
 from launch.stage_job import PipelineJob, StageJob
 
@@ -59,7 +60,7 @@ class Submitter:
         extra = {"kill-on-invalid-dep": "yes", "requeue": True, "open-mode": "append"}
         extra |= self.settings.get("slurm_additional_parameters", {})
         dependency = {"slurm_dependency": "afterok:" + ":".join(after)} if after else {}
-        ranks = self.config.distributed.nproc
+        ranks = 1 if stage in ALONE else self.config.distributed.nproc
         jobs = [StageJob(stage, [*self.arguments, *part], ranks) for part in parts]
         try:
             executor.update_parameters(
@@ -136,10 +137,13 @@ def _submit_slurm(arguments: list[str], config: RunConfig, run: RunDir, schedule
         if wanted[-1][0] > 0:  # spans that begin inside the model start from stored hidden states
             before = living.get("boundaries") or submitter.stage("boundaries", [["--boundaries"]], optimize)
         quantize = quantize + submitter.stage("quantize", [["--layers", f"{a}:{b}"] for a, b in wanted], before)
-    if submitter.submitted and living.get("evaluate"):
-        cancel_jobs(living.pop("evaluate"))  # it waits for less than it should
-    if not living.get("evaluate") and (submitter.submitted or not (run.path / "results.json").exists()):
-        submitter.stage("evaluate", [[]], quantize or optimize)
+    before = quantize or optimize
+    for stage, product in (("evaluate", "results.json"), ("report", "report.html")):
+        if submitter.submitted and living.get(stage):
+            cancel_jobs(living.pop(stage))  # it waits for less than it should
+        if not living.get(stage) and (submitter.submitted or not (run.path / product).exists()):
+            submitter.stage(stage, [[]], before)
+        before = submitter.submitted[-1:] or living.get(stage, [])
     if not submitter.submitted:
         jobs = sorted(job for ids in living.values() for job in ids)
         say(f"nothing to submit: {'jobs ' + ', '.join(jobs) + ' are at it' if jobs else 'the run is complete'}")

@@ -1,5 +1,5 @@
 #!/bin/bash
-# The whole pipeline as Slurm jobs that wait for each other: optimize, quantize (an array), evaluate.
+# The whole pipeline as Slurm jobs that wait for each other: optimize, quantize (an array), evaluate, report.
 #
 #   slurm/pipeline.sh configs/quickstart.yaml [key=value ...]
 #
@@ -16,6 +16,7 @@ AT_ONCE=${AT_ONCE:-16}                 # tasks of the array that run at the same
 OPTIMIZE=(${OPTIMIZE_OPTIONS:-})       # more options of sbatch for each kind of job, such as --nodes=4 --time=120
 QUANTIZE=(${QUANTIZE_OPTIONS:-})
 EVALUATE=(${EVALUATE_OPTIONS:---nodes=1})
+REPORT=(${REPORT_OPTIONS:---nodes=1})  # one process on one node
 # -------------------------------------------------------------------------------------------------------------------------
 
 [ $# -ge 1 ] || { echo "usage: slurm/pipeline.sh CONFIG.yaml [key=value ...]" >&2; exit 2; }
@@ -40,3 +41,4 @@ if [ -n "$spans" ]; then
   SPANS=$spans put quantize "${QUANTIZE[@]}" --array="0-$((count - 1))%$AT_ONCE" slurm/quantize_array.sbatch "$@"
 fi
 STAGE=evaluate put evaluate "${EVALUATE[@]}" slurm/optimize.sbatch "$@"
+STAGE=report RANKS=1 put report "${REPORT[@]}" slurm/optimize.sbatch "$@"

@@ -203,7 +203,7 @@ def test_status_of_a_run_in_progress_and_continuing_it(capsys, tmp_path, words):
 
 def files(run: Path) -> dict[str, tuple[int, bytes]]:
     """Every file of a run with its time and content, but for the diary and what is written anew at each start."""
-    anew = {"events.jsonl", "config.yaml", "metrics.jsonl", "results.json"}
+    anew = {"events.jsonl", "config.yaml", "metrics.jsonl", "results.json", "report.html", "report.md"}
     found = [p for p in run.rglob("*") if p.is_file() and p.name not in anew]
     return {str(p.relative_to(run)): (p.stat().st_mtime_ns, p.read_bytes()) for p in found}
 
@@ -237,13 +237,15 @@ def test_run_does_everything_once(capfd, tmp_path, words):
     assert {name: layers["finished"] for name, layers in figures["quantize"].items()} == {v: [0, 1] for v in VARIANTS}
     assert figures["results"] == results
     assert "complete" in text
+    assert "report.html" in text
+    assert "Not there yet" not in (run.path / "report.md").read_text()
     assert "result    learned rotation, gptq weights" in text
     config = load_config(str(run.path / "config.yaml"), [])
     assert isinstance(config, RunConfig)
     assert config.optimize.steps == 3
 
     before, seconds = files(run.path), [row["seconds"] for row in results]
-    for stage in ("optimize", "quantize", "evaluate"):  # what `run` starts
+    for stage in ("optimize", "quantize", "evaluate", "report"):  # what `run` starts
         assert main([stage, *words]) == 0
     assert files(run.path) == before
     assert [row["seconds"] for row in json.loads((run.path / "results.json").read_text())] == seconds

@@ -21,6 +21,7 @@ from dist_spin.settings import (
     OptimizeConfig,
     QuantConfig,
     QuantizeConfig,
+    ReportConfig,
     RotationConfig,
     RunConfig,
 )
@@ -35,6 +36,7 @@ LEAVES = (
     QuantizeConfig,
     EvaluateConfig,
     ExportConfig,
+    ReportConfig,
     DistributedConfig,
 )
 
@@ -212,7 +214,7 @@ def test_the_model_must_be_named() -> None:
         "quant.v_group_size=-64",
         "optimize.source=wikitext",
         "optimize.seq_len=1",
-        "optimize.steps=0",
+        "optimize.steps=-1",
         "optimize.batch_size=0",
         "optimize.micro_batch_size=9",
         "optimize.micro_batch_size=-1",

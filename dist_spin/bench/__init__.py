@@ -1,1 +1,1 @@
-"""Speed measured by the product's own code: `dist-spin bench optimize|quantize`; never part of the tests."""
+"""Speed measured by the product's own code: `dist-spin bench optimize|quantize|inference`."""

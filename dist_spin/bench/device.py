@@ -2,6 +2,7 @@
 
 import platform
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -30,3 +31,42 @@ def matmul_ceiling(device: torch.device) -> float:
         a @ b
     synchronize(device)
     return 2 * n**3 * repeats / (time.monotonic() - began)
+
+
+def clock(call: Callable[[], object], device: torch.device, at_least: float = 0.2) -> float:
+    """Seconds of one call, the mean of repeats that fill `at_least` seconds (two or more, or one if a call takes longer).
+
+    On CUDA the call is captured once as a graph and replayed: launching its kernels one by one from Python would hide short ones.
+    It is called three times before that, so that everything is compiled and allocated.
+    """
+    if device.type != "cuda":
+        for _ in range(2):
+            call()
+        return _repeated(call, at_least, lambda: None)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    graph.replay()
+    torch.cuda.synchronize()
+    return _repeated(graph.replay, at_least, torch.cuda.synchronize)
+
+
+def _repeated(call: Callable[[], object], at_least: float, wait: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    wait()
+    once = time.perf_counter() - began
+    if once > at_least:
+        return once
+    repeats = min(max(2, int(at_least / once)), 1000)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    wait()
+    return (time.perf_counter() - began) / repeats

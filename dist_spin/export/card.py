@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_spin import __version__
+from dist_spin.export.target import QUANTISED
 from dist_spin.settings import RunConfig
 
 RIGHT = """    import dist_spin
@@ -27,7 +28,7 @@ def model_card(
         f"base_model: {base}",
         "tags: [quantization, rotation, spinquant]",
         "---",
-        f"# {config.name}: {base}, rotated" + (" and quantised" if target == "compressed-tensors" else ""),
+        f"# {config.name}: {base}, rotated" + (" and quantised" if target in QUANTISED else ""),
         "",
         f"Made by dist_spin {__version__} (`dist-spin export --format {target} export.profile={config.export.profile}`).",
         "",
@@ -59,6 +60,8 @@ def _loading(config: RunConfig, target: str, r4: bool, quantisers: bool) -> list
             "Any llama.cpp runtime: R1 and R2 are part of the weights, norm gains are ones, nothing has to be done online.",
             "Quantising the file rounds it anew; measure the result before you believe it.",
         ]
+    if target == "executorch":
+        return _executorch_loading(r4)
     if r4 and target == "hf":
         return [
             "**Only `dist_spin.load` loads this model.** Its down_proj weights expect an input that is rotated online by the",
@@ -86,6 +89,22 @@ def _loading(config: RunConfig, target: str, r4: bool, quantisers: bool) -> list
     return plain
 
 
+def _executorch_loading(r4: bool) -> list[str]:
+    lines = [
+        "ExecuTorch's pre-quantised Llama loader (`executorch.examples.models.llama`), with `consolidated.00.pth` as",
+        "`base.checkpoint`, `params.json` as `base.params` and the entries under `llm_config` in `dist_spin.json`.",
+        "lm_head's input is quantised there too, where lm_head has 8 bits; the perplexity below is without that.",
+    ]
+    if r4:
+        lines += [
+            "",
+            "**Not without `use_spin_quant: native`**: the weights of `feed_forward.w2` expect an input that is rotated online",
+            "by the Hadamard R4. The loader itself does not put it there: the exporter does (`export_llama`), or",
+            "`inject_fast_hadamard_transform_native_for_spin_quant(model)`.",
+        ]
+    return lines
+
+
 def _serving(config: RunConfig) -> list[str]:
     lines = []
     if config.model.dtype in ("bfloat16", "float16"):
@@ -104,11 +123,13 @@ def _method(config: RunConfig, target: str, r4: bool, step: str) -> list[str]:
     table = {
         "Base model": _base(config),
         "Rotations merged": rotated + ("; learned beside R3 and R4, which are left out" if left_out else ""),
-        "Learned": f"{step} steps of {learned.optimizer}, {learned.batch_size} x {learned.seq_len} tokens of {learned.source}",
+        "Learned": f"{step} steps of {learned.optimizer}, {learned.batch_size} x {learned.seq_len} tokens of {learned.source}"
+        if step != "0"
+        else "not by this run: rotations of a file, or random ones",
         "Learned for": f"activations {q.a_bits} bits, keys {q.k_bits}, values {q.v_bits}",
         "Number format": config.model.dtype,
     }
-    if target == "compressed-tensors":
+    if target in QUANTISED:
         group = f"groups of {q.w_group_size}" if q.w_group_size else "one scale per output channel"
         kind = "symmetric" if q.w_symmetric else "asymmetric"
         down = f", down_proj {q.down_bits}" if q.down_bits else ""

@@ -64,6 +64,11 @@ def write_checkpoint(
     config.save_pretrained(directory)
     about = json.loads((directory / "config.json").read_text())
     write_json(directory / "config.json", about | extra)
+    copy_tokenizer(files, directory)
+
+
+def copy_tokenizer(files: ModelFiles, directory: Path) -> None:
+    """Copy the tokenizer's files and the generation config of the original model."""
     copied = {path for pattern in COPIED for path in files.directory.glob(pattern)}
     for path in sorted(copied):
         shutil.copyfile(path, directory / path.name)

@@ -1,33 +1,41 @@
 """Which settings a format's runtimes accept; asked when a run starts (`export.target`) and again when it is exported."""
 
+from typing import Any
+
 from dist_spin.errors import UserError
+from dist_spin.export.executorch import model_params
 from dist_spin.model.architecture import Shape
 from dist_spin.settings import RunConfig
 
+QUANTISED = ("compressed-tensors", "executorch")  # formats whose weights come from the quantised layers
 PACKED_BITS = (4, 8)  # of weights, that kernels read
 
 
-def check_target(target: str, config: RunConfig, shape: Shape, *, starting: bool) -> None:
+def check_target(target: str, config: RunConfig, model: Any, *, starting: bool) -> None:
     """Refuse settings whose result no runtime of the format `target` would load, or would run as something else.
 
     Args:
+        model: its config, from transformers.
         starting: the run is yet to be made; what is learned with R4 is then refused where R4 would be left out, although
             16-bit weights could be exported without it.
 
     Raises:
         UserError: names the first setting in the way and what to set instead.
     """
-    online, profile = config.rotation.online, config.export.profile
+    online, profile, shape = config.rotation.online, config.export.profile, Shape.of(model)
     if profile == "r4-block" and target == "gguf":
         raise UserError("llama.cpp applies no Hadamard before down_proj", "use export.profile=no-had")
     if profile == "r4-block" and not online:
         raise UserError("export.profile=r4-block exports R4, but rotation.online=false", "set rotation.online=true")
-    if profile == "no-had" and online and (starting or target == "compressed-tensors"):
+    if profile == "no-had" and online and (starting or target in QUANTISED):
         other = "" if target == "gguf" else ", or export.profile=r4-block"
         problem = f"{target} with export.profile=no-had has no online Hadamards, but rotation.online=true"
         raise UserError(problem, f"set rotation.online=false{other}")
     if target == "compressed-tensors":
         _check_compressed_tensors(config, shape)
+    if target == "executorch":
+        model_params(model, config.quant.w_group_size)
+        _check_executorch(config, shape)
 
 
 def _check_compressed_tensors(config: RunConfig, shape: Shape) -> None:
@@ -53,3 +61,41 @@ def _check_compressed_tensors(config: RunConfig, shape: Shape) -> None:
                 f"quant.{setting}={getattr(q, setting)} has no place in compressed-tensors beside quantised activations"
             )
             raise UserError(problem, f"learn and quantise with quant.{setting}={value}".lower())
+
+
+def _check_executorch(config: RunConfig, shape: Shape) -> None:
+    """What the loader's kernels ("8da4w") and its Hadamard take; sizes of 28 * 2^k give a wrong transform, others garbage."""
+    q = config.quant
+    rows = {"hidden": shape.hidden, "intermediate": shape.intermediate, "query": shape.heads * shape.head_dim}
+    if config.rotation.online and (shape.intermediate & (shape.intermediate - 1) or config.rotation.r4_block):
+        what = f"rotation.r4_block={config.rotation.r4_block}" if config.rotation.r4_block else f"{shape.intermediate}"
+        raise UserError(
+            f"executorch applies R4 to all of an intermediate size that is a power of two, not {what}",
+            "set rotation.online=false, with export.profile=no-had",
+        )
+    wanted: dict[str, tuple[Any, ...]] = {
+        "w_bits": (4,),
+        "down_bits": (0, 4),
+        "w_symmetric": (True,),
+        "w_group_size": (32, 64, 128, 256),
+        "a_bits": (8,),
+        "a_symmetric": (False,),
+        "a_clip_ratio": (1.0,),
+        "o_per_head": (False,),
+        "k_bits": (16,),
+        "v_bits": (16,),
+        "embedding_bits": (8, 16),
+        "head_bits": (8, 16),
+    }
+    for setting, accepted in wanted.items():
+        if (value := getattr(q, setting)) not in accepted:
+            choices = " or ".join(str(choice).lower() for choice in accepted)
+            problem = f"quant.{setting}={value} has no place in executorch's 4-bit Llama"
+            raise UserError(problem, f"learn and quantise with quant.{setting}={choices}")
+    if config.quantize.method == "none":
+        raise UserError("executorch takes weights of 4 bits", "set quantize.method=gptq or rtn")
+    for name, size in rows.items():
+        # Its loader squeezes the scales, so that one group a row does not load.
+        if size % q.w_group_size or size == q.w_group_size:
+            what = f"quant.w_group_size={q.w_group_size} does not cut the {name} size {size} into two groups or more"
+            raise UserError(what, "use 32, 64 or 128" if size % 32 == 0 and size > 32 else "use another model")

@@ -1,17 +1,20 @@
 """What several stages build from a configuration in the same way."""
 
 import contextlib
+import resource
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dist_spin.distributed import World, on_leader, together
 from dist_spin.environment import environment
-from dist_spin.errors import UserError
+from dist_spin.errors import Interrupted, UserError
 from dist_spin.export.target import check_target
 from dist_spin.lock import stage_lock
 from dist_spin.model.architecture import Shape
@@ -39,7 +42,7 @@ def run_dir(config: RunConfig) -> RunDir:
 
 @contextlib.contextmanager
 def writing(config: RunConfig, world: World, stage: str, part: str = "") -> Iterator[None]:
-    """Around a stage: rank 0 holds the run's lock of this stage and notes where and with what it runs.
+    """Around a stage: rank 0 holds the run's lock of this stage and notes where and with what it runs, and what it took.
 
     Raises:
         Held: another process works on the same stage or part.
@@ -50,12 +53,40 @@ def writing(config: RunConfig, world: World, stage: str, part: str = "") -> Iter
         on_leader(lambda: held.enter_context(stage_lock(run.path, stage, part)))
         about = environment(world)
         on_leader(lambda: run.event("job", stage=stage, part=part, **about))
+        began = time.monotonic()
+
+        def note(outcome: str, memory: dict[str, int]) -> None:
+            if world.leads:
+                seconds = round(time.monotonic() - began, 3)
+                run.event("stage_end", stage=stage, part=part, outcome=outcome, seconds=seconds, **memory)
+
         try:
             yield
+            note("done", peak_memory(world))
+        except Interrupted:
+            note("interrupted", own_peak_memory(world))  # the others may not have left together
+            raise
         except UserError:
             if new and world.leads and not (run.path / "config.yaml").exists():
                 (run.path / "events.jsonl").unlink(missing_ok=True)  # a start that failed leaves no mark
             raise
+
+
+def own_peak_memory(world: World) -> dict[str, int]:
+    """The most memory that this rank has used so far, bytes: of the host (resident), and of its GPU if it has one."""
+    found = {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # Linux counts in KiB
+    if world.device.type == "cuda":
+        found["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(world.device)
+    return found
+
+
+def peak_memory(world: World) -> dict[str, int]:
+    """The same of the rank that used most; every rank calls it."""
+    own = own_peak_memory(world)
+    most = torch.tensor(list(own.values()))
+    if world.size > 1:
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return dict(zip(own, most.tolist(), strict=True))
 
 
 def model_dtype(config: RunConfig) -> torch.dtype:
@@ -84,7 +115,7 @@ def open_configured_model(config: RunConfig) -> ModelFiles:
     # The others only after it is there; one of them may be on a host that does not see the path.
     together(lambda: None if files else files.append(find()))
     if config.export.target != "none":
-        check_target(config.export.target, config, files[0].shape, starting=True)
+        check_target(config.export.target, config, files[0].config, starting=True)
     return files[0]
 
 

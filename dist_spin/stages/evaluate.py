@@ -54,13 +54,15 @@ class Cell:
     weights: str  # none, rtn or gptq
     full_precision: bool = False
     made_under: str = ""  # fingerprint of its layer files; empty where weights are as they are
+    given: bool = False  # its rotations were not learned here
 
     @property
     def label(self) -> str:
         """The method's name in tables."""
         if self.full_precision:
             return "full precision"
-        return {"none": "no rotation", LEARNED: "learned rotation", TUNED: "learned rotation, tuned"}.get(
+        learned = "given rotation" if self.given else "learned rotation"
+        return {"none": "no rotation", LEARNED: learned, TUNED: f"{learned}, tuned"}.get(
             self.chosen.name, f"random {self.chosen.name.capitalize()}"
         )
 
@@ -111,13 +113,13 @@ def cells(config: RunConfig, files: ModelFiles, device: torch.device) -> list[Ce
     off = QuantSpec()
     out = [Cell(dataclasses.replace(unrotated, sites=Sites(off, off, off, off)), "none", full_precision=True)]
     quantised = config.quantize.method if config.quant.w_bits < 16 else "none"
-    names = [*config.quantize.baselines, LEARNED]
+    names, given = [*config.quantize.baselines, LEARNED], config.optimize.steps == 0
     rotated = {name: variant(config, files, name, device) for name in names}
     if quantised != "none" and config.evaluate.unquantized_weights:
-        out += [Cell(rotated[name], "none") for name in names]
-    out += [Cell(rotated[name], quantised) for name in names]
+        out += [Cell(rotated[name], "none", given=given) for name in names]
+    out += [Cell(rotated[name], quantised, given=given) for name in names]
     if quantised != "none" and config.quantize.tune_steps:
-        out.append(Cell(dataclasses.replace(rotated[LEARNED], name=TUNED), quantised))
+        out.append(Cell(dataclasses.replace(rotated[LEARNED], name=TUNED), quantised, given=given))
     return out
 
 

@@ -21,16 +21,18 @@ from dist_spin import __version__
 from dist_spin.distributed import World
 from dist_spin.errors import Interrupted, UserError
 from dist_spin.export.card import model_card
-from dist_spin.export.checkpoint import hide_from_others, rename_down, write_checkpoint
+from dist_spin.export.checkpoint import copy_tokenizer, hide_from_others, rename_down, write_checkpoint
 from dist_spin.export.compressed import config_entries, online_tensors, packed_layer
 from dist_spin.export.directory import whole_directory
+from dist_spin.export.executorch import loader_settings, model_params, write_executorch
 from dist_spin.export.gguf import Converter
 from dist_spin.export.sidecar import NAME, Sidecar, read_sidecar, write_sidecar
-from dist_spin.export.target import check_target
+from dist_spin.export.target import QUANTISED, check_target
 from dist_spin.layer_files import FOREIGN, QuantizedLayer, identity_hash, layer_path, load_ends, load_layer
 from dist_spin.model.layers import RotatedWeights
 from dist_spin.model.loading import ModelFiles
 from dist_spin.model.rotation import Sites
+from dist_spin.numerics.gptq import Solution
 from dist_spin.numerics.quantizer import dequantize_weight
 from dist_spin.progress import Progress
 from dist_spin.rundir import CorruptFile, RunDir, read_metadata, write_json, write_text
@@ -53,7 +55,7 @@ def export(config: RunConfig, world: World, target: str, output: Path | None = N
         raise UserError("export is the work of one process", "start it without torchrun")
     stop = StopRequest()
     files = open_configured_model(config)
-    check_target(target, config, files.shape, starting=False)
+    check_target(target, config, files.config, starting=False)
     run = run_dir(config)
     place = output or run.export / target
     learned = variant(config, files, LEARNED, world.device)
@@ -68,7 +70,8 @@ def export(config: RunConfig, world: World, target: str, output: Path | None = N
         return place
     if place.exists() and not (place / NAME).exists():
         raise UserError(f"{place} exists and is no export", "give another --output, or remove it")
-    write = {"hf": _hf, "compressed-tensors": _compressed_tensors, "gguf": _gguf}[target](work)
+    writers = {"hf": _hf, "compressed-tensors": _compressed_tensors, "gguf": _gguf, "executorch": _executorch}
+    write = writers[target](work)
     with whole_directory(place) as partial:
         write(partial)
         for name in ("final.safetensors", "R.bin"):
@@ -86,7 +89,7 @@ def finished(place: Path, made_under: str) -> bool:
     """Whether a whole export of the same content is there."""
     try:
         about = json.loads((place / NAME).read_text())
-        if about["format"] != "gguf":
+        if about["format"] not in ("gguf", "executorch"):
             read_sidecar(place)
         return about["made_under"] == made_under
     except (OSError, ValueError, KeyError, UserError):
@@ -112,7 +115,7 @@ class Export:
     @property
     def quantised(self) -> bool:
         """Whether weights come from the quantised layers."""
-        return self.target == "compressed-tensors"
+        return self.target in QUANTISED
 
     @cached_property
     def results(self) -> list[dict[str, Any]]:
@@ -193,8 +196,8 @@ class Export:
             raise UserError(f"{path} {FOREIGN}", AGAIN)
         return layer
 
-    def quantised_ends(self) -> dict[str, Tensor]:
-        """The quantised ones of `embedding` and `head`, dequantised, each [vocab, h].
+    def quantised_ends(self) -> dict[str, Solution]:
+        """The quantised ones of `embedding` and `head`, each [vocab, h].
 
         Raises:
             UserError: they should be there and are not, or cannot be used.
@@ -208,31 +211,34 @@ class Export:
             raise UserError(str(error), AGAIN) from error
         if made_under != ends.made_under:
             raise UserError(f"{ends.path} {FOREIGN}", AGAIN)
-        return {end: dequantize_weight(*solution, dtype=self.weights.dtype) for end, solution in found.items()}
+        return found
 
-    def checkpoint(self, directory: Path, layer: Callable[[int], dict[str, Tensor]], extra: dict[str, Any]) -> None:
-        """Write weights, config and tokenizer to `directory`; see `write_checkpoint`."""
-        ends = self.quantised_ends()
+    def between(self) -> Callable[[int], None]:
+        """What is to be called before each layer: shows progress, and leaves where a signal came."""
         progress = Progress(f"export {self.target}: layer", self.files.shape.layers)
 
         def between(index: int) -> None:
             if self.stop:
                 raise Interrupted(f"stopped by a signal before layer {index}", "the same command starts again")
-            if index:
-                progress.advance()
+            progress.advance()
 
+        return between
+
+    def checkpoint(self, directory: Path, layer: Callable[[int], dict[str, Tensor]], extra: dict[str, Any]) -> None:
+        """Write weights, config and tokenizer to `directory`; see `write_checkpoint`."""
+        dtype = self.weights.dtype
+        ends = {end: dequantize_weight(*solution, dtype=dtype) for end, solution in self.quantised_ends().items()}
         write_checkpoint(
             directory,
             self.files,
-            self.weights.dtype,
+            dtype,
             layer=layer,
             embedding=lambda: ends["embedding"] if "embedding" in ends else self.weights.embedding(),
             head=lambda: ends["head"] if "head" in ends else self.weights.head_weight(),
             extra=extra,
             shard_bytes=self.config.export.shard_gb * 1e9,
-            between=between,
+            between=self.between(),
         )
-        progress.advance()
 
     def sidecar(self, directory: Path) -> None:
         """Write what `dist_spin.load` needs beside the weights."""
@@ -274,6 +280,27 @@ def _compressed_tensors(work: Export) -> Callable[[Path], None]:
     def write(directory: Path) -> None:
         work.checkpoint(directory, layer, {"quantization_config": about})
         work.sidecar(directory)
+
+    return write
+
+
+def _executorch(work: Export) -> Callable[[Path], None]:
+    q, ends = work.config.quant, work.quantised_ends()
+    params = model_params(work.files.config, q.w_group_size)
+
+    def write(directory: Path) -> None:
+        write_executorch(
+            directory,
+            params,
+            layer=work.quantised_layer,
+            embedding=lambda: ends.get("embedding") or work.weights.embedding(),
+            head=lambda: ends.get("head") or work.weights.head_weight(),
+            between=work.between(),
+        )
+        copy_tokenizer(work.files, directory)
+        about = {"format": "executorch", "profile": work.config.export.profile, "made_under": work.made_under}
+        settings = loader_settings(set(ends), q.w_group_size, work.r4)
+        write_json(directory / NAME, about | {"llm_config": settings})
 
     return write
 

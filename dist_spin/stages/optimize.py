@@ -30,7 +30,7 @@ from dist_spin.model.loading import ModelFiles
 from dist_spin.model.rotation import Rotations
 from dist_spin.model.transforms import Transforms
 from dist_spin.model.weight_learning import WeightGrid
-from dist_spin.numerics.cayley import nearest_orthogonal
+from dist_spin.numerics.cayley import nearest_orthogonal, orthogonality_error
 from dist_spin.progress import Progress
 from dist_spin.rotation_files import save_final
 from dist_spin.rundir import (
@@ -45,6 +45,7 @@ from dist_spin.rundir import (
     write_json,
     write_text,
 )
+from dist_spin.scalars import Scalars
 from dist_spin.settings import OptimizeConfig, RunConfig
 from dist_spin.signals import StopRequest
 from dist_spin.stages.common import (
@@ -60,6 +61,7 @@ from dist_spin.stages.common import (
     starting_rotations,
     starting_transforms,
 )
+from dist_spin.stages.given import keep_given, refuse_given
 
 # Settings that change how fast or where a run computes, not what: they may differ when it is continued.
 FREE_SETTINGS = {"micro_batch_size", "keep_checkpoints", "recompute", "compile"}
@@ -96,9 +98,15 @@ def optimize(config: RunConfig, world: World) -> None:
         NumericsError: loss or gradient is not finite; the checkpoints before it are kept.
         UserError: something in the configuration or the run directory is in the way.
     """
+    if config.optimize.steps == 0:
+        keep_given(config, open_configured_model(config).shape)
+        say("optimize.steps=0: rotations stay as they are given")
+        return
+    refuse_given(config)
     stop = StopRequest()
     learning = set_up(config, world)
     settings = config.optimize
+    scalars = Scalars(learning.run.path / "tensorboard", learning.step, config.report.tensorboard and world.leads, say)
     progress = Progress("learn rotations: step", settings.steps, learning.step, show=world.leads)
     writer = CheckpointWriter(lambda state, step: write_checkpoint(learning, state, step))
     stall = 0.0  # seconds that the checkpoint before this step held it up
@@ -113,7 +121,9 @@ def optimize(config: RunConfig, world: World) -> None:
             raise
         # Before the checkpoint, so that none lacks its line; a resumed run drops lines that have no checkpoint.
         seconds = time.monotonic() - began + stall
-        log(learning, {**figures, "stall": stall, "seconds": seconds})
+        line = {**figures, "stall": stall, "seconds": seconds}
+        log(learning, line)
+        scalars.add("optimize", learning.step, line)
         # Rank 0 alone writes; a write that failed stops every rank.
         stall = on_leader(lambda: writer.submit(learning.state(), learning.step))
         progress.advance(f"loss {figures['loss']:.4f}")
@@ -439,7 +449,11 @@ def finish(learning: Learning) -> None:
         about = {"step": str(learning.step), "seed": str(learning.config.rotation.seed)}
         euclidean = learning.optimizer.euclidean
         save_final(learning.run, r1, r2, about, None if euclidean is None else euclidean.transforms.values())
-        learning.run.event("done", stage="optimize", step=learning.step)
+        errors = {
+            "orthogonality_r1": float(orthogonality_error(r1)),
+            "orthogonality_r2": float(orthogonality_error(r2)),
+        }
+        learning.run.event("done", stage="optimize", step=learning.step, **errors)
         say(f"wrote {learning.run.rotations / 'final.safetensors'} and R.bin")
 
     if learning.world.leads and (learning.run.rotations / "final.safetensors").exists():

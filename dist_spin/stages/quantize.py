@@ -54,6 +54,7 @@ from dist_spin.stages.common import (
     sites_for,
 )
 from dist_spin.stages.ends import Ends, ends_bits
+from dist_spin.stages.given import keep_given
 from dist_spin.stages.tune import tune
 
 NOT_OF_LAYERS = ("quantize.baselines", "quantize.tune_")  # beginnings of settings that decide nothing about layers
@@ -91,6 +92,8 @@ def variant(config: RunConfig, files: ModelFiles, name: str, device: torch.devic
     if name == "none":
         rotations = None
     elif name == LEARNED:
+        if config.optimize.steps == 0:
+            keep_given(config, shape)
         path = run_dir(config).rotations / "final.safetensors"
         if not path.exists():
             raise UserError(f"{path} does not exist", "run `dist-spin optimize` first")

@@ -35,7 +35,7 @@ def status(path: Path) -> dict[str, Any]:
     events = run_events(path)
     settings = path / "config.yaml"
     if not settings.exists():  # submitted, and no job has begun yet
-        return {"run": str(path), "jobs": jobs_of(events), "last_event": events[-1] if events else None}
+        return {"run": str(path), "jobs": jobs_of(events), "last_event": last_event(events)}
     config = yaml.safe_load(settings.read_text())
     metrics = read_lines(path / "metrics.jsonl")
     steps = config["optimize"]["steps"]
@@ -56,8 +56,9 @@ def status(path: Path) -> dict[str, Any]:
         "quantize": {name: layer_states(run, name, events) for name in ("learned", *config["quantize"]["baselines"])},
         "results": json.loads(results.read_text()) if results.exists() else [],
         "exports": exports(run),
+        "report": (path / "report.html").exists(),
         "jobs": jobs_of(events),
-        "last_event": events[-1] if events else None,
+        "last_event": last_event(events),
     }
 
 
@@ -79,6 +80,11 @@ def run_events(path: Path) -> list[dict[str, Any]]:
     if not any((path / name).exists() for name in ("config.yaml", "events.jsonl")):
         raise UserError(f"{path} is no run directory (it has no config.yaml)", "give runs/NAME")
     return read_lines(path / "events.jsonl")
+
+
+def last_event(events: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What happened last, but for the note of time and memory with which every stage ends."""
+    return next((event for event in reversed(events) if event["event"] != "stage_end"), None)
 
 
 def jobs_of(events: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -203,6 +209,8 @@ def status_text(figures: dict[str, Any]) -> str:
         figure = f"{r['ppl']:.3f} on {r['dataset']}" if "ppl" in r else f"{r['metric']} {r['value']:.4f} on {r['task']}"
         lines.append(f"result    {r['method']}, {r['weights']} weights: {figure}")
     lines += [f"export    {e['format']}, {e['profile']}: {e['path']}" for e in figures["exports"]]
+    if figures["report"]:
+        lines.append(f"report    {Path(figures['run']) / 'report.html'}")
     lines += jobs
     if figures["last_event"]:
         event = figures["last_event"]

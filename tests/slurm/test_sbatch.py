@@ -115,10 +115,13 @@ def test_pipeline_script_goes_from_nothing_to_results(
     logs = {"SBATCH_OUTPUT": str(tmp_path / "log-%j"), "OPTIMIZE_OPTIONS": "--nodes=1"}
     said = cluster.call("slurm/pipeline.sh", str(run.config), "rotation.seed=3", **logs).stdout
     jobs = [line.split("job ")[1].split(",")[0] for line in said.splitlines()]
-    assert [line.partition(":")[0] for line in said.splitlines()] == ["optimize", "boundaries", "quantize", "evaluate"]
-    assert cluster.wait(jobs[-1], seconds=200) == "COMPLETED", said
+    stages = ["optimize", "boundaries", "quantize", "evaluate", "report"]
+    assert [line.partition(":")[0] for line in said.splitlines()] == stages
+    assert cluster.wait(jobs[-1], seconds=300) == "COMPLETED", said
     assert {row["seed"] for row in run.results} == {3}
+    assert "learned rotation" in (run.path / "report.md").read_text()
+    assert "Not there yet" not in (run.path / "report.html").read_text()
     assert {tuple(event["hosts"]) for event in run.events("job") if event["part"] in ("0-2", "2-4")} != {()}
     text = cluster.dist_spin("status", str(run.path)).stdout
     assert "learned: 4 layers finished" in text
-    assert text.count("COMPLETED") == 5  # the array has two tasks
+    assert text.count("COMPLETED") == 6  # the array has two tasks

@@ -12,7 +12,7 @@ from dist_spin import cli
 from dist_spin.signals import STOPPING
 from tests.slurm.harness import ROOT, Cluster, Run
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(500)]
 
 
 class Terminal:
@@ -89,11 +89,12 @@ def test_whole_pipeline_survives_preemption_cancelled_tasks_and_a_dead_node(
         ["--layers", "2:3"],
         ["--layers", "3:4"],
     ]
-    for job in (first[0], jobs_of(run, "evaluate")[-1]):
+    for job in (first[0], jobs_of(run, "evaluate")[-1], jobs_of(run, "report")[-1]):
         assert cluster.wait(job) == "COMPLETED", say()
     cluster.repair(node)  # only now: slurmctld 22.05 can crash when a node comes back while its job is queued again
     assert all(path.stat().st_mtime_ns == written for path, written in finished.items())
     assert [row["method"] for row in run.results] == ["full precision", "learned rotation"]
+    assert (run.path / "report.html").exists()
     assert "nothing to submit: the run is complete" in terminal.submit(run)
 
     # Preempted or not, the rotations are the same. Compared last: the array does not wait for it.

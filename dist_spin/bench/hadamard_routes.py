@@ -1,0 +1,71 @@
+"""One online Hadamard on the ways there are to compute it, side by side: R3 (head size) and R4 (intermediate size).
+
+copy                    x read and written once: no transform can be faster
+kronecker               two dense products, `numerics.hadamard.kronecker_apply`, what the product's sites use
+compiled kronecker      the same behind torch.compile
+compiled butterfly      log2 stages of sums and differences, and the core as a dense product, behind torch.compile
+fast-hadamard-transform the CUDA kernel of that package, and the core as a dense product
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_spin.numerics.hadamard import (
+    hadamard_core,
+    hadamard_matrix,
+    hadamard_transform,
+    kronecker_apply,
+    kronecker_factors,
+)
+
+Transform = Callable[[Tensor], Tensor]
+
+
+def butterfly(x: Tensor, core: Tensor, power: int, scale: float) -> Tensor:
+    """scale * x @ (H_K (x) S_power) for x [..., K * power], core H_K [K, K] in x's dtype: the fast transform in plain torch."""
+    K = len(core)
+    y = x.reshape(-1, K, power)
+    stride = 1
+    while stride < power:
+        pairs = y.view(-1, K, power // (2 * stride), 2, stride)
+        left, right = pairs.unbind(-2)
+        y = torch.stack((left + right, left - right), -2).view(-1, K, power)
+        stride *= 2
+    y = y * scale
+    return (y if K == 1 else core.T @ y).reshape(x.shape)
+
+
+def routes(
+    width: int, dtype: torch.dtype, device: torch.device, fuse: Callable[[Any], Any] | None
+) -> tuple[dict[str, Transform], dict[str, str]]:
+    """The ways to apply H_width / sqrt(width) to [..., width], and why the others are missing here.
+
+    fuse: torch.compile, or None to leave the compiled routes out.
+    """
+    factors = kronecker_factors(width, dtype=dtype, device=device)
+    core, power = hadamard_core(width)
+    signs = hadamard_matrix(core).to(device, dtype) if core > 1 else torch.ones(1, 1, dtype=dtype, device=device)
+
+    def kronecker(x: Tensor) -> Tensor:
+        return kronecker_apply(x, factors)
+
+    def stages(x: Tensor) -> Tensor:
+        return butterfly(x, signs, power, width**-0.5)
+
+    found: dict[str, Transform] = {"copy": torch.clone, "kronecker": kronecker}
+    missing = {}
+    if fuse is not None:
+        found |= {"compiled kronecker": fuse(kronecker), "compiled butterfly": fuse(stages)}
+    else:
+        missing["compiled"] = "torch.compile is off"
+    if device.type != "cuda":
+        missing["fast-hadamard-transform"] = "its kernel is for CUDA"
+    elif importlib.util.find_spec("fast_hadamard_transform") is None:
+        missing["fast-hadamard-transform"] = "the package is not installed"
+    else:
+        found["fast-hadamard-transform"] = hadamard_transform
+    return found, missing

@@ -1,0 +1,314 @@
+"""Time inference on the low-bit kernels that libraries ship: what rotation costs, and what fewer bits gain.
+
+    dist-spin bench inference configs/shapes/llama-3-8b --json out.json
+    dist-spin bench inference configs/shapes/llama-3-8b --device cpu --batches 1 --layers 1 --prefill 128
+
+Every kernel (see bench/linear_kernels.py) runs the same decoder layers with and without the online Hadamards R3 (queries and
+keys) and R4 (input of down_proj): decoding, one token per sequence against a full context, and prefill of whole sequences.
+Weights are random and distinct in every layer; a model is its layers, and lm_head. On a GPU each measurement is a CUDA graph,
+so that launches cost what they cost a server. What this machine lacks is skipped with a line.
+"""
+
+import argparse
+import functools
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_spin.bench import hadamard_routes
+from dist_spin.bench.decoder import Decoder, empty_cache, layer_sizes, random_weight
+from dist_spin.bench.device import clock, describe
+from dist_spin.bench.linear_kernels import KERNELS, make, relative_error
+from dist_spin.bench.optimize import json_config
+from dist_spin.errors import UserError
+from dist_spin.model.architecture import Shape
+from dist_spin.numerics.hadamard import NoHadamard, kronecker_apply, kronecker_factors
+from dist_spin.progress import Progress
+from dist_spin.rundir import write_json
+from dist_spin.stages.common import say
+
+LIBRARY = "fast-hadamard-transform"
+PLAIN = "none"
+
+
+def main(arguments: list[str]) -> int:
+    """The command line of `dist-spin bench inference`; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="dist-spin bench inference", description=__doc__.splitlines()[0])
+    parser.add_argument("shape", help="directory with a config.json")
+    parser.add_argument(
+        "--kernels", default=",".join(KERNELS), help=f"of {', '.join(KERNELS)}; bf16 is always measured"
+    )
+    parser.add_argument("--batches", default="1,4,16,64", help="sequences at once")
+    parser.add_argument(
+        "--context", type=int, default=1024, help="tokens that a decoded token attends to, itself included"
+    )
+    parser.add_argument("--prefill", type=int, default=512, help="tokens of a sequence in prefill; 0: no prefill")
+    parser.add_argument(
+        "--layers", type=int, default=0, help="layers with weights of their own; 0: all on a GPU, 1 on a CPU"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=4.0, help="seconds that one pass may take; larger batches are left out"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=0.2, help="that repeats of one measurement fill, or one pass if longer"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: as many as torch takes")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="auto: on a GPU")
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    options = parser.parse_args(arguments)
+    figures: dict[str, Any] = {}
+    for figures in measure(options):
+        if options.json:  # after every kernel, so that a run cut short leaves what it had
+            write_json(options.json, figures)
+    print(table(figures))
+    return 0
+
+
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All figures so far, after every kernel: passes (rows), linear kernels, Hadamards side by side, what was skipped.
+
+    Raises:
+        UserError: an option names what is not there.
+    """
+    device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if options.device == "cuda" and device.type != "cuda":
+        raise UserError("--device cuda, but there is no CUDA device", "leave it out")
+    batches = _numbers("--batches", options.batches)
+    wanted = list(dict.fromkeys(["bf16", *options.kernels.split(",")]))
+    if unknown := set(wanted) - set(KERNELS):
+        raise UserError(f"--kernels names {min(unknown)!r}", f"use some of {', '.join(KERNELS)}")
+    compiled = options.compile == "on" or (options.compile == "auto" and device.type == "cuda")
+    if not (Path(options.shape) / "config.json").is_file():
+        raise UserError(f"{options.shape} has no config.json", "give a directory such as configs/shapes/llama-3-8b")
+    shape = Shape.of(json_config(Path(options.shape)))
+    bench = Bench(shape, device, batches, options, compiled)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    layers = options.layers or (shape.layers if device.type == "cuda" else 1)
+    figures: dict[str, Any] = {
+        "device": describe(device),
+        "threads": torch.get_num_threads(),
+        "shape": vars(shape),
+        "layers_with_own_weights": layers,
+        "context": options.context,
+        "prefill": options.prefill,
+        "compiled": compiled,
+        "hadamard": bench.side_by_side(),
+        "head_ms": bench.head(),
+    }
+    for name in wanted:
+        bench.kernel(name, layers)
+        for row in bench.rows:
+            _compare(row, bench.rows, figures["head_ms"], shape.layers)
+        yield {**figures, "kernels": bench.kernels, "rows": bench.rows, "skipped": bench.skipped}
+
+
+class Bench:
+    """The measurements of one shape on one device; rows, kernels and what was skipped gather here."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        device: torch.device,
+        batches: list[int],
+        options: argparse.Namespace,
+        compiled: bool,
+    ) -> None:
+        self.shape, self.device, self.batches, self.compiled = shape, device, batches, compiled
+        self.context, self.prefill, self.limit = options.context, options.prefill, options.limit
+        self.clock = functools.partial(clock, device=device, at_least=options.seconds)
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.most_tokens = max(batches) * max(1, options.prefill)
+        self.rows: list[dict[str, Any]] = []
+        self.kernels: dict[str, dict[str, Any]] = {}
+        self.skipped: dict[str, str] = {}
+        self.fuse = functools.cache(self._compile if compiled else lambda function: function)
+
+    def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` compiled for any sizes; 1 is always a case of its own, so a function is compiled several times."""
+        torch._dynamo.config.recompile_limit = 64
+        return torch.compile(function, dynamic=True)
+
+    def skip(self, what: str, why: object) -> None:
+        """Note and say in one line what is not measured."""
+        lines = str(why).strip().splitlines() or [type(why).__name__]
+        self.skipped[what] = lines[0][:160]
+        say(f"skipped {what}: {self.skipped[what]}")
+
+    def random(self, *size: int) -> Tensor:
+        """Seeded normal numbers."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        return torch.randn(size, generator=generator, device=self.device, dtype=self.dtype)
+
+    def kernel(self, name: str, layers: int) -> None:
+        """Every pass of the layers on one kernel, without and with the Hadamards."""
+        progress = Progress(f"{name}: pass", len(self._passes()) * len(self._rotations()))
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            error = self._error(name)
+            decoder = Decoder(self.shape, layers, name, self.device, self.fuse, self.most_tokens)
+        except Exception as failure:  # a library may fail in any way on a device it was not made for
+            self.skip(name, failure)
+            return
+        self.kernels[name] = {"error": error, "gib_per_layer": decoder.weight_bytes / layers / 2**30}
+        for rotation, transforms in self._rotations().items():
+            per_token = 0.0  # seconds of the prefill before this one
+            for phase, batch in self._passes():
+                tokens = batch * (1 if phase == "decode" else self.prefill)
+                what = f"{name}, rotation {rotation}, {phase}, batch {batch}"
+                progress.advance(what)
+                if phase == "prefill" and per_token * tokens > self.limit:
+                    self.skip(what, f"a pass would take {per_token * tokens:.0f} s, over --limit {self.limit:g}")
+                    continue
+                try:
+                    seconds = self._pass(decoder, phase, batch, *transforms)
+                except Exception as failure:
+                    self.skip(what, failure)
+                    continue
+                if phase == "prefill":
+                    per_token = seconds / tokens
+                row = {"phase": phase, "batch": batch, "tokens": tokens, "kernel": name, "rotation": rotation}
+                self.rows.append({**row, "layer_ms": seconds / layers * 1e3})
+
+    def _passes(self) -> list[tuple[str, int]]:
+        return [
+            (phase, batch) for phase in ("decode", *(["prefill"] if self.prefill else [])) for batch in self.batches
+        ]
+
+    def _rotations(self) -> dict[str, tuple[Any, Any]]:
+        """Name -> R3 and R4 as transforms: none, as Kronecker products, and by the library where it is installed."""
+        ways: dict[str, tuple[Any, Any]] = {PLAIN: (None, None)}
+        try:
+            found = [
+                hadamard_routes.routes(width, self.dtype, self.device, None)[0] for width in self._widths().values()
+            ]
+        except NoHadamard as error:
+            self.skip("rotation", error)
+            return ways
+        ways["kronecker"] = (found[0]["kronecker"], found[1]["kronecker"])
+        if LIBRARY in found[1]:
+            ways[LIBRARY] = (found[0][LIBRARY], found[1][LIBRARY])
+        return ways
+
+    def _widths(self) -> dict[str, int]:
+        return {"R3": self.shape.head_dim, "R4": self.shape.intermediate}
+
+    def _error(self, name: str) -> float:
+        """Relative error of the kernel on the o projection's size; whether it works at all shows here."""
+        weight = random_weight(layer_sizes(self.shape)["o"], 0, self.device)
+        tokens = 64
+        return relative_error(make(name, weight, self.fuse, max(tokens, self.most_tokens)), weight, tokens)
+
+    def _pass(self, decoder: Decoder, phase: str, batch: int, r3: Any, r4: Any) -> float:
+        layers = len(decoder.layers)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the graph before this one held
+        if phase == "decode":
+            cache = empty_cache(self.shape, layers, batch, self.context, self.device, self.dtype)
+            x = self.random(batch, 1, self.shape.hidden)
+            return self.clock(lambda: decoder.run(x, cache, r3, r4))
+        x = self.random(batch, self.prefill, self.shape.hidden)
+        return self.clock(lambda: decoder.run(x, None, r3, r4))
+
+    @torch.no_grad()
+    def head(self) -> dict[int, float]:
+        """Milliseconds of lm_head in 16 bits on the last token of each sequence, by batch."""
+        weight = random_weight((self.shape.vocab, self.shape.hidden), 5, self.device)
+        out = {}
+        for batch in self.batches:
+            x = self.random(batch, self.shape.hidden).to(torch.bfloat16)
+            out[batch] = self.clock(functools.partial(torch.matmul, x, weight.T)) * 1e3
+        return out
+
+    @torch.no_grad()
+    def side_by_side(self) -> list[dict[str, Any]]:
+        """Microseconds of R3 and R4 by every route, on as many rows as a layer has tokens (R3: times its heads)."""
+        rows = []
+        fuse = self.fuse if self.compiled else None
+        for site, width in self._widths().items():
+            try:
+                found, missing = hadamard_routes.routes(width, self.dtype, self.device, fuse)
+            except NoHadamard as error:
+                self.skip(site, error)
+                continue
+            for route, why in missing.items():
+                self.skip(f"{site} by {route}", why)
+            heads = self.shape.heads + self.shape.kv_heads if site == "R3" else 1
+            exact = kronecker_factors(width, dtype=torch.float64, device=self.device)
+            for tokens in dict.fromkeys([1, max(self.batches), self.prefill, self.most_tokens]):
+                if not tokens:
+                    continue
+                x = self.random(tokens * heads, width)
+                sample = x[:64].double()
+                for route, transform in found.items():
+                    try:
+                        off = (transform(x)[:64].double() - kronecker_apply(sample, exact)).norm() / sample.norm()
+                        us = self.clock(functools.partial(transform, x)) * 1e6
+                    except Exception as failure:
+                        self.skip(f"{site} by {route}, {tokens} tokens", failure)
+                        continue
+                    row = {"site": site, "width": width, "tokens": tokens, "route": route, "us": us}
+                    rows.append(row if route == "copy" else {**row, "error": float(off)})
+        return rows
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.isdigit() and int(word) for word in words):
+        raise UserError(f"{option} is {text!r}", "write whole numbers above 0 with commas between them, such as 1,16")
+    return sorted({int(word) for word in words})
+
+
+def _compare(row: dict[str, Any], rows: list[dict[str, Any]], head_ms: dict[int, float], layers: int) -> None:
+    """Add the whole model's time, what the rotation costs and what is gained over bf16 without one, where both are there."""
+
+    def of(kernel: str) -> dict[str, Any] | None:
+        key = (row["phase"], row["batch"], kernel, PLAIN)
+        return next((r for r in rows if (r["phase"], r["batch"], r["kernel"], r["rotation"]) == key), None)
+
+    model_ms = row["layer_ms"] * layers + head_ms[row["batch"]]
+    row |= {"model_ms": model_ms, "tokens_per_s": row["tokens"] / model_ms * 1e3}
+    if (plain := of(row["kernel"])) is not None:
+        row["rotation_cost"] = row["layer_ms"] / plain["layer_ms"] - 1
+    if (base := of("bf16")) is not None:
+        row["speed_over_bf16"] = (base["layer_ms"] * layers + head_ms[row["batch"]]) / model_ms
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures for a person to read."""
+    shape = figures["shape"]
+    out = [
+        f"{figures['device']}, {figures['threads']} threads; hidden {shape['hidden']}, intermediate {shape['intermediate']}, "
+        f"{shape['layers']} layers ({figures['layers_with_own_weights']} with weights of their own); "
+        f"decoding at context {figures['context']}, prefill of {figures['prefill']} tokens"
+    ]
+    lines: list[tuple[str, ...]] = [
+        ("pass", "batch", "kernel", "rotation", "layer ms", "cost", "model tokens/s", "over bf16")
+    ]
+    for r in sorted(figures["rows"], key=lambda r: (r["phase"], r["batch"])):
+        cost = f"{r['rotation_cost']:+.1%}" if r["rotation"] != PLAIN and "rotation_cost" in r else ""
+        gain = f"{r['speed_over_bf16']:.2f}" if "speed_over_bf16" in r else ""
+        words = (r["phase"], str(r["batch"]), r["kernel"], r["rotation"], f"{r['layer_ms']:.4f}")
+        lines.append((*words, cost, f"{r['tokens_per_s']:.4g}", gain))
+    out += ["", *columns(lines)]
+    lines = [("Hadamard", "width", "tokens", "route", "us")]
+    lines += [(h["site"], str(h["width"]), str(h["tokens"]), h["route"], f"{h['us']:.1f}") for h in figures["hadamard"]]
+    out += ["", *columns(lines), ""]
+    for name, kernel in figures["kernels"].items():
+        out.append(
+            f"{name}: {kernel['gib_per_layer']:.4f} GiB a layer, relative error of a product {kernel['error']:.1e}"
+        )
+    return "\n".join(out + [f"skipped {what}: {why}" for what, why in figures["skipped"].items()])
+
+
+def columns(lines: list[tuple[str, ...]]) -> list[str]:
+    """Rows of words as lines of aligned columns."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return ["  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines]

@@ -1,0 +1,209 @@
+"""Linear layers on the low-bit kernels that libraries ship, behind one call: y = x @ W.T for x [tokens, in].
+
+    bf16   cuBLAS or oneDNN, what the others are compared with
+    fp8    torch._scaled_mm, e4m3 weights per row and activations per token (Hopper and later)
+    int8   weights per row and activations per token: torch._int_mm on a GPU, torchao's own linear on a CPU
+    int4   weights alone, groups along the input: torchao's tile-packed tensor, that is tinygemm (GPU)
+    w4a8   int4 weights in groups, int8 activations per token: torchao's quantiser, ExecuTorch's XNNPACK kernel (CPU)
+
+torchao's int8 linear is not used on a GPU because, outside a compiled graph, it copies the transposed weight at every call.
+Weights are rounded to nearest: a benchmark asks how long the product takes, not how good the model is.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+GROUP = {"int4": 128, "w4a8": 32}  # input channels that share a scale: the libraries' usual choices
+INT_MM_ROWS = 32  # the least number of rows given to torch._int_mm, which refuses 16 and fewer on CUDA
+
+
+class Unavailable(Exception):
+    """A kernel that this machine lacks; the message says in one line what is missing."""
+
+
+class LinearKernel(Protocol):
+    """A linear layer without bias. weight_bytes: what one pass over the weights reads."""
+
+    weight_bytes: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [tokens, in] to [tokens, out], both in the dtype of the activations."""
+
+
+def per_token_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [tokens, n] as e4m3 codes [tokens, n] and scales [tokens, 1], fp32."""
+    return _scaled(x, torch.finfo(torch.float8_e4m3fn).max, torch.float8_e4m3fn)
+
+
+def per_token_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [tokens, n] as int8 codes [tokens, n], symmetric, and scales [tokens, 1], fp32."""
+    return _scaled(x, 127.0, torch.int8)
+
+
+def _scaled(x: Tensor, highest: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    wide = x.float()
+    scale = wide.abs().amax(-1, keepdim=True).clamp_min(1e-12) / highest
+    codes = wide / scale
+    return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
+
+
+def rescale(sums: Tensor, token_scale: Tensor, row_scale: Tensor) -> Tensor:
+    """int32 sums [tokens, out] as bfloat16 values; scales [tokens, 1] and [1, out]."""
+    return (sums.float() * token_scale * row_scale).to(torch.bfloat16)
+
+
+class Bf16:
+    """The 16-bit product."""
+
+    def __init__(self, weight: Tensor, fuse: Callable[[Any], Any]) -> None:
+        self.weight = weight.to(torch.bfloat16)
+        self.weight_bytes = self.weight.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x.to(torch.bfloat16) @ self.weight.T).to(x.dtype)
+
+
+class Fp8:
+    """torch._scaled_mm with one scale per token and per row."""
+
+    def __init__(self, weight: Tensor, fuse: Callable[[Any], Any]) -> None:
+        if weight.device.type != "cuda" or torch.cuda.get_device_capability(weight.device) < (9, 0):
+            raise Unavailable("needs a Hopper GPU or later")
+        codes, scale = per_token_fp8(weight)
+        self.codes, self.scale = codes, scale.T.contiguous()  # [out, in], [1, out]
+        self.quantize = fuse(per_token_fp8)
+        self.weight_bytes = codes.nbytes + scale.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        codes, scale = self.quantize(x)
+        return torch._scaled_mm(codes, self.codes.T, scale, self.scale, out_dtype=x.dtype, use_fast_accum=True)
+
+
+class Int8:
+    """torch._int_mm with one scale per token and per row."""
+
+    def __init__(self, weight: Tensor, fuse: Callable[[Any], Any]) -> None:
+        codes, scale = per_token_int8(weight)
+        self.codes, self.scale = codes, scale.T.contiguous()  # [out, in], [1, out]
+        self.quantize, self.rescale = fuse(per_token_int8), fuse(rescale)
+        self.weight_bytes = codes.nbytes + scale.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        codes, scale = self.quantize(x)
+        tokens = len(codes)
+        if tokens < INT_MM_ROWS:
+            codes = nn.functional.pad(codes, (0, 0, 0, INT_MM_ROWS - tokens))
+        return self.rescale(torch._int_mm(codes, self.codes.T)[:tokens], scale, self.scale)
+
+
+class TorchaoLinear:
+    """A linear whose weight torchao has quantised."""
+
+    def __init__(self, weight: Tensor, config: Any, weight_bytes: int, dtype: torch.dtype) -> None:
+        self.linear = _torchao_linear(weight.to(dtype), config)
+        self.dtype, self.weight_bytes = dtype, weight_bytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.linear(x.to(self.dtype)).to(x.dtype)
+
+
+class Xnnpack:
+    """A linear quantised by torchao, lowered by ExecuTorch and run by its XNNPACK backend; fp32 activations outside."""
+
+    def __init__(self, weight: Tensor, most_tokens: int) -> None:
+        torchao = _torchao()
+        if weight.device.type != "cpu":
+            raise Unavailable("XNNPACK computes on the CPU")
+        try:
+            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+            from executorch.exir import to_edge_transform_and_lower
+            from executorch.extension.pybindings import portable_lib
+        except ImportError as error:
+            raise Unavailable("needs the package executorch") from error
+        granularity = torchao.PerGroup(_group("w4a8", weight))
+        config = torchao.Int8DynamicActivationIntxWeightConfig(
+            weight_dtype=torch.int4,  # type: ignore[attr-defined]
+            weight_granularity=granularity,
+        )
+        linear = _torchao_linear(weight.float(), config)
+        tokens = torch.export.Dim("tokens", min=1, max=max(2, most_tokens))
+        example = (torch.zeros(2, weight.shape[1]),)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of one another's deprecated parts
+            program = torch.export.export(linear, example, dynamic_shapes=({0: tokens},))
+            lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
+        self.buffer = lowered.buffer  # the loaded program reads from it
+        portable_lib._unsafe_reset_threadpool(torch.get_num_threads())
+        self.runtime = portable_lib._load_for_executorch_from_buffer(self.buffer)
+        self.weight_bytes = weight.numel() // 2 + weight.numel() // granularity.group_size * 2
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.runtime.forward((x.float().contiguous(),))[0].to(x.dtype)
+
+
+def make(name: str, weight: Tensor, fuse: Callable[[Any], Any], most_tokens: int) -> LinearKernel:
+    """The kernel `name` with a bf16 weight [out, in], on its device.
+
+    Args:
+        fuse: compiles a chain of elementwise operations, or hands it back as it is.
+        most_tokens: the most rows of x that will come.
+
+    Raises:
+        Unavailable: the device, a package or a size it needs is missing.
+    """
+    on_gpu = weight.device.type == "cuda"
+    if name == "bf16":
+        return Bf16(weight, fuse)
+    if name == "fp8":
+        return Fp8(weight, fuse)
+    if name == "int8" and on_gpu:
+        return Int8(weight, fuse)
+    if name == "int8":
+        config = _torchao().Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+        return TorchaoLinear(weight, config, weight.numel(), torch.float32)
+    if name == "int4" and on_gpu:
+        torchao = _torchao()
+        group = _group("int4", weight)
+        config = torchao.Int4WeightOnlyConfig(
+            group_size=group, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
+        )
+        return TorchaoLinear(weight, config, weight.numel() // 2 + weight.numel() // group * 4, torch.bfloat16)
+    if name == "int4":
+        raise Unavailable("tinygemm computes on a GPU")
+    return Xnnpack(weight, most_tokens)
+
+
+KERNELS = ("bf16", "fp8", "int8", "int4", "w4a8")
+
+
+def relative_error(kernel: LinearKernel, weight: Tensor, tokens: int = 64) -> float:
+    """|y - x W.T| / |x W.T| of a kernel on random x: shows that it computes the product, and how coarsely."""
+    generator = torch.Generator(weight.device).manual_seed(1)
+    x = torch.randn(tokens, weight.shape[1], generator=generator, device=weight.device)
+    exact = x @ weight.float().T
+    return float((kernel(x.to(torch.bfloat16)).float() - exact).norm() / exact.norm())
+
+
+def _group(name: str, weight: Tensor) -> int:
+    if weight.shape[1] % GROUP[name]:
+        raise Unavailable(f"groups of {GROUP[name]} do not divide {weight.shape[1]} input channels")
+    return GROUP[name]
+
+
+def _torchao() -> Any:
+    try:
+        import torchao.quantization
+    except ImportError as error:
+        raise Unavailable("needs the package torchao") from error
+    return torchao.quantization
+
+
+def _torchao_linear(weight: Tensor, config: Any) -> nn.Module:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    _torchao().quantize_(linear, config)
+    return linear

@@ -1,0 +1,1 @@
+"""A run as tables and pictures, from its files alone."""

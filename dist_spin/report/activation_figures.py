@@ -1,0 +1,206 @@
+"""Figures of activations at the quantised sites: outliers by layer, magnitudes by channel and by token."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from dist_spin.numerics.activations import SUMMARY
+from dist_spin.report.drawing import Drawing
+from dist_spin.report.facts import LEARNED, Facts, order
+from dist_spin.report.style import (
+    COLOUR_MAP,
+    HEIGHT,
+    NAMES,
+    WIDTH,
+    ink,
+    legend,
+    logarithmic,
+    markers_every,
+    one_axes,
+    short,
+    style_of,
+    whole_numbers,
+)
+from dist_spin.statistics_files import SITES
+
+MEAN, LARGEST = SUMMARY.index("mean"), SUMMARY.index("max")
+GAUSSIAN = 3.0  # kurtosis
+DECADES = 4.0  # of magnitude that colours tell apart at most, from the largest down
+DARKEST = 0.01  # share of the values below the colour scale
+
+FIGURES = {"peak": "peak / RMS of a token", "kurtosis": "kurtosis of a token"}
+
+
+def drawings(facts: Facts) -> Iterator[Drawing]:
+    """Every figure of activations that can be drawn."""
+    if not facts.activations:
+        return
+    variants = order(facts.activations)
+    for figure, label in FIGURES.items():
+        for site, title in SITES.items():
+            values = {v: facts.activations[v][site][figure] for v in variants}
+            words = f"{label[0].upper()}{label[1:]}. " + _each(
+                values, lambda x: f"mean {short(float(x[:, MEAN].mean()))}, largest {short(float(x[:, LARGEST].max()))}"
+            )
+            yield Drawing(f"{figure}-{_slug(site)}", figure, title, words, _by_layer(values, label))
+    for site, title in SITES.items():
+        values = {v: facts.activations[v][site]["channels"] for v in variants}
+        words = "Largest magnitude of every channel in every layer. " + _each(values, _up_to)
+        yield Drawing(f"channels-{_slug(site)}", "channels", title, words, _channel_map(values))
+    pair = dict.fromkeys([variants[0], LEARNED if LEARNED in variants else variants[-1]])
+    for site, title in SITES.items():
+        values = {v: facts.activations[v][site]["surface"] for v in pair}
+        layers = min(map(len, values.values()))
+        layer = int(facts.activations[variants[0]][site]["peak"][:layers, LARGEST].argmax())
+        chosen = {v: x[layer] for v, x in values.items()}
+        words = "Magnitude by token and channel of the first sequence. " + _each(chosen, _up_to)
+        yield Drawing(f"surface-{_slug(site)}", "surface", f"{title}, layer {layer}", words, _surface(chosen))
+        words = f"Magnitude by token (down) and channel (across), all {layers} layers."
+        yield Drawing(f"surfaces-{_slug(site)}", "surfaces", title, words, _all_surfaces(values), folded=True)
+
+
+def _each(values: dict[str, np.ndarray[Any, Any]], say: Callable[[np.ndarray[Any, Any]], str]) -> str:
+    """A few words on every variant."""
+    return "; ".join(f"{NAMES.get(variant, variant)}: {say(x)}" for variant, x in values.items()) + "."
+
+
+def _up_to(x: np.ndarray[Any, Any]) -> str:
+    return f"up to {short(float(x.max()))}"
+
+
+def _slug(site: str) -> str:
+    return site.replace("_", "-")
+
+
+def _by_layer(values: dict[str, np.ndarray[Any, Any]], label: str) -> Callable[[], Figure]:
+    """Mean over tokens as a line with markers, the largest token as a thin one."""
+
+    def draw() -> Figure:
+        figure, axes = one_axes()
+        for place, (variant, x) in enumerate(values.items()):
+            layers = np.arange(len(x))
+            style, every = style_of(variant), markers_every(len(x), place)
+            axes.plot(layers, x[:, MEAN], **style, markevery=every, label=NAMES.get(variant, variant))
+            axes.plot(layers, x[:, LARGEST], **{**style, "marker": ""}, linewidth=0.7, alpha=0.8)
+        if "kurtosis" in label:
+            axes.axhline(GAUSSIAN, color=ink(), linewidth=0.8, linestyle=":")
+            axes.annotate(
+                "Gaussian", (1, GAUSSIAN), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7.5
+            )
+        axes.set_xlabel("layer (thin: the largest token)")
+        axes.set_ylabel(label)
+        whole_numbers(axes)
+        logarithmic(axes)
+        legend(figure, axes)
+        return figure
+
+    return draw
+
+
+def _scale(parts: Any) -> LogNorm:
+    """One logarithmic colour scale for everything that is compared; the smallest hundredth shares its darkest colour."""
+    values = np.concatenate([x.ravel() for x in parts])
+    largest = float(values.max()) or 1.0
+    smallest = max(float(np.quantile(values, DARKEST)), largest / 10**DECADES)
+    return LogNorm(min(smallest, largest / 2), largest, clip=True)
+
+
+def _channel_map(values: dict[str, np.ndarray[Any, Any]]) -> Callable[[], Figure]:
+    """Layers by channels, one map below the other, on one colour scale."""
+
+    def draw() -> Figure:
+        figure = Figure(figsize=(WIDTH, 0.75 + 0.95 * len(values)), layout="constrained")
+        norm = _scale(values.values())
+        axes = figure.subplots(len(values), 1, squeeze=False)[:, 0]
+        for place, (variant, x) in zip(axes, values.items(), strict=True):
+            image = place.imshow(x, norm=norm, cmap=COLOUR_MAP, aspect="auto", interpolation="nearest")
+            place.set_title(NAMES.get(variant, variant), loc="left")
+            place.set_ylabel("layer")
+            place.set_xticks([])
+        axes[-1].set_xlabel("channel")
+        bar = figure.colorbar(image, ax=list(axes), aspect=30, pad=0.02)
+        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+        bar.ax.yaxis.set_major_formatter(lambda value, _: short(value))
+        bar.ax.yaxis.set_minor_formatter(NullFormatter())
+        bar.set_label("largest |x|")
+        return figure
+
+    return draw
+
+
+def _surface(values: dict[str, np.ndarray[Any, Any]]) -> Callable[[], Figure]:
+    """Magnitude over tokens and channels as a surface, each variant on an axis of its own, with the same colours."""
+
+    def draw() -> Figure:
+        figure = Figure(figsize=(WIDTH, HEIGHT * 0.85))
+        norm = _scale(values.values())
+        for column, (variant, x) in enumerate(values.items()):
+            left, width = column / len(values), 1 / len(values)
+            place: Any = figure.add_axes((left - 0.02, -0.04, width - 0.07, 1.04), projection="3d")
+            place.set_box_aspect((1.1, 1.1, 0.95), zoom=1.05)
+            tokens, channels = np.meshgrid(np.arange(x.shape[0]), np.arange(x.shape[1]), indexing="ij")
+            colours = colormaps[COLOUR_MAP](norm(x))
+            place.plot_surface(
+                channels,
+                tokens,
+                x,
+                facecolors=colours,
+                rcount=60,
+                ccount=100,
+                linewidth=0,
+                shade=False,
+                rasterized=True,
+            )
+            place.set_xticks([])
+            place.set_yticks([])
+            place.set_zlim(0, float(x.max()) or 1)
+            place.zaxis.set_major_locator(MaxNLocator(nbins=4))
+            place.tick_params(axis="z", pad=-2, labelsize=7.5)
+            place.zaxis.set_major_formatter(lambda value, _: short(value))
+            place.set_xlabel("channel", labelpad=-15)
+            place.set_ylabel("token", labelpad=-15)
+            for axis in (place.xaxis, place.yaxis, place.zaxis):
+                axis.set_pane_color((0, 0, 0, 0))
+                axis.line.set_color(ink())
+            place.grid(False)
+            place.view_init(24, -60)
+            figure.text(left + 0.02, 0.93, NAMES.get(variant, variant))
+        return figure
+
+    return draw
+
+
+def _all_surfaces(values: dict[str, np.ndarray[Any, Any]]) -> Callable[[], Figure]:
+    """A small map of tokens by channels for every layer: variants side by side, layers two to a row."""
+
+    def draw() -> Figure:
+        layers = min(map(len, values.values()))
+        rows, columns = values[next(iter(values))].shape[1:]
+        gap, per_row = 14, 2
+        cell = len(values) * (columns + 2) + gap
+        height = rows + 6
+        lines = -(-layers // per_row)
+        sheet = np.full((lines * height, per_row * cell), np.nan)
+        for index in range(layers):
+            top, left = (index // per_row) * height, (index % per_row) * cell + gap
+            for place, x in enumerate(values.values()):
+                at = left + place * (columns + 2)
+                sheet[top : top + rows, at : at + columns] = x[index][:, : sheet.shape[1] - at]
+        figure = Figure(figsize=(WIDTH, WIDTH * sheet.shape[0] / sheet.shape[1] + 0.3))
+        inches = figure.get_size_inches()[1]
+        axes = figure.add_axes((0.06, 0, 0.94, 1 - 0.28 / inches))
+        axes.imshow(sheet, norm=_scale(values.values()), cmap=COLOUR_MAP, aspect="auto", interpolation="nearest")
+        axes.set_axis_off()
+        for index in range(layers):
+            left, middle = (index % per_row) * cell + gap, (index // per_row) * height + rows / 2
+            axes.text(left - 2, middle, str(index), ha="right", va="center", fontsize=7.5)
+        names = " | ".join(NAMES.get(variant, variant) for variant in values)
+        axes.set_title(f"each layer: {names}", loc="left", fontsize=8)
+        return figure
+
+    return draw

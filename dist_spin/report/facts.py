@@ -1,0 +1,197 @@
+"""Everything a report is made of, read from a run's files alone; what is not there yet is named, never an error."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from dist_spin.errors import UserError
+from dist_spin.numerics.activations import SUMMARY
+from dist_spin.rundir import CorruptFile, RunDir, read_lines, read_metadata
+from dist_spin.statistics_files import SITES, load_statistics
+
+LEARNED = "learned"
+
+
+@dataclass
+class Facts:
+    """A run as it stands.
+
+    layers: variant -> layer -> linear -> figures of its rounding (`QuantizedLayer.figures`).
+    activations: variant -> site -> figure -> [layers, ...] (`statistics_files.Statistics`).
+    missing: one line for each thing that is not there, and how it comes about.
+    """
+
+    run: RunDir
+    config: dict[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    events: list[dict[str, Any]] = field(default_factory=list)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    layers: dict[str, dict[int, dict[str, dict[str, float]]]] = field(default_factory=dict)
+    activations: dict[str, dict[str, dict[str, np.ndarray[Any, Any]]]] = field(default_factory=dict)
+    tokens: int = 0  # that the activations were measured on
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.config.get("name", self.run.path.name)
+
+    @property
+    def steps(self) -> int:
+        """Learning steps that were asked for."""
+        return self.config.get("optimize", {}).get("steps", 0)
+
+    @property
+    def learned(self) -> bool:
+        """Whether the rotations are finished."""
+        return (self.run.rotations / "final.safetensors").exists()
+
+    @property
+    def job(self) -> dict[str, Any]:
+        """Where and with what the run was last worked on."""
+        return next((e for e in reversed(self.events) if e["event"] == "job"), {})
+
+    @property
+    def orthogonality(self) -> dict[str, float]:
+        """Largest entry of |R R^T - I| of the finished rotations, by "r1" and "r2"."""
+        done: dict[str, Any] = next((e for e in reversed(self.events) if e["event"] == "done"), {})
+        prefix = "orthogonality_"
+        return {key.removeprefix(prefix): value for key, value in done.items() if key.startswith(prefix)}
+
+    def of_stage(self, stage: str) -> list[dict[str, Any]]:
+        """Rows of results.json that a stage wrote."""
+        return [row for row in self.rows if row.get("stage", "evaluate") == stage]
+
+
+def gather(path: Path) -> Facts:
+    """Read a run directory.
+
+    Raises:
+        UserError: `path` is no run directory.
+    """
+    run = RunDir(path)
+    if not any((path / name).exists() for name in ("config.yaml", "events.jsonl")):
+        raise UserError(f"{path} is no run directory (it has no config.yaml)", "give runs/NAME, or its configuration")
+    facts = Facts(run, events=read_lines(path / "events.jsonl"), metrics=read_lines(path / "metrics.jsonl"))
+    if (path / "config.yaml").exists():
+        facts.config_text = (path / "config.yaml").read_text()
+        facts.config = yaml.safe_load(facts.config_text)
+    else:
+        facts.missing.append("configuration: no stage has begun")
+    _results(facts)
+    _layers(facts)
+    _activations(facts)
+    _learning(facts)
+    return facts
+
+
+def _results(facts: Facts) -> None:
+    path = facts.run.path / "results.json"
+    if path.exists():
+        facts.rows = json.loads(path.read_text())
+    if not any("ppl" in row for row in facts.rows):
+        facts.missing.append("perplexities: nothing is measured yet (dist-spin evaluate)")
+
+
+def _learning(facts: Facts) -> None:
+    if not facts.metrics:
+        facts.missing.append("loss and step sizes: no step is done yet (dist-spin optimize)")
+    elif not facts.learned:
+        facts.missing.append(f"finished rotations: step {facts.metrics[-1]['step']} of {facts.steps} is done")
+    if facts.learned and not facts.orthogonality:
+        facts.missing.append("orthogonality of the finished rotations: written by an earlier version")
+
+
+def _layers(facts: Facts) -> None:
+    directories = {LEARNED: facts.run.layers()}
+    baselines = facts.run.path / "baselines"
+    if baselines.is_dir():
+        directories |= {path.name: path / "layers" for path in sorted(baselines.iterdir())}
+    for variant, directory in directories.items():
+        found: dict[int, dict[str, dict[str, float]]] = {}
+        for path in sorted(directory.glob("[0-9]*.safetensors")):
+            metadata = read_metadata(path)
+            if metadata and "layer" in metadata:
+                found[int(path.stem)] = json.loads(metadata["layer"])["figures"]
+        if found:
+            facts.layers[variant] = found
+    wanted = facts.config.get("quantize", {})
+    unquantized = wanted.get("method") == "none" or facts.config.get("quant", {}).get("w_bits") == 16
+    if unquantized:
+        return
+    total = max((e["layers"] for e in facts.events if e["event"] == "quantize"), default=0)
+    for variant in (*wanted.get("baselines", []), LEARNED):
+        done = len(facts.layers.get(variant, {}))
+        if not done or done < total:
+            count = f"{done} of {total} layers are" if total else "no layer is"
+            facts.missing.append(f"rounding errors ({variant}): {count} quantised (dist-spin quantize)")
+
+
+def _activations(facts: Facts) -> None:
+    for path in sorted((facts.run.path / "statistics").glob("*.safetensors")):
+        try:
+            statistics, about = load_statistics(path)
+        except CorruptFile as error:
+            facts.missing.append(f"activations ({path.stem}): {error}")
+            continue
+        if not statistics.done:
+            continue
+        facts.tokens = int(about["tokens"])
+        facts.activations[path.stem] = {
+            site: {figure: np.stack([t.numpy() for t in layers]) for figure, layers in figures.items()}
+            for site, figures in statistics.layers.items()
+        }
+        if about["complete"] != "true":
+            facts.missing.append(f"activations ({path.stem}): {statistics.done} layers are measured")
+    command = f"dist-spin report {facts.run.path}/config.yaml"
+    if not facts.activations:
+        facts.missing.append(f"activation statistics: not measured yet ({command})")
+    elif LEARNED not in facts.activations:
+        when = "now" if facts.learned else "once the rotations are finished"
+        facts.missing.append(f"activations after the learned rotation: {command}, {when}")
+
+
+def stages(facts: Facts) -> list[dict[str, Any]]:
+    """Time and memory of each stage that has ended once: starts, seconds over all its jobs, peak memory of a process."""
+    out: dict[str, dict[str, Any]] = {}
+    for event in facts.events:
+        if event["event"] in ("job", "stage_end"):
+            entry = out.setdefault(event["stage"], {"starts": 0, "ends": 0, "seconds": 0.0, "host": 0, "gpu": 0})
+            if event["event"] == "job":
+                entry["starts"] += 1
+                entry["ranks"] = event["ranks"]
+                entry["devices"] = ", ".join(event["devices"])
+            else:
+                entry["ends"] += 1
+                entry["seconds"] += event["seconds"]
+                entry["host"] = max(entry["host"], event["peak_host_bytes"])
+                entry["gpu"] = max(entry["gpu"], event.get("peak_gpu_bytes", 0))
+    return [{"stage": stage, **entry} for stage, entry in out.items() if entry["ends"]]
+
+
+def extremes(facts: Facts) -> list[dict[str, Any]]:
+    """Per site and variant: the largest per-token peak/RMS and kurtosis of any layer, with the layer, and the mean ones."""
+    largest, mean = SUMMARY.index("max"), SUMMARY.index("mean")
+    out = []
+    for site, title in SITES.items():
+        for variant in order(facts.activations):
+            figures = facts.activations[variant][site]
+            entry: dict[str, Any] = {"site": title, "variant": variant}
+            for figure in ("peak", "kurtosis"):
+                values = figures[figure]  # [layers, 4]
+                entry[figure] = float(values[:, largest].max())
+                entry[f"{figure}_layer"] = int(values[:, largest].argmax())
+                entry[f"{figure}_mean"] = float(values[:, mean].mean())
+            out.append(entry)
+    return out
+
+
+def order(variants: Any) -> list[str]:
+    """Variants from none over the random ones to learned."""
+    known = ["none", "hadamard", "orthogonal", LEARNED]
+    return sorted(variants, key=lambda name: (known.index(name) if name in known else 2.5, name))

@@ -1,0 +1,165 @@
+"""The figures of a report: what there is to draw of a run, each with a name, a caption and words for who does not see it."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from dist_spin.report import activation_figures
+from dist_spin.report.drawing import Drawing
+from dist_spin.report.facts import LEARNED, Facts, order
+from dist_spin.report.style import (
+    BLUE,
+    GREEN,
+    NAMES,
+    PURPLE,
+    ink,
+    legend,
+    logarithmic,
+    markers_every,
+    one_axes,
+    short,
+    style_of,
+    whole_numbers,
+)
+from dist_spin.report.tables import bits_of
+
+FEWEST_SEEDS = 3  # that make a distribution
+
+
+def drawings(facts: Facts) -> list[Drawing]:
+    """Everything that can be drawn of a run as it stands, in the order of the report."""
+    return [*_learning(facts), *_rounding(facts), *_seeds(facts), *activation_figures.drawings(facts)]
+
+
+# Figures of two series, R1 and R2: key in metrics.jsonl -> name, title, label of the axis, caption.
+PAIRS = {
+    "turn": ("turn", "Turn per step", "rms turn of a row, radians", "How far one step turns the rows of R1 and R2"),
+    "alpha": ("step-size", "Step length α", "α", "The length of a Cayley step, bounded by the learning rate"),
+    "orthogonality": (
+        "orthogonality",
+        "Orthogonality error",
+        "max |RRᵀ − I|",
+        "Drift from orthogonality, just before it is removed",
+    ),
+}
+
+
+def _learning(facts: Facts) -> Iterator[Drawing]:
+    lines = facts.metrics
+    if not lines:
+        return
+    first, last = lines[0], lines[-1]
+    words = f"from {first['loss']:.4f} at step {first['step']} to {last['loss']:.4f} at step {last['step']}"
+    loss = _curves(lines, {"": "loss"}, "loss, nats")
+    yield Drawing("loss", "learning", "Loss", f"Training loss in nats, {words}.", loss)
+    for key, (name, title, label, text) in PAIRS.items():
+        columns = {r: f"{key}_{r.lower()}" for r in ("R1", "R2")}
+        values = {r: [line[column] for line in lines if column in line] for r, column in columns.items()}
+        if not all(values.values()):
+            continue
+        ends = "; ".join(f"{r} from {short(found[0])} to {short(found[-1])}" for r, found in values.items())
+        draw = _curves(lines, columns, label, "lr" if key == "alpha" else "")
+        yield Drawing(name, "learning", title, f"{text}: {ends}.", draw)
+    words = f"from {short(first['grad_norm'])} to {short(last['grad_norm'])}"
+    words = f"Joint norm of the gradients of R1 and R2 before clipping, {words}."
+    norm = _curves(lines, {"": "grad_norm"}, "gradient norm")
+    yield Drawing("gradient-norm", "learning", "Gradient norm", words, norm)
+
+
+def _curves(lines: list[dict[str, Any]], columns: dict[str, str], label: str, bound: str = "") -> Callable[[], Figure]:
+    """Columns of metrics.jsonl by step, named by series; `bound`: one more, drawn as a limit."""
+
+    def draw() -> Figure:
+        figure, axes = one_axes()
+        for place, (series, column) in enumerate(columns.items()):
+            at = [(line["step"], line[column]) for line in lines if column in line]
+            every = markers_every(len(at), place)
+            axes.plot(*zip(*at, strict=True), **style_of(series or LEARNED), markevery=every, label=series or None)
+        if bound:
+            limits = [line[bound] for line in lines]
+            axes.plot([line["step"] for line in lines], limits, color=ink(), linestyle=":", label=f"bound ({bound})")
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        whole_numbers(axes)
+        logarithmic(axes)
+        legend(figure, axes)
+        return figure
+
+    return draw
+
+
+def _rounding(facts: Facts) -> Iterator[Drawing]:
+    if not facts.layers:
+        return
+    method = facts.config.get("quantize", {}).get("method", "gptq").upper()
+    roles = next(iter(next(iter(facts.layers.values())).values()))
+    for role in roles:
+        name = role.rpartition(".")[2]
+
+        def draw(role: str = role) -> Figure:
+            figure, axes = one_axes()
+            for place, variant in enumerate(order(facts.layers)):
+                layers = sorted(facts.layers[variant])
+                values = [facts.layers[variant][i][role]["error"] for i in layers]
+                every = markers_every(len(layers), place)
+                label = NAMES.get(variant, variant)
+                axes.plot(layers, values, **style_of(variant), markevery=every, label=label)
+            if method == "GPTQ" and LEARNED in facts.layers:
+                found = facts.layers[LEARNED]
+                values = [found[i][role]["rtn_error"] for i in sorted(found)]
+                axes.plot(sorted(found), values, color=ink(), linewidth=0.8, alpha=0.7, label="learned, RTN instead")
+            axes.set_xlabel("layer")
+            axes.set_ylabel("relative output error")
+            whole_numbers(axes)
+            logarithmic(axes)
+            legend(figure, axes, columns=2)
+            return figure
+
+        means = ", ".join(
+            f"{NAMES.get(v, v)} {short(float(np.mean([figures[role]['error'] for figures in facts.layers[v].values()])))}"
+            for v in order(facts.layers)
+        )
+        words = f"Output error of {name} after {method}, relative, by layer. Means: {means}."
+        yield Drawing(f"{method.lower()}-{name}", "rounding", name, words, draw)
+
+
+def _seeds(facts: Facts) -> Iterator[Drawing]:
+    rows = [row for row in facts.rows if "ppl" in row and "system" in row]
+    groups: dict[tuple[str, str, str], dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        if row["system"] in ("random Hadamard", "random orthogonal", "ours"):
+            key = (row["dataset"], bits_of(row), row["weights"])
+            groups.setdefault(key, {}).setdefault(row["system"], []).append(row)
+    for number, ((dataset, bits, weights), systems) in enumerate(groups.items()):
+        random = {name: [row["ppl"] for row in found] for name, found in systems.items() if name != "ours"}
+        if not random or max(map(len, random.values())) < FEWEST_SEEDS:
+            continue
+        ours = [row["ppl"] for row in systems.get("ours", [])]
+
+        def draw(random: dict[str, list[float]] = random, ours: list[float] = ours) -> Figure:
+            figure, axes = one_axes(height=2.2)
+            colours = {"random Hadamard": (BLUE, "s"), "random orthogonal": (PURPLE, "^")}
+            for y, (name, values) in enumerate(random.items()):
+                colour, marker = colours[name]
+                spread = np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else np.zeros(1)
+                axes.plot(sorted(values), y + spread, marker, color=colour, alpha=0.85)
+                axes.plot([np.median(values)] * 2, [y - 0.35, y + 0.35], color=colour, linewidth=2)
+            for value in ours:
+                axes.axvline(value, color=GREEN)
+            if ours:
+                place = (ours[0], 1.0)
+                axes.annotate("learned", place, xycoords=("data", "axes fraction"), ha="center", va="bottom")
+            axes.set_yticks(range(len(random)), [name.replace(" ", "\n") for name in random])
+            axes.set_ylim(-0.6, len(random) - 0.4)
+            axes.set_xlabel("perplexity (bar: median)")
+            return figure
+
+        words = "; ".join(
+            f"{name}, {len(values)} seeds: {min(values):.3f} to {max(values):.3f}" for name, values in random.items()
+        )
+        if ours:
+            words += f"; learned: {', '.join(f'{value:.3f}' for value in ours)}"
+        by = "16-bit weights" if weights == "none" else f"weights by {weights.upper()}"
+        yield Drawing(f"seeds-{number}", "seeds", f"{bits}, {by}, {dataset}", f"Perplexity, {words}.", draw)

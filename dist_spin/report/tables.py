@@ -1,0 +1,250 @@
+"""Results as tables: perplexities, zero-shot accuracies, outliers, time and memory; the best of each column is marked."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from statistics import mean, stdev
+from typing import Any
+
+from dist_spin.report.facts import Facts, extremes, stages
+from dist_spin.report.published import known_model, published, published_rows
+
+PUBLISHED_BITS = {"W4A4KV4", "W16A16KV16"}
+FULL = "full precision"
+
+
+@dataclass
+class Cell:
+    """One entry. best: the best of what it is compared with."""
+
+    text: str
+    best: bool = False
+
+
+@dataclass
+class Table:
+    """heads: names of the columns. left: how many of them are text; the others are numbers. note: below the table."""
+
+    title: str
+    heads: list[str]
+    left: int
+    rows: list[list[Cell]] = field(default_factory=list)
+    note: str = ""
+
+    def add(self, *entries: Cell | str) -> None:
+        """One more row."""
+        self.rows.append([entry if isinstance(entry, Cell) else Cell(entry) for entry in entries])
+
+
+def bits_of(row: dict[str, Any]) -> str:
+    """Such as W4A4KV4, or W4A8K8V4."""
+    k, v = row["k_bits"], row["v_bits"]
+    return f"W{row['w_bits']}A{row['a_bits']}" + (f"KV{k}" if k == v else f"K{k}V{v}")
+
+
+def result_tables(facts: Facts) -> list[Table]:
+    """What was measured: perplexities of this run, the comparison of systems, zero-shot tasks, and what was published."""
+    found = [_perplexities(facts), *_comparisons(facts), _tasks(facts)]
+    model = model_of(facts)
+    shown = [table for table in found if table is not None]
+    return [*shown, _published(model)] if model and shown else shown
+
+
+def model_of(facts: Facts) -> str | None:
+    """The model of the published tables that the run is about, if it is one of them."""
+    return known_model(str(facts.config.get("model", {}).get("path", "")))
+
+
+def _perplexities(facts: Facts) -> Table | None:
+    rows = [row for row in facts.of_stage("evaluate") if "ppl" in row]
+    if not rows:
+        return None
+    texts = list(dict.fromkeys(row["dataset"] for row in rows))
+    model = model_of(facts) if any(map(_as_published, rows)) else None
+    online = facts.config.get("rotation", {}).get("online", True)
+    heads = ["bits", "method", "weights", *texts] + (["published, wikitext2"] if model else [])
+    table = Table("Perplexity", heads, 3, note=f"{_windows(rows)} Lower is better; bold: best of its bits.")
+    lines: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in rows:
+        lines.setdefault((bits_of(row), row["method"], row["weights"]), {})[row["dataset"]] = row["ppl"]
+    lowest = _best(((bits, text), v) for (bits, how, _), of in lines.items() if how != FULL for text, v in of.items())
+    for (bits, method, weights), values in lines.items():
+        cells = []
+        for text in texts:
+            value = values.get(text)
+            best = method != FULL and value is not None and value == lowest[(bits, text)]
+            cells.append(Cell("–" if value is None else f"{value:.3f}", best))
+        same = bits in PUBLISHED_BITS and (online or method == FULL)
+        theirs = published(model, method, weights) if same else None
+        table.add(bits, method, weights, *cells, *([_number(theirs)] if model else []))
+    return table
+
+
+def _as_published(row: dict[str, Any]) -> bool:
+    """Whether a row was measured on the text and with the windows of the published tables."""
+    return row["dataset"] == "wikitext2" and row["seq_len"] == 2048
+
+
+def _windows(rows: list[dict[str, Any]]) -> str:
+    lengths = sorted({(row["dataset"], row["seq_len"], row["tokens"]) for row in rows})
+    return "; ".join(f"{text}: {tokens:,} tokens in windows of {length}" for text, length, tokens in lengths) + "."
+
+
+def _comparisons(facts: Facts) -> list[Table]:
+    """One table for each text: systems by bits, mean and sample standard deviation over seeds."""
+    rows = [row for row in facts.rows if "system" in row and "ppl" in row]
+    tables = []
+    for text in dict.fromkeys(row["dataset"] for row in rows):
+        here = [row for row in rows if row["dataset"] == text]
+        columns = list(dict.fromkeys(bits_of(row) for row in here if row["system"] != FULL))
+        full = [row["ppl"] for row in here if row["system"] == FULL]
+        model = model_of(facts) if _as_published(here[0]) and "W4A4KV4" in columns else None
+        heads = ["system", "clips", "weights", *columns] + (["published W4A4KV4"] if model else [])
+        table = Table(f"Comparison on {text}", heads, 3)
+        cells: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+        for row in here:
+            if row["system"] != FULL:
+                key = (row["system"], row.get("clips", "none"), row["weights"])
+                cells.setdefault(key, {}).setdefault(bits_of(row), []).append(row["ppl"])
+        lowest = _best((bits, mean(values)) for of in cells.values() for bits, values in of.items())
+        for (system, clips, weights), of in cells.items():
+            entries = [
+                Cell(_spread(of[bits]), mean(of[bits]) == lowest[bits]) if bits in of else Cell("–") for bits in columns
+            ]
+            theirs = published(model, system, weights)
+            table.add(
+                system, "" if clips == "none" else clips, weights, *entries, *([_number(theirs)] if model else [])
+            )
+        table.note = "Perplexity, lower is better; bold: best of the column; ±: sample standard deviation over n seeds."
+        if full:
+            theirs = published(model, FULL, "none")
+            table.note += f" Full precision: {full[0]:.3f}" + (f" (published: {theirs:.2f})." if theirs else ".")
+        tables.append(table)
+    return tables
+
+
+def _spread(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{mean(values):.3f} ± {stdev(values):.3f} (n={len(values)})"
+
+
+def _tasks(facts: Facts) -> Table | None:
+    """Zero-shot tasks, one column each, accuracies in percent with their standard errors."""
+    rows = [row for row in facts.rows if "task" in row]
+    if not rows:
+        return None
+    lines: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        key = (bits_of(row), row.get("system", row["method"]), row["weights"])
+        lines.setdefault(key, {})[f"{row['task']} {row['metric']}"] = row
+    columns = list(dict.fromkeys(name for of in lines.values() for name in of))
+    shares = _one_accuracy_each(columns)
+    counts = ", ".join(f"{task} {n}" for task, n in {row["task"]: row["n"] for row in rows if "n" in row}.items())
+    table = Table("Zero-shot tasks", ["bits", "method", "weights", *columns, "mean accuracy"], 3)
+    table.note = "Accuracies in percent ± standard error; bold: best of its bits." + (
+        f" Items: {counts}." * bool(counts)
+    )
+    best = _best(
+        ((bits, name), _badness(name, row["value"]))
+        for (bits, how, _), of in lines.items()
+        if how != FULL
+        for name, row in of.items()
+    )
+    for (bits, method, weights), of in lines.items():
+        cells = [
+            Cell(_task_text(name, of[name]), method != FULL and _badness(name, of[name]["value"]) == best[(bits, name)])
+            if name in of
+            else Cell("–")
+            for name in columns
+        ]
+        whole = bool(shares) and all(name in of for name in shares)
+        average = f"{100 * mean(of[name]['value'] for name in shares):.2f}" if whole else "–"
+        table.add(bits, method, weights, *cells, average)
+    return table
+
+
+def _one_accuracy_each(columns: list[str]) -> list[str]:
+    """The column of each task that enters the mean: its plain accuracy, or the first fraction that it has."""
+    found: dict[str, str] = {}
+    for name in filter(_is_share, columns):
+        task, _, metric = name.rpartition(" ")
+        if metric == "acc" or task not in found:
+            found[task] = name
+    return list(found.values())
+
+
+def _is_share(name: str) -> bool:
+    """Whether "TASK METRIC" is a fraction of items, of which more is better; others are perplexities."""
+    metric = name.rpartition(" ")[2]
+    return "acc" in metric or "match" in metric
+
+
+def _badness(name: str, value: float) -> float:
+    return -value if _is_share(name) else value
+
+
+def _task_text(name: str, row: dict[str, Any]) -> str:
+    scale, error = (100 if _is_share(name) else 1), row.get("stderr")
+    if not isinstance(error, int | float) or not math.isfinite(error):
+        return f"{row['value'] * scale:.2f}"
+    return f"{row['value'] * scale:.2f} ± {error * scale:.2f}"
+
+
+def _published(model: str) -> Table:
+    table = Table(f"Published for {model}", ["system", "weights", "perplexity"], 2)
+    table.note = "WikiText-2, windows of 2048 tokens, W4A4KV4, as their authors report it; bold: best quantised."
+    rows = published_rows(model)
+    lowest = min(value for system, _, value in rows if system != FULL)
+    for system, weights, value in rows:
+        table.add(system, weights, Cell(f"{value:.2f}", value == lowest and system != FULL))
+    return table
+
+
+def outlier_table(facts: Facts, names: dict[str, str]) -> Table | None:
+    """Peak/RMS and kurtosis of tokens at every site, per rotation."""
+    rows = extremes(facts)
+    if not rows:
+        return None
+    heads = ["site", "rotation", "peak/RMS, mean", "largest", "in layer", "kurtosis, mean", "largest", "in layer"]
+    table = Table("Outliers at each site", heads, 2)
+    table.note = "Mean over layers and tokens, and the worst token of any layer. A Gaussian has kurtosis 3."
+    for row in rows:
+        numbers = [f"{row['peak_mean']:.2f}", f"{row['peak']:.1f}", str(row["peak_layer"])]
+        numbers += [f"{row['kurtosis_mean']:.2f}", f"{row['kurtosis']:.1f}", str(row["kurtosis_layer"])]
+        table.add(row["site"], names.get(row["variant"], row["variant"]), *numbers)
+    return table
+
+
+def stage_table(facts: Facts, clock: Callable[[float], str]) -> Table | None:
+    """Time and memory of the stages."""
+    rows = stages(facts)
+    if not rows:
+        return None
+    heads = ["stage", "devices", "ranks", "starts", "time", "peak host memory", "peak GPU memory"]
+    table = Table("Time and memory", heads, 2)
+    table.note = "Time of all starts and jobs together; memory of the process that used most."
+    for row in rows:
+        gpu = f"{row['gpu'] / 2**30:.1f} GiB" if row["gpu"] else "–"
+        table.add(
+            row["stage"],
+            row["devices"],
+            str(row["ranks"]),
+            str(row["starts"]),
+            clock(row["seconds"]),
+            f"{row['host'] / 2**30:.1f} GiB",
+            gpu,
+        )
+    return table
+
+
+def _best(entries: Iterable[tuple[Any, float]]) -> dict[Any, float]:
+    """The lowest value of each key."""
+    lowest: dict[Any, float] = {}
+    for key, value in entries:
+        lowest[key] = min(value, lowest.get(key, math.inf))
+    return lowest
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
