@@ -14,13 +14,15 @@ from dist_spin.rundir import HEADER, RunDir, atomic, load_tensors, save_tensors
 R2_NAME = "model.layers.{}.self_attn.R2"
 
 
-def save_final(run: RunDir, r1: Tensor, r2: Tensor, metadata: dict[str, str]) -> None:
-    """Write rotations/final.safetensors (R1 [h, h], R2 [layers, d, d]) and the same as rotations/R.bin (fp32)."""
+def save_final(
+    run: RunDir, r1: Tensor, r2: Tensor, metadata: dict[str, str], transforms: dict[str, Tensor] | None = None
+) -> None:
+    """Write rotations/final.safetensors (R1 [h, h], R2 [layers, d, d], learned `transforms`) and R1, R2 as R.bin (fp32)."""
     named = {"R1": r1.float().cpu(), **{R2_NAME.format(i): r.float().cpu().clone() for i, r in enumerate(r2)}}
     with atomic(run.rotations / "R.bin") as temporary:
         torch.save(named, temporary)
     # Last, because its presence says that learning is complete.
-    save_tensors(run.rotations / "final.safetensors", {"R1": r1, "R2": r2}, metadata)
+    save_tensors(run.rotations / "final.safetensors", {"R1": r1, "R2": r2, **(transforms or {})}, metadata)
 
 
 def _read(path: Path) -> Any:
@@ -66,3 +68,10 @@ def load_rotations(path: Path, hidden: int, head_dim: int, layers: int) -> tuple
         if not off < 1e-2:
             raise UserError(f"{path}: {name} is not orthogonal (error {off:.1e})", "check rotation.load")
     return r1, r2
+
+
+def load_transforms(path: Path) -> dict[str, Tensor]:
+    """Learned scales (`scale.NAME`) and clip ratios (`clip`) of a rotation file of ours, each [layers, ...], fp64."""
+    if path.suffix != ".safetensors":
+        return {}
+    return {name: t.double() for name, t in _read(path).items() if name == "clip" or name.startswith("scale.")}

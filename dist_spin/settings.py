@@ -89,7 +89,7 @@ class RotationConfig:
     r4_block: int = 0
     """Block size of R4 in channels; 0 rotates the whole intermediate size."""
     load: str | None = None
-    """File of rotations to start from instead of `init`: R.bin or .safetensors."""
+    """File of rotations to start from instead of `init`: R.bin or .safetensors (scales and clips too, where learned)."""
 
     def __post_init__(self) -> None:
         _check(self, "seed", lambda n: n >= 0, "use 0 or more")
@@ -193,6 +193,23 @@ class OptimizeConfig:
     """Steps between re-orthogonalisations, which remove rounding drift; rare enough to cost little."""
     keep_checkpoints: int = 3
     """Newest checkpoints kept (one is written per step)."""
+    objective: Literal["cross_entropy", "kl", "mixed"] = "cross_entropy"
+    """Loss: next tokens of the text (as published), divergence from the full-precision model's predictions, or both."""
+    kl_share: float = 0.5
+    """Share of the divergence in a mixed objective; the rest is cross entropy."""
+    scales: bool = False
+    """Also learn per-channel scales, which merge into norms and weights: before linears, up to down, v to o, k to q."""
+    scale_lr: float = 0.03
+    """Learning rate of log-scales (Adam); the schedule and warm-up are those of `lr`."""
+    clips: bool = False
+    """Also learn the fraction of the range that each quantiser keeps, per layer."""
+    clip_lr: float = 0.05
+    """Learning rate of the clips' logits (Adam)."""
+    guard_every: int = 0
+    """Steps between measurements on held-out sequences; the best state so far is kept and returned to when learning
+    jumps, at half the learning rate; 0 switches the guard off."""
+    guard_sequences: int = 8
+    """Sequences at the end of the learning text that the guard holds out."""
     seed: int = 0
     """Seed of the order of the sequences; -1 takes them as they come, as published."""
     recompute: Literal["auto", "none", "sites", "layer"] = "auto"
@@ -207,6 +224,10 @@ class OptimizeConfig:
         counts = "batch_size reproject_every keep_checkpoints"
         _check(self, counts, lambda n: n >= 1, "use 1 or more")
         _check(self, "w_bits", lambda n: n in BITS, "use 2 to 8 bits, or 16 = off")
+        if self.w_bits < 16:
+            alone = f"optimize.w_bits={self.w_bits} learns rotations alone, so use"
+            _check(self, "scales clips", lambda on: not on, f"{alone} false")
+            _check(self, "objective", lambda name: name == "cross_entropy", f"{alone} cross_entropy")
         _check(self, "steps", lambda n: n >= 0, "use a number of steps, or 0 to learn nothing")
         _check(self, "seed", lambda n: n >= -1, "use 0 or more, or -1 for the order as it comes")
         most = f"optimize.batch_size is {self.batch_size}, so use at most that"
@@ -214,6 +235,10 @@ class OptimizeConfig:
         left = f"optimize.steps is {self.steps}, so use 0 to {max(0, self.steps - 1)}"
         _check(self, "warmup_steps", lambda n: 0 <= n < max(1, self.steps), left)
         _check(self, "lr", lambda x: 0 < x < math.inf, "use a number above 0")
+        _check(self, "scale_lr clip_lr", lambda x: 0 <= x < math.inf, "use 0 or more")
+        _check(self, "kl_share", lambda x: 0 < x < 1, "use a share above 0 and below 1")
+        _check(self, "guard_every", lambda n: n >= 0, "use a number of steps, or 0 for no guard")
+        _check(self, "guard_sequences", lambda n: n >= 1, "use 1 or more")
         _check(self, "momentum", lambda x: 0 <= x < 1, "use 0 up to but not including 1")
         _check(self, "max_grad_norm", lambda x: 0 <= x < math.inf, "use a number above 0, or 0 for no limit")
 

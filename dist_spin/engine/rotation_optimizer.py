@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_spin.distributed import World, gather_parts, sum_over_ranks_
+from dist_spin.engine.euclidean_optimizer import EuclideanOptimizer
 from dist_spin.model.rotation import Rotations
 from dist_spin.numerics.cayley import (
     bounded,
@@ -27,6 +28,7 @@ class RotationOptimizer:
     kind "cayley_sgd": the published step, length min(lr, 1/||W||_1), momentum on the Riemannian gradient.
     kind "cayley_adam": Adam in the Lie algebra; lr is the angle, in radians, that one step turns a row (root mean square),
         so that it means the same at every size.
+    euclidean: steps the scales and clips that are learned together with the rotations.
     """
 
     def __init__(
@@ -38,7 +40,9 @@ class RotationOptimizer:
         momentum: float,
         max_grad_norm: float,
         reproject_every: int,
+        euclidean: EuclideanOptimizer | None = None,
     ) -> None:
+        self.euclidean = euclidean
         self.rotations, self.world, self.kind = rotations, world, kind
         self.momentum, self.max_grad_norm, self.reproject_every = momentum, max_grad_norm, reproject_every
         self.step_count = 0
@@ -50,18 +54,21 @@ class RotationOptimizer:
         """Sum the packed gradients over ranks and keep their tangent part, in place; returns its joint norm before clipping.
 
         This is the one place where rotation gradients meet: no engine reduces them, since no engine owns the rotations.
+        The norm is of the rotations alone, but NaN where the gradient of scales or clips is not finite.
         """
         sum_over_ranks_(self.rotations.gradient)
         self.rotations.to_tilt()
         for part in (self.rotations.tilt1, self.rotations.tilt2):
             part.copy_(tangent(part))
-        return float(self.rotations.gradient.norm())
+        other = 0.0 if self.euclidean is None else self.euclidean.reduce_gradients()
+        return float(self.rotations.gradient.norm()) if math.isfinite(other) else math.nan
 
-    def step(self, lr: float, norm: float) -> dict[str, float]:
+    def step(self, lr: float, norm: float, factor: float = 1.0) -> dict[str, float]:
         """Move against the reduced gradient and clear it.
 
         Args:
             lr: this step's learning rate (see the class). norm: joint gradient norm, as `reduce_gradients` returned it.
+            factor: of the learning rates of scales and clips at this step.
 
         Returns:
             figures to log: step lengths, how far the rotations turned, orthogonality error.
@@ -87,7 +94,22 @@ class RotationOptimizer:
             x.copy_(moved)
         self.rotations.gradient.zero_()
         self.rotations.refresh()
-        return figures
+        return figures if self.euclidean is None else figures | self.euclidean.step(factor)
+
+    def forget(self, step_count: int) -> None:
+        """Clear gradients and momenta and take up masters that were changed from outside, as after `step_count` steps."""
+        self.step_count = step_count
+        self.rotations.gradient.zero_()
+        self.rotations.refresh()
+        for moment in self.moments.values():
+            moment.zero_()
+        if self.euclidean is not None:
+            self.euclidean.forget(step_count)
+
+    def masters(self) -> dict[str, Tensor]:
+        """What is learned, by name."""
+        learned = {"R1": self.rotations.r1, "R2": self.rotations.r2}
+        return learned if self.euclidean is None else {**learned, "transforms": self.euclidean.transforms.parameters}
 
     def _direction(self, name: str, gradient: Tensor) -> Tensor:
         if self.kind == "cayley_adam":
@@ -103,7 +125,8 @@ class RotationOptimizer:
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, by name, on the rotations' device."""
-        return {"R1": self.rotations.r1, "R2": self.rotations.r2, **self.moments}
+        euclidean = {} if self.euclidean is None else self.euclidean.state()
+        return {"R1": self.rotations.r1, "R2": self.rotations.r2, **self.moments, **euclidean}
 
     def load(self, state: dict[str, Tensor], step_count: int) -> None:
         """Take up a saved state.
@@ -114,6 +137,8 @@ class RotationOptimizer:
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
         self.step_count = step_count
+        if self.euclidean is not None:
+            self.euclidean.step_count = step_count
         self.rotations.refresh()
 
 

@@ -45,7 +45,8 @@ class LayerRunner:
         widen_norms(layer, self.rotated)
         missing = [name for name, p in layer.named_parameters() if p.is_meta]
         assert not missing, f"layer {index} was given no {missing[0]}"
-        self.attach(layer, index, self.sites if sites is None else sites.to(self.device, self.dtype))
+        sites = self.sites if sites is None else sites.to(self.device, self.dtype)
+        self.attach(layer, index, sites.layer(index))
         return layer.requires_grad_(False)
 
     def attach(self, layer: nn.Module, index: int, sites: Sites) -> None:
@@ -78,16 +79,24 @@ class RotatedWeights:
         device: torch.device,
         dtype: torch.dtype,
         heads: tuple[Tensor, ...] = (),
+        scales: dict[str, Tensor] | None = None,
     ) -> None:
-        """rotations: R1 [h, h] and R2 [layers, d, d] in fp64, or None. r4, heads: online Hadamards to undo (`Sites`)."""
+        """rotations: R1 [h, h] and R2 [layers, d, d] in fp64, or None. r4, heads: online Hadamards to undo (`Sites`).
+
+        scales: learned ones by name, each [layers, ...].
+        """
         self.source, self.shape, self.rotations, self.r4, self.heads = source, shape, rotations, r4, heads
+        self.scales = scales or {}
         self.device, self.dtype = device, dtype
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """Parameters of decoder layer `index` by their names within it, in the model's dtype."""
         if self.rotations is not None:
             r1, r2 = self.rotations
-            merged = rotated_layer(self.source, index, self.shape, r1, r2[index], self.r4, self.device, self.heads)
+            scales = {name: s[index] for name, s in self.scales.items()}
+            merged = rotated_layer(
+                self.source, index, self.shape, r1, r2[index], self.r4, self.device, self.heads, scales
+            )
             return {name: w.to(self.dtype) for name, w in merged.items()}
         roles = (*LAYER_LINEARS, ATTENTION_NORM, MLP_NORM, "self_attn.q_norm", "self_attn.k_norm")
         names = [f"{role}.{kind}" for role in roles for kind in ("weight", "bias")]

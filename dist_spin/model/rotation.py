@@ -6,6 +6,7 @@ input of down_proj; QuaRot (Ashkboos et al. 2024) adds one across the heads that
 is fp64.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from dist_spin.model.architecture import ATTENTION_NORM, FINAL_NORM, HEAD, MLP_NORM, Shape, layer_name
 from dist_spin.model.loading import WeightSource
 from dist_spin.model.sites import (
+    NOTHING,
     Basis,
     DownFront,
     FrontedLinear,
     KeySite,
+    Learned,
     NormSite,
     OutputFront,
     ValueSite,
@@ -43,13 +46,18 @@ NORM_BEFORE = {
     "mlp.gate_proj": MLP_NORM,
     "mlp.up_proj": MLP_NORM,
 }
+CLIPS = ("attention", "o", "mlp", "down", "k", "v")  # where clips are learned, in the order in which they are kept
 VOCAB_ROWS_AT_ONCE = 8192
 ROWS_AT_ONCE = 512  # rows widened to fp64 at a time, which bounds the memory of folding
 
 
 @dataclass(frozen=True)
 class Sites:
-    """What happens at each quantised site: quantisers, and the online Hadamards as Kronecker factors (empty: none)."""
+    """What happens at each quantised site: quantisers, and the online Hadamards as Kronecker factors (empty: none).
+
+    mlp, down: quantisers of these inputs where they are not those of `a`. clips: learned clip ratios [layers, CLIPS] of
+    merged layers, fp64 on the CPU, which `layer` puts into the quantisers.
+    """
 
     a: QuantSpec = QuantSpec()
     o: QuantSpec = QuantSpec()
@@ -58,11 +66,34 @@ class Sites:
     r3: tuple[Tensor, ...] = ()
     r4: tuple[Tensor, ...] = ()
     heads: tuple[Tensor, ...] = ()
+    mlp: QuantSpec | None = None
+    down: QuantSpec | None = None
+    clips: Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Sites":
         """The same with the Hadamard factors on `device` in `dtype`."""
         moved = [tuple(f.to(device, dtype) for f in factors) for factors in (self.r3, self.r4, self.heads)]
-        return Sites(self.a, self.o, self.k, self.v, *moved)
+        return dataclasses.replace(self, r3=moved[0], r4=moved[1], heads=moved[2])
+
+    def layer(self, index: int) -> "Sites":
+        """The sites of one merged layer, its learned clips on top of the configured ones."""
+        if self.clips is None:
+            return self
+        kept = dict(zip(CLIPS, self.clips[index].tolist(), strict=True))
+
+        def clip(spec: QuantSpec, site: str) -> QuantSpec:
+            return dataclasses.replace(spec, clip_ratio=spec.clip_ratio * kept[site])
+
+        return dataclasses.replace(
+            self,
+            a=clip(self.a, "attention"),
+            o=clip(self.o, "o"),
+            mlp=clip(self.mlp or self.a, "mlp"),
+            down=clip(self.down or self.a, "down"),
+            k=clip(self.k, "k"),
+            v=clip(self.v, "v"),
+            clips=None,
+        )
 
 
 def initial(kind: str, shape: Shape, seed: int) -> tuple[Tensor, Tensor]:
@@ -141,25 +172,41 @@ class Rotations:
         self._seen2.copy_(self.r2)
 
 
-def attach(layer: nn.Module, shape: Shape, sites: Sites, r1: Basis | None = None, r2: Basis | None = None) -> None:
+def attach(
+    layer: nn.Module,
+    shape: Shape,
+    sites: Sites,
+    r1: Basis | None = None,
+    r2: Basis | None = None,
+    learned: dict[str, Learned] | None = None,
+    unfold: bool = False,
+) -> None:
     """Put the sites into one decoder layer, in place.
 
     With `r1`, `r2`: for learning, on folded but unrotated weights. Without: on merged (or never rotated) weights.
-    `sites` must lie on the layer's device in its dtype (`Sites.to`).
+    `sites` must lie on the layer's device in its dtype (`Sites.to`) and be this layer's (`Sites.layer`).
+
+    Args:
+        learned: what is learned at the sites named in CLIPS. unfold: R4 is not folded into down_proj.
     """
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
-    for name in (ATTENTION_NORM, MLP_NORM):
-        setattr(layer, name, NormSite(getattr(layer, name), sites.a, r1))
-    attention.v_proj = ValueSite(attention.v_proj, sites.v, shape.head_dim, r2)
-    front = OutputFront(sites.o, shape.head_dim, r2, sites.heads)
+    at = dict.fromkeys(CLIPS, NOTHING) if learned is None else learned
+    d, mlp_spec, down_spec = shape.head_dim, sites.mlp or sites.a, sites.down or sites.a
+    for name, spec, site in ((ATTENTION_NORM, sites.a, "attention"), (MLP_NORM, mlp_spec, "mlp")):
+        setattr(layer, name, NormSite(getattr(layer, name), spec, r1, at[site]))
+    attention.v_proj = ValueSite(attention.v_proj, sites.v, d, r2, at["v"])
+    front = OutputFront(sites.o, d, r2, sites.heads, at["o"])
     attention.o_proj = FrontedLinear(front, attention.o_proj, keep=r2 is not None)
-    mlp.down_proj = FrontedLinear(DownFront(sites.a, sites.r4), mlp.down_proj)
-    attention.key_site = KeySite(sites.k, sites.r3)
+    mlp.down_proj = FrontedLinear(DownFront(down_spec, sites.r4, at["down"], unfold), mlp.down_proj)
+    attention.key_site = KeySite(sites.k, sites.r3, at["k"])
 
 
 def widen_norms(layer: nn.Module, folded: bool) -> None:
-    """Replace a layer's norms by ours, in place; where gains were folded, the two layer norms lose theirs."""
+    """Replace a layer's norms by ours, in place; where gains were folded, the two layer norms lose theirs.
+
+    Unless the merged layer was given new ones, which are learned scales: then they are not on the meta device any more.
+    """
     for owner, name in (
         (layer, ATTENTION_NORM),
         (layer, MLP_NORM),
@@ -168,7 +215,7 @@ def widen_norms(layer: nn.Module, folded: bool) -> None:
     ):
         norm = getattr(owner, name, None)
         if norm is not None:
-            gainless = folded and owner is layer
+            gainless = folded and owner is layer and norm.weight.is_meta
             setattr(owner, name, WideRMSNorm(norm.variance_epsilon, None if gainless else norm.weight))
 
 
@@ -223,17 +270,26 @@ def rotated_layer(
     r4: tuple[Tensor, ...],
     device: torch.device,
     heads: tuple[Tensor, ...] = (),
+    scales: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """All parameters of decoder layer `index` with its norms folded and R1, R2, R4 merged; fp64 on `device`.
+    """All parameters of decoder layer `index` with its norms folded and R1, R2, R4 and scales merged; fp64 on `device`.
+
+    Scales merge exactly: those at the attention and MLP input become the norms' gains, R1 diag(1/s) goes into the weights
+    behind; up_proj's rows times s before down_proj's columns over s; R2 diag(s) between v and o; keys times and queries
+    over t, in the gains of their norms where there are any.
 
     Args:
-        r1 [h, h], r2 [d, d]: fp64. r4, heads: fp64 Kronecker factors, empty for none.
+        r1 [h, h], r2 [d, d]: fp64. r4, heads: fp64 Kronecker factors, empty for none. scales: of this layer, by the names of
+            `transforms.scale_shapes`.
 
     Returns:
-        name within the layer (`self_attn.q_proj.weight`, ...) to tensor; q/k norms as they are, layer norms left out.
+        name within the layer (`self_attn.q_proj.weight`, ...) to tensor; q/k norms as they are, layer norms left out
+        unless they are scales.
     """
     r1, r2 = r1.to(device), r2.to(device)
     r4, heads = (tuple(f.to(device) for f in factors) for factors in (r4, heads))
+    s = {name: scale.to(device, torch.float64) for name, scale in (scales or {}).items()}
+    d = shape.head_dim
 
     def read(role: str, kind: str) -> Tensor | None:
         name = f"{layer_name(index)}.{role}.{kind}"
@@ -243,27 +299,47 @@ def rotated_layer(
         gain = _gain_before(source, name)
         return w if gain is None else w * gain.to(device)
 
+    rows: dict[str, Tensor] = {}  # what the rows of a linear are multiplied by
     out: dict[str, Tensor] = {}
+    if "up" in s:
+        rows["mlp.up_proj"] = s["up"]
+    if "key" in s:
+        t = torch.cat((s["key"], s["key"]), -1)  # [kv_heads or 1, d]
+        rows["self_attn.k_proj"] = t.expand(shape.kv_heads, d).flatten()
+        rows["self_attn.q_proj"] = (1 / t).repeat_interleave(shape.heads // len(t), 0).flatten()
     for role in ("self_attn.q_norm", "self_attn.k_norm"):
         norm = read(role, "weight")
         if norm is not None:
-            out[f"{role}.weight"] = norm
-    for role in NORM_BEFORE:
+            scale = rows.pop(role.replace("norm", "proj"), None)
+            out[f"{role}.weight"] = norm if scale is None else norm * scale[:d]
+    for role, before in NORM_BEFORE.items():
         w, b = read(role, "weight"), read(role, "bias")
         assert w is not None
         w = w @ r1
+        if before in s:
+            w = w / s[before]
+            out[f"{before}.weight"] = s[before]
         if role == "self_attn.v_proj":
-            w = (r2.T @ w.unflatten(0, (-1, shape.head_dim))).flatten(0, 1)  # each head's rows
-            b = None if b is None else (b.unflatten(0, (-1, shape.head_dim)) @ r2).flatten()
+            w = (r2.T @ w.unflatten(0, (-1, d))).flatten(0, 1)  # each head's rows
+            b = None if b is None else (b.unflatten(0, (-1, d)) @ r2).flatten()
+            if "value" in s:
+                rows[role] = s["value"].flatten()
+        if role in rows:
+            w, b = w * rows[role][:, None], None if b is None else b * rows[role]
         _put(out, role, w, b)
     for role in ("self_attn.o_proj", "mlp.down_proj"):
         w, b = read(role, "weight"), read(role, "bias")
         assert w is not None
         if role == "self_attn.o_proj":
-            w = (w.unflatten(1, (-1, shape.head_dim)) @ r2).flatten(1)  # each head's columns
-            w = across_heads(w, heads, shape.head_dim) if heads else w
-        elif r4:
-            w = kronecker_apply(w, r4)
+            w = w.unflatten(1, (-1, d)) @ r2  # each head's columns
+            if "value" in s:
+                w = w / s["value"].repeat_interleave(shape.heads // shape.kv_heads, 0)
+            w = w.flatten(1)
+            w = across_heads(w, heads, d) if heads else w
+        else:
+            if "up" in s:
+                w = w / s["up"]
+            w = kronecker_apply(w, r4) if r4 else w
         _put(out, role, r1.T @ w, None if b is None else b @ r1)
     return out
 

@@ -112,16 +112,18 @@ def _encode(x: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool) 
 # Activations -----------------------------------------------------------------------------------------------------
 
 
-def quantize_activation(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_activation(x: Tensor, spec: QuantSpec, ratio: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Dynamic quantisation along the last dimension.
 
-    x: [..., d], any floating dtype. Returns codes [..., d], scale and zero [..., d / group], all in fp32 (fp64 for
-    fp64 input); codes and zero hold integers, or NaN where the input's group holds NaN or infinity.
+    x: [..., d], any floating dtype. ratio: a scalar that shrinks the range further than `spec.clip_ratio` does.
+    Returns codes [..., d], scale and zero [..., d / group], all in fp32 (fp64 for fp64 input); codes and zero hold
+    integers, or NaN where the input's group holds NaN or infinity.
     Raises ValueError for a disabled spec, a group that does not divide d, or an integer tensor.
     """
     groups = _grouped(x.to(_compute_dtype(x)), spec.group_size)  # [..., n, group]
     low, high = _range(groups)
-    scale, zero = _scale_and_zero(low * spec.clip_ratio, high * spec.clip_ratio, spec.bits, spec.symmetric)
+    kept = spec.clip_ratio if ratio is None else spec.clip_ratio * ratio.to(low.dtype)
+    scale, zero = _scale_and_zero(low * kept, high * kept, spec.bits, spec.symmetric)
     codes = _encode(groups, scale.unsqueeze(-1), zero.unsqueeze(-1), spec.bits, spec.symmetric)
     return codes.flatten(-2), scale, zero
 
@@ -154,6 +156,66 @@ def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:
     if not spec.enabled:
         return x
     return _StraightThrough.apply(x, spec)
+
+
+class _LearnedRange(torch.autograd.Function):
+    """Quantise with a learned clip: forward as `quantize_activation`, backward `range_gradients`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ratio: Tensor | None, spec: QuantSpec) -> Tensor:
+        ctx.save_for_backward(x, ratio)
+        ctx.spec = spec
+        return dequantize_activation(*quantize_activation(x, spec, ratio)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        x, ratio = ctx.saved_tensors
+        d_x, d_ratio = range_gradients(x, grad_outputs[0], ctx.spec, ratio)
+        return d_x.to(x.dtype), None if ratio is None else d_ratio.to(ratio.dtype), None
+
+
+def range_quantize(x: Tensor, spec: QuantSpec, ratio: Tensor | None = None) -> Tensor:
+    """`fake_quantize` whose gradient also goes through the range of the codes: to x's extremes and to `ratio`.
+
+    ratio: learned clip, a scalar tensor in (0, 1], beside `spec.clip_ratio`. Only rounding is straight-through. With
+    `bits` 16, x itself is returned. Raises ValueError as `quantize_activation` does.
+    """
+    return _LearnedRange.apply(x, ratio, spec) if spec.enabled else x
+
+
+def range_gradients(x: Tensor, g: Tensor, spec: QuantSpec, ratio: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Gradients of <g, Q(x)> by x [..., d] and by the clip ratio (scalar), in fp32 (fp64 for fp64 x).
+
+    With codes inside the grid Q(x) = x + e, e = scale * (round(x / scale) - x / scale), and rounding held constant gives
+    dQ = dx + (e / scale) dscale (Esser et al. 2020, LSQ, eq. 3); a clamped code is a bound of the range itself. The
+    bounds are the group's extremes times the ratio, so that they pass their gradient to the elements that set them.
+    """
+    wide = _compute_dtype(x)
+    groups, g = _grouped(x.to(wide), spec.group_size), _grouped(g.to(wide), spec.group_size)  # [..., n, group]
+    low, high = (bound.unsqueeze(-1) for bound in _range(groups))
+    kept = spec.clip_ratio if ratio is None else spec.clip_ratio * ratio.to(wide)
+    scale, zero = _scale_and_zero(low * kept, high * kept, spec.bits, spec.symmetric)
+    lowest, highest = code_range(spec.bits, spec.symmetric)
+    raw = torch.round(groups / scale) + zero
+    over, under = raw > highest, raw < lowest
+    inside = ~(over | under)
+    d_scale = (g * inside * ((raw - zero) - groups / scale)).sum(-1, keepdim=True)
+    d_over, d_under = (g * over).sum(-1, keepdim=True), (g * under).sum(-1, keepdim=True)
+    if spec.symmetric:  # the range is ± the larger bound
+        d_bound = d_scale / highest + d_over + d_under * (lowest / highest)
+        d_high, d_low = torch.where(high >= -low, d_bound, 0.0), torch.where(high < -low, -d_bound, 0.0)
+    else:
+        d_scale = d_scale + (d_over + d_under) * (
+            -low * kept / scale - zero
+        )  # what rounding the zero adds to the bounds
+        d_high = d_over + d_scale / (highest - lowest)
+        d_low = d_under - d_scale / (highest - lowest)
+    d_ratio = (d_high * high + d_low * low).sum() * spec.clip_ratio
+    d_x = g * inside
+    for bound, d_bound in ((high, d_high), (low, d_low)):
+        extreme = (groups == bound) & (bound != 0)
+        d_x = d_x + extreme * (d_bound * kept / extreme.sum(-1, keepdim=True).clamp(min=1))
+    return d_x.flatten(-2), d_ratio
 
 
 # Weights ---------------------------------------------------------------------------------------------------------

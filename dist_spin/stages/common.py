@@ -22,7 +22,7 @@ from dist_spin.model.loading import ModelFiles, open_model
 from dist_spin.model.rotation import Sites, initial
 from dist_spin.numerics.hadamard import NoHadamard, kronecker_factors, largest_block
 from dist_spin.numerics.quantizer import QuantSpec
-from dist_spin.rotation_files import load_rotations
+from dist_spin.rotation_files import load_rotations, load_transforms
 from dist_spin.rundir import RunDir
 from dist_spin.settings import RunConfig
 
@@ -189,6 +189,11 @@ def starting_rotations(config: RunConfig, shape: Shape) -> tuple[Tensor, Tensor]
     if config.rotation.load:
         return load_rotations(Path(config.rotation.load), shape.hidden, shape.head_dim, shape.layers)
     return initial(config.rotation.init, shape, config.rotation.seed)
+
+
+def starting_transforms(config: RunConfig) -> dict[str, Tensor]:
+    """Scales and clips that learning starts from: those of the file that `rotation.load` names, if it has any."""
+    return load_transforms(Path(config.rotation.load)) if config.rotation.load else {}
 
 
 def flat(settings: Any, prefix: str) -> dict[str, Any]:

@@ -58,7 +58,12 @@ def export(config: RunConfig, world: World, target: str, output: Path | None = N
     check_target(target, config, files.config, starting=False)
     run = run_dir(config)
     place = output or run.export / target
-    work = Export(config, run, files, variant(config, files, LEARNED, world.device), target, stop)
+    learned = variant(config, files, LEARNED, world.device)
+    if learned.transforms:
+        raise UserError(
+            "exports do not carry learned scales and clips yet", "learn with optimize.scales=false optimize.clips=false"
+        )
+    work = Export(config, run, files, learned, target, stop)
     work.check_run()
     if finished(place, work.made_under):
         say(f"{place} is complete")

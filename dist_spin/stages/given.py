@@ -17,7 +17,7 @@ from dist_spin.numerics.cayley import nearest_orthogonal
 from dist_spin.rotation_files import save_final
 from dist_spin.rundir import read_metadata, tensors_digest, write_text
 from dist_spin.settings import RunConfig
-from dist_spin.stages.common import run_dir, starting_rotations
+from dist_spin.stages.common import run_dir, starting_rotations, starting_transforms
 
 EXACT = 1e-5  # largest entry of R R^T - I that is left alone: files in fp32 stay as they are, to the bit
 
@@ -33,7 +33,8 @@ def keep_given(config: RunConfig, shape: Shape) -> None:
 
     def keep() -> None:
         r1, r2 = starting_rotations(config, shape)
-        digest = tensors_digest({"R1": r1, "R2": r2})
+        transforms = starting_transforms(config)
+        digest = tensors_digest({"R1": r1, "R2": r2, **transforms})
         if path.exists():
             if (read_metadata(path) or {}).get("given") != digest:
                 problem = (
@@ -41,7 +42,7 @@ def keep_given(config: RunConfig, shape: Shape) -> None:
                 )
                 raise UserError(problem, "give a new name=")
             return
-        save_final(run, orthogonal(r1), orthogonal(r2), {"step": "0", "given": digest})
+        save_final(run, orthogonal(r1), orthogonal(r2), {"step": "0", "given": digest}, transforms)
         if not (run.path / "config.yaml").exists():
             write_text(run.path / "config.yaml", dump_config(config))
 

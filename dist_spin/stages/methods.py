@@ -160,7 +160,7 @@ def method_variant(config: RunConfig, files: ModelFiles, name: str, device: torc
         turned = RotatedWeights(files.weights, shape, rotations, sites.r4, device, model_dtype(config))
         return Variant(name, rotations, sites, turned)
     weights = TransformedWeights(files.weights, files.shape, recipe.state, device, model_dtype(config))
-    return Variant(name, None, sites_for(config, files.shape, rotated=False), weights, recipe)
+    return Variant(name, None, sites_for(config, files.shape, rotated=False), weights, recipe=recipe)
 
 
 def wide_dtype(config: RunConfig) -> torch.dtype:

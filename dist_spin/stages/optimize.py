@@ -7,6 +7,7 @@ torchrun --nproc_per_node 2 -m dist_spin optimize configs/quickstart.yaml optimi
 import contextlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +19,16 @@ from dist_spin.config import dump_config
 from dist_spin.data import batch_indices, fingerprint, load_tokens, rank_share
 from dist_spin.distributed import World, agree, any_rank, on_leader, sum_over_ranks_, together
 from dist_spin.engine.choice import Engine, chosen
+from dist_spin.engine.euclidean_optimizer import EuclideanOptimizer
+from dist_spin.engine.guard import Guard
 from dist_spin.engine.memory import layers_to_offload, passes_and_levels
 from dist_spin.engine.rotation_optimizer import RotationOptimizer
 from dist_spin.errors import Interrupted, NumericsError, UserError
+from dist_spin.model.architecture import layer_name
 from dist_spin.model.learning import LearningModel
 from dist_spin.model.loading import ModelFiles
 from dist_spin.model.rotation import Rotations
+from dist_spin.model.transforms import Transforms
 from dist_spin.model.weight_learning import WeightGrid
 from dist_spin.numerics.cayley import nearest_orthogonal, orthogonality_error
 from dist_spin.progress import Progress
@@ -41,7 +46,7 @@ from dist_spin.rundir import (
     write_text,
 )
 from dist_spin.scalars import Scalars
-from dist_spin.settings import SELF, RunConfig
+from dist_spin.settings import SELF, OptimizeConfig, RunConfig
 from dist_spin.signals import StopRequest
 from dist_spin.stages.common import (
     ENDS_SETTINGS,
@@ -54,6 +59,7 @@ from dist_spin.stages.common import (
     say,
     sites_for,
     starting_rotations,
+    starting_transforms,
 )
 from dist_spin.stages.given import keep_given, refuse_given
 from dist_spin.stages.self_text import self_text
@@ -77,6 +83,12 @@ class Learning:
     micro_batch_size: int  # sequences of one pass on one rank
     offloaded: int  # layers whose weights stay on the host
     step: int = 0
+    guard: Guard | None = None
+    held_out: Tensor | None = None  # [sequences, seq_len] that the guard measures on
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint holds."""
+        return {**self.optimizer.state(), **({} if self.guard is None else self.guard.state())}
 
 
 def optimize(config: RunConfig, world: World, stop: StopRequest | None = None) -> None:
@@ -101,29 +113,23 @@ def optimize(config: RunConfig, world: World, stop: StopRequest | None = None) -
     progress = Progress("learn rotations: step", settings.steps, learning.step, show=world.leads)
     writer = CheckpointWriter(lambda state, step: write_checkpoint(learning, state, step))
     stall = 0.0  # seconds that the checkpoint before this step held it up
+    if learning.step == 0 and learning.guard is not None:
+        judge(learning)
     while learning.step < settings.steps:
         began = time.monotonic()
-        loss = backward(learning)
-        norm = learning.optimizer.reduce_gradients()
-        reduced = bits_of(learning.optimizer.rotations.gradient)
-        if not math.isfinite(loss + norm):
+        try:
+            figures = one_step(learning)
+        except NumericsError:
             on_leader(writer.close)
-            raise NumericsError(
-                f"step {learning.step + 1}: loss {loss} and gradient norm {norm} are not finite",
-                f"the state after step {learning.step} is kept; lower optimize.lr or check the data",
-            )
-        lr = learning_rate(config, learning.step)
-        figures = learning.optimizer.step(lr, norm)
-        learning.step += 1
-        assert_same_rotations(learning, reduced)
+            raise
         # Before the checkpoint, so that none lacks its line; a resumed run drops lines that have no checkpoint.
         seconds = time.monotonic() - began + stall
-        line = {"loss": loss, "grad_norm": norm, "lr": lr, **figures, "stall": stall, "seconds": seconds}
+        line = {**figures, "stall": stall, "seconds": seconds}
         log(learning, line)
         scalars.add("optimize", learning.step, line)
         # Rank 0 alone writes; a write that failed stops every rank.
-        stall = on_leader(lambda: writer.submit(learning.optimizer.state(), learning.step))
-        progress.advance(f"loss {loss:.4f}")
+        stall = on_leader(lambda: writer.submit(learning.state(), learning.step))
+        progress.advance(f"loss {figures['loss']:.4f}")
         if learning.step < settings.steps and any_rank(bool(stop)):
             on_leader(writer.close)
             if world.leads:
@@ -131,6 +137,72 @@ def optimize(config: RunConfig, world: World, stop: StopRequest | None = None) -
             raise Interrupted(f"stopped by a signal after step {learning.step}", "the same command continues")
     on_leader(writer.close)
     finish(learning)
+
+
+def one_step(learning: Learning) -> dict[str, float]:
+    """Loss, backward, reduce, step, and the guard's judgement where it is due; returns the figures to log.
+
+    Raises:
+        NumericsError: loss or gradient is not finite, and no guard knows a state from which they were.
+    """
+    settings, guard, optimizer = learning.config.optimize, learning.guard, learning.optimizer
+    loss = backward(learning)
+    norm = optimizer.reduce_gradients()
+    reduced = bits_of(*gradients(learning))
+    if not math.isfinite(loss + norm):
+        if guard is None or guard.at_best:
+            raise NumericsError(
+                f"step {learning.step + 1}: loss {loss} and gradient norm {norm} are not finite",
+                f"the state after step {learning.step} is kept; lower optimize.lr or check the data",
+            )
+        guard.back_off()
+        learning.step += 1
+        optimizer.forget(learning.step)
+        note_back_off(learning, loss)
+        return {"loss": loss, "grad_norm": norm, "lr": 0.0, "held_out": guard.best_loss}
+    lr = learning_rate(learning.config, learning.step) * (1.0 if guard is None else guard.factor)
+    figures = optimizer.step(lr, norm, lr / settings.lr)
+    learning.step += 1
+    if guard is not None:
+        guard.moved()
+    assert_same_rotations(learning, reduced)
+    if guard is not None and (learning.step % settings.guard_every == 0 or learning.step == settings.steps):
+        figures["held_out"] = judge(learning)
+    return {"loss": loss, "grad_norm": norm, "lr": lr, **figures}
+
+
+def judge(learning: Learning) -> float:
+    """Measure the held-out loss and let the guard act on it; after the last step the best state is taken.
+
+    Raises:
+        NumericsError: it is not finite where learning starts.
+    """
+    guard, last = learning.guard, learning.step == learning.config.optimize.steps
+    assert guard is not None
+    loss = held_out_loss(learning)
+    if learning.step == 0 and not math.isfinite(loss):
+        raise NumericsError(f"the held-out loss is {loss} at the start", "check the model's dtype and the data")
+    if guard.judge(loss):
+        learning.optimizer.forget(learning.step)
+        note_back_off(learning, loss)
+    elif last and not guard.at_best:
+        guard.restore()
+        learning.optimizer.forget(learning.step)
+    if learning.world.leads and (last or not learning.step):
+        learning.run.event("held_out", step=learning.step, loss=loss, best=guard.best_loss)
+    return loss
+
+
+def note_back_off(learning: Learning, loss: float) -> None:
+    """Tell of a jump."""
+    guard = learning.guard
+    assert guard is not None
+    if learning.world.leads:
+        learning.run.event("back_off", step=learning.step, loss=loss, best=guard.best_loss, factor=guard.factor)
+        say(
+            f"step {learning.step}: loss {loss:.4f} against {guard.best_loss:.4f} at best: back to it, "
+            f"learning rates times {guard.factor:g}"
+        )
 
 
 def set_up(config: RunConfig, world: World) -> Learning:
@@ -144,6 +216,14 @@ def set_up(config: RunConfig, world: World) -> Learning:
     if not any(spec.enabled for spec in (sites.a, sites.o, sites.k, sites.v)):
         raise UserError("every activation quantiser is off, so rotations have nothing to learn", "set quant.a_bits=4")
     identity = run_fingerprint(config, files, tokens)
+    held_out = None
+    if settings.guard_every:
+        if len(tokens) <= settings.guard_sequences:
+            raise UserError(
+                f"{settings.source} has {len(tokens)} sequences, and the guard holds out {settings.guard_sequences}",
+                "give more text or set optimize.guard_every=0",
+            )
+        tokens, held_out = tokens[: -settings.guard_sequences], tokens[-settings.guard_sequences :]
 
     def check() -> None:
         check_fingerprint(run.path / "fingerprint.json", identity, f"run {config.name}")
@@ -155,6 +235,13 @@ def set_up(config: RunConfig, world: World) -> Learning:
     if settings.w_bits < 16:
         grid = WeightGrid(settings.w_bits, q.w_symmetric, q.w_group_size, q.w_mse_clip)
     rotations = Rotations(r1, r2, world.device, dtype, learn=True, euclidean=grid is not None)
+    transforms = None
+    if settings.scales or settings.clips:
+        shared_keys = files.weights.has(f"{layer_name(0)}.self_attn.k_norm.weight")
+        transforms = Transforms(
+            shape, world.device, dtype, scales=settings.scales, clips=settings.clips, shared_keys=shared_keys
+        )
+        transforms.start_from(starting_transforms(config))
     compiled = settings.compile == "on" or (settings.compile == "auto" and world.device.type == "cuda")
     model = LearningModel(
         files.config,
@@ -164,6 +251,8 @@ def set_up(config: RunConfig, world: World) -> Learning:
         dtype=dtype,
         compile=compiled,
         grid=grid,
+        transforms=transforms,
+        teacher_share={"cross_entropy": 0.0, "kl": 1.0, "mixed": settings.kl_share}[settings.objective],
     )
     share = -(-settings.batch_size // world.size)  # sequences of one rank
     place = config.distributed
@@ -173,7 +262,7 @@ def set_up(config: RunConfig, world: World) -> Learning:
     if away and world.leads:
         say(f"the weights of {len(away)} of {shape.layers} layers stay in {place.offload_dir or 'host memory'}")
     engine.shard(model, world, away)
-    together(lambda: engine.load(model, files.weights, sites.r4))
+    together(lambda: engine.load(model, files.weights, () if settings.scales else sites.r4))
     micro, levels = passes_and_levels(
         settings.micro_batch_size,
         settings.recompute,
@@ -183,7 +272,8 @@ def set_up(config: RunConfig, world: World) -> Learning:
         dtype,
         world,
         offloaded=bool(away),
-        compiled=compiled,
+        # What a compiled layer keeps was measured for rotations alone; the eager estimate bounds scales, clips and a teacher.
+        compiled=compiled and transforms is None and settings.objective == "cross_entropy",
     )
     if engine.keeps_gathered and not compiled and settings.recompute == "auto":
         levels = ["sites" if level == "none" else level for level in levels]  # or it would keep every layer's weights
@@ -195,8 +285,11 @@ def set_up(config: RunConfig, world: World) -> Learning:
         momentum=settings.momentum,
         max_grad_norm=settings.max_grad_norm,
         reproject_every=settings.reproject_every,
+        euclidean=None if transforms is None else euclidean_optimizer(transforms, settings),
     )
     learning = Learning(config, world, run, engine, model, optimizer, tokens, identity, micro, len(away))
+    if held_out is not None:
+        learning.guard, learning.held_out = Guard(optimizer.masters()), held_out
     resume(learning)
     return learning
 
@@ -209,6 +302,12 @@ def learning_tokens(config: RunConfig, files: ModelFiles) -> Tensor:
     tokenizer = None if o.source.startswith("tokens:") else files.tokenizer()
     tokens = on_leader(lambda: load_tokens(o.source, o.split, o.seq_len, tokenizer))
     return check_vocabulary(tokens, files.shape, o.source)
+
+
+def euclidean_optimizer(transforms: Transforms, settings: OptimizeConfig) -> EuclideanOptimizer:
+    """The optimiser of scales and clips at the configured rates."""
+    rates = {name: settings.clip_lr if name == "clip" else settings.scale_lr for name in transforms.shapes}
+    return EuclideanOptimizer(transforms, rates)
 
 
 def run_fingerprint(config: RunConfig, files: ModelFiles, tokens: Tensor) -> dict[str, object]:
@@ -230,29 +329,44 @@ def run_fingerprint(config: RunConfig, files: ModelFiles, tokens: Tensor) -> dic
 
 
 def backward(learning: Learning) -> float:
-    """Forward and backward of this rank's share of the global batch; returns the loss of the whole batch.
+    """Forward and backward of this rank's share of the global batch; returns the loss of the whole batch."""
+    settings = learning.config.optimize
+    indices = batch_indices(learning.step, settings.batch_size, len(learning.tokens), settings.seed)
+    total = torch.zeros((), device=learning.world.device, dtype=torch.float64)
+    learning.engine.fit_grids(learning.model, learning.optimizer.rotations)
+    for ids, weights in passes(learning.world, learning.micro_batch_size, learning.tokens, indices):
+        losses = learning.model(ids)  # [micro]
+        loss = (losses * weights.to(losses.dtype)).sum()
+        loss.backward()
+        total += loss.detach()
+    learning.engine.assert_sharded(learning.model, learning.world)
+    return float(sum_over_ranks_(total))
+
+
+@torch.no_grad()
+def held_out_loss(learning: Learning) -> float:
+    """The objective on the held-out sequences, their mean over all ranks."""
+    assert learning.held_out is not None
+    total = torch.zeros((), device=learning.world.device, dtype=torch.float64)
+    learning.engine.fit_grids(learning.model, learning.optimizer.rotations)
+    everything = list(range(len(learning.held_out)))
+    for ids, weights in passes(learning.world, learning.micro_batch_size, learning.held_out, everything):
+        total += (learning.model(ids) * weights).sum()
+    return float(sum_over_ranks_(total))
+
+
+def passes(world: World, micro: int, tokens: Tensor, indices: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of a batch in forward passes: ids [micro, seq_len] and the sequences' weights [micro] in the mean.
 
     Every rank makes the same number of passes, since sharded layers are gathered by all; a rank with fewer sequences
     repeats one with weight zero. So the result does not depend on how the batch divides.
     """
-    settings, world = learning.config.optimize, learning.world
-    indices = batch_indices(learning.step, settings.batch_size, len(learning.tokens), settings.seed)
     mine = rank_share(indices, world.rank, world.size)
-    at_once = learning.micro_batch_size
-    passes = -(-len(rank_share(indices, 0, world.size)) // at_once)
-    padded = mine + [indices[0]] * (passes * at_once - len(mine))
+    count = -(-len(rank_share(indices, 0, world.size)) // micro)
+    padded = mine + [indices[0]] * (count * micro - len(mine))
     weights = torch.tensor([1.0] * len(mine) + [0.0] * (len(padded) - len(mine)), device=world.device) / len(indices)
-    total = torch.zeros((), device=world.device, dtype=torch.float64)
-    learning.engine.fit_grids(learning.model, learning.optimizer.rotations)
-    for i in range(0, len(padded), at_once):
-        chosen = slice(i, i + at_once)
-        ids = learning.tokens[padded[chosen]].to(world.device)  # [micro, seq_len]
-        losses = learning.model(ids)  # [micro]
-        loss = (losses * weights[chosen].to(losses.dtype)).sum()
-        loss.backward()
-        total += loss.detach()
-    learning.engine.assert_sharded(learning.model, world)
-    return float(sum_over_ranks_(total))
+    for i in range(0, len(padded), micro):
+        yield tokens[padded[i : i + micro]].to(world.device), weights[i : i + micro]
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
@@ -272,13 +386,19 @@ def bits_of(*tensors: Tensor) -> int:
 
 
 def assert_same_rotations(learning: Learning, reduced: int) -> None:
-    """Every rank holds the same bits of R1, R2 and of the gradient (`reduced`) that moved them.
+    """Every rank holds the same bits of what is learned and of the gradient (`reduced`) that moved it.
 
     The gradient is asked for too, because shares of R are gathered: a reduction that did not happen would not show in R.
     """
-    rotations = learning.optimizer.rotations
-    if not agree((bits_of(rotations.r1, rotations.r2) + reduced) % (1 << 62)):
+    if not agree((bits_of(*learning.optimizer.masters().values()) + reduced) % (1 << 62)):
         raise AssertionError(f"rotations or their gradients differ between ranks after step {learning.step}")
+
+
+def gradients(learning: Learning) -> list[Tensor]:
+    """The packed gradients of everything that is learned."""
+    euclidean = learning.optimizer.euclidean
+    own = learning.optimizer.rotations.gradient
+    return [own] if euclidean is None else [own, euclidean.transforms.gradient]
 
 
 def log(learning: Learning, figures: dict[str, float]) -> None:
@@ -307,6 +427,8 @@ def resume(learning: Learning) -> None:
     state, metadata = found
     try:
         learning.optimizer.load(state, int(metadata["step"]))
+        if learning.guard is not None:
+            learning.guard.load(state)
     except KeyError as error:
         raise UserError(
             f"the newest checkpoint lacks {error}", "it was written with another optimize.optimizer"
@@ -335,7 +457,9 @@ def finish(learning: Learning) -> None:
     def write() -> None:
         dtype = rotations.r1.dtype
         r1, r2 = (nearest_orthogonal(r).to(dtype) for r in (rotations.r1, rotations.r2))
-        save_final(learning.run, r1, r2, {"step": str(learning.step), "seed": str(learning.config.rotation.seed)})
+        about = {"step": str(learning.step), "seed": str(learning.config.rotation.seed)}
+        euclidean = learning.optimizer.euclidean
+        save_final(learning.run, r1, r2, about, None if euclidean is None else euclidean.transforms.values())
         errors = {
             "orthogonality_r1": float(orthogonality_error(r1)),
             "orthogonality_r2": float(orthogonality_error(r2)),

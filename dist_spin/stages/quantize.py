@@ -16,7 +16,7 @@ import os
 import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,7 +37,7 @@ from dist_spin.model.rotation import Sites, initial
 from dist_spin.numerics.gptq import GPTQOptions
 from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.progress import Progress
-from dist_spin.rotation_files import load_rotations
+from dist_spin.rotation_files import load_rotations, load_transforms
 from dist_spin.rundir import RunDir, tensors_digest, write_text
 from dist_spin.settings import SELF, RunConfig
 from dist_spin.signals import StopRequest
@@ -89,19 +89,22 @@ class Recipe(Protocol):
 class Variant:
     """One rotation of a model: learned, an unlearned baseline, or "none"; or another method, by its recipe.
 
-    digest: of the rotations, made when not given.
+    digest: of everything that was learned, made when not given. transforms: learned scales and clips
+    (`rotation_files.load_transforms`), which `sites` and `weights` contain.
     """
 
     name: str
     rotations: tuple[Tensor, Tensor] | None
     sites: Sites
     weights: RotatedWeights
+    transforms: dict[str, Tensor] = field(default_factory=dict)
     recipe: Recipe | None = None
     digest: str = ""
 
     def __post_init__(self) -> None:
         if not self.digest:
-            self.digest = tensors_digest(dict(zip(("R1", "R2"), self.rotations or (), strict=False)))
+            rotations = dict(zip(("R1", "R2"), self.rotations or (), strict=False))
+            self.digest = tensors_digest({**rotations, **self.transforms})
 
     def runner(self, config: Any, sites: Sites, device: torch.device, dtype: torch.dtype) -> LayerRunner:
         """Builds and runs its layers with `sites`, of a model's `config`."""
@@ -123,6 +126,7 @@ def variant(config: RunConfig, files: ModelFiles, name: str, device: torch.devic
         UserError: the learned rotations are not there yet, or belong to another model.
     """
     shape = files.shape
+    transforms: dict[str, Tensor] = {}
     if name == "none":
         rotations = None
     elif name == LEARNED:
@@ -132,11 +136,16 @@ def variant(config: RunConfig, files: ModelFiles, name: str, device: torch.devic
         if not path.exists():
             raise UserError(f"{path} does not exist", "run `dist-spin optimize` first")
         rotations = load_rotations(path, shape.hidden, shape.head_dim, shape.layers)
+        transforms = load_transforms(path)
     else:
         rotations = initial(name, shape, config.rotation.seed)
     sites = sites_for(config, shape, rotated=rotations is not None, heads=name == "quarot")
-    weights = RotatedWeights(files.weights, shape, rotations, sites.r4, device, model_dtype(config), sites.heads)
-    return Variant(name, rotations, sites, weights)
+    sites = dataclasses.replace(sites, clips=transforms.get("clip"))
+    scales = {key.removeprefix("scale."): t for key, t in transforms.items() if key.startswith("scale.")}
+    weights = RotatedWeights(
+        files.weights, shape, rotations, sites.r4, device, model_dtype(config), sites.heads, scales
+    )
+    return Variant(name, rotations, sites, weights, transforms)
 
 
 def quantize(
@@ -254,12 +263,12 @@ def site_settings(config: RunConfig) -> dict[str, Any]:
 
 def layer_identity(config: RunConfig, files: ModelFiles, chosen: Variant, tokens: Tensor) -> dict[str, Any]:
     """Everything that decides the content of a variant's layer files."""
-    settings = {k: v for k, v in flat(config.quantize, "quantize").items() if k != "quantize.baselines"}
+    settings = flat(config.quantize, "quantize")
+    del settings["quantize.baselines"]  # decide nothing about layers
     if settings["quantize.layers_per_job"] >= files.shape.layers:  # one span, however it was said
         settings["quantize.layers_per_job"] = 0
-    seen = (
-        () if config.quantize.quantize_activations else site_settings(config)
-    )  # no setting of a site decides a weight
+    # No setting of a site decides a weight that was calibrated without it.
+    seen = () if config.quantize.quantize_activations else site_settings(config)
     quant = {k: v for k, v in flat(config.quant, "quant").items() if k not in (*ENDS_SETTINGS, *seen)}
     if config.quant.down_bits in (0, config.quant.w_bits):  # the same, however it was said
         del quant["quant.down_bits"]

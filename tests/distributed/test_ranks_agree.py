@@ -119,11 +119,16 @@ def test_five_steps_lead_to_the_same_rotations(words, tmp_path_factory):
             assert (rotations[name] - alone[name]).abs().max() < 1e-9, (how, name)
 
 
-def test_adam_learns_the_same_on_two_ranks(words, tmp_path_factory):
-    adam = ("optimize.optimizer=cayley_adam", "optimize.lr=0.05", "optimize.steps=3")
-    one, two = (learned(size, words, tmp_path_factory.mktemp(f"adam{size}"), *adam) for size in (1, 2))
-    for name in ("R1", "R2"):
-        assert (one[name] - two[name]).abs().max() < 1e-9
+ADAM = ("optimize.optimizer=cayley_adam", "optimize.lr=0.05", "optimize.steps=3")
+TRANSFORMS = ("optimize.objective=mixed", "optimize.scales=true", "optimize.clips=true", "optimize.guard_every=2")
+
+
+@pytest.mark.parametrize("more", [(), TRANSFORMS], ids=["rotations", "everything"])
+def test_adam_learns_the_same_on_two_ranks(words, tmp_path_factory, more):
+    one, two = (learned(size, words, tmp_path_factory.mktemp(f"adam{size}"), *ADAM, *more) for size in (1, 2))
+    assert len(one) == (8 if more else 2)
+    for name in one:
+        assert (one[name] - two[name]).abs().max() < 1e-9, name
 
 
 @pytest.mark.parametrize("grid", ["quant.w_mse_clip=true", "quant.w_symmetric=false"])

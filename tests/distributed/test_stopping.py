@@ -115,6 +115,41 @@ def test_every_stopping_signal_saves_and_the_same_command_continues(runs, uninte
     assert runs.finish(2) == uninterrupted.final()
 
 
+HOSTILE = (
+    "optimize.optimizer=cayley_adam",
+    "optimize.lr=1.5",
+    "optimize.scale_lr=2",
+    "optimize.schedule=constant",
+    "optimize.objective=kl",
+    "optimize.scales=true",
+    "optimize.clips=true",
+    "optimize.guard_every=3",
+    "optimize.steps=9",
+)
+
+
+def test_a_guarded_run_resumes_to_the_same_bytes_and_never_ends_worse_than_it_started(model, tmp_path):
+    whole, parts = Runs(model, tmp_path / "whole"), Runs(model, tmp_path / "parts")
+    for runs in (whole, parts):
+        runs.log.parent.mkdir()
+        runs.words += HOSTILE
+    whole.finish(2)
+    job = parts.start(2)
+    job.wait_for(lambda: parts.step() >= 4)
+    job.signal(signal.SIGTERM, 0)
+    assert job.wait() == [75, 75], parts.said()
+    assert parts.finish(2) == whole.final()
+    # Such rates do harm: the guard notices, and what it returns to is what it gives out.
+    assert whole.events("back_off")
+    start, end = whole.events("held_out")
+    assert (start["step"], end["step"]) == (0, 9)
+    assert start["loss"] >= end["best"]
+    final = checkpoints(whole.run)[0]
+    state = load_file(final[1])
+    for name in ("R1", "R2", "transforms"):
+        assert torch.equal(state[name], state[f"best.{name}"])
+
+
 def test_another_number_of_ranks_continues(runs, uninterrupted):
     for size, step in ((1, 1), (3, 8), (2, 16)):
         job = runs.start(size)

