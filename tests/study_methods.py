@@ -21,7 +21,7 @@ from dist_spin.model.loading import ModelFiles
 from dist_spin.model.rotation import Sites
 from dist_spin.settings import RunConfig
 from dist_spin.signals import StopRequest
-from dist_spin.stages.common import open_configured_model, run_dir, say
+from dist_spin.stages.common import open_configured_model, say
 from dist_spin.stages.evaluate import Cell, measuring_tokens, window_losses
 from dist_spin.stages.methods import METHODS, learn, method_variant
 from dist_spin.stages.quantize import Variant, Work, calibration_tokens, layer_identity, quantize_span, variant
@@ -83,8 +83,7 @@ def perplexities(
     config: RunConfig, world: World, files: ModelFiles, cell: Cell, texts: dict[str, torch.Tensor]
 ) -> list[float]:
     """Of every text."""
-    run = run_dir(config)
-    losses = [window_losses(config, world, files, run, cell, source, tokens) for source, tokens in texts.items()]
+    losses = window_losses(config, world, files, cell, [(cell.chosen.sites, t) for t in texts.values()], "measure")
     return [math.exp(float(loss.mean())) for loss in losses]
 
 

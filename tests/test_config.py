@@ -38,8 +38,8 @@ LEAVES = (
     QuantizeConfig,
     MethodsConfig,
     EvaluateConfig,
-    CompareConfig,
     ExportConfig,
+    CompareConfig,
     ReportConfig,
     DistributedConfig,
 )

@@ -26,7 +26,7 @@ from dist_spin.numerics.outliers import condense
 from dist_spin.numerics.quantizer import QuantSpec, dequantize_weight, fake_quantize, quantize_weight, weight_scales
 from dist_spin.numerics.transforms import apply_pair, kronecker_sizes, orthogonal
 from dist_spin.signals import StopRequest
-from dist_spin.stages.common import open_configured_model, run_dir, sites_for
+from dist_spin.stages.common import open_configured_model, sites_for
 from dist_spin.stages.evaluate import Cell, window_losses
 from dist_spin.stages.methods import METHODS, MethodRecipe, learn, method_variant
 from dist_spin.stages.quantize import Work, calibration_tokens, layer_identity, quantize_span, variant
@@ -259,6 +259,12 @@ def prepared(place, *more, kind="gqa_tied"):
     return config, files, calibration_tokens(config, files)
 
 
+def measured_losses(config, files, cell, tokens):
+    """Mean loss of every window [n]."""
+    (losses,) = window_losses(config, ALONE, files, cell, [(cell.chosen.sites, tokens)], "text")
+    return losses
+
+
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_sixteen_bits_preserve_the_model(name, tmp_path):
     config, files, tokens = prepared(tmp_path, "methods.flat_epochs=1")
@@ -267,8 +273,7 @@ def test_sixteen_bits_preserve_the_model(name, tmp_path):
     chosen.sites = Sites(r3=chosen.sites.r3, r4=chosen.sites.r4)
     unrotated = variant(config, files, "none", CPU)
     plain = Cell(dataclasses.replace(unrotated, sites=Sites()), "none", full_precision=True)
-    run = run_dir(config)
-    losses = [window_losses(config, ALONE, files, run, cell, "text", tokens) for cell in (plain, Cell(chosen, "none"))]
+    losses = [measured_losses(config, files, cell, tokens) for cell in (plain, Cell(chosen, "none"))]
     torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-9)
 
 
@@ -300,7 +305,7 @@ def error_after(config, files, tokens, chosen, exact):
     quantize_span(Work(config, ALONE, files, chosen, tokens, StopRequest()), 0, files.shape.layers)
     cell = Cell(chosen, config.quantize.method)
     cell.made_under = identity_hash(layer_identity(config, files, chosen, tokens))
-    losses = window_losses(config, ALONE, files, run_dir(config), cell, "text", tokens)
+    losses = measured_losses(config, files, cell, tokens)
     return float((losses - exact).abs().mean())
 
 
@@ -325,7 +330,7 @@ def test_methods_are_better_than_rounding_alone(rounding, tmp_path):
     tokens = calibration_tokens(config, files)
     reference = variant(config, files, "none", CPU)
     plain = Cell(dataclasses.replace(reference, sites=Sites()), "none", full_precision=True)
-    exact = window_losses(config, ALONE, files, run_dir(config), plain, "text", tokens)
+    exact = measured_losses(config, files, plain, tokens)
     off = {"none": error_after(config, files, tokens, reference, exact)}
     for name in METHODS:
         learn(config, ALONE, files, name)

@@ -45,7 +45,7 @@ def merged(
     ids: Tensor,  # noqa: F811
 ) -> Tensor:
     scales = {name.removeprefix("scale."): s for name, s in values.items() if name != "clip"}
-    weights = RotatedWeights(files.weights, files.shape, rotations, sites.r4, CPU, torch.float64, scales)
+    weights = RotatedWeights(files.weights, files.shape, rotations, sites.r4, CPU, torch.float64, scales=scales)
     sites = dataclasses.replace(sites, clips=values.get("clip"))
     runner = LayerRunner(files.config, sites, device=CPU, dtype=torch.float64, rotated=True)
     hidden = weights.embedding()[ids]

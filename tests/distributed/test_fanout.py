@@ -157,7 +157,7 @@ def test_jobs_in_any_order_on_any_ranks_are_the_run_without_jobs(place):
     before = read_lines(place / "runs" / "jobs" / "events.jsonl")
     quantize(place, "jobs", *setting)
     after = read_lines(place / "runs" / "jobs" / "events.jsonl")
-    assert [e["event"] for e in after[len(before) :]] == ["job", "quantize"]
+    assert [e["event"] for e in after[len(before) :]] == ["job", "quantize", "stage_end"]
 
 
 def test_damaged_and_foreign_layers_are_set_aside_and_done_again(place):
