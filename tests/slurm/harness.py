@@ -15,6 +15,7 @@ import yaml
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+CLEARING = 5.0  # seconds; a job that started again at once was seen to fail with exit code 1 before its script ran
 FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE", "OUT_OF_MEMORY", "PREEMPTED")
 
 
@@ -23,6 +24,7 @@ class Cluster:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.waiting: dict[str, float] = {}  # job -> since when it is queued again
         self.environment = {
             **os.environ,
             "SLURM_CONF": str(directory / "slurm.conf"),
@@ -72,7 +74,10 @@ class Cluster:
         return last
 
     def hurry(self, job: str) -> None:
-        if "BeginTime" in self.call("squeue", "--noheader", f"--jobs={job}", "--format=%r", check=False).stdout:
+        """Cut the two minutes short that a requeued job waits, but not to nothing: its nodes still clear the old one away."""
+        if "BeginTime" not in self.call("squeue", "--noheader", f"--jobs={job}", "--format=%r", check=False).stdout:
+            self.waiting.pop(job, None)
+        elif time.monotonic() - self.waiting.setdefault(job, time.monotonic()) > CLEARING:
             self.call("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
 
     def until(self, happened: Callable[[], bool], seconds: float, otherwise: Callable[[], object]) -> None:
