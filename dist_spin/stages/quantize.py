@@ -448,7 +448,7 @@ def _finish(written: Future[None] | None) -> None:
 def unquantized(sites: Sites) -> Sites:
     """The same network with every activation quantiser off; R3 goes too, since queries and keys without it cancel it."""
     off = QuantSpec()
-    return dataclasses.replace(sites, a=off, o=off, k=off, v=off, r3=())
+    return dataclasses.replace(sites, a=off, o=off, k=off, v=off, mlp=None, down=None, r3=())
 
 
 def worst(layer: QuantizedLayer) -> dict[str, float]:

@@ -4,6 +4,7 @@ The 16-bit model is run over a few calibration sequences with every quantiser of
 so that what is seen is what the quantisers would get. A signal saves what is done; the same command continues.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -67,7 +68,7 @@ def _measure(
     dtype, layers = model_dtype(config), files.shape.layers
     runner = LayerRunner(
         files.config,
-        unquantized(chosen.sites),
+        dataclasses.replace(unquantized(chosen.sites), r3=chosen.sites.r3),  # keys are looked at behind it
         device=world.device,
         dtype=dtype,
         rotated=chosen.rotations is not None,
