@@ -5,8 +5,7 @@ from torch import Tensor
 
 from dist_spin.distributed import sum_over_ranks_
 from dist_spin.model.transforms import Packed
-
-BETAS, EPS = (0.9, 0.95), 1e-12
+from dist_spin.numerics.adam import adam_moments
 
 
 class EuclideanOptimizer:
@@ -35,12 +34,9 @@ class EuclideanOptimizer:
             figures to log: root mean square of each kind's log-scale, mean clip ratio.
         """
         self.step_count += 1
-        gradient, mean, square = self.transforms.gradient, self.moments["mean"], self.moments["square"]
-        mean.lerp_(gradient, 1 - BETAS[0])
-        square.lerp_(gradient.square(), 1 - BETAS[1])
-        m = mean / (1 - BETAS[0] ** self.step_count)
-        v = square / (1 - BETAS[1] ** self.step_count)
-        self.transforms.parameters -= factor * self._rates * m / (v.sqrt() + EPS)
+        gradient = self.transforms.gradient
+        m, root = adam_moments(self.moments["mean"], self.moments["square"], gradient, self.step_count)
+        self.transforms.parameters -= factor * self._rates * m / root
         gradient.zero_()
         named = self.transforms.named(self.transforms.parameters)
         figures = {name: float(x.square().mean().sqrt()) for name, x in named.items() if name != "clip"}

@@ -9,6 +9,7 @@ from torch import Tensor
 from dist_spin.distributed import World, gather_parts, sum_over_ranks_
 from dist_spin.engine.euclidean_optimizer import EuclideanOptimizer
 from dist_spin.model.rotation import Rotations
+from dist_spin.numerics.adam import adam_moments
 from dist_spin.numerics.cayley import (
     bounded,
     column_sums,
@@ -18,8 +19,6 @@ from dist_spin.numerics.cayley import (
     step_size,
     tangent,
 )
-
-ADAM_BETAS, ADAM_EPS = (0.9, 0.95), 1e-12
 
 
 class RotationOptimizer:
@@ -114,11 +113,8 @@ class RotationOptimizer:
     def _direction(self, name: str, gradient: Tensor) -> Tensor:
         if self.kind == "cayley_adam":
             mean, square = self.moments[f"mean{name}"], self.moments[f"square{name}"]
-            mean.lerp_(gradient, 1 - ADAM_BETAS[0])
-            square.lerp_(gradient.square(), 1 - ADAM_BETAS[1])
-            m = mean / (1 - ADAM_BETAS[0] ** self.step_count)
-            v = square / (1 - ADAM_BETAS[1] ** self.step_count)
-            return m / (v.sqrt() + ADAM_EPS)  # elementwise, so still skew
+            m, root = adam_moments(mean, square, gradient, self.step_count)
+            return m / root  # elementwise, so still skew
         if self.momentum:
             return self.moments[f"momentum{name}"].mul_(self.momentum).add_(gradient)
         return gradient
