@@ -56,23 +56,6 @@ def engine_step(words: list[str], out: Path) -> None:
     distributed.stop()
 
 
-@pytest.fixture(scope="module")
-def words(tmp_path_factory) -> list[str]:
-    """Settings of a run on a model with tied weights, biases, grouped keys, and sizes that 2 and 3 ranks do not divide."""
-    place = write_model("qwen2", tmp_path_factory.mktemp("model"))
-    np.save(place / "tokens.npy", np.random.default_rng(0).integers(3, 97, (30, 20)))
-    return [
-        f"model.path={place}",
-        "model.dtype=float64",
-        f"optimize.source=tokens:{place / 'tokens.npy'}",
-        "optimize.seq_len=20",
-        "optimize.batch_size=5",
-        "optimize.steps=5",
-        "distributed.device=cpu",
-        "distributed.threads=1",
-    ]
-
-
 def steps(size: int, words: list[str], place: Path) -> list[dict[str, Any]]:
     job = Job(size, engine_step, [*words, f"output_dir={place}"], place / "out", log=place / "log")
     assert job.wait() == [0] * size, job.log.read_text()

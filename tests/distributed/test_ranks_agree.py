@@ -3,36 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from ranks import Job, command, one_step
 from safetensors.torch import load_file
-from tiny import write_model
 from torch import Tensor
 
 pytestmark = pytest.mark.distributed
 
 SIZES = (1, 2, 3, 4)
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory) -> list[str]:
-    """Settings of a run whose 5 sequences per step no number of ranks from 2 to 4 divides."""
-    place = tmp_path_factory.mktemp("model")
-    # Its vocabulary of 97 divides nowhere; tied, with biases and grouped keys.
-    write_model("qwen2", place)
-    np.save(place / "tokens.npy", np.random.default_rng(0).integers(3, 97, (30, 20)))
-    return [
-        f"model.path={place}",
-        "model.dtype=float64",
-        f"optimize.source=tokens:{place / 'tokens.npy'}",
-        "optimize.seq_len=20",
-        "optimize.batch_size=5",
-        "optimize.steps=5",
-        "distributed.device=cpu",
-        "distributed.threads=1",
-    ]
 
 
 def step(size: int, words: list[str], place: Path, *, reduce: bool = True) -> list[dict[str, Any]]:
