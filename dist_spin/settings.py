@@ -303,14 +303,20 @@ class MethodsConfig:
     """DartQuant: calibration sequences whose kept activations of one site make a step; published."""
     dart_lr: float = 1e-3
     """DartQuant: learning rate of plain gradient descent; published."""
+    qat_steps: int = 500
+    """LLM-QAT: steps over quantize.n_sequences sequences that the model writes itself; published are 12500."""
+    qat_batch_size: int = 8
+    """LLM-QAT: sequences per step over all processes together; published."""
+    qat_lr: float = 2e-5
+    """LLM-QAT: learning rate of all weights, falling along a cosine; published."""
 
     def __post_init__(self) -> None:
         strengths = "use numbers from 0 to 1, such as [0.5]"
         _check(self, "smooth_alphas", lambda xs: bool(xs) and all(0 <= x <= 1 for x in xs), strengths)
-        counts = "flat_epochs flat_batch_size dart_epochs dart_batch_size"
+        counts = "flat_epochs flat_batch_size dart_epochs dart_batch_size qat_steps qat_batch_size"
         _check(self, counts, lambda n: n >= 1, "use 1 or more")
         _check(self, "quik_columns", lambda n: n >= 0, "use a number of channels")
-        _check(self, "flat_lr dart_lr", lambda x: 0 < x < math.inf, "use a number above 0, such as 5e-3")
+        _check(self, "flat_lr dart_lr qat_lr", lambda x: 0 < x < math.inf, "use a number above 0, such as 5e-3")
         _check(self, "dart_share", lambda x: 0 < x <= 1, "use a fraction above 0 and up to 1")
 
 

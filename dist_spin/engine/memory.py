@@ -53,7 +53,7 @@ def layers_to_offload(
         missing = shape.layers * mine + ends // world.size + reserve - free
         setting = _largest_over_ranks(max(0, -(-missing // mine)))
     count = min(setting, shape.layers)
-    host = _host_bytes_free()
+    host = host_bytes_free()
     if count * mine * world.local_size > host and not to_disk:
         raise UserError(
             f"{count} of {shape.layers} layers do not fit on the GPU and need {count * mine * world.local_size >> 30} GiB of "
@@ -116,7 +116,7 @@ def _largest_over_ranks(number: int) -> int:
     return int(value)
 
 
-def _host_bytes_free() -> int:
+def host_bytes_free() -> int:
     """MemAvailable, which counts caches that can be dropped; the physical memory where the kernel does not say."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:

@@ -1,4 +1,5 @@
 """The other methods of a comparison as variants: learned layer by layer, then rounded and measured like a rotation.
+LLM-QAT alone trains the model as a whole (`stages.llm_qat`); what it leaves lies and is read in the same way.
 
     RUN/methods/NAME/KEY/000.safetensors ...      a layer's state each; KEY hashes all that decides them
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from dist_spin.distributed import World, any_rank, on_leader, together
 from dist_spin.errors import Interrupted, UserError
 from dist_spin.layer_files import FOREIGN, identity_hash, layer_path, set_aside
-from dist_spin.methods import dartquant, flatquant, omniquant, quik, smoothquant
+from dist_spin.methods import dartquant, flatquant, llm_qat, omniquant, quik, smoothquant
 from dist_spin.methods.inputs import LayerTask, observe
 from dist_spin.methods.training import Schedule
 from dist_spin.methods.transformed import State, TransformedRunner, TransformedWeights
@@ -36,7 +37,15 @@ from dist_spin.rundir import CorruptFile, load_tensors, save_tensors
 from dist_spin.settings import RunConfig
 from dist_spin.signals import StopRequest
 from dist_spin.stages.common import ENDS_SETTINGS, flat, model_dtype, run_dir, say, sites_for
-from dist_spin.stages.quantize import Variant, calibration_tokens, gptq_options, states_identity, variant
+from dist_spin.stages.llm_qat import train
+from dist_spin.stages.quantize import (
+    Variant,
+    calibration_tokens,
+    gptq_options,
+    model_identity,
+    states_identity,
+    variant,
+)
 
 METHODS = {
     "smoothquant": "SmoothQuant",
@@ -45,13 +54,14 @@ METHODS = {
     "quik": "QUIK-4B",
     "dartquant": "DartQuant",
     "flatquant": "FlatQuant",
+    "llm_qat": "LLM-QAT",
 }
-METHOD_WEIGHTS = {
-    name: "gptq" if name in ("quik", "dartquant") else "rtn" for name in METHODS
-}  # how the papers round weights
 CLIPPING = ("omniquant", "affinequant", "flatquant")  # learn the range of each weight row
+WHOLE = ("llm_qat",)  # train the model as a whole, and leave one state more: of its ends, numbered after the last layer
 # The settings of `methods` that decide a method, by the beginning of their names.
-SETTINGS = {"smoothquant": "smooth_", "quik": "quik_", "dartquant": "dart_"} | dict.fromkeys(CLIPPING, "flat_")
+SETTINGS = {"smoothquant": "smooth_", "quik": "quik_", "dartquant": "dart_", "llm_qat": "qat_"} | dict.fromkeys(
+    CLIPPING, "flat_"
+)
 
 Learner = Callable[[LayerTask], tuple[State, dict[str, float]]]
 
@@ -67,21 +77,27 @@ def learn(
     """Learn what a method needs, except for layers that are there; called by all ranks together.
 
     Args:
-        layers: only these, from the first up to but not including the second.
+        layers: only these, from the first up to but not including the second; of a method in `WHOLE` always all.
         stop: of the stage that this is a part of; alone it has its own.
 
     Raises:
         Interrupted: a signal came; finished layers are kept.
-        UserError: the text cannot be read, or a file cannot be written.
+        UserError: the text cannot be read, a file cannot be written, or the model is too large for the method.
     """
-    recipe = MethodRecipe(config, files, name, world.device, calibration_tokens(config, files))
+    stop = StopRequest() if stop is None else stop
+    tokens = torch.empty(0) if name in WHOLE else calibration_tokens(config, files)
+    recipe = MethodRecipe(config, files, name, world.device, tokens)
     first, end = layers or (0, files.shape.layers)
 
     def missing(layers: range) -> list[int]:
         return on_leader(lambda: [] if recipe.rotations.exists() else [i for i in layers if recipe.finished(i) is None])
 
+    if name in WHOLE:
+        if missing(range(files.shape.layers + 1)):
+            train(config, world, files, recipe.sites, recipe.options, recipe.directory, recipe.save, stop)
+        return
     if wanted := missing(range(first, end)):
-        _learn_layers(recipe, world, wanted, StopRequest() if stop is None else stop)
+        _learn_layers(recipe, world, wanted, stop)
     learns_rotations = name == "dartquant" and not on_leader(recipe.rotations.exists)
     if learns_rotations and not missing(range(files.shape.layers)):
         _learn_rotations(recipe, world)
@@ -159,8 +175,8 @@ def method_variant(config: RunConfig, files: ModelFiles, name: str, device: torc
         sites = sites_for(config, shape)
         turned = RotatedWeights(files.weights, shape, rotations, sites.r4, device, model_dtype(config))
         return Variant(name, rotations, sites, turned)
-    weights = TransformedWeights(files.weights, files.shape, recipe.state, device, model_dtype(config))
-    return Variant(name, None, sites_for(config, files.shape, rotated=False), weights, recipe=recipe)
+    digest = recipe.fingerprint if name in WHOLE else ""  # of the ends as well
+    return Variant(name, None, recipe.sites, recipe.weights, recipe=recipe, digest=digest)
 
 
 def wide_dtype(config: RunConfig) -> torch.dtype:
@@ -185,7 +201,12 @@ class MethodRecipe:
         unrotated = variant(config, self.files, "none", torch.device("cpu"))
         quant = {k: v for k, v in flat(config.quant, "quant").items() if k not in ENDS_SETTINGS}
         settings = {k: v for k, v in vars(config.methods).items() if k.startswith(SETTINGS[self.name])}
-        known = states_identity(config, self.files, unrotated, self.tokens)
+        if self.name in WHOLE:
+            q = config.quantize
+            text = {"text": [q.n_sequences, q.seq_len, q.seed]}  # the model writes it
+            known = model_identity(config, self.files, unrotated) | text
+        else:
+            known = states_identity(config, self.files, unrotated, self.tokens)
         bits = {**quant, "weights": config.quantize.method != "none"}
         if self.name in ("quik", "dartquant"):  # read activations alone
             bits = {}
@@ -237,11 +258,22 @@ class MethodRecipe:
         return found
 
     @property
+    def sites(self) -> Sites:
+        """What is quantised at run time."""
+        sites = sites_for(self.config, self.files.shape, rotated=False)
+        return llm_qat.symmetric(sites) if self.name in WHOLE else sites
+
+    @property
+    def weights(self) -> TransformedWeights | llm_qat.TrainedWeights:
+        """The model's weights as the method leaves them."""
+        kind = llm_qat.TrainedWeights if self.name in WHOLE else TransformedWeights
+        return kind(self.files.weights, self.files.shape, self.state, self.device, model_dtype(self.config))
+
+    @property
     def learner(self) -> Learner:
         """Learns one layer."""
         config, m = self.config, self.config.methods
-        sites = sites_for(config, self.files.shape, rotated=False)
-        dtype, seed = model_dtype(config), config.quantize.seed
+        sites, dtype, seed = self.sites, model_dtype(config), config.quantize.seed
         schedule = Schedule(m.flat_epochs, m.flat_batch_size, m.flat_lr, seed)
         match self.name:
             case "smoothquant":
@@ -268,8 +300,8 @@ class MethodRecipe:
 
     @property
     def clips(self) -> bool:
-        """Whether ranges of weights are learned."""
-        return self.name in CLIPPING
+        """Whether ranges of weights are learned, or were trained with as they are."""
+        return self.name in (*CLIPPING, *WHOLE)
 
     @property
     def down_bits(self) -> int:
@@ -282,12 +314,14 @@ class MethodRecipe:
 
     def runner(self, config: Any, sites: Sites, device: torch.device, dtype: torch.dtype) -> LayerRunner:
         """Builds and runs its layers."""
+        if self.name in WHOLE:
+            return LayerRunner(config, sites, device=device, dtype=dtype, rotated=False)
         down = dataclasses.replace(sites.a, bits=quik.DOWN_BITS) if self.name == "quik" and sites.a.enabled else None
         return TransformedRunner(config, sites, self.state, device=device, dtype=dtype, down=down)
 
     def to_round(self, index: int) -> dict[str, Tensor]:
         """A layer's parameters inside their learned ranges."""
-        weights = TransformedWeights(
-            self.files.weights, self.files.shape, self.state, self.device, model_dtype(self.config)
-        )
-        return weights.to_round(index, self.config.quant.w_symmetric)
+        weights = self.weights
+        if isinstance(weights, TransformedWeights):
+            return weights.to_round(index, self.config.quant.w_symmetric)
+        return weights.layer(index)

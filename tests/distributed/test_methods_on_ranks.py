@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ranks import Job
+from safetensors.torch import load_file
 from tiny import write_model
 
 pytestmark = pytest.mark.distributed
@@ -46,3 +47,37 @@ def test_two_ranks_learn_what_one_does(tmp_path):
     assert [Path(name).name for name in found[0]].count("rotations.safetensors") == 1
     assert len(found[0]) == 4  # DartQuant's layers are gone once its rotations are there
     assert found[0] == found[1]
+
+
+def train_whole(words: list[str]) -> None:
+    """What each rank does."""
+    from dist_spin import distributed
+    from dist_spin.config import load_config
+    from dist_spin.stages.common import open_configured_model
+    from dist_spin.stages.methods import learn
+
+    config = load_config(None, words)
+    world = distributed.start("cpu", threads=1)
+    learn(config, world, open_configured_model(config), "llm_qat")
+    distributed.stop()
+
+
+def test_a_whole_model_is_trained_on_any_number_of_ranks(tmp_path):
+    write_model("gqa_tied", tmp_path / "model")
+    words = [
+        f"model.path={tmp_path / 'model'}",
+        *("model.dtype=float64", "distributed.device=cpu", "quantize.n_sequences=6", "quantize.seq_len=12"),
+        *("methods.qat_steps=3", "methods.qat_batch_size=3", "methods.qat_lr=1e-3"),
+    ]
+    found = []
+    for size in (1, 2, 4):  # four: one of them has no sequence
+        place = tmp_path / f"runs{size}"
+        job = Job(size, train_whole, [*words, f"output_dir={place}"], log=tmp_path / "log")
+        assert job.wait() == [0] * size, job.log.read_text()
+        files = sorted((place / "run" / "methods").rglob("*.safetensors"))
+        found.append({f"{path.name} {name}": t for path in files for name, t in load_file(path).items()})
+    assert len(found[0]) == 2 * 9 + 2
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for name, tensor in other.items():
+            assert (tensor - found[0][name]).abs().max() < 1e-8, name
