@@ -80,8 +80,9 @@ class ModelConfig:
 class RotationConfig:
     """rotation (where the rotations start, and which are used)."""
 
-    init: Literal["hadamard", "orthogonal", "identity"] = "hadamard"
-    """Start of R1 and R2: randomised Hadamard, random orthogonal, or none. Hadamard is the best unlearned start."""
+    init: Literal["hadamard", "range", "orthogonal", "identity"] = "hadamard"
+    """Start of R1 and R2: randomised Hadamard; range: fitted from there to activations of the learning text, so that each
+    token's range is small, in a minute or so; random orthogonal, or none."""
     seed: int = 0
     """Seed of the random start."""
     online: bool = True

@@ -90,6 +90,25 @@ def test_a_loss_that_turns_infinite_is_backed_off_from_and_one_that_starts_so_is
         optimize(load_config(None, settings(place, *wild, "name=unguarded", "optimize.guard_every=0")), world)
 
 
+@pytest.mark.parametrize("objective", ["cross_entropy", "kl"])
+def test_a_hostile_learning_rate_ends_no_worse_than_it_started(place, world, objective):
+    """The rotations, scales and clips that come out, measured by another run that starts from their file."""
+    rates = ("optimize.lr=1.5", "optimize.scale_lr=3", "optimize.clip_lr=3", "optimize.schedule=constant")
+    words = [*settings(place, *rates), "optimize.guard_every=3", f"optimize.objective={objective}"]
+    optimize(load_config(None, [*words, "name=hostile", "optimize.steps=7"]), world)
+    events = read_lines(place / "hostile" / "events.jsonl")
+    assert [line for line in events if line["event"] == "back_off"]
+    given = f"rotation.load={place / 'hostile' / 'rotations' / 'final.safetensors'}"
+    optimize(load_config(None, [*words, "name=again", "optimize.steps=1", given]), world)
+    started, ended = (
+        next(line for line in read_lines(place / name / "events.jsonl") if line["event"] == "held_out")["loss"]
+        for name in ("hostile", "again")
+    )
+    assert ended <= started * (1 + 1e-9)
+    best = [line["best"] for line in events if line["event"] == "held_out"][-1]
+    assert ended == pytest.approx(best, rel=1e-9)
+
+
 def test_a_guard_keeps_the_best_and_returns_to_it():
     masters = {"R1": torch.zeros(3)}
     guard = Guard(masters)

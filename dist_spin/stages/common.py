@@ -185,10 +185,31 @@ def check_vocabulary(tokens: Tensor, shape: Shape, source: str) -> Tensor:
 
 
 def starting_rotations(config: RunConfig, shape: Shape) -> tuple[Tensor, Tensor]:
-    """R1 and R2 that learning starts from, fp64: seeded, or read from `rotation.load`."""
+    """R1 and R2 that learning starts from, fp64: seeded, fitted (`stages.start`), or read from `rotation.load`.
+
+    Raises:
+        UserError: they are to be fitted and are not yet, or their file cannot be read.
+    """
+    sizes = shape.hidden, shape.head_dim, shape.layers
     if config.rotation.load:
-        return load_rotations(Path(config.rotation.load), shape.hidden, shape.head_dim, shape.layers)
+        return load_rotations(Path(config.rotation.load), *sizes)
+    if fits_start(config):
+        if not start_path(config).exists():
+            raise UserError(
+                "the start of the rotations (rotation.init=range) is not fitted", "run `dist-spin optimize` first"
+            )
+        return load_rotations(start_path(config), *sizes)
     return initial(config.rotation.init, shape, config.rotation.seed)
+
+
+def fits_start(config: RunConfig) -> bool:
+    """Whether rotations start from what activations say (`stages.start`)."""
+    return config.rotation.init == "range" and not config.rotation.load
+
+
+def start_path(config: RunConfig) -> Path:
+    """Where `rotation.init=range` keeps what it found."""
+    return run_dir(config).rotations / "start.safetensors"
 
 
 def starting_transforms(config: RunConfig) -> dict[str, Tensor]:

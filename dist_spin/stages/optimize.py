@@ -52,6 +52,7 @@ from dist_spin.stages.common import (
     ENDS_SETTINGS,
     WEIGHT_SETTINGS,
     check_vocabulary,
+    fits_start,
     flat,
     model_dtype,
     open_configured_model,
@@ -63,6 +64,7 @@ from dist_spin.stages.common import (
 )
 from dist_spin.stages.given import keep_given, refuse_given
 from dist_spin.stages.self_text import self_text
+from dist_spin.stages.start import make_start
 
 # Settings that change how fast or where a run computes, not what: they may differ when it is continued.
 FREE_SETTINGS = {"micro_batch_size", "keep_checkpoints", "recompute", "compile"}
@@ -102,7 +104,10 @@ def optimize(config: RunConfig, world: World, stop: StopRequest | None = None) -
         UserError: something in the configuration or the run directory is in the way.
     """
     if config.optimize.steps == 0:
-        keep_given(config, open_configured_model(config).shape)
+        files = open_configured_model(config)
+        if fits_start(config):
+            make_start(config, world, files, learning_tokens(config, files))
+        keep_given(config, files.shape)
         say("optimize.steps=0: rotations stay as they are given")
         return
     refuse_given(config)
@@ -212,7 +217,6 @@ def set_up(config: RunConfig, world: World) -> Learning:
     shape, dtype, settings = files.shape, model_dtype(config), config.optimize
     sites = sites_for(config, shape)
     tokens = learning_tokens(config, files)
-    r1, r2 = starting_rotations(config, shape)
     if not any(spec.enabled for spec in (sites.a, sites.o, sites.k, sites.v)):
         raise UserError("every activation quantiser is off, so rotations have nothing to learn", "set quant.a_bits=4")
     identity = run_fingerprint(config, files, tokens)
@@ -230,6 +234,9 @@ def set_up(config: RunConfig, world: World) -> Learning:
         write_text(run.path / "config.yaml", dump_config(config))
 
     on_leader(check)
+    if fits_start(config):
+        make_start(config, world, files, tokens)
+    r1, r2 = starting_rotations(config, shape)
     q = config.quant
     grid = None
     if settings.w_bits < 16:
@@ -298,7 +305,7 @@ def learning_tokens(config: RunConfig, files: ModelFiles) -> Tensor:
     """The sequences [n, T] to learn from; of the model's own text as many as the steps take."""
     o = config.optimize
     if o.source == SELF:
-        return on_leader(lambda: self_text(config, files, o.steps * o.batch_size, o.seq_len, o.seed))
+        return on_leader(lambda: self_text(config, files, max(1, o.steps * o.batch_size), o.seq_len, o.seed))
     tokenizer = None if o.source.startswith("tokens:") else files.tokenizer()
     tokens = on_leader(lambda: load_tokens(o.source, o.split, o.seq_len, tokenizer))
     return check_vocabulary(tokens, files.shape, o.source)

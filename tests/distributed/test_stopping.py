@@ -148,6 +148,12 @@ def test_a_guarded_run_resumes_to_the_same_bytes_and_never_ends_worse_than_it_st
     state = load_file(final[1])
     for name in ("R1", "R2", "transforms"):
         assert torch.equal(state[name], state[f"best.{name}"])
+    # Another run that starts from the file measures it: what two ranks gave out is what they found best.
+    again = Runs(model, tmp_path / "again")
+    again.log.parent.mkdir()
+    again.words += [*HOSTILE, "optimize.steps=1", f"rotation.load={whole.run.rotations / 'final.safetensors'}"]
+    again.finish(1)
+    assert again.events("held_out")[0]["loss"] == pytest.approx(end["best"], rel=1e-9)
 
 
 def test_another_number_of_ranks_continues(runs, uninterrupted):

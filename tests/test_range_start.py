@@ -1,0 +1,145 @@
+"""Rotations that start from activations: the descent by hand, the sample, and a run that starts from it."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import write_model
+
+from dist_spin.config import load_config
+from dist_spin.distributed import start, stop
+from dist_spin.errors import UserError
+from dist_spin.methods.inputs import LayerTask
+from dist_spin.methods.ranges import mean_square_range, narrowed, sample_rows, square_range
+from dist_spin.model.layers import LayerRunner, RotatedWeights
+from dist_spin.model.loading import open_model
+from dist_spin.model.rotation import Sites, initial
+from dist_spin.numerics.cayley import orthogonality_error
+from dist_spin.numerics.hadamard import random_hadamard
+from dist_spin.numerics.quantizer import QuantSpec, fake_quantize
+from dist_spin.rundir import load_tensors, read_lines
+from dist_spin.stages.evaluate import evaluate
+from dist_spin.stages.optimize import optimize
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def world(restored_process):
+    yield start("cpu", 60, 1)
+    stop()
+
+
+def loud_rows(n=64, tokens=4000):
+    """Tokens of one length in which some channels are loud, as behind a norm."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(tokens, n, generator=generator)
+    rows[:, 5] *= 30
+    rows[:200, 9] *= 200  # few tokens, hugely
+    return rows / rows.square().mean(-1, keepdim=True).sqrt()
+
+
+def test_range_by_hand():
+    x = torch.tensor([[1.0, -2.0, 0.5], [3.0, 4.0, 4.0]])
+    assert float(square_range(x)) == (9 + 1) / 2
+    assert mean_square_range(x.repeat(3000, 1), torch.eye(3)) == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ranges_narrow_and_so_does_the_rounding_error(dtype):
+    rows, first = loud_rows(), random_hadamard(64, torch.Generator().manual_seed(1)).to(dtype)
+    found, before, after = narrowed(first, rows, 150, seed=0)
+    assert found.dtype == dtype
+    assert float(orthogonality_error(found)) < (1e-12 if dtype == torch.float64 else 1e-5)
+    assert before == pytest.approx(mean_square_range(rows, first))
+    assert after == pytest.approx(mean_square_range(rows, found))
+    assert after < 0.7 * before
+    spec = QuantSpec(4)
+    errors = [float((fake_quantize(y, spec) - y).square().mean()) for y in (rows.to(dtype) @ r for r in (first, found))]
+    assert errors[1] < 0.75 * errors[0]
+    assert torch.equal(narrowed(first, rows, 150, seed=0)[0], found)
+
+
+def test_a_start_that_cannot_be_bettered_is_kept(monkeypatch):
+    monkeypatch.setattr("dist_spin.methods.ranges.ANGLE", 2.0)  # steps that only throw it about
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(500, 16, generator=generator).sign()  # of the smallest range for their length
+    found, before, after = narrowed(torch.eye(16), rows, 3, seed=0)
+    assert torch.equal(found, torch.eye(16))
+    assert before == after == pytest.approx(4.0)
+
+
+def test_the_sample_is_what_the_sites_read(tmp_path):
+    files = open_model(str(write_model("gqa_tied", tmp_path)), dtype=torch.float64)
+    plain = RotatedWeights(files.weights, files.shape, None, (), CPU, torch.float64)
+    runner = LayerRunner(files.config, Sites(), device=CPU, dtype=torch.float64, rotated=False)
+    hidden = plain.embedding()[torch.arange(96).view(4, 24)]
+    rows, outputs = sample_rows(LayerTask(0, runner, plain.layer(0), hidden), 30, seed=0)
+    assert {site: tuple(x.shape) for site, x in rows.items()} == {
+        "before attention": (30, 48),
+        "before mlp": (30, 48),
+        "o": (30 * 4, 12),
+    }
+    for x in rows.values():
+        assert float(x.square().mean()) == pytest.approx(1.0, abs=1e-5)
+    normed = hidden.flatten(0, 1) / hidden.flatten(0, 1).square().mean(-1, keepdim=True).sqrt()
+    distances = torch.cdist(rows["before attention"], normed).amin(-1)
+    assert float(distances.max()) < 1e-5
+    torch.testing.assert_close(outputs, runner.run(runner.build(0, plain.layer(0)), 0, hidden))
+
+
+def settings(place, *more):
+    source = f"tokens:{place / 'tokens.npy'}#all"
+    return load_config(
+        None,
+        [
+            f"output_dir={place}",
+            f"model.path={place / 'model'}",
+            "model.dtype=float64",
+            f"optimize.source={source}",
+            *("optimize.seq_len=20", "optimize.batch_size=2", "optimize.steps=2", "optimize.lr=0.1"),
+            f"evaluate.sources=[{source}]",
+            *("evaluate.seq_len=20", "evaluate.split=all", "quantize.method=none", "rotation.init=range"),
+            *more,
+        ],
+    )
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setattr("dist_spin.stages.start.STEPS", {"R1": 30, "R2": 10})
+    write_model("gqa_tied", tmp_path / "model")
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(3, 97, (30, 20)))
+    return tmp_path
+
+
+def test_a_run_starts_from_it_once(place, world):
+    config = settings(place)
+    optimize(config, world)
+    path = place / "run" / "rotations" / "start.safetensors"
+    (figures,) = (line for line in read_lines(place / "run" / "events.jsonl") if line["event"] == "range_start")
+    assert figures["r1_after"] < figures["r1_before"]
+    assert figures["r2_after"] < figures["r2_before"]
+    fitted, first = load_tensors(path)[0], initial("hadamard", open_model(str(place / "model")).shape, 0)
+    learned = load_file(place / "run" / "rotations" / "final.safetensors")
+    for name, r in zip(("R1", "R2"), first, strict=True):
+        assert fitted[name].dtype == torch.float64
+        assert float(orthogonality_error(fitted[name])) < 1e-12
+        moved = [float((a - b).abs().max()) for a, b in ((fitted[name], r), (learned[name], fitted[name]))]
+        assert min(moved) > 1e-3, name
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    optimize(config, world)
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+    optimize(settings(place, "name=other", "rotation.seed=1"), world)
+    assert (place / "other" / "rotations" / "start.safetensors").read_bytes() != before[0]
+
+
+def test_it_may_be_all_there_is(place, world):
+    config = settings(place, "optimize.steps=0")
+    with pytest.raises(UserError, match="is not fitted"):
+        evaluate(config, world)
+    optimize(config, world)
+    kept, fitted = (load_tensors(place / "run" / "rotations" / f"{name}.safetensors")[0] for name in ("final", "start"))
+    assert all(torch.equal(kept[name], fitted[name]) for name in ("R1", "R2"))
+    assert [row["method"] for row in evaluate(config, world)] == ["full precision", "given rotation"]
+    assert not (place / "run" / "fingerprint.json").exists()
