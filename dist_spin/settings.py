@@ -81,8 +81,8 @@ class RotationConfig:
     """rotation (where the rotations start, and which are used)."""
 
     init: Literal["hadamard", "range", "orthogonal", "identity"] = "hadamard"
-    """Start of R1 and R2: randomised Hadamard; range: fitted from there to activations of the learning text, so that each
-    token's range is small, in a minute or so; random orthogonal, or none."""
+    """Start of R1 and R2: randomised Hadamard; range: the same, but R1 fitted to activations of the learning text, in a
+    minute or so, so that each token's range is small; random orthogonal; or none."""
     seed: int = 0
     """Seed of the random start."""
     online: bool = True

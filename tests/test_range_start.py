@@ -48,23 +48,24 @@ def test_range_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_ranges_narrow_and_so_does_the_rounding_error(dtype):
     rows, first = loud_rows(), random_hadamard(64, torch.Generator().manual_seed(1)).to(dtype)
-    found, before, after = narrowed(first, rows, 150, seed=0)
+    found, before, after = narrowed(first, rows, seed=0)
     assert found.dtype == dtype
     assert float(orthogonality_error(found)) < (1e-12 if dtype == torch.float64 else 1e-5)
     assert before == pytest.approx(mean_square_range(rows, first))
     assert after == pytest.approx(mean_square_range(rows, found))
-    assert after < 0.7 * before
+    assert after < 0.8 * before
     spec = QuantSpec(4)
     errors = [float((fake_quantize(y, spec) - y).square().mean()) for y in (rows.to(dtype) @ r for r in (first, found))]
-    assert errors[1] < 0.75 * errors[0]
-    assert torch.equal(narrowed(first, rows, 150, seed=0)[0], found)
+    assert errors[1] < 0.8 * errors[0]
+    assert torch.equal(narrowed(first, rows, seed=0)[0], found)
 
 
 def test_a_start_that_cannot_be_bettered_is_kept(monkeypatch):
     monkeypatch.setattr("dist_spin.methods.ranges.ANGLE", 2.0)  # steps that only throw it about
+    monkeypatch.setattr("dist_spin.methods.ranges.STEPS", 3)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(500, 16, generator=generator).sign()  # of the smallest range for their length
-    found, before, after = narrowed(torch.eye(16), rows, 3, seed=0)
+    found, before, after = narrowed(torch.eye(16), rows, seed=0)
     assert torch.equal(found, torch.eye(16))
     assert before == after == pytest.approx(4.0)
 
@@ -75,16 +76,11 @@ def test_the_sample_is_what_the_sites_read(tmp_path):
     runner = LayerRunner(files.config, Sites(), device=CPU, dtype=torch.float64, rotated=False)
     hidden = plain.embedding()[torch.arange(96).view(4, 24)]
     rows, outputs = sample_rows(LayerTask(0, runner, plain.layer(0), hidden), 30, seed=0)
-    assert {site: tuple(x.shape) for site, x in rows.items()} == {
-        "before attention": (30, 48),
-        "before mlp": (30, 48),
-        "o": (30 * 4, 12),
-    }
-    for x in rows.values():
-        assert float(x.square().mean()) == pytest.approx(1.0, abs=1e-5)
+    assert rows.shape == (2 * 30, 48)
+    torch.testing.assert_close(rows.square().mean(-1), torch.ones(60, dtype=torch.float64), atol=1e-5, rtol=0)
     normed = hidden.flatten(0, 1) / hidden.flatten(0, 1).square().mean(-1, keepdim=True).sqrt()
-    distances = torch.cdist(rows["before attention"], normed).amin(-1)
-    assert float(distances.max()) < 1e-5
+    nearest = torch.cdist(rows[:30], normed).amin(-1)
+    assert float(nearest.max()) < 1e-5
     torch.testing.assert_close(outputs, runner.run(runner.build(0, plain.layer(0)), 0, hidden))
 
 
@@ -107,7 +103,7 @@ def settings(place, *more):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    monkeypatch.setattr("dist_spin.stages.start.STEPS", {"R1": 30, "R2": 10})
+    monkeypatch.setattr("dist_spin.methods.ranges.STEPS", 30)
     write_model("gqa_tied", tmp_path / "model")
     np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(3, 97, (30, 20)))
     return tmp_path
@@ -118,15 +114,14 @@ def test_a_run_starts_from_it_once(place, world):
     optimize(config, world)
     path = place / "run" / "rotations" / "start.safetensors"
     (figures,) = (line for line in read_lines(place / "run" / "events.jsonl") if line["event"] == "range_start")
-    assert figures["r1_after"] < figures["r1_before"]
-    assert figures["r2_after"] < figures["r2_before"]
+    assert figures["after"] < figures["before"]
     fitted, first = load_tensors(path)[0], initial("hadamard", open_model(str(place / "model")).shape, 0)
     learned = load_file(place / "run" / "rotations" / "final.safetensors")
     for name, r in zip(("R1", "R2"), first, strict=True):
         assert fitted[name].dtype == torch.float64
         assert float(orthogonality_error(fitted[name])) < 1e-12
-        moved = [float((a - b).abs().max()) for a, b in ((fitted[name], r), (learned[name], fitted[name]))]
-        assert min(moved) > 1e-3, name
+        assert float((learned[name] - fitted[name]).abs().max()) > 1e-3, name
+        assert torch.equal(fitted[name], r) is (name == "R2")
     before = path.read_bytes(), path.stat().st_mtime_ns
     optimize(config, world)
     assert (path.read_bytes(), path.stat().st_mtime_ns) == before

@@ -1,4 +1,4 @@
-"""A start for R1 and R2 from activations alone: rotations under which a token's range is as small as it can be made.
+"""A start for R1 from activations alone: a rotation under which a token's range is as small as it can be made.
 
 A quantiser that spans each token's smallest and largest value has a step proportional to their distance, and uniform rounding
 an error of step^2 / 12; rotations keep a token's length. So the mean square range of rotated activations is, but for a constant,
@@ -17,7 +17,7 @@ from dist_spin.numerics.cayley import nearest_orthogonal, newton_schulz, retract
 
 R1_SITES = ("before attention", "before mlp")
 ROWS = 1024  # activations of one step
-STEPS = {"R1": 300, "R2": 100}
+STEPS = 300
 ANGLE = 0.1  # radians by which the first step turns a channel (root mean square); falls to 0 along a cosine
 REPROJECT_EVERY = 20
 
@@ -34,7 +34,7 @@ def mean_square_range(rows: Tensor, rotation: Tensor) -> float:
     return sum(float(square_range(x.to(rotation) @ rotation)) * len(x) for x in parts) / len(rows)
 
 
-def narrowed(start: Tensor, rows: Tensor, steps: int, seed: int) -> tuple[Tensor, float, float]:
+def narrowed(start: Tensor, rows: Tensor, seed: int) -> tuple[Tensor, float, float]:
     """A rotation near `start` under which rows have smaller ranges; and the mean square range before and after.
 
     start [n, n] in the dtype to compute in, on the device to compute on; rows [tokens, n], anywhere, in any dtype. Returns
@@ -43,12 +43,12 @@ def narrowed(start: Tensor, rows: Tensor, steps: int, seed: int) -> tuple[Tensor
     turned = start.mT.clone()  # R^T: a step on it turns the channels that the quantiser sees
     mean, square = torch.zeros_like(turned), torch.zeros_like(turned)
     generator = torch.Generator().manual_seed(seed)
-    for step in range(1, steps + 1):
+    for step in range(1, STEPS + 1):
         x = rows[torch.randint(len(rows), (ROWS,), generator=generator).to(rows.device)].to(turned)
         y = (x @ turned.mT).requires_grad_()
         (gradient,) = torch.autograd.grad(square_range(y), y)
         m, root = adam_moments(mean, square, tangent(gradient.mT @ y.detach()), step)
-        angle = ANGLE * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
+        angle = ANGLE * (1 + math.cos(math.pi * (step - 1) / STEPS)) / 2
         turned = retract_rows(turned, m / root, angle / math.sqrt(len(turned)))
         if step % REPROJECT_EVERY == 0:
             turned = newton_schulz(turned)
@@ -57,29 +57,23 @@ def narrowed(start: Tensor, rows: Tensor, steps: int, seed: int) -> tuple[Tensor
     return (found, before, after) if after < before else (start, before, before)
 
 
-def sample_rows(task: LayerTask, tokens: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Activations of `tokens` tokens of a layer that R1 and R2 turn, on the CPU, and the layer's outputs [n, T, h].
+def sample_rows(task: LayerTask, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
+    """What R1 turns before a layer's quantisers, of `tokens` tokens, and the layer's outputs [n, T, h].
 
-    By site: `R1_SITES` [tokens, h], normalised as the norm does without its gain; "o" [tokens * heads, d], of mean square 1.
+    The former is [2 tokens, h] on the CPU in the layer's dtype: the residual stream in front of both norms, of mean square 1,
+    as the norms without their gains make it.
     """
     n, length = task.hidden.shape[:2]
     chosen = torch.randperm(n * length, generator=torch.Generator().manual_seed(seed))[:tokens].sort().values
-    found: dict[str, list[Tensor]] = {}
-    seen: dict[str, int] = {}  # tokens that came by
+    found: list[Tensor] = []
+    seen = dict.fromkeys(R1_SITES, 0)  # tokens that came by
 
     def see(site: str, x: Tensor) -> None:
-        if site not in (*R1_SITES, "o"):
-            return
-        flat, first = x.flatten(0, -2), seen.get(site, 0)
-        seen[site] = first + len(flat)
-        mine = chosen[(chosen >= first) & (chosen < seen[site])] - first
-        found.setdefault(site, []).append(flat[mine.to(flat.device)])
+        if site in seen:
+            flat, first = x.flatten(0, -2), seen[site]
+            seen[site] = first + len(flat)
+            mine = flat[(chosen[(chosen >= first) & (chosen < seen[site])] - first).to(flat.device)].float()
+            found.append((mine / mine.square().mean(-1, keepdim=True).sqrt()).to(x.dtype).cpu())
 
     outputs = observe(task, see)
-    rows = {site: torch.cat(parts) for site, parts in found.items()}
-    for site in R1_SITES:
-        wide = rows[site].float()
-        rows[site] = (wide / wide.square().mean(-1, keepdim=True).sqrt()).to(task.runner.dtype).cpu()
-    heads = rows["o"].unflatten(-1, (-1, task.runner.shape.head_dim)).flatten(0, 1).float()
-    rows["o"] = (heads / heads.square().mean().sqrt()).to(task.runner.dtype).cpu()
-    return rows, outputs
+    return torch.cat(found), outputs

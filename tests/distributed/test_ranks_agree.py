@@ -102,10 +102,13 @@ ADAM = ("optimize.optimizer=cayley_adam", "optimize.lr=0.05", "optimize.steps=3"
 TRANSFORMS = ("optimize.objective=mixed", "optimize.scales=true", "optimize.clips=true", "optimize.guard_every=2")
 
 
-@pytest.mark.parametrize("more", [(), TRANSFORMS], ids=["rotations", "everything"])
+RANGE = ("rotation.init=range",)
+
+
+@pytest.mark.parametrize("more", [(), RANGE, TRANSFORMS], ids=["rotations", "from ranges", "everything"])
 def test_adam_learns_the_same_on_two_ranks(words, tmp_path_factory, more):
     one, two = (learned(size, words, tmp_path_factory.mktemp(f"adam{size}"), *ADAM, *more) for size in (1, 2))
-    assert len(one) == (8 if more else 2)
+    assert len(one) == (8 if more is TRANSFORMS else 2)
     for name in one:
         assert (one[name] - two[name]).abs().max() < 1e-9, name
 
