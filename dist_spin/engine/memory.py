@@ -74,6 +74,7 @@ def passes_and_levels(
     *,
     offloaded: bool,
     compiled: bool,
+    w_bits: int = 16,
 ) -> tuple[int, list[str]]:
     """Sequences of one pass and what each layer keeps of it, once the sharded weights are in memory.
 
@@ -83,10 +84,11 @@ def passes_and_levels(
     """
     if world.device.type == "cpu":
         return micro or 1, ["sites" if recompute == "auto" else recompute] * shape.layers
-    budget = _budget(shape, dtype, offloaded, world)
+    budget = _budget(shape, dtype, w_bits, offloaded, world)
+    kind = (compiled, w_bits < 16)
 
     def fits(size: int, level: str) -> bool:
-        kept, working = (kept_bytes(shape, size * seq_len, dtype.itemsize, how, compiled) for how in (level, "none"))
+        kept, working = (kept_bytes(shape, size * seq_len, dtype.itemsize, how, *kind) for how in (level, "none"))
         return shape.layers * kept + 2 * working <= budget
 
     if not micro:
@@ -97,15 +99,17 @@ def passes_and_levels(
         micro = -(-mine // -(-mine // micro))  # equal passes: 8 sequences at 3 a pass take as long as at 4
     if recompute != "auto":
         return micro, [recompute] * shape.layers
-    return micro, plan(shape, micro * seq_len, dtype.itemsize, budget, compiled)
+    return micro, plan(shape, micro * seq_len, dtype.itemsize, budget, *kind)
 
 
-def _budget(shape: Shape, dtype: torch.dtype, offloaded: bool, world: World) -> int:
+def _budget(shape: Shape, dtype: torch.dtype, w_bits: int, offloaded: bool, world: World) -> int:
     """Bytes for activations on the rank that has the fewest."""
     free, total = torch.cuda.mem_get_info(world.device)
     free += torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
     copies = world.size > 1 or offloaded
-    gathered = 3 * layer_bytes(shape, dtype) if copies else 0  # the layer at work, the next one and one being freed
+    layer = layer_bytes(shape, dtype, w_bits)
+    gathered = 3 * layer if copies else 0  # the layer at work, the next one and one being freed
+    gathered += layer if w_bits < 16 else 0  # what codes are turned back into, and what grids are fitted to
     ends = 2 * shape.vocab * shape.hidden * dtype.itemsize if world.size > 1 else 0
     return -_largest_over_ranks(-(free - int(SPARE_SHARE * total) - gathered - ends - (1 << 30)))
 

@@ -274,6 +274,7 @@ def set_up(config: RunConfig, world: World) -> Learning:
         offloaded=bool(away),
         # What a compiled layer keeps was measured for rotations alone; the eager estimate bounds scales, clips and a teacher.
         compiled=compiled and transforms is None and settings.objective == "cross_entropy",
+        w_bits=settings.w_bits,
     )
     if engine.keeps_gathered and not compiled and settings.recompute == "auto":
         levels = ["sites" if level == "none" else level for level in levels]  # or it would keep every layer's weights
