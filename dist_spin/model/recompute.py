@@ -48,9 +48,7 @@ def kept_bytes(
     return tokens * elements * element
 
 
-def plan(
-    shape: Shape, tokens: int, element: int, free: int, compiled: bool = True, gridded: bool = False
-) -> list[str]:
+def plan(shape: Shape, tokens: int, element: int, free: int, compiled: bool = True, gridded: bool = False) -> list[str]:
     """The level of every layer, so that what is kept fits into `free` bytes: as many layers as possible keep more.
 
     One layer's whole working set is set aside, since recomputation builds it once at a time.
