@@ -186,6 +186,9 @@ class OptimizeConfig:
     """Momentum, from 0 up to but not including 1; 0 as published."""
     w_bits: int = 16
     """Weight bits while learning (2 to 8, or 16 = off): 16 if GPTQ follows, 4 if rtn does (published). quant.w_… apply."""
+    a_bits: int = 0
+    """Bits of activations, keys and values while learning (2 to 8); 0: those of quant. Where quant leaves all at 16 bits,
+    learn at 4: nothing is rounded otherwise, so there is nothing to learn from."""
     max_grad_norm: float = 1.0
     """Joint gradient norm above which gradients are scaled down; 0 switches this off."""
     optimizer: Literal["cayley_sgd", "cayley_adam"] = "cayley_sgd"
@@ -225,6 +228,7 @@ class OptimizeConfig:
         counts = "batch_size reproject_every keep_checkpoints"
         _check(self, counts, lambda n: n >= 1, "use 1 or more")
         _check(self, "w_bits", lambda n: n in BITS, "use 2 to 8 bits, or 16 = off")
+        _check(self, "a_bits", lambda n: n in (0, *BITS[:-1]), "use 2 to 8 bits, or 0 for those of quant")
         if self.w_bits < 16:
             alone = f"optimize.w_bits={self.w_bits} learns rotations alone, so use"
             _check(self, "scales clips", lambda on: not on, f"{alone} false")

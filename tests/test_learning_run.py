@@ -11,13 +11,17 @@ from tiny import write_model
 from dist_spin.config import load_config
 from dist_spin.distributed import start, stop
 from dist_spin.engine.guard import Guard
-from dist_spin.errors import NumericsError
+from dist_spin.errors import NumericsError, UserError
 from dist_spin.layer_files import load_layer
+from dist_spin.model.rotation import CLIPS
 from dist_spin.rotation_files import load_transforms
 from dist_spin.rundir import RunDir, read_lines
+from dist_spin.signals import StopRequest
+from dist_spin.stages.common import open_configured_model
+from dist_spin.stages.compare import Comparison, at_bits
 from dist_spin.stages.evaluate import evaluate
 from dist_spin.stages.optimize import optimize
-from dist_spin.stages.quantize import quantize
+from dist_spin.stages.quantize import LEARNED, quantize, variant
 
 
 def settings(place: Path, *more: str) -> list[str]:
@@ -107,6 +111,61 @@ def test_a_hostile_learning_rate_ends_no_worse_than_it_started(place, world, obj
     assert ended <= started * (1 + 1e-9)
     best = [line["best"] for line in events if line["event"] == "held_out"][-1]
     assert ended == pytest.approx(best, rel=1e-9)
+
+
+OFF = ("quant.a_bits=16", "quant.k_bits=16", "quant.v_bits=16")
+
+
+def test_where_nothing_is_rounded_at_run_time_learning_rounds_to_other_bits(place, world):
+    """W4A16: learned at 4 bits, everything merges, and without rounded weights the model is the original one."""
+    with pytest.raises(UserError, match=r"nothing to learn; set optimize\.a_bits=4"):
+        optimize(load_config(None, settings(place, *OFF)), world)
+    config = load_config(None, settings(place, *OFF, "optimize.a_bits=4", "name=weights"))
+    optimize(config, world)
+    losses = [line["loss"] for line in read_lines(place / "weights" / "metrics.jsonl")]
+    assert len(set(losses)) == 3
+    learned = load_transforms(place / "weights" / "rotations" / "final.safetensors")
+    assert bool((learned["clip"] == 1).all())  # they were of another width
+    assert all(float(s.log().abs().max()) > 0.01 for name, s in learned.items() if name != "clip")
+    quantize(config, world)
+    exact, merged, rounded = (row["ppl"] for row in evaluate(config, world))
+    assert merged == pytest.approx(exact, rel=1e-9)
+    assert abs(rounded - exact) > 1e-6 * exact
+
+
+def test_rotations_alone_may_be_learned_from_rounded_weights(place, world):
+    plain = ("optimize.scales=false", "optimize.clips=false", "optimize.w_bits=4", "optimize.guard_every=0")
+    optimize(load_config(None, settings(place, *OFF, *plain)), world)
+    steps = read_lines(place / "run" / "metrics.jsonl")
+    assert len(steps) == 3
+    assert all(min(line["turn_r1"], line["turn_r2"], line["grad_norm"]) > 1e-6 for line in steps)
+
+
+def test_a_comparison_applies_clips_at_the_bits_they_were_learned_at(place, world):
+    config = load_config(None, settings(place))
+    optimize(config, world)
+    files = open_configured_model(config)
+    learned = variant(config, files, LEARNED, world.device)
+    work = Comparison(config, world, files, StopRequest(), {})
+    clips = learned.sites.clips
+    assert clips is not None
+    assert bool((clips < 1).all())
+    for bits, kept in (((4, 4, 4), CLIPS), ((4, 8, 8), ()), ((4, 16, 16), ()), ((4, 4, 8), CLIPS[:4])):
+        sites = work.at_sites(learned, at_bits(config, "gptq", bits), config).sites
+        expected = torch.stack([clips[:, i] if site in kept else torch.ones(2) for i, site in enumerate(CLIPS)], -1)
+        assert torch.equal(sites.clips, expected)
+        assert sites.layer(1).a.bits == bits[1]
+
+
+@pytest.mark.parametrize(
+    "widths", [("quant.a_bits=8",), ("quant.w_group_size=16",), ("quant.k_bits=8", "quant.a_bits=8")]
+)
+def test_other_widths_go_through_learning_rounding_and_measuring(place, world, widths):
+    config = load_config(None, settings(place, *widths))
+    optimize(config, world)
+    quantize(config, world)
+    exact, merged, rounded = (row["ppl"] for row in evaluate(config, world))
+    assert all(0.5 < ppl / exact < 2 for ppl in (merged, rounded))
 
 
 def test_a_guard_keeps_the_best_and_returns_to_it():

@@ -1,6 +1,7 @@
 """What several stages build from a configuration in the same way."""
 
 import contextlib
+import dataclasses
 import resource
 import sys
 import time
@@ -19,7 +20,7 @@ from dist_spin.export.target import check_target
 from dist_spin.lock import stage_lock
 from dist_spin.model.architecture import Shape
 from dist_spin.model.loading import ModelFiles, open_model
-from dist_spin.model.rotation import Sites, initial
+from dist_spin.model.rotation import CLIPS, Sites, initial
 from dist_spin.numerics.hadamard import NoHadamard, kronecker_factors, largest_block
 from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.rotation_files import load_rotations, load_transforms
@@ -167,6 +168,25 @@ def sites_for(config: RunConfig, shape: Shape, *, rotated: bool = True, heads: b
         r4=hadamard_factors(shape.intermediate, config.rotation.r4_block, "rotation.r4_block") if online else (),
         heads=hadamard_factors(shape.heads, block, "rotation.online") if online and heads and block > 1 else (),
     )
+
+
+def while_learning(config: RunConfig) -> RunConfig:
+    """The configuration whose sites learning sees: activations, keys and values at `optimize.a_bits`, if that is given."""
+    bits = config.optimize.a_bits
+    if not bits:
+        return config
+    return dataclasses.replace(config, quant=dataclasses.replace(config.quant, a_bits=bits, k_bits=bits, v_bits=bits))
+
+
+def clips_at(config: RunConfig, learned_at: RunConfig, clips: Tensor) -> Tensor:
+    """Learned clip ratios [layers, CLIPS] for the sites of `config`: 1 wherever its bits are not those they were learned at.
+
+    What 4 bits gain by giving up the ends of the range, more bits lose by it.
+    """
+    bits, before = config.quant, learned_at.quant
+    same = {"k": bits.k_bits == before.k_bits, "v": bits.v_bits == before.v_bits}
+    kept = [same.get(site, bits.a_bits == before.a_bits) for site in CLIPS]
+    return torch.where(torch.tensor(kept, device=clips.device), clips, 1.0)
 
 
 def check_vocabulary(tokens: Tensor, shape: Shape, source: str) -> Tensor:

@@ -26,7 +26,7 @@ from dist_spin.model.loading import ModelFiles
 from dist_spin.rundir import RunDir, read_metadata
 from dist_spin.settings import OptimizeConfig, RunConfig, bits_of
 from dist_spin.signals import StopRequest
-from dist_spin.stages.common import flat, model_dtype, open_configured_model, run_dir, say, sites_for, writing
+from dist_spin.stages.common import clips_at, flat, model_dtype, open_configured_model, run_dir, say, sites_for, writing
 from dist_spin.stages.compare_table import comparison_table, row_key
 from dist_spin.stages.evaluate import Cell, described, measured_before, measuring_tokens, recorded, window_losses
 from dist_spin.stages.methods import METHODS, learn, method_variant
@@ -47,7 +47,7 @@ from dist_spin.stages.results import public, results, update_results
 STATES_TOGETHER = 1 << 33  # bytes of hidden states that wait beside one another for the same layer
 # What SpinQuant's rows take over from the run, so that all learn from the same data for as long; the rest as published.
 BUDGET = (
-    *("source", "split", "seq_len", "steps", "batch_size", "seed"),
+    *("source", "split", "seq_len", "steps", "batch_size", "seed", "a_bits"),
     *("micro_batch_size", "keep_checkpoints", "recompute", "compile"),
 )
 
@@ -230,7 +230,9 @@ class Comparison:
         for entry in entries:
             system = SYSTEMS[entry.method]
             config = at_bits(settings_of(self.config, entry.method, entry.seed, weights), weights, entry.bits)
-            chosen = self.own_way(config, entry.method) if entry.method in METHODS else self.at_sites(first, config)
+            chosen = (
+                self.own_way(config, entry.method) if entry.method in METHODS else self.at_sites(first, config, base)
+            )
             cell = Cell(chosen, weights, full_precision=entry.method == FULL)
             if weights != "none":
                 cell.made_under = identity_hash(layer_identity(config, self.files, cell.chosen, self.calibration))
@@ -241,10 +243,13 @@ class Comparison:
             out.append(Candidate(entry, config, cell, rows))
         return out
 
-    def at_sites(self, chosen: Variant, config: RunConfig) -> Variant:
-        """A variant with the sites of `config`."""
+    def at_sites(self, chosen: Variant, config: RunConfig, base: RunConfig) -> Variant:
+        """A variant, learned under `base`, with the sites of `config`."""
         rotated, heads = chosen.rotations is not None, bool(chosen.sites.heads)
-        return dataclasses.replace(chosen, sites=sites_for(config, self.files.shape, rotated=rotated, heads=heads))
+        sites = sites_for(config, self.files.shape, rotated=rotated, heads=heads)
+        if (clips := chosen.sites.clips) is not None:
+            sites = dataclasses.replace(sites, clips=clips_at(config, base, clips))
+        return dataclasses.replace(chosen, sites=sites)
 
     def own_way(self, config: RunConfig, method: str) -> Variant:
         """What one of `METHODS` makes for the bits of `config`, learned in the run's own directory unless it is there."""

@@ -52,6 +52,7 @@ from dist_spin.stages.common import (
     ENDS_SETTINGS,
     WEIGHT_SETTINGS,
     check_vocabulary,
+    clips_at,
     fits_start,
     flat,
     model_dtype,
@@ -61,6 +62,7 @@ from dist_spin.stages.common import (
     sites_for,
     starting_rotations,
     starting_transforms,
+    while_learning,
 )
 from dist_spin.stages.given import keep_given, refuse_given
 from dist_spin.stages.self_text import self_text
@@ -215,10 +217,13 @@ def set_up(config: RunConfig, world: World) -> Learning:
     run, engine = run_dir(config), chosen(config.distributed)
     files = open_configured_model(config)
     shape, dtype, settings = files.shape, model_dtype(config), config.optimize
-    sites = sites_for(config, shape)
+    sites = sites_for(while_learning(config), shape)
     tokens = learning_tokens(config, files)
-    if not any(spec.enabled for spec in (sites.a, sites.o, sites.k, sites.v)):
-        raise UserError("every activation quantiser is off, so rotations have nothing to learn", "set quant.a_bits=4")
+    if settings.w_bits == 16 and not any(spec.enabled for spec in (sites.a, sites.o, sites.k, sites.v)):
+        raise UserError(
+            "every activation quantiser is off, so rotations have nothing to learn",
+            "set optimize.a_bits=4 to learn at 4 bits what 16 will use too, or optimize.w_bits=4 to learn from rounded weights",
+        )
     identity = run_fingerprint(config, files, tokens)
     held_out = None
     if settings.guard_every:
@@ -466,8 +471,11 @@ def finish(learning: Learning) -> None:
         dtype = rotations.r1.dtype
         r1, r2 = (nearest_orthogonal(r).to(dtype) for r in (rotations.r1, rotations.r2))
         about = {"step": str(learning.step), "seed": str(learning.config.rotation.seed)}
-        euclidean = learning.optimizer.euclidean
-        save_final(learning.run, r1, r2, about, None if euclidean is None else euclidean.transforms.values())
+        euclidean, config = learning.optimizer.euclidean, learning.config
+        transforms = {} if euclidean is None else euclidean.transforms.values()
+        if "clip" in transforms:
+            transforms["clip"] = clips_at(config, while_learning(config), transforms["clip"])
+        save_final(learning.run, r1, r2, about, transforms)
         errors = {
             "orthogonality_r1": float(orthogonality_error(r1)),
             "orthogonality_r2": float(orthogonality_error(r2)),
