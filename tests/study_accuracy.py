@@ -34,19 +34,26 @@ SCALES, CLIPS = ["optimize.scales=true", "optimize.scale_lr=0.03"], ["optimize.c
 ALL = [*ADAM, *SCALES, *CLIPS]  # cross entropy
 LONG = ["optimize.steps=400", "optimize.batch_size=4"]
 FIXED = "optimize.lr=1e-9"
+RANGE = "rotation.init=range"
 
 # Runs of one network structure follow one another, so that they share compiled graphs.
 RUNS = {
     "all": ALL,
     "all, long": [*ALL, *LONG],
     "all, R fixed": [*ALL, FIXED],
+    "all, from ranges": [*ALL, RANGE],
+    "all, long, from ranges": [*ALL, *LONG, RANGE],
+    "all, R fixed, from ranges": [*ALL, RANGE, FIXED],
     "all, scale lr 0.01": [*ALL, "optimize.scale_lr=0.01"],
     "all, kl": [*ALL, *KL],
     "all, kl, long": [*ALL, *KL, *LONG],
     "all, mixed": [*ALL, *MIXED],
     "all, mixed, long": [*ALL, *MIXED, *LONG],
     "release": RELEASE,
+    "release, from ranges": [*RELEASE, RANGE],
     "R": ADAM,
+    "ranges alone": [RANGE, "optimize.steps=0"],
+    "Hadamard": ["optimize.steps=0"],
     "R, kl": [*ADAM, *KL],
     "scales": [*ADAM, *SCALES, FIXED],
     "clips": [*ADAM, *CLIPS, FIXED],
@@ -123,7 +130,7 @@ def one(options: argparse.Namespace, world: World, name: str, seed: int, quantis
     quantize(config, world)
     results = [row for row in evaluate(config, world) if row["a_bits"] < 16 or not quantised]
     steps = [line["seconds"] for line in read_lines(options.out / directory / "metrics.jsonl")]
-    pace = f"{statistics.median(steps):.3f} | {learning:.0f} | {time.monotonic() - began:.0f}"
+    pace = f"{statistics.median(steps or [0.0]):.3f} | {learning:.0f} | {time.monotonic() - began:.0f}"
     label = f"{name}, GPTQ on quantised inputs" if quantised else name
     kinds: dict[str, list[float]] = {}
     for row in results:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import resource
 import sys
 import time
@@ -142,7 +143,7 @@ def sites_for(config: RunConfig, shape: Shape, *, rotated: bool = True, heads: b
     heads: QuaRot's Hadamard across the heads that o_proj reads, over the largest block of heads that has one.
 
     Raises:
-        UserError: a group size does not fit the model's head size, or an order has no Hadamard.
+        UserError: a group size does not fit the model, or an order has no Hadamard.
     """
     q, d = config.quant, shape.head_dim
     for which in ("k", "v"):
@@ -151,6 +152,14 @@ def sites_for(config: RunConfig, shape: Shape, *, rotated: bool = True, heads: b
             raise UserError(
                 f"quant.{which}_group_size={group} does not divide this model's head size {d}", f"use {d}, or 0 for it"
             )
+    inputs = {shape.hidden, shape.heads * d, shape.intermediate}
+    if q.w_group_size and any(size % q.w_group_size for size in inputs):
+        common = math.gcd(*inputs)
+        raise UserError(
+            f"quant.w_group_size={q.w_group_size} does not divide this model's input sizes "
+            f"{', '.join(map(str, sorted(inputs)))}",
+            f"use {common & -common}, or 0 for whole rows",  # the largest power of two that does
+        )
 
     def spec(which: str, default_group: int) -> QuantSpec:
         values = vars(q)
