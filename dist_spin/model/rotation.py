@@ -70,6 +70,12 @@ class Sites:
     down: QuantSpec | None = None
     clips: Tensor | None = None
 
+    @property
+    def bits(self) -> dict[str, int]:
+        """Bits of the quantiser at each of CLIPS."""
+        specs = (self.a, self.o, self.mlp or self.a, self.down or self.a, self.k, self.v)
+        return {site: spec.bits for site, spec in zip(CLIPS, specs, strict=True)}
+
     def to(self, device: torch.device, dtype: torch.dtype) -> "Sites":
         """The same with the Hadamard factors on `device` in `dtype`."""
         moved = [tuple(f.to(device, dtype) for f in factors) for factors in (self.r3, self.r4, self.heads)]

@@ -14,7 +14,9 @@ from dist_spin.model.architecture import ATTENTION_NORM, MLP_NORM, Shape
 from dist_spin.model.rotation import CLIPS
 from dist_spin.model.sites import Learned
 
-FIRST_CLIP = 0.95  # of the range, when learning starts
+FIRST_CUT = (
+    0.05  # of the range, when learning starts at 4 bits; each bit more cuts a quarter of it, as of the rounding error
+)
 SCALE_AT = {"attention": ATTENTION_NORM, "mlp": MLP_NORM, "down": "up", "o": "value", "v": "value", "k": "key"}
 
 
@@ -27,6 +29,11 @@ def scale_shapes(shape: Shape, shared_keys: bool) -> dict[str, tuple[int, ...]]:
     h, d, kv = shape.hidden, shape.head_dim, shape.kv_heads
     keys = 1 if shared_keys else kv
     return {ATTENTION_NORM: (h,), MLP_NORM: (h,), "up": (shape.intermediate,), "value": (kv, d), "key": (keys, d // 2)}
+
+
+def first_clip(bits: int) -> float:
+    """The share of its range that a quantiser of so many bits keeps when learning starts."""
+    return 1 - FIRST_CUT * 4.0 ** -max(0, min(bits, 8) - 4)
 
 
 class Packed:
@@ -63,8 +70,17 @@ class Transforms(Packed):
     """Scales and clips that are learned with the rotations."""
 
     def __init__(
-        self, shape: Shape, device: torch.device, compute: torch.dtype, *, scales: bool, clips: bool, shared_keys: bool
+        self,
+        shape: Shape,
+        device: torch.device,
+        compute: torch.dtype,
+        *,
+        scales: bool,
+        clips: bool,
+        shared_keys: bool,
+        bits: dict[str, int],
     ) -> None:
+        """bits: of the quantiser at each of CLIPS."""
         shapes: dict[str, tuple[int, ...]] = {}
         if scales:
             shapes |= {f"scale.{n}": (shape.layers, *size) for n, size in scale_shapes(shape, shared_keys).items()}
@@ -73,7 +89,8 @@ class Transforms(Packed):
         super().__init__(shapes, device, compute)
         self.scales = scales
         if clips:
-            self.named(self.parameters)["clip"].fill_(math.log(FIRST_CLIP / (1 - FIRST_CLIP)))
+            first = torch.tensor([first_clip(bits[site]) for site in CLIPS], dtype=torch.float64)
+            self.named(self.parameters)["clip"].copy_(first.logit())
 
     def layer(self, index: int) -> dict[str, Learned]:
         """What the sites of one layer learn, by the names in CLIPS; to be asked for once per layer."""

@@ -251,7 +251,13 @@ def set_up(config: RunConfig, world: World) -> Learning:
     if settings.scales or settings.clips:
         shared_keys = files.weights.has(f"{layer_name(0)}.self_attn.k_norm.weight")
         transforms = Transforms(
-            shape, world.device, dtype, scales=settings.scales, clips=settings.clips, shared_keys=shared_keys
+            shape,
+            world.device,
+            dtype,
+            scales=settings.scales,
+            clips=settings.clips,
+            shared_keys=shared_keys,
+            bits=sites.bits,
         )
         transforms.start_from(starting_transforms(config))
     compiled = settings.compile == "on" or (settings.compile == "auto" and world.device.type == "cuda")
