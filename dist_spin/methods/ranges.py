@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dist_spin.methods.inputs import LayerTask, observe
 from dist_spin.numerics.adam import adam_moments
-from dist_spin.numerics.cayley import nearest_orthogonal, newton_schulz, retract_rows, tangent
+from dist_spin.numerics.cayley import newton_schulz, retract_rows, tangent
 
 R1_SITES = ("before attention", "before mlp")
 ROWS = 1024  # activations of one step
@@ -52,7 +52,7 @@ def narrowed(start: Tensor, rows: Tensor, seed: int) -> tuple[Tensor, float, flo
         turned = retract_rows(turned, m / root, angle / math.sqrt(len(turned)))
         if step % REPROJECT_EVERY == 0:
             turned = newton_schulz(turned)
-    found = nearest_orthogonal(turned.mT).to(start)
+    found = newton_schulz(turned.mT.double(), 3).to(start)  # from rounding to rounding of fp64
     before, after = (mean_square_range(rows, r) for r in (start, found))
     return (found, before, after) if after < before else (start, before, before)
 
