@@ -84,6 +84,22 @@ def passes_and_levels(
     if world.device.type == "cpu":
         return micro or 1, ["sites" if recompute == "auto" else recompute] * shape.layers
     budget = _budget(shape, dtype, offloaded, world)
+    return within(budget, micro, recompute, shape, mine, seq_len, dtype, offloaded=offloaded, compiled=compiled)
+
+
+def within(
+    budget: int,
+    micro: int,
+    recompute: str,
+    shape: Shape,
+    mine: int,
+    seq_len: int,
+    dtype: torch.dtype,
+    *,
+    offloaded: bool,
+    compiled: bool,
+) -> tuple[int, list[str]]:
+    """`passes_and_levels` where `budget` bytes may hold activations."""
 
     def fits(size: int, level: str) -> bool:
         kept, working = (kept_bytes(shape, size * seq_len, dtype.itemsize, how, compiled) for how in (level, "none"))
@@ -104,10 +120,18 @@ def _budget(shape: Shape, dtype: torch.dtype, offloaded: bool, world: World) -> 
     """Bytes for activations on the rank that has the fewest."""
     free, total = torch.cuda.mem_get_info(world.device)
     free += torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
-    copies = world.size > 1 or offloaded
+    taken = reserved(shape, dtype, total, copies=world.size > 1 or offloaded, ends=world.size > 1)
+    return -_largest_over_ranks(taken - free)
+
+
+def reserved(shape: Shape, dtype: torch.dtype, total: int, *, copies: bool, ends: bool) -> int:
+    """Bytes of a device of `total` that activations may not take, beside sharded weights and rotations.
+
+    copies: layers are gathered (or copied in) to be used. ends: so are embedding and head.
+    """
     gathered = 3 * layer_bytes(shape, dtype) if copies else 0  # the layer at work, the next one and one being freed
-    ends = 2 * shape.vocab * shape.hidden * dtype.itemsize if world.size > 1 else 0
-    return -_largest_over_ranks(-(free - int(SPARE_SHARE * total) - gathered - ends - (1 << 30)))
+    gathered += 2 * shape.vocab * shape.hidden * dtype.itemsize if ends else 0
+    return int(SPARE_SHARE * total) + gathered + (1 << 30)
 
 
 def _largest_over_ranks(number: int) -> int:
