@@ -23,7 +23,7 @@ def layer_bytes(shape: Shape, dtype: torch.dtype, w_bits: int = 16) -> int:
 
 
 def layers_to_offload(
-    setting: int, shape: Shape, tokens: int, dtype: torch.dtype, w_bits: int, to_disk: bool, world: World
+    setting: int, shape: Shape, tokens: int, dtype: torch.dtype, w_bits: int, to_disk: bool, world: World, shards: int
 ) -> list[int]:
     """The layers whose frozen weights stay in pinned host memory and visit the device, spread evenly over the depth.
 
@@ -31,6 +31,7 @@ def layers_to_offload(
         setting: their number, or -1: as many as do not fit beside the activations of one pass.
         tokens: tokens that one rank handles in a step.
         to_disk: they stay on a disk instead, which helps a CPU as well.
+        shards: ranks that one copy of the weights is spread over.
 
     Raises:
         UserError: the host has no room for them.
@@ -38,7 +39,7 @@ def layers_to_offload(
     if world.device.type == "cpu" and (setting < 0 or not to_disk):
         return []
     layer = layer_bytes(shape, dtype, w_bits)
-    mine = -(-layer // world.size)
+    mine = -(-layer // shards)
     if setting < 0:
         free, total = torch.cuda.mem_get_info(world.device)
         h = shape.hidden
@@ -50,7 +51,7 @@ def layers_to_offload(
         )  # masters, gradients, Cayley's and writer's copies
         ends = 2 * shape.vocab * h * dtype.itemsize
         reserve = activations + rotations + 3 * layer + ends + int(SPARE_SHARE * total) + (1 << 30)
-        missing = shape.layers * mine + ends // world.size + reserve - free
+        missing = shape.layers * mine + ends // shards + reserve - free
         setting = _largest_over_ranks(max(0, -(-missing // mine)))
     count = min(setting, shape.layers)
     host = _host_bytes_free()
@@ -71,6 +72,7 @@ def passes_and_levels(
     seq_len: int,
     dtype: torch.dtype,
     world: World,
+    shards: int,
     *,
     offloaded: bool,
     compiled: bool,
@@ -79,11 +81,11 @@ def passes_and_levels(
 
     Args:
         micro: sequences of one pass, or 0: as many as pay and fit. recompute: "auto" or a level (`recompute.LEVELS`).
-        mine: sequences that one rank handles in a step.
+        mine: sequences that one rank handles in a step. shards: ranks that one copy of the weights is spread over.
     """
     if world.device.type == "cpu":
         return micro or 1, ["sites" if recompute == "auto" else recompute] * shape.layers
-    budget = _budget(shape, dtype, offloaded, world)
+    budget = _budget(shape, dtype, offloaded, world, shards)
     return within(budget, micro, recompute, shape, mine, seq_len, dtype, offloaded=offloaded, compiled=compiled)
 
 
@@ -116,11 +118,11 @@ def within(
     return micro, plan(shape, micro * seq_len, dtype.itemsize, budget, compiled)
 
 
-def _budget(shape: Shape, dtype: torch.dtype, offloaded: bool, world: World) -> int:
+def _budget(shape: Shape, dtype: torch.dtype, offloaded: bool, world: World, shards: int) -> int:
     """Bytes for activations on the rank that has the fewest."""
     free, total = torch.cuda.mem_get_info(world.device)
     free += torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
-    taken = reserved(shape, dtype, total, copies=world.size > 1 or offloaded, ends=world.size > 1)
+    taken = reserved(shape, dtype, total, copies=shards > 1 or offloaded, ends=shards > 1)
     return -_largest_over_ranks(taken - free)
 
 
