@@ -59,7 +59,9 @@ class Fsdp:
             fully_shard(part, mesh=mesh, offload_policy=CPUOffloadPolicy() if away else OffloadPolicy())
             part.to_empty(device="cpu" if away else world.device)
         fully_shard(model, mesh=mesh)
-        cast(FSDPModule, model.head).set_unshard_in_backward(False)  # its gradient is ready since the forward pass
+        # The embedding's input takes no gradient, and the head's gradient is ready since its forward pass.
+        for part in (model.embed, model.head):
+            cast(FSDPModule, part).set_unshard_in_backward(False)
 
     def load(self, model: LearningModel, source: WeightSource, r4: tuple[torch.Tensor, ...]) -> None:
         """Give every rank its own rows of every parameter, read from `source` and folded; nothing else is ever in memory."""

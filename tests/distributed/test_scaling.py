@@ -2,8 +2,11 @@
 
 import json
 import os
+from collections import Counter
+from pathlib import Path
 
 import pytest
+import torch
 from ranks import Job, command
 from tiny import write_model
 
@@ -127,6 +130,38 @@ def test_a_whole_run_by_hand():
     found = model.pipeline(7, 2, per_job=2, **common)  # jobs of 2, 2, 2 and 1 layers on two devices
     assert found == {"learning": 24.0, "boundaries": 1 + 6 * 1.5 + 30, "gptq": 2 * 9.0, "assembly": 6.0}
     assert model.pipeline(7, 2, per_job=7, **common)["boundaries"] == 0
+
+
+def counted_gathers(words: list[str], out: Path) -> None:
+    """A rank that counts in one backward pass what FSDP2 gathers, by module, and the passes; saved to `out` by rank 0."""
+    from dist_spin import distributed
+    from dist_spin.config import load_config
+    from dist_spin.stages import optimize
+
+    config = load_config(None, words)
+    world = distributed.start("cpu", 60, 1)
+    learning = optimize.set_up(config, world)
+    optimize.backward(learning)  # the first pass of all sets hooks up
+    with torch.profiler.profile() as profile:
+        optimize.backward(learning)
+    names = [event.name for event in profile.events()]
+    prefix = "FSDP::all_gather ("
+    counts = Counter(name.removeprefix(prefix).rstrip(")") for name in names if name.startswith(prefix))
+    if world.leads:
+        out.write_text(json.dumps(counts))
+    distributed.stop()
+
+
+def test_the_engine_gathers_what_the_model_says(words, tmp_path):
+    job = Job(2, counted_gathers, [*words, f"output_dir={tmp_path}"], tmp_path / "counts", log=tmp_path / "log")
+    assert job.wait() == [0, 0], job.log.read_text()
+    passes = point(2, sequences=5, micro=1).passes
+    assert json.loads((tmp_path / "counts").read_text()) == {
+        "embed": passes,
+        "layers.0": 2 * passes,
+        "layers.1": 2 * passes,
+        "head": passes,
+    }
 
 
 def narrow_command(*words: str) -> int:
