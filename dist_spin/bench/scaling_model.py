@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_spin.engine.memory import layer_bytes, reserved, within
+from dist_spin.engine.memory import AGAIN, layer_bytes, reserved, within
 from dist_spin.model.architecture import Shape
 from dist_spin.model.recompute import kept_bytes
 
@@ -110,17 +110,15 @@ class Prediction:
         return self.compute + self.copies + self.gather + self.grids + self.reduce + self.cayley + self.stall
 
 
-def layer_flop(shape: Shape, seq_len: int, w_bits: int) -> tuple[float, float, dict[str, float]]:
-    """FLOP per token of one decoder layer: forward, backward, and what each level of recomputation adds to the backward pass.
+def layer_flop(shape: Shape, seq_len: int, w_bits: int) -> tuple[float, float]:
+    """FLOP per token of one decoder layer, forward and backward, nothing computed twice.
 
     With 16-bit weights the two sites rotate (two products of [h, h] forward, one backward each) and weights take no
     gradient; forward + backward is then `bench.optimize.step_flop`. With fewer bits nothing rotates, but every linear has
-    one more product of its size and its gradients of R1 and R2 (model/weight_learning.py). "sites" computes neither the
-    rotations nor o_proj and down_proj again, "layer" all but down_proj, whose output no gradient needs.
+    one more product of its size and its gradients of R1 and R2 (model/weight_learning.py).
     """
     h, i, q, kv = shape.hidden, shape.intermediate, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    inputs, down = 2 * (h * q + 2 * h * kv + 2 * h * i), 2 * h * i  # q, k, v, gate, up; down
-    linears = inputs + 2 * h * q + down
+    linears = 2 * (2 * h * q + 2 * h * kv + 3 * h * i)
     attention = 2 * q * seq_len  # QK^T and PV, over half of the positions
     rotations = 8 * h * h if w_bits == 16 else 0
     forward = linears + attention + rotations
@@ -128,7 +126,7 @@ def layer_flop(shape: Shape, seq_len: int, w_bits: int) -> tuple[float, float, d
         backward = linears + 2.5 * attention + 4 * h * h
     else:
         backward = 2 * linears + 2.5 * attention + 10 * h * h + 2 * h * q + 2 * h * kv
-    return forward, backward, {"none": 0, "sites": inputs + attention, "layer": forward - down}
+    return forward, backward
 
 
 def shard_bytes(shape: Shape, point: Point) -> float:
@@ -145,10 +143,11 @@ def hidden_cost(gather: float, compute: float, contention: float) -> float:
 def layers_time(shape: Shape, point: Point, fit: Fit, machine: Machine) -> tuple[float, float, float, float]:
     """Forward and backward of one step: seconds of compute, copies and gathers in the open; bytes gathered by a rank.
 
-    The embedding is gathered in the open, at the start of a pass; the head behind the last layer.
+    What is computed twice counts with its measured share, `memory.AGAIN`. The embedding is gathered in the open, at the start
+    of a pass; the head behind the last layer.
     """
-    forward, backward, again = layer_flop(shape, point.seq_len, point.w_bits)
-    backward += sum(again[level] * count for level, count in point.levels.items()) / point.layers
+    forward, backward = layer_flop(shape, point.seq_len, point.w_bits)
+    backward += (forward + backward) * sum(AGAIN[kind] * count for kind, count in point.levels.items()) / point.layers
     layer = layer_bytes(shape, DTYPE, point.w_bits)
     end = shape.vocab * shape.hidden * DTYPE.itemsize
     received = (point.shards - 1) / point.shards
@@ -236,10 +235,11 @@ def grids_time(shape: Shape, point: Point, measured: Fixed, machine: Machine) ->
 def memory(shape: Shape, point: Point) -> float:
     """Peak bytes on one rank: weights, layers being gathered, what passes keep, one layer at work, rotations and their copies."""
     tokens, element = point.tokens, DTYPE.itemsize
-    kept = sum(count * kept_bytes(shape, tokens, element, level) for level, count in point.levels.items())
-    gathered = 3 * layer_bytes(shape, DTYPE, point.w_bits)
+    kind = (True, point.w_bits < 16)  # compiled, gridded
+    kept = sum(count * kept_bytes(shape, tokens, element, level, *kind) for level, count in point.levels.items())
+    gathered = (3 + kind[1]) * layer_bytes(shape, DTYPE, point.w_bits)
     rotations = 6 * 4 * (shape.hidden**2 + point.layers * shape.head_dim**2)
-    return shard_bytes(shape, point) + gathered + kept + kept_bytes(shape, tokens, element, "none") + rotations
+    return shard_bytes(shape, point) + gathered + kept + kept_bytes(shape, tokens, element, "none", *kind) + rotations
 
 
 def planned(
@@ -248,9 +248,9 @@ def planned(
     """The point that the run itself would choose on `ranks` GPUs: passes and recomputation from the memory there is."""
     one = Point(ranks, shards, sequences, seq_len, layers, w_bits, 1, {})
     free = machine.memory - GIB - shard_bytes(shape, one) - 14 * shape.hidden**2  # the context; rotations and gradient
-    budget = int(free) - reserved(shape, DTYPE, int(machine.memory), copies=shards > 1, ends=shards > 1)
+    budget = int(free) - reserved(shape, DTYPE, w_bits, int(machine.memory), copies=shards > 1, ends=shards > 1)
     cut = Shape(**{**vars(shape), "layers": layers})
-    micro, levels = within(budget, 0, "auto", cut, one.share, seq_len, DTYPE, offloaded=False, compiled=True)
+    micro, levels = within(budget, 0, "auto", cut, one.share, seq_len, DTYPE, offloaded=0, compiled=True, w_bits=w_bits)
     counts = {level: levels.count(level) for level in set(levels)}
     return Point(ranks, shards, sequences, seq_len, layers, w_bits, micro, counts)
 
