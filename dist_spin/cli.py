@@ -238,9 +238,14 @@ def _stage(verb: str, config: RunConfig, **options: Any) -> int:
 
 def _bench(rest: list[str]) -> int:
     quieten_libraries()
-    from dist_spin.bench import inference, optimize, quantize
+    from dist_spin.bench import inference, optimize, quantize, scaling
 
-    benches = {"optimize": optimize.main, "quantize": quantize.main, "inference": inference.main}
+    benches = {
+        "optimize": optimize.main,
+        "quantize": quantize.main,
+        "inference": inference.main,
+        "scaling": scaling.main,
+    }
     if rest in (["--help"], ["-h"]):
         print("dist-spin bench " + "|".join(benches) + " --help explains each")
         return EXIT_OK

@@ -447,12 +447,16 @@ class DistributedConfig:
     engine: Literal["auto", "fsdp", "deepspeed"] = "auto"
     """What shards the frozen weights: FSDP2 or DeepSpeed ZeRO-3, with the same results, so that a run may change it;
     auto: as accelerate's config says under `accelerate launch`, fsdp elsewhere."""
+    shard_ranks: int = 0
+    """With FSDP: processes that share one copy of the frozen weights (a divisor of all); 0: all. Fewer gather less, and
+    need more memory."""
     threads: int = 0
     """CPU threads per process; 0 shares the cores evenly among the processes of this machine."""
 
     def __post_init__(self) -> None:
         _check(self, "nproc timeout_s", lambda n: n >= 1, "use 1 or more")
         _check(self, "offload_layers", lambda n: n >= -1, "use a number of layers, or -1 for as many as do not fit")
+        _check(self, "shard_ranks", lambda n: n >= 0, "use a number of processes, or 0 for all of them")
         _check(self, "threads", lambda n: n >= 0, "use a number, or 0 for an even share of the cores")
 
 
