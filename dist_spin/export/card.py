@@ -13,12 +13,21 @@ RIGHT = """    import dist_spin
 
 
 def model_card(
-    config: RunConfig, target: str, *, r4: bool, quantisers: bool, step: str, results: list[dict[str, Any]]
+    config: RunConfig,
+    target: str,
+    *,
+    r4: bool,
+    quantisers: bool,
+    scales: bool,
+    clips: bool,
+    step: str,
+    results: list[dict[str, Any]],
 ) -> str:
     """Markdown with the metadata block of the hub.
 
     Args:
         r4: the input of down_proj must be rotated online. quantisers: activations, keys or values are to be quantised.
+        scales: learned ones are part of the weights. clips: learned ones are put back with the quantisers.
         step: how many steps the rotations were learned for. results: rows of results.json.
     """
     base = _base(config)
@@ -34,11 +43,11 @@ def model_card(
         "",
         "## Loading",
         "",
-        *_loading(config, target, r4, quantisers),
+        *_loading(config, target, r4, quantisers, scales),
         "",
         "## Method",
         "",
-        *_method(config, target, r4, step),
+        *_method(config, target, r4, scales, clips, step),
         "",
         "## Perplexity",
         "",
@@ -54,10 +63,11 @@ def _base(config: RunConfig) -> str:
     return Path(path).name if path.startswith(("/", ".", "~")) else path
 
 
-def _loading(config: RunConfig, target: str, r4: bool, quantisers: bool) -> list[str]:
+def _loading(config: RunConfig, target: str, r4: bool, quantisers: bool, scales: bool) -> list[str]:
     if target == "gguf":
+        gains = "norm gains are learned scales" if scales else "norm gains are ones"
         return [
-            "Any llama.cpp runtime: R1 and R2 are part of the weights, norm gains are ones, nothing has to be done online.",
+            f"Any llama.cpp runtime: R1 and R2 are part of the weights, {gains}, nothing has to be done online.",
             "Quantising the file rounds it anew; measure the result before you believe it.",
         ]
     if target == "executorch":
@@ -116,7 +126,7 @@ def _serving(config: RunConfig) -> list[str]:
     return lines
 
 
-def _method(config: RunConfig, target: str, r4: bool, step: str) -> list[str]:
+def _method(config: RunConfig, target: str, r4: bool, scales: bool, clips: bool, step: str) -> list[str]:
     q, learned = config.quant, config.optimize
     rotated = "R1 (residual stream), R2 (values)" + (", R4 (down_proj input, online)" if r4 else "")
     left_out = config.rotation.online and not r4
@@ -129,6 +139,10 @@ def _method(config: RunConfig, target: str, r4: bool, step: str) -> list[str]:
         "Learned for": f"activations {q.a_bits} bits, keys {q.k_bits}, values {q.v_bits}",
         "Number format": config.model.dtype,
     }
+    if scales:
+        table["Learned scales"] = "merged: before linears in the norms' gains, the others in the weights"
+    if clips:
+        table["Learned clips"] = "in the quantisers that `dist_spin.load` puts back"
     if target in QUANTISED:
         group = f"groups of {q.w_group_size}" if q.w_group_size else "one scale per output channel"
         kind = "symmetric" if q.w_symmetric else "asymmetric"
