@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_spin import __version__
+from dist_spin.export.compressed import REFUSAL
 from dist_spin.export.target import QUANTISED
 from dist_spin.settings import RunConfig
 
@@ -76,14 +77,15 @@ def _loading(config: RunConfig, target: str, r4: bool, quantisers: bool, scales:
         return [
             "**Only `dist_spin.load` loads this model.** Its down_proj weights expect an input that is rotated online by the",
             "Hadamard R4. A bare `from_pretrained` would be wrong without a word, so config.json carries a model type that",
-            "other programs refuse, and down_proj has a name of its own.",
+            "other programs refuse, and down_proj has a name of its own, with nothing under the usual one.",
             "",
             RIGHT,
         ]
     if r4:
         return [
-            "**A bare transformers `from_pretrained` is wrong**: it reports `R4_input.weight` as unexpected and leaves out the",
-            "Hadamard R4 in front of down_proj, which the weights need. Right are",
+            "**A bare transformers `from_pretrained` stops with an error**, on purpose: it would leave out the Hadamard R4 in",
+            f"front of down_proj, which the weights need (`global_compression_ratio` of config.json says `{REFUSAL}`",
+            "instead of a number). Right are",
             "",
             RIGHT,
             "",
@@ -117,10 +119,16 @@ def _executorch_loading(r4: bool) -> list[str]:
 
 def _serving(config: RunConfig) -> list[str]:
     lines = []
-    if config.model.dtype in ("bfloat16", "float16"):
+    if config.quant.arithmetic == "compressed-tensors":
+        lines.append("Bare transformers rounds what the linears read and hold as measured below, to the bit.")
+    elif config.model.dtype in ("bfloat16", "float16"):
         lines.append("Scales are in fp32 here; a program that holds them in 16 bits rounds them, by up to 0.2 %.")
     if config.quant.a_bits < 16:
-        lines.append("How activations are rounded is the runtime's own: some divide by 127 (7), some by 127.5 (7.5).")
+        here = "127.5 (7.5)" if config.quant.arithmetic == "compressed-tensors" else "127 (7)"
+        lines += [
+            f"How activations are rounded is the runtime's own: here the largest is divided by {here}. Transformers divides by",
+            "127.5 (7.5), others by 127 (7); `quant.arithmetic=compressed-tensors` learns, quantises and measures as the former.",
+        ]
     if min(config.quant.k_bits, config.quant.v_bits) < 16:
         lines.append("The KV cache is quantised by `dist_spin.load` alone; elsewhere it is a matter of how one serves.")
     return lines

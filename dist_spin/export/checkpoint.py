@@ -80,5 +80,8 @@ def hide_from_others(files: ModelFiles) -> dict[str, Any]:
 
 
 def rename_down(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same with down_proj under a name of ours, so that whoever forces his way past config.json is told it is missing."""
-    return {ROTATED_DOWN if name == DOWN else name: tensor for name, tensor in weights.items()}
+    """The same with down_proj under a name of ours, and nothing under its own: whoever forces his way past config.json, by
+    naming a model class, gets an error about its size."""
+    return {ROTATED_DOWN if name == DOWN else name: t for name, t in weights.items()} | {
+        DOWN: weights[DOWN].new_empty(0)
+    }

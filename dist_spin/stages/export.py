@@ -78,7 +78,8 @@ def export(config: RunConfig, world: World, target: str, output: Path | None = N
     run.event("export", format=target, path=str(place))
     say(f"wrote {place}")
     if work.sites.r4:
-        say("R4 is online: bare from_pretrained does not do it, dist_spin.load does; README.md there says more")
+        who = "ExecuTorch's use_spin_quant applies it" if target == "executorch" else "dist_spin.load applies it"
+        say(f"R4 is online: {who}, transformers' from_pretrained stops with an error; README.md there says more")
     return place
 
 
