@@ -2,6 +2,7 @@
 
 dist-spin bench optimize configs/shapes/llama-3-8b optimize.batch_size=8 --steps 5 --json out.json
 dist-spin bench optimize configs/shapes/llama-3-8b --layers 8 optimize.batch_size=1 --baseline weight-side
+dist-spin bench optimize configs/shapes/llama-3-70b --layers 8,16,32 --sequences 1,2,4      a row for each combination
 torchrun --nproc_per_node 2 -m dist_spin bench optimize configs/shapes/llama-3-70b distributed.engine=deepspeed
 """
 
@@ -10,6 +11,7 @@ import gc
 import itertools
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -23,11 +25,36 @@ from dist_spin.bench import weight_side
 from dist_spin.bench.device import describe, matmul_ceiling, synchronize
 from dist_spin.checkpoint_writer import CheckpointWriter
 from dist_spin.config import load_config
-from dist_spin.distributed import World, on_leader, start, stop
+from dist_spin.distributed import World, on_leader, start, stop, together
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 from dist_spin.stages.common import model_dtype, say, sites_for
 from dist_spin.stages.optimize import Learning, backward, learning_rate, set_up, write_checkpoint
+
+# What a row shows where several configurations are measured.
+ROW = (
+    *(
+        "engine",
+        "w_bits",
+        "ranks",
+        "layers",
+        "sequences",
+        "step_s",
+        "forward_backward_s",
+        "reduce_s",
+        "cayley_s",
+        "stall_s",
+    ),
+    *(
+        "tokens_per_s",
+        "tflops_per_device",
+        "share_of_matmul",
+        "peak_gib",
+        "micro_batch_size",
+        "offloaded_layers",
+        "load_s",
+    ),
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -36,7 +63,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("shape", help="directory with a config.json")
     parser.add_argument("settings", nargs="*", help="key.sub=value, as for a run")
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after two that are not")
-    parser.add_argument("--layers", type=int, default=0, help="decoder layers; 0: as the config says")
+    parser.add_argument("--layers", type=numbers, default=[0], help="decoder layers, 8,16,...; 0: as the config says")
+    parser.add_argument("--sequences", type=numbers, default=[0], help="per step, 1,2,...; 0: optimize.batch_size")
     parser.add_argument(
         "--baseline",
         choices=["weight-side"],
@@ -44,30 +72,54 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--json", type=Path, help="write all figures here")
     options = parser.parse_intermixed_args(arguments)
-    if options.baseline and (
-        "optimize.batch_size=1" not in options.settings or os.environ.get("WORLD_SIZE", "1") != "1"
-    ):
-        raise UserError("--baseline compares one sequence on one device", "add optimize.batch_size=1, without torchrun")
+    alone = len(options.layers) == 1 and options.sequences in ([0], [1]) and os.environ.get("WORLD_SIZE", "1") == "1"
+    if options.baseline and not (alone and (options.sequences == [1] or "optimize.batch_size=1" in options.settings)):
+        raise UserError("--baseline compares one sequence on one device", "add --sequences 1, without torchrun")
+    combinations = list(itertools.product(options.sequences, options.layers))
     world = start()
     try:
-        figures = measure(options, world)
+        measured: list[dict[str, Any]] = []
+        for sequences, layers in combinations:
+            if measured and sequences != options.sequences[0]:
+                torch._dynamo.reset()  # so that no graph is compiled for any number of sequences
+            measured.append(measure(options, world, sequences, layers))
+            if world.leads and len(combinations) > 1:
+                print(" | ".join(f"{name} {measured[-1][name]}" for name in ROW), flush=True)
+            release(world.device)
     finally:
         stop()
     if world.leads:
-        print("\n".join(f"{name:24} {value}" for name, value in figures.items()))
+        if len(combinations) == 1:
+            print("\n".join(f"{name:24} {value}" for name, value in measured[0].items()))
         if options.json:
-            options.json.write_text(json.dumps(figures, indent=1))
+            options.json.write_text(json.dumps(measured if len(combinations) > 1 else measured[0], indent=1))
     return 0
 
 
-def measure(options: argparse.Namespace, world: World) -> dict[str, Any]:
-    """All figures of one configuration: seconds per step and part, tokens per second, TFLOP/s, memory."""
+def numbers(text: str) -> list[int]:
+    """'8,16' as [8, 16]."""
+    return [int(part) for part in text.split(",")]
+
+
+def release(device: torch.device) -> None:
+    """Give back the memory of a model that is done with, and begin a new peak."""
+    gc.collect()  # sharded modules hold themselves in circles
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def measure(options: argparse.Namespace, world: World, sequences: int = 0, layers: int = 0) -> dict[str, Any]:
+    """All figures of one configuration: seconds per step and part, tokens per second, TFLOP/s, memory.
+
+    sequences, layers: in place of what the settings and the shape say, unless 0.
+    """
     scratch = on_leader(lambda: tempfile.mkdtemp(prefix="dist-spin-bench-"))
-    directory = on_leader(lambda: _cut(Path(options.shape), Path(scratch), options.layers))
+    directory = on_leader(lambda: _cut(Path(options.shape), Path(scratch), layers))
     blocks = f"{scratch}/tokens.npy"
     given = [f"model.path={directory}", "model.dummy_weights=true", f"output_dir={scratch}", *options.settings]
     given += [f"optimize.source=tokens:{blocks}", "optimize.split=all", f"optimize.steps={options.steps + 2}"]
-    config = load_config(None, given)
+    config = load_config(None, [*given, *([f"optimize.batch_size={sequences}"] if sequences else [])])
     vocab = json.loads((directory / "config.json").read_text())["vocab_size"]
     wanted = (config.optimize.batch_size, config.optimize.seq_len)
     on_leader(lambda: np.save(blocks, np.random.default_rng(0).integers(0, vocab, wanted)))
@@ -79,7 +131,7 @@ def measure(options: argparse.Namespace, world: World) -> dict[str, Any]:
     say(f"rank {world.rank}: built in {loading:.1f} s") if world.leads else None
     writer = CheckpointWriter(lambda state, step: write_checkpoint(learning, state, step))
     timed = [one_step(learning, writer) for _ in range(options.steps + 2)]
-    on_leader(writer.close)
+    together(writer.close)  # its thread holds the model, on every rank
     parts = {name: statistics.median(t[name] for t in timed[2:]) for name in timed[0]}
     shape = Shape.of(json_config(directory))
     tokens = config.optimize.batch_size * config.optimize.seq_len
@@ -92,6 +144,8 @@ def measure(options: argparse.Namespace, world: World) -> dict[str, Any]:
         "engine": learning.engine.name,
         "ranks": world.size,
         "layers": shape.layers,
+        "w_bits": config.optimize.w_bits,
+        "sequences": config.optimize.batch_size,
         "tokens_per_step": tokens,
         "load_s": round(loading, 2),
         "first_step_s": round(timed[0]["step"], 2),
@@ -122,6 +176,7 @@ def measure(options: argparse.Namespace, world: World) -> dict[str, Any]:
         ours = parts["forward_backward"]
         figures["times_faster_forward_backward"] = round((baseline["forward_s"] + baseline["backward_s"]) / ours, 2)
         figures["times_faster_step"] = round(sum(baseline.values()) / parts["step"], 2)
+    on_leader(lambda: shutil.rmtree(scratch))
     return figures
 
 
