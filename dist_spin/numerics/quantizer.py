@@ -133,8 +133,7 @@ def _grid(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Scale and zero of an activation's range."""
     if not spec.half_steps:
         return _scale_and_zero(low, high, spec.bits, spec.symmetric)
-    # Divided by a tensor: by a number, CUDA would multiply by its reciprocal.
-    scale = torch.maximum(-low, high) / torch.full((), spec.steps, dtype=low.dtype, device=low.device)
+    scale = _over(torch.maximum(-low, high), spec.steps)
     return torch.where(scale == 0, 1.0, scale), torch.zeros_like(scale)
 
 
