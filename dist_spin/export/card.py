@@ -119,9 +119,9 @@ def _executorch_loading(r4: bool) -> list[str]:
 
 def _serving(config: RunConfig) -> list[str]:
     lines = []
-    if config.quant.arithmetic == "compressed-tensors":
+    if config.quant.arithmetic == "compressed-tensors" and config.export.profile == "no-had":
         lines.append("Bare transformers rounds what the linears read and hold as measured below, to the bit.")
-    elif config.model.dtype in ("bfloat16", "float16"):
+    if config.quant.arithmetic == "fp32" and config.model.dtype in ("bfloat16", "float16"):
         lines.append("Scales are in fp32 here; a program that holds them in 16 bits rounds them, by up to 0.2 %.")
     if config.quant.a_bits < 16:
         here = "127.5 (7.5)" if config.quant.arithmetic == "compressed-tensors" else "127 (7)"
