@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from dist_spin.errors import UserError
@@ -122,6 +122,9 @@ class QuantConfig:
     """Fraction of the activation range that is kept, above 0 up to 1; 1 clips nothing."""
     clips: Literal["none", "quarot"] = "none"
     """Preset of the three clip ratios: quarot sets activations 0.9, keys and values 0.95; none leaves them as given."""
+    arithmetic: Literal["auto", "fp32", "compressed-tensors"] = "auto"
+    """How scales are computed: in fp32, largest symmetric activation = highest code; or as compressed-tensors' runtime does,
+    in the model's number format and half a step beyond it; auto: as export.target needs."""
     o_per_head: bool = False
     """Quantise the input of o_proj per head instead of per token; the paper says per token."""
     k_bits: int = 4
@@ -481,5 +484,9 @@ class RunConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
+        if self.quant.arithmetic == "auto":  # before anything reads it; a run keeps it when its target changes
+            target = self.export.target
+            arithmetic = target if target == "compressed-tensors" else "fp32"
+            object.__setattr__(self, "quant", replace(self.quant, arithmetic=arithmetic))
         name = "use a plain directory name; output_dir says where it lies"
         _check(self, "name", lambda text: text not in ("", ".", "..") and "/" not in text, name)

@@ -7,7 +7,7 @@ compiled butterfly      log2 stages of sums and differences, and the core as a d
 fast-hadamard-transform the CUDA kernel of that package, and the core as a dense product
 """
 
-import importlib.util
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +23,7 @@ from dist_spin.numerics.hadamard import (
 )
 
 Transform = Callable[[Tensor], Tensor]
+LIBRARY = "fast-hadamard-transform"
 
 
 def butterfly(x: Tensor, core: Tensor, power: int, scale: float) -> Tensor:
@@ -62,10 +63,20 @@ def routes(
         found |= {"compiled kronecker": fuse(kronecker), "compiled butterfly": fuse(stages)}
     else:
         missing["compiled"] = "torch.compile is off"
-    if device.type != "cuda":
-        missing["fast-hadamard-transform"] = "its kernel is for CUDA"
-    elif importlib.util.find_spec("fast_hadamard_transform") is None:
-        missing["fast-hadamard-transform"] = "the package is not installed"
+    why = _library_missing(device)
+    if why:
+        missing[LIBRARY] = why
     else:
-        found["fast-hadamard-transform"] = hadamard_transform
+        found[LIBRARY] = hadamard_transform
     return found, missing
+
+
+def _library_missing(device: torch.device) -> str:
+    """Why `hadamard_transform` would not run in the library's kernel; "" where it does."""
+    if device.type != "cuda":
+        return "its kernel is for CUDA"
+    try:
+        importlib.import_module("fast_hadamard_transform")
+    except Exception as error:  # one that was built for another torch may fail in any way
+        return f"the package cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    return ""

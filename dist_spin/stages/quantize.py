@@ -59,6 +59,7 @@ from dist_spin.stages.self_text import self_text
 from dist_spin.stages.tuner import Tuner
 
 LEARNED = "learned"
+HALF = ("bfloat16", "float16")
 
 
 class Recipe(Protocol):
@@ -285,7 +286,9 @@ def layer_identity(config: RunConfig, files: ModelFiles, chosen: Variant, tokens
     quant = {k: v for k, v in flat(config.quant, "quant").items() if k not in (*ENDS_SETTINGS, *seen)}
     if config.quant.down_bits in (0, config.quant.w_bits):  # the same, however it was said
         del quant["quant.down_bits"]
-    return {**states_identity(config, files, chosen, tokens), **quant, **settings}
+    rounded = gptq_options(config).scale_dtype
+    scales = {} if rounded is None else {"scales": str(rounded)}
+    return {**states_identity(config, files, chosen, tokens), **quant, **settings, **scales}
 
 
 def ends_of(config: RunConfig, files: ModelFiles, chosen: Variant) -> Ends:
@@ -429,7 +432,12 @@ class Work:
 def gptq_options(config: RunConfig) -> GPTQOptions:
     """The solver's options of a configuration."""
     q, w = config.quantize, config.quant
-    return GPTQOptions(w.w_bits, w.w_symmetric, w.w_group_size, w.w_mse_clip, q.percdamp, q.block_size, q.act_order)
+    options = GPTQOptions(w.w_bits, w.w_symmetric, w.w_group_size, w.w_mse_clip, q.percdamp, q.block_size, q.act_order)
+    if (
+        w.arithmetic == "compressed-tensors" and config.model.dtype in HALF
+    ):  # its runtimes hold scales in the model's dtype
+        return dataclasses.replace(options, scale_dtype=model_dtype(config))
+    return options
 
 
 def quantize_span(work: Work, start: int, stop: int) -> None:
