@@ -1,21 +1,19 @@
 """Tuning of rounded layers: its gradients, what it lowers, and that what is stored is what was tuned."""
 
-import json
-
+import numpy as np
 import pytest
 import torch
-from tiny import write_model, write_tokens
+from tiny import write_model
 from torch import Tensor
 
+from dist_spin.cli import main
 from dist_spin.config import load_config
-from dist_spin.distributed import World
-from dist_spin.errors import UserError
-from dist_spin.layer_files import load_layer
+from dist_spin.layer_files import QuantizedLayer, layer_path, load_layer
 from dist_spin.methods.tuning import RoundedWeights
 from dist_spin.numerics.gptq import Solution
 from dist_spin.numerics.quantizer import dequantize_weight, quantize_weight, weight_scales
+from dist_spin.rundir import read_lines
 from dist_spin.stages.common import run_dir
-from dist_spin.stages.quantize import quantize
 
 
 @pytest.fixture
@@ -57,11 +55,55 @@ def test_gradients_are_those_of_a_learned_step_size(weight, symmetric):
     torch.testing.assert_close(rounded.t[0].grad, (g * held).sum(-1, keepdim=True))
 
 
-def settings(tmp_path, *more: str) -> list[str]:
+@pytest.fixture
+def words(tmp_path) -> list[str]:
+    """A short run of rounded weights and activations on a random Hadamard."""
     model = write_model("gqa_tied", tmp_path / "model", layers=3)
-    tokens = write_tokens(tmp_path / "tokens.npy", 16, 32)
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(3, 97, (16, 24)))
     return [
         *(f"model.path={model}", "model.dtype=float32", f"output_dir={tmp_path}", "optimize.steps=0"),
-        *(f"quantize.source=tokens:{tokens}#all", "quantize.seq_len=32", "quantize.n_sequences=16"),
-        *("quant.w_bits=3", "quant.a_bits=6", "rotation.init=hadamard", *more),
+        *("rotation.init=hadamard", f"quantize.source=tokens:{tmp_path}/tokens.npy#all"),
+        *("quantize.seq_len=24", "quantize.n_sequences=16", "quant.w_bits=3", "quant.a_bits=6"),
+        *("distributed.device=cpu", "distributed.threads=1"),
     ]
+
+
+def layers(words: list[str]) -> tuple[list[QuantizedLayer], list[dict[str, float]]]:
+    """The layers that a run of `quantize` leaves, and what it noted of their tuning."""
+    assert main(["quantize", *words]) == 0
+    run = run_dir(load_config(None, words))
+    noted = [line for line in read_lines(run.path / "events.jsonl") if line["event"] == "tuned"]
+    return [load_layer(layer_path(run.layers(""), i))[0] for i in range(3)], noted
+
+
+@pytest.mark.usefixtures("restored_process")
+@pytest.mark.parametrize("options", [[], ["quant.w_symmetric=false", "quant.w_group_size=8"]], ids=str)
+def test_tuning_starts_at_gptq_and_brings_the_output_nearer(words, options):
+    words = [*words, *options]
+    gptq, _ = layers([*words, "name=gptq", "quantize.quantize_activations=true"])
+    still, before = layers([*words, "name=still", "quantize.tune_epochs=1", "quantize.tune_lr=1e-9"])
+    for one, other in zip(gptq, still, strict=True):
+        for role, solution in one.solutions.items():
+            assert torch.equal(solution.codes, other.solutions[role].codes)
+            torch.testing.assert_close(solution.scale, other.solutions[role].scale)
+    tuned, after = layers([*words, "name=tuned", "quantize.tune_epochs=15", "quantize.tune_lr=0.02"])
+    assert [line["layer"] for line in after] == [0, 1, 2]
+    assert all(line["last_epoch"] < line["first_epoch"] for line in after)
+    assert after[-1]["last_epoch"] < 0.8 * before[-1]["last_epoch"]
+    moved = [
+        (a.solutions[role].codes != b.solutions[role].codes).float().mean()
+        for a, b in zip(gptq, tuned, strict=True)
+        for role in a.solutions
+    ]
+    assert all(0 < share < 0.5 for share in moved)
+
+
+@pytest.mark.usefixtures("restored_process")
+def test_a_tuned_layer_that_is_lost_is_made_again_bit_by_bit(words):
+    words = [*words, "name=tuned", "quantize.tune_epochs=2", "quantize.layers_per_job=2"]
+    layers(words)
+    path = layer_path(run_dir(load_config(None, words)).layers(""), 1)
+    content = path.read_bytes()
+    path.unlink()
+    layers(words)
+    assert path.read_bytes() == content
