@@ -213,10 +213,12 @@ def _stage(verb: str, config: RunConfig, **options: Any) -> int:
         "report": report,
     }
     timeout = config.distributed.timeout_s
-    world = start(config.distributed.device, timeout, config.distributed.threads)
+    alone = verb == "compare" and config.compare.parallel == "rows"
+    world = start(config.distributed.device, timeout, config.distributed.threads, alone=alone)
     layers = options.get("layers")
     part = "boundaries" if options.get("boundaries_only") else options.get("target", "")
     part = f"{layers[0]}-{layers[1]}" if layers else part
+    part = f"{socket.gethostname()}-{os.getpid()}" if alone else part
     try:
         with writing(config, world, verb, part):
             stages[verb](config, world, **options)

@@ -19,7 +19,7 @@ from dist_spin.config import load_config
 from dist_spin.errors import UserError
 from dist_spin.rundir import RunDir, read_lines
 from dist_spin.settings import CompareConfig, OptimizeConfig, bits_of
-from dist_spin.stages.compare import Entry, planned, settings_of
+from dist_spin.stages.compare_plan import Entry, planned, settings_of
 from dist_spin.stages.compare_table import comparison_table
 
 pytestmark = pytest.mark.usefixtures("restored_process")
