@@ -7,7 +7,6 @@ compiled butterfly      log2 stages of sums and differences, and the core as a d
 fast-hadamard-transform the CUDA kernel of that package, and the core as a dense product
 """
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from dist_spin.numerics.hadamard import (
     hadamard_transform,
     kronecker_apply,
     kronecker_factors,
+    library_gap,
 )
 
 Transform = Callable[[Tensor], Tensor]
@@ -62,10 +62,8 @@ def routes(
         found |= {"compiled kronecker": fuse(kronecker), "compiled butterfly": fuse(stages)}
     else:
         missing["compiled"] = "torch.compile is off"
-    if device.type != "cuda":
-        missing["fast-hadamard-transform"] = "its kernel is for CUDA"
-    elif importlib.util.find_spec("fast_hadamard_transform") is None:
-        missing["fast-hadamard-transform"] = "the package is not installed"
+    if gap := library_gap(width, dtype, device):
+        missing["fast-hadamard-transform"] = gap
     else:
         found["fast-hadamard-transform"] = hadamard_transform
     return found, missing
