@@ -298,6 +298,7 @@ def _status(rest: list[str]) -> int:
 
 
 def _report(rest: list[str]) -> int:
+    quieten_libraries()
     from dist_spin.stages.report import write_report
 
     write_report(_run_directory("report", rest))
@@ -305,6 +306,7 @@ def _report(rest: list[str]) -> int:
 
 
 def _plot(rest: list[str]) -> int:
+    quieten_libraries()
     from dist_spin.stages.plot import plot
 
     dark = "--dark" in rest

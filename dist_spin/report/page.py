@@ -90,6 +90,7 @@ def headline(facts: Facts) -> list[tuple[str, str]]:
     kv = f"KV{q['k_bits']}" if q["k_bits"] == q["v_bits"] else f"K{q['k_bits']}V{q['v_bits']}"
     rotation = config["rotation"]
     start = rotation["load"] or f"{rotation['init']}, seed {rotation['seed']}"
+    compared = [("Seeds compared", ", ".join(map(str, config["compare"]["seeds"])))] if facts.planned_rows else []
     return [
         ("Model", f"{config['model']['path']} ({config['model']['dtype']})"),
         ("Bits", f"W{q['w_bits']}A{q['a_bits']}{kv}, weights by {quantize['method']}"),
@@ -99,11 +100,17 @@ def headline(facts: Facts) -> list[tuple[str, str]]:
             f"{optimize['steps']} steps of {optimize['batch_size']} × {optimize['seq_len']} tokens, {optimize['source']}",
         ),
         ("Calibration", f"{quantize['n_sequences']} × {quantize['seq_len']} tokens, {quantize['source']}"),
+        *compared,
     ]
 
 
 def progress(facts: Facts) -> str:
     """Where the run stands, in one line."""
+    if facts.only_compared:
+        rows = len(facts.of_stage("compare"))
+        return (
+            f"comparison: {rows} of {facts.planned_rows} rows" if rows < facts.planned_rows else "comparison complete"
+        )
     if not facts.metrics and not facts.learned:
         return "not begun"
     if not facts.learned:
@@ -112,8 +119,9 @@ def progress(facts: Facts) -> str:
 
 
 def command(facts: Facts) -> str:
-    """What repeats the run with the configuration that the report holds."""
-    return f"dist-spin run {shlex.quote(f'{facts.name}.yaml')}"
+    """What repeats the run with the configuration that the report holds, a line for each verb."""
+    verbs = ["run"] * (not facts.only_compared) + ["compare"] * bool(facts.planned_rows)
+    return "\n".join(f"dist-spin {verb} {shlex.quote(f'{facts.name}.yaml')}" for verb in verbs)
 
 
 def _svg(drawing: Drawing) -> Markup:

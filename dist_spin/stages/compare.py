@@ -240,7 +240,7 @@ def compare(config: RunConfig, world: World) -> list[dict[str, Any]]:
     texts = {source: measuring_tokens(config, files, source) for source in config.evaluate.sources}
     work = Comparison(config, world, files, stop, texts)
     plan, run = planned(config), work.run
-    on_leader(lambda: note_settings(run, config))
+    on_leader(lambda: note_start(run, config, len(plan) * len(texts)))
     parts = parts_of(config, plan)
     if others := work.complete(work.complete(parts)):  # a second look at what others were at
         say(f"other processes are at {', '.join(others)}; the last one to end shows the table")
@@ -253,7 +253,8 @@ def compare(config: RunConfig, world: World) -> list[dict[str, Any]]:
     return found
 
 
-def note_settings(run: RunDir, config: RunConfig) -> None:
-    """Keep the configuration for the report, unless a stage has done so."""
+def note_start(run: RunDir, config: RunConfig, rows: int) -> None:
+    """Keep what the report tells of a comparison: how many rows it will have, and its settings unless a stage has done so."""
     if not (run.path / "config.yaml").exists():
         write_text(run.path / "config.yaml", dump_config(config))
+    run.event("compare", rows=rows)
