@@ -39,27 +39,24 @@ def test_tables_and_spread(tmp_path, words):
     facts = gather(tmp_path / "tiny")
     assert facts.missing == [f"activation statistics: not measured yet (dist-spin report {tmp_path}/tiny/config.yaml)"]
     (table, unrounded) = result_tables(facts)
-    rows = {row[0].text: [cell.text for cell in row[2:]] for row in table.rows}
-    assert table.heads[2:] == ["weights", "W4A8KV16", "W4A4KV4"]
-    assert set(rows) == {"RTN", "QuaRot", "random Hadamard", "random orthogonal", "ours"}
+    rows = {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
+    assert table.heads[1:] == ["weights", "W4A8KV16", "W4A4KV4"]
+    assert set(rows) == {"RTN", "QuaRot, clipped", "random Hadamard", "random orthogonal", "ours"}
 
     def measured(system: str, bits: tuple[int, int]) -> list[float]:
         return [r["ppl"] for r in facts.rows if r["system"] == system and (r["w_bits"], r["k_bits"]) == bits]
 
-    for system, count in (("QuaRot", 2), ("random Hadamard", 3), ("ours", 2)):
-        values = measured(system, (4, 4))
+    for system, count in (("QuaRot, clipped", 2), ("random Hadamard", 3), ("ours", 2)):
+        values = measured(system.removesuffix(", clipped"), (4, 4))
         assert len(values) == count
         assert rows[system][2] == f"{mean(values):.3f} ± {stdev(values):.3f} (n={count})"
     assert rows["ours"][1] == "–"
-    for column in (3, 4):
+    for column, kv in ((2, 16), (3, 4)):
         bold = [row[0].text for row in table.rows if row[column].best]
-        lowest = min(
-            (mean(measured(system, (4, 16 if column == 3 else 4))), system)
-            for system in rows
-            if rows[system][column - 2] != "–"
-        )
+        shown = [system for system in rows if rows[system][column - 1] != "–"]
+        lowest = min((mean(measured(system.removesuffix(", clipped"), (4, kv))), system) for system in shown)
         assert bold == [lowest[1]]
-    assert unrounded.heads[3:] == ["W16A4KV4"]
+    assert unrounded.heads[2:] == ["W16A4KV4"]
     assert {row[0].text for row in unrounded.rows} == {"random Hadamard", "random orthogonal", "ours"}
 
     figures = [drawing for drawing in drawings(facts) if drawing.section == "seeds"]
@@ -80,7 +77,7 @@ def test_tables_and_spread(tmp_path, words):
     assert "\ndist-spin compare tiny.yaml\n```\n" in (tmp_path / "tiny" / "report.md").read_text()
 
 
-def test_a_comparison_that_learns_nothing_or_is_not_done(tmp_path, words):
+def test_a_comparison_that_learns_nothing_or_is_not_done(capsys, tmp_path, words):
     run: Path = tmp_path / "tiny"
     words += ["compare.methods=[rtn]", "compare.seeds=[0]"]
     assert main(["compare", *words]) == 0
@@ -94,3 +91,6 @@ def test_a_comparison_that_learns_nothing_or_is_not_done(tmp_path, words):
     page = (run / "report.html").read_text()
     assert "comparison: 2 of 3 rows" in page
     assert "the comparison: 2 of 3 rows are measured (dist-spin compare)" in page
+    capsys.readouterr()
+    assert main(["status", str(run)]) == 0
+    assert "compare   2 of 3 rows in results.json" in capsys.readouterr().out

@@ -90,17 +90,20 @@ def headline(facts: Facts) -> list[tuple[str, str]]:
     kv = f"KV{q['k_bits']}" if q["k_bits"] == q["v_bits"] else f"K{q['k_bits']}V{q['v_bits']}"
     rotation = config["rotation"]
     start = rotation["load"] or f"{rotation['init']}, seed {rotation['seed']}"
-    compared = [("Seeds compared", ", ".join(map(str, config["compare"]["seeds"])))] if facts.planned_rows else []
+    bits = f"W{q['w_bits']}A{q['a_bits']}{kv}, weights by {quantize['method']}"
+    if facts.only_compared:
+        compared = config["compare"]
+        bits = f"{', '.join(compared['bits'])}; weights by {' and '.join(compared['weights'])}"
+        bits += f"; seeds {', '.join(map(str, compared['seeds']))}"
     return [
         ("Model", f"{config['model']['path']} ({config['model']['dtype']})"),
-        ("Bits", f"W{q['w_bits']}A{q['a_bits']}{kv}, weights by {quantize['method']}"),
+        ("Bits", bits),
         ("Rotations", f"R1, R2{', online R3, R4' if rotation['online'] else ''}; start: {start}"),
         (
             "Learning",
             f"{optimize['steps']} steps of {optimize['batch_size']} × {optimize['seq_len']} tokens, {optimize['source']}",
         ),
         ("Calibration", f"{quantize['n_sequences']} × {quantize['seq_len']} tokens, {quantize['source']}"),
-        *compared,
     ]
 
 
@@ -120,7 +123,7 @@ def progress(facts: Facts) -> str:
 
 def command(facts: Facts) -> str:
     """What repeats the run with the configuration that the report holds, a line for each verb."""
-    verbs = ["run"] * (not facts.only_compared) + ["compare"] * bool(facts.planned_rows)
+    verbs = ["run"] * (not facts.only_compared) + ["compare"] * (facts.only_compared or facts.planned_rows > 0)
     return "\n".join(f"dist-spin {verb} {shlex.quote(f'{facts.name}.yaml')}" for verb in verbs)
 
 

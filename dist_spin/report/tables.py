@@ -111,8 +111,8 @@ def _comparison(facts: Facts, title: str, rows: list[dict[str, Any]], full: list
     """Systems by bits, mean and sample standard deviation over seeds."""
     columns = list(dict.fromkeys(map(bits_of, rows)))
     model = model_of(facts) if _as_published(rows[0]) and "W4A4KV4" in columns else None
-    heads = ["system", "clips", "weights", *columns] + (["published W4A4KV4"] if model else [])
-    table = Table(title, heads, 3)
+    heads = ["system", "weights", *columns] + (["published W4A4KV4"] if model else [])
+    table = Table(title, heads, 2)
     cells: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     for row in rows:
         key = (row["system"], row.get("clips", "none"), row["weights"])
@@ -123,7 +123,7 @@ def _comparison(facts: Facts, title: str, rows: list[dict[str, Any]], full: list
             Cell(_spread(of[bits]), mean(of[bits]) == lowest[bits]) if bits in of else Cell("–") for bits in columns
         ]
         theirs = published(model, system, weights)
-        table.add(system, "" if clips == "none" else clips, weights, *entries, *([_number(theirs)] if model else []))
+        table.add(_named(system, clips), weights, *entries, *([_number(theirs)] if model else []))
     table.note = (
         f"{_windows(rows)} Lower is better; bold: best of the column; ±: sample standard deviation over n seeds."
     )
@@ -131,6 +131,11 @@ def _comparison(facts: Facts, title: str, rows: list[dict[str, Any]], full: list
         theirs = published(model_of(facts) if _as_published(full[0]) else None, FULL, "none")
         table.note += f" Full precision: {full[0]['ppl']:.3f}" + (f" (published: {theirs:.2f})." if theirs else ".")
     return table
+
+
+def _named(system: str, clips: str) -> str:
+    """A system with the clip ratios that it is run with: the preset of QuaRot, or others in numbers."""
+    return system if clips == "none" else f"{system}, clipped" if clips == "quarot" else f"{system}, {clips}"
 
 
 def _spread(values: list[float]) -> str:
