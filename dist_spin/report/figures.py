@@ -149,7 +149,7 @@ def _seeds(facts: Facts) -> Iterator[Drawing]:
             for value in ours:
                 axes.axvline(value, color=GREEN)
             if ours:
-                place = (ours[0], 1.0)
+                place = (min(ours), 1.0)
                 axes.annotate("learned", place, xycoords=("data", "axes fraction"), ha="center", va="bottom")
             axes.set_yticks(range(len(random)), [name.replace(" ", "\n") for name in random])
             axes.set_ylim(-0.6, len(random) - 0.4)

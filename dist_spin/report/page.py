@@ -21,6 +21,10 @@ SECTIONS = {
         "Learning",
         "The rotations R1 and R2 are learned by gradient steps on the group of orthogonal matrices.",
     ),
+    "seeds": (
+        "Random rotations",
+        "How much the perplexity of random rotations varies, and where the learned one stands.",
+    ),
     "peak": ("Peak over RMS", "How far the largest channel of a token stands out; what a 4-bit grid has to span."),
     "kurtosis": ("Kurtosis", "How heavy the tails of a token are; 3 for a Gaussian, which rotation approaches."),
     "channels": ("Magnitude by channel", "The largest magnitude of each channel, in every layer."),
@@ -32,10 +36,6 @@ SECTIONS = {
     "rounding": (
         "Rounding error of each layer",
         "Relative error of each linear layer's output on the calibration text.",
-    ),
-    "seeds": (
-        "Random rotations",
-        "How much the perplexity of random rotations varies, and where the learned one stands.",
     ),
 }
 
