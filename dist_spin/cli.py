@@ -321,6 +321,7 @@ def _plot(rest: list[str]) -> int:
 
 
 def _speak(verb: str, rest: list[str]) -> int:
+    quieten_libraries()
     from dist_spin.stages.generate import TOKENS, chat, generate
 
     tokens = _count(
@@ -329,7 +330,6 @@ def _speak(verb: str, rest: list[str]) -> int:
     if len(rest) != (2 if verb == "generate" else 1):
         example = 'dist-spin generate runs/NAME "some text"' if verb == "generate" else "dist-spin chat runs/NAME"
         raise UserError(f"{verb} does not take {' '.join(rest) or 'nothing'}", example)
-    quieten_libraries()
     if verb == "chat":
         chat(Path(rest[0]), tokens)
     else:
