@@ -92,6 +92,7 @@ def test_a_grid_holds_what_the_quantiser_makes(grid):
     assert found.codes.dtype == torch.uint8
     assert found.codes.shape[1] == (20 if grid.bits <= 4 else 40)
     assert torch.equal(grid.weight(found, w), rounded(w, grid))
+    assert torch.equal(grid.weight(found, w, again=True), rounded(w, grid))
 
 
 @pytest.mark.slow
@@ -110,6 +111,35 @@ def test_one_compiled_graph_serves_all_layers_and_changes_no_gradient(tmp_path, 
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     assert relative(gradients[1], gradients[0]) < 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", [WeightGrid(4), WeightGrid(8, symmetric=False)], ids=str)
+def test_a_compiled_layer_keeps_no_rounded_weight_for_its_backward_pass(grid, tmp_path, ids):
+    """What is kept beside parameters must not have the size of a linear: at 70B that was 1.7 GB a layer."""
+    files = open_model(str(write_model("mha", tmp_path)))
+    rotations = Rotations(*initial("hadamard", files.shape, 0), CPU, torch.float64, learn=True, euclidean=True)
+    model = gridded_model(files, rotations, online_sites(files, 4), grid, compile=True)
+    model.set_levels(["none"] * files.shape.layers)
+    torch._dynamo.reset()
+    linears = {(len(linear.weight), linear.weight.shape[1]) for _, _, linear in model.gridded()}
+    stacked = {
+        (rows, h) for h in {i for _, i in linears} for rows in (3 * files.shape.hidden, 2 * files.shape.intermediate)
+    }
+    bases = [rotations.basis1.value, *(rotations.basis2[i].value for i in range(files.shape.layers))]
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *bases)}
+    kept = []
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(ids[:, :23]).sum().backward()
+    shapes = linears | stacked | {shape[::-1] for shape in linears | stacked}
+    assert kept
+    assert not [shape for shape in kept if shape in shapes], kept
 
 
 def test_learning_with_rounded_weights_lowers_their_loss(tmp_path, ids):

@@ -25,7 +25,7 @@ from dist_spin.bench import weight_side
 from dist_spin.bench.device import describe, matmul_ceiling, synchronize
 from dist_spin.checkpoint_writer import CheckpointWriter
 from dist_spin.config import load_config
-from dist_spin.distributed import World, on_leader, start, stop
+from dist_spin.distributed import World, on_leader, start, stop, together
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 from dist_spin.stages.common import model_dtype, say, sites_for
@@ -131,7 +131,7 @@ def measure(options: argparse.Namespace, world: World, sequences: int = 0, layer
     say(f"rank {world.rank}: built in {loading:.1f} s") if world.leads else None
     writer = CheckpointWriter(lambda state, step: write_checkpoint(learning, state, step))
     timed = [one_step(learning, writer) for _ in range(options.steps + 2)]
-    on_leader(writer.close)
+    together(writer.close)  # its thread holds the model, on every rank
     parts = {name: statistics.median(t[name] for t in timed[2:]) for name in timed[0]}
     shape = Shape.of(json_config(directory))
     tokens = config.optimize.batch_size * config.optimize.seq_len

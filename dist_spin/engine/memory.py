@@ -8,11 +8,15 @@ import torch.distributed as dist
 from dist_spin.distributed import World
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
-from dist_spin.model.recompute import kept_bytes, plan
+from dist_spin.model.recompute import LEVELS, kept_bytes, plan
 
 SPARE_SHARE = 0.06  # of the device's memory, left to the allocator's fragmentation and to NCCL
-TOKENS_AT_ONCE = 8192  # of one pass: beyond, products are as fast as they get
-TOKENS_AT_ONCE_OFFLOADED = 16384  # fewer passes, since each moves every offloaded layer twice
+MOST_TOKENS = 8192  # of one pass: beyond, products are as fast as they get
+MOST_TOKENS_OFFLOADED = 16384  # fewer passes, since each moves every offloaded layer twice
+# What a layer costs in one pass, in tokens that it could handle in that time; measured on the Llama-3 shapes on H200s.
+PASS = 320  # launching and gathering
+PASS_OFFLOADED = 8192  # of a layer that comes from the host
+AGAIN = {"none": 0.0, "sites": 0.14, "layer": 0.4}  # recomputation, as a share of a token
 
 
 def layer_bytes(shape: Shape, dtype: torch.dtype, w_bits: int = 16) -> int:
@@ -42,7 +46,7 @@ def layers_to_offload(
     if setting < 0:
         free, total = torch.cuda.mem_get_info(world.device)
         h = shape.hidden
-        at_once = min(tokens, TOKENS_AT_ONCE_OFFLOADED)
+        at_once = min(tokens, MOST_TOKENS_OFFLOADED)
         activations = shape.layers * kept_bytes(shape, at_once, dtype.itemsize, "layer")
         activations += 2 * kept_bytes(shape, at_once, dtype.itemsize, "none")
         rotations = (
@@ -72,40 +76,51 @@ def passes_and_levels(
     dtype: torch.dtype,
     world: World,
     *,
-    offloaded: bool,
+    offloaded: int,
     compiled: bool,
+    w_bits: int = 16,
 ) -> tuple[int, list[str]]:
     """Sequences of one pass and what each layer keeps of it, once the sharded weights are in memory.
 
     Args:
-        micro: sequences of one pass, or 0: as many as pay and fit. recompute: "auto" or a level (`recompute.LEVELS`).
+        micro: sequences of one pass, or 0: what promises the shortest step. Fewer keep more of their activations, so that
+            less is computed twice. recompute: "auto" or a level (`recompute.LEVELS`).
         mine: sequences that one rank handles in a step.
+        offloaded: layers whose weights come from the host in each pass.
     """
     if world.device.type == "cpu":
         return micro or 1, ["sites" if recompute == "auto" else recompute] * shape.layers
-    budget = _budget(shape, dtype, offloaded, world)
+    budget = _budget(shape, dtype, w_bits, offloaded > 0, world)
+    kind = (compiled, w_bits < 16)
+    most = MOST_TOKENS_OFFLOADED if offloaded else MOST_TOKENS
 
-    def fits(size: int, level: str) -> bool:
-        kept, working = (kept_bytes(shape, size * seq_len, dtype.itemsize, how, compiled) for how in (level, "none"))
-        return shape.layers * kept + 2 * working <= budget
+    def levels(size: int) -> list[str]:
+        if recompute != "auto":
+            return [recompute] * shape.layers
+        return plan(shape, size * seq_len, dtype.itemsize, budget, *kind)
+
+    def fits(size: int) -> bool:
+        need = {level: kept_bytes(shape, size * seq_len, dtype.itemsize, level, *kind) for level in LEVELS}
+        return size * seq_len <= most and sum(need[level] for level in levels(size)) + 2 * need["none"] <= budget
+
+    def cost(size: int) -> float:
+        own = sum(size * seq_len * (1 + AGAIN[level]) + PASS for level in levels(size))
+        return -(-mine // size) * (own + offloaded * PASS_OFFLOADED)
 
     if not micro:
-        most = TOKENS_AT_ONCE_OFFLOADED if offloaded else TOKENS_AT_ONCE
-        sizes = [size for size in range(mine, 0, -1) if size * seq_len <= most]
-        levels = ("sites", "layer") if recompute == "auto" else (recompute,)
-        micro = next((size for level in levels for size in sizes if fits(size, level)), 1)
-        micro = -(-mine // -(-mine // micro))  # equal passes: 8 sequences at 3 a pass take as long as at 4
-    if recompute != "auto":
-        return micro, [recompute] * shape.layers
-    return micro, plan(shape, micro * seq_len, dtype.itemsize, budget, compiled)
+        equal = {-(-mine // passes) for passes in range(1, mine + 1)}  # 8 sequences at 3 a pass take as long as at 4
+        micro = min((size for size in sorted(equal) if fits(size)), key=cost, default=1)
+    return micro, levels(micro)
 
 
-def _budget(shape: Shape, dtype: torch.dtype, offloaded: bool, world: World) -> int:
+def _budget(shape: Shape, dtype: torch.dtype, w_bits: int, offloaded: bool, world: World) -> int:
     """Bytes for activations on the rank that has the fewest."""
     free, total = torch.cuda.mem_get_info(world.device)
     free += torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
     copies = world.size > 1 or offloaded
-    gathered = 3 * layer_bytes(shape, dtype) if copies else 0  # the layer at work, the next one and one being freed
+    layer = layer_bytes(shape, dtype, w_bits)
+    gathered = 3 * layer if copies else 0  # the layer at work, the next one and one being freed
+    gathered += layer if w_bits < 16 else 0  # what codes are turned back into, and what grids are fitted to
     ends = 2 * shape.vocab * shape.hidden * dtype.itemsize if world.size > 1 else 0
     return -_largest_over_ranks(-(free - int(SPARE_SHARE * total) - gathered - ends - (1 << 30)))
 

@@ -30,8 +30,12 @@ def run(layer: nn.Module, level: str, hidden: Tensor, **call: Any) -> Tensor:
     return checkpoint(layer, hidden, use_reentrant=False, preserve_rng_state=False, **extra, **call)
 
 
-def kept_bytes(shape: Shape, tokens: int, element: int, level: str, compiled: bool = True) -> int:
+def kept_bytes(
+    shape: Shape, tokens: int, element: int, level: str, compiled: bool = True, gridded: bool = False
+) -> int:
     """Bytes that one layer keeps for `tokens` tokens of one pass, its input included.
+
+    gridded: rotations are learned with rounded weights, whose gradients need the inputs of o_proj and down_proj too.
 
     "none" in a compiled layer is what torch.compile's partitioner was measured to keep (0.70 GiB for 6144 tokens of the
     Llama-3-8B shape); in an eager one it counts the tensors between the matmuls and their fp32 companions in quantisers
@@ -39,16 +43,18 @@ def kept_bytes(shape: Shape, tokens: int, element: int, level: str, compiled: bo
     """
     h, i = shape.hidden, shape.intermediate
     elements = {"layer": h, "sites": 4 * h, "none": 8 * h + 2 * i if compiled else 24 * h + 10 * i}[level]
+    if gridded and level == "none" and compiled:
+        elements += shape.heads * shape.head_dim + i
     return tokens * elements * element
 
 
-def plan(shape: Shape, tokens: int, element: int, free: int, compiled: bool = True) -> list[str]:
+def plan(shape: Shape, tokens: int, element: int, free: int, compiled: bool = True, gridded: bool = False) -> list[str]:
     """The level of every layer, so that what is kept fits into `free` bytes: as many layers as possible keep more.
 
     One layer's whole working set is set aside, since recomputation builds it once at a time.
     """
-    free -= 2 * kept_bytes(shape, tokens, element, "none", compiled)
-    need = {level: kept_bytes(shape, tokens, element, level, compiled) for level in LEVELS}
+    need = {level: kept_bytes(shape, tokens, element, level, compiled, gridded) for level in LEVELS}
+    free -= 2 * need["none"]
     for rich, poor in (("none", "sites"), ("sites", "layer")):
         spare = free - shape.layers * need[poor]
         if spare >= 0:

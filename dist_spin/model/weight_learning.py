@@ -69,14 +69,31 @@ class WeightGrid:
         stored = pack_nibbles(codes) if self.packs(merged.shape[1]) else codes.view(torch.uint8)
         return Grid(stored, scale, None if self.symmetric else zero)
 
-    def weight(self, grid: "Grid", like: Tensor) -> Tensor:
-        """The rounded weight in the shape and dtype of `like` [out, in]."""
-        if self.packs(like.shape[1]):
-            codes = unpack_int4(grid.codes, self.symmetric)
-        else:
-            codes = grid.codes.view(torch.int8) if self.symmetric else grid.codes
+    def weight(self, grid: "Grid", like: Tensor, again: bool = False) -> Tensor:
+        """The rounded weight in the shape and dtype of `like` [out, in].
+
+        again: decode by other arithmetic, to the same bits. A compiler would find that a backward pass needs the value that
+        its forward pass had, and keep whole weights of every layer in between.
+        """
+        codes = _decoded_again(self, grid.codes, like) if again else _decoded(self, grid.codes, like)
         zero = torch.zeros_like(grid.scale) if grid.zero is None else grid.zero
         return dequantize_weight(codes, grid.scale, zero, self.group_size, like.dtype)
+
+
+def _decoded(spec: WeightGrid, stored: Tensor, like: Tensor) -> Tensor:
+    if spec.packs(like.shape[1]):
+        return unpack_int4(stored, spec.symmetric)
+    return stored.view(torch.int8) if spec.symmetric else stored
+
+
+def _decoded_again(spec: WeightGrid, stored: Tensor, like: Tensor) -> Tensor:
+    signed = stored.view(torch.int8)
+    if spec.packs(like.shape[1]):
+        both = torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1).flatten(-2)  # shifts keep the sign
+        return both if spec.symmetric else torch.where(both < 0, both + 16, both)
+    if spec.symmetric:
+        return torch.where(stored > 127, stored.to(torch.int16) - 256, stored.to(torch.int16))
+    return torch.where(signed < 0, signed.to(torch.int16) + 256, signed.to(torch.int16))
 
 
 class Grid(NamedTuple):
@@ -195,7 +212,7 @@ class _InputProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         a, r1, r2, *tensors = ctx.saved_tensors
-        d_a = g @ _stacked(ctx.spec, tensors)
+        d_a = g @ _stacked(ctx.spec, tensors, again=True)
         a2, g2 = a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
         weights = tensors[::4]
         d_r2, through, start = None, None, 0
@@ -229,7 +246,7 @@ class _OutputProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         a, r1, r2, *tensors = ctx.saved_tensors
-        d_a = g @ _stacked(ctx.spec, tensors)
+        d_a = g @ _stacked(ctx.spec, tensors, again=True)
         a2, g2, w = a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1]), tensors[0]
         d_r2 = None
         if r2 is not None:
@@ -240,9 +257,9 @@ class _OutputProduct(torch.autograd.Function):
         return d_a, d_r1, None, d_r2, None, None, None, None, *(None,) * len(tensors)
 
 
-def _stacked(spec: WeightGrid, tensors: Any) -> Tensor:
+def _stacked(spec: WeightGrid, tensors: Any, again: bool = False) -> Tensor:
     """The rounded weights, one below the other; tensors: (weight, codes, scale, zero) of each."""
-    parts = [spec.weight(Grid(*tensors[i + 1 : i + 4]), tensors[i]) for i in range(0, len(tensors), 4)]
+    parts = [spec.weight(Grid(*tensors[i + 1 : i + 4]), tensors[i], again) for i in range(0, len(tensors), 4)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 

@@ -94,10 +94,15 @@ def _range(x: Tensor) -> tuple[Tensor, Tensor]:
     return low.clamp(max=0), high.clamp(min=0)
 
 
+def _over(x: Tensor, number: float) -> Tensor:
+    """x / number, correctly rounded on every device: by a plain number, CUDA multiplies with the reciprocal instead."""
+    return x / x.new_full((), number)
+
+
 def _scale_and_zero(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Grid that spans [low, high], low <= 0 <= high. A NaN bound gives a NaN scale, so it shows in the output."""
     lowest, highest = code_range(bits, symmetric)
-    scale = torch.maximum(-low, high) / highest if symmetric else (high - low) / (highest - lowest)
+    scale = _over(torch.maximum(-low, high), highest) if symmetric else _over(high - low, highest - lowest)
     # An all-zero group, or one so small that its scale is not a normal number, becomes zeros instead of 0/0.
     scale = torch.where(scale < torch.finfo(scale.dtype).tiny, 1.0, scale)
     return scale, torch.zeros_like(scale) if symmetric else torch.round(-low / scale)
@@ -277,7 +282,7 @@ def _search_clip(
         else:
             percentages = torch.arange(most, least, -step, **kind)[:, None, None]
         for tried in percentages.split(at_once):
-            factors = tried / 100
+            factors = _over(tried, 100)
             scale, zero = _scale_and_zero(low * factors, high * factors, bits, symmetric)  # [factors, rows, n]
             error = _encode(members, scale, zero, bits, symmetric).sub_(zero).mul_(scale).sub_(members)
             total, index = _folded_sum(error.abs_().pow_(CLIP_NORM)).min(0, keepdim=True)

@@ -120,7 +120,7 @@ def optimize(config: RunConfig, world: World, stop: StopRequest | None = None) -
         try:
             figures = one_step(learning)
         except NumericsError:
-            on_leader(writer.close)
+            together(writer.close)
             raise
         # Before the checkpoint, so that none lacks its line; a resumed run drops lines that have no checkpoint.
         seconds = time.monotonic() - began + stall
@@ -131,11 +131,11 @@ def optimize(config: RunConfig, world: World, stop: StopRequest | None = None) -
         stall = on_leader(lambda: writer.submit(learning.state(), learning.step))
         progress.advance(f"loss {figures['loss']:.4f}")
         if learning.step < settings.steps and any_rank(bool(stop)):
-            on_leader(writer.close)
+            together(writer.close)
             if world.leads:
                 learning.run.event("interrupted", stage="optimize", step=learning.step, signal=stop.name)
             raise Interrupted(f"stopped by a signal after step {learning.step}", "the same command continues")
-    on_leader(writer.close)
+    together(writer.close)
     finish(learning)
 
 
@@ -271,9 +271,10 @@ def set_up(config: RunConfig, world: World) -> Learning:
         settings.seq_len,
         dtype,
         world,
-        offloaded=bool(away),
+        offloaded=len(away),
         # What a compiled layer keeps was measured for rotations alone; the eager estimate bounds scales, clips and a teacher.
         compiled=compiled and transforms is None and settings.objective == "cross_entropy",
+        w_bits=settings.w_bits,
     )
     if engine.keeps_gathered and not compiled and settings.recompute == "auto":
         levels = ["sites" if level == "none" else level for level in levels]  # or it would keep every layer's weights
