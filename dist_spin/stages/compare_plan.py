@@ -159,7 +159,7 @@ Group = list[Entry]  # that share rotations and rounding
 def parts_of(config: RunConfig, plan: list[Entry]) -> dict[str, list[Group]]:
     """The groups of a plan in parts that different processes can do at once, since none learns what another one does.
 
-    Parts that learn rotations come first: they take longest.
+    They come as planned; where processes share them out, those that learn rotations come first, since they take longest.
     """
     found: dict[str, dict[Any, Group]] = {}
     for entry in plan:
@@ -170,7 +170,8 @@ def parts_of(config: RunConfig, plan: list[Entry]) -> dict[str, list[Group]]:
             name = "learned" if base is config else base.name
         found.setdefault(name, {}).setdefault(which, []).append(entry)
 
-    def learns(name: str) -> bool:
-        return any(SYSTEMS[entry.method].rotation == LEARNED for some in found[name].values() for entry in some)
+    def quick(name: str) -> bool:
+        apart = config.compare.parallel == "rows"
+        return apart and all(SYSTEMS[e.method].rotation != LEARNED for some in found[name].values() for e in some)
 
-    return {name: [*found[name].values()] for name in sorted(found, key=learns, reverse=True)}
+    return {name: [*found[name].values()] for name in sorted(found, key=quick)}
