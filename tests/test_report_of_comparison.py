@@ -32,7 +32,8 @@ def words(tmp_path) -> list[str]:
     ]
 
 
-def test_tables_and_spread(tmp_path, words):
+@pytest.mark.slow
+def test_tables_and_spread(browser, tmp_path, words):
     words += ["compare.seeds=[0, 1]", "compare.spread_seeds=3"]
     assert main(["compare", *words]) == 0
     assert main(["report", str(tmp_path / "tiny")]) == 0
@@ -74,7 +75,36 @@ def test_tables_and_spread(tmp_path, words):
     assert "comparison complete" in page
     assert "dist-spin compare tiny.yaml</code>" in page
     assert "dist-spin run" not in page
+    for width in (1280, 400):
+        assert looked_at(browser, tmp_path / "tiny" / "report.html", width) == {"seeds-0", "seeds-1"}
     assert "\ndist-spin compare tiny.yaml\n```\n" in (tmp_path / "tiny" / "report.md").read_text()
+
+
+def looked_at(browser, page: Path, width: int) -> set[str]:
+    """Names of the figures of random rotations in a browser window, where nothing is wider than that and nothing is amiss."""
+    tab = browser.new_page(viewport={"width": width, "height": 900})
+    problems: list[str] = []
+    tab.on("console", lambda message: problems.append(message.text))
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    tab.goto(f"file://{page}")
+    assert problems == []
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    tables = tab.eval_on_selector_all(
+        ".scroll",
+        """all => all.slice(0, 2).map(s => {
+             s.style.width = '200px'; s.scrollLeft = 9999;
+             const left = s.querySelector('td').getBoundingClientRect().left - s.getBoundingClientRect().left;
+             return [s.scrollLeft, left] })""",
+    )
+    # Names stay in sight, however far a table is scrolled.
+    assert all(scrolled > 20 and 0 <= left < 3 for scrolled, left in tables), tables
+    figures = tab.eval_on_selector_all(
+        "#seeds figure",
+        "all => all.map(f => [f.id, f.querySelector('svg').getBBox().width, f.getBoundingClientRect().width])",
+    )
+    assert all(drawn > 100 and wide > 250 for _, drawn, wide in figures), figures
+    tab.close()
+    return {name for name, _, _ in figures}
 
 
 def test_a_comparison_that_learns_nothing_or_is_not_done(capsys, tmp_path, words):
