@@ -397,6 +397,9 @@ class CompareConfig:
     """How weights are rounded in that study."""
     keep_layers: bool = False
     """Keep the quantised layers of every row: a copy of the model each."""
+    parallel: Literal["ranks", "rows"] = "ranks"
+    """What several processes do: all of them each row (a model that is learned on all GPUs), or each takes whole rows alone,
+    on one GPU, as they come; then processes may be started at any time, by torchrun or one by one."""
 
     def __post_init__(self) -> None:
         for name in ("methods", "bits", "weights", "seeds"):

@@ -361,7 +361,8 @@ def test_fused_solver_agrees_with_torch(options: GPTQOptions, monkeypatch: pytes
     plain = gptq_quantize(w, hessian, options)
     assert plain.codes.float().std() > 1
     assert (fused.codes == plain.codes).float().mean() > 0.99
-    assert (fused.scale == plain.scale).float().mean() > 0.99
+    # To the last bits only: a fused multiply-add rounds once, and a group is fitted to what earlier columns left of it.
+    assert torch.isclose(fused.scale, plain.scale, rtol=1e-5, atol=0).float().mean() > 0.99
     assert fused.error == pytest.approx(plain.error, rel=1e-3)
     assert fused.rtn_error == pytest.approx(plain.rtn_error, rel=1e-3)
 

@@ -7,7 +7,6 @@ compiled butterfly      log2 stages of sums and differences, and the core as a d
 fast-hadamard-transform the CUDA kernel of that package, and the core as a dense product
 """
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from dist_spin.numerics.hadamard import (
     hadamard_transform,
     kronecker_apply,
     kronecker_factors,
+    library_gap,
 )
 
 Transform = Callable[[Tensor], Tensor]
@@ -63,20 +63,8 @@ def routes(
         found |= {"compiled kronecker": fuse(kronecker), "compiled butterfly": fuse(stages)}
     else:
         missing["compiled"] = "torch.compile is off"
-    why = _library_missing(device)
-    if why:
-        missing[LIBRARY] = why
+    if gap := library_gap(width, dtype, device):
+        missing[LIBRARY] = gap
     else:
         found[LIBRARY] = hadamard_transform
     return found, missing
-
-
-def _library_missing(device: torch.device) -> str:
-    """Why `hadamard_transform` would not run in the library's kernel; "" where it does."""
-    if device.type != "cuda":
-        return "its kernel is for CUDA"
-    try:
-        importlib.import_module("fast_hadamard_transform")
-    except Exception as error:  # one that was built for another torch may fail in any way
-        return f"the package cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-    return ""
