@@ -2,9 +2,16 @@
 
 import signal
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+BROWSER = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
+BROWSER += ("--disable-sync", "--no-first-run")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -29,3 +36,14 @@ def restored_process() -> Iterator[None]:
     for number, handler in kept.items():
         signal.signal(number, handler)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def browser() -> "Iterator[Browser]":
+    """A headless Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=BROWSER)
+        yield chromium
+        chromium.close()

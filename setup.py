@@ -35,8 +35,9 @@ RUNTIME = [
 ]
 
 EXTRAS = {
-    # Source only: building it needs nvcc and a CUDA build of torch that is already installed, so
-    # `pip install --no-build-isolation '.[cuda]'`. Without it the same transform runs in plain torch.
+    # Without it the same transform runs in plain torch. Its archives on PyPI lack the CUDA sources and only fetch a wheel
+    # that was built for the installed torch, if there is one. With nvcc and a CUDA build of torch:
+    # `pip install --no-build-isolation git+https://github.com/Dao-AILab/fast-hadamard-transform`.
     "cuda": ["fast-hadamard-transform>=1.1,<2"],
     # Install with DS_BUILD_OPS=0: its kernels are then compiled when first used.
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],

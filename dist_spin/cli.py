@@ -213,10 +213,12 @@ def _stage(verb: str, config: RunConfig, **options: Any) -> int:
         "report": report,
     }
     timeout = config.distributed.timeout_s
-    world = start(config.distributed.device, timeout, config.distributed.threads)
+    alone = verb == "compare" and config.compare.parallel == "rows"
+    world = start(config.distributed.device, timeout, config.distributed.threads, alone=alone)
     layers = options.get("layers")
     part = "boundaries" if options.get("boundaries_only") else options.get("target", "")
     part = f"{layers[0]}-{layers[1]}" if layers else part
+    part = f"{socket.gethostname()}-{os.getpid()}" if alone else part
     try:
         with writing(config, world, verb, part):
             stages[verb](config, world, **options)
@@ -238,9 +240,14 @@ def _stage(verb: str, config: RunConfig, **options: Any) -> int:
 
 def _bench(rest: list[str]) -> int:
     quieten_libraries()
-    from dist_spin.bench import inference, optimize, quantize
+    from dist_spin.bench import inference, optimize, quantize, scaling
 
-    benches = {"optimize": optimize.main, "quantize": quantize.main, "inference": inference.main}
+    benches = {
+        "optimize": optimize.main,
+        "quantize": quantize.main,
+        "inference": inference.main,
+        "scaling": scaling.main,
+    }
     if rest in (["--help"], ["-h"]):
         print("dist-spin bench " + "|".join(benches) + " --help explains each")
         return EXIT_OK
@@ -296,6 +303,7 @@ def _status(rest: list[str]) -> int:
 
 
 def _report(rest: list[str]) -> int:
+    quieten_libraries()
     from dist_spin.stages.report import write_report
 
     write_report(_run_directory("report", rest))
@@ -303,6 +311,7 @@ def _report(rest: list[str]) -> int:
 
 
 def _plot(rest: list[str]) -> int:
+    quieten_libraries()
     from dist_spin.stages.plot import plot
 
     dark = "--dark" in rest
@@ -317,6 +326,7 @@ def _plot(rest: list[str]) -> int:
 
 
 def _speak(verb: str, rest: list[str]) -> int:
+    quieten_libraries()
     from dist_spin.stages.generate import TOKENS, chat, generate
 
     tokens = _count(
@@ -325,7 +335,6 @@ def _speak(verb: str, rest: list[str]) -> int:
     if len(rest) != (2 if verb == "generate" else 1):
         example = 'dist-spin generate runs/NAME "some text"' if verb == "generate" else "dist-spin chat runs/NAME"
         raise UserError(f"{verb} does not take {' '.join(rest) or 'nothing'}", example)
-    quieten_libraries()
     if verb == "chat":
         chat(Path(rest[0]), tokens)
     else:

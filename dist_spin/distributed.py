@@ -34,13 +34,14 @@ class World:
         return self.rank == 0
 
 
-def start(device: str = "auto", timeout_s: int = 600, threads: int = 0) -> World:
+def start(device: str = "auto", timeout_s: int = 600, threads: int = 0, *, alone: bool = False) -> World:
     """Join (or make) the process group and pick this rank's device.
 
     Args:
         device: "cpu", "cuda", or "auto" (cuda where there is one).
         timeout_s: seconds after which a collective that does not complete counts as a hang.
         threads: intra-op CPU threads; 0 shares this machine's cores between its ranks.
+        alone: make a group of one, however many processes were started: they share the devices, and no work.
 
     Raises:
         UserError: cuda was asked for and there is none, or this host starts more ranks than it has GPUs.
@@ -50,6 +51,9 @@ def start(device: str = "auto", timeout_s: int = 600, threads: int = 0) -> World
     size = int(env.get("WORLD_SIZE", env.get("SLURM_STEP_NUM_TASKS", 1) if "SLURM_STEP_ID" in env else 1))
     local_rank = int(env.get("LOCAL_RANK", env.get("SLURM_LOCALID", 0)))
     local_size = int(env.get("LOCAL_WORLD_SIZE", 1))
+    if alone:
+        rank, size = 0, 1
+        env.update(RANK="0", WORLD_SIZE="1")  # for libraries that ask there
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":

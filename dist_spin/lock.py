@@ -139,6 +139,20 @@ class Lock:
 
 
 @contextlib.contextmanager
+def turn(path: Path, what: str) -> Iterator[None]:
+    """Hold `path` for a moment, such as to change a file; waits while another process does."""
+    lock = Lock(path, what)
+    with contextlib.ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(lock)
+                break
+            except Held:
+                time.sleep(0.05)
+        yield
+
+
+@contextlib.contextmanager
 def stage_lock(run: Path, stage: str, part: str = "") -> Iterator[None]:
     """Be the one writer of a stage of a run, or of one `part` of it (a range of layers).
 

@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from dist_spin.errors import UserError
@@ -123,6 +123,9 @@ class QuantConfig:
     """Fraction of the activation range that is kept, above 0 up to 1; 1 clips nothing."""
     clips: Literal["none", "quarot"] = "none"
     """Preset of the three clip ratios: quarot sets activations 0.9, keys and values 0.95; none leaves them as given."""
+    arithmetic: Literal["auto", "fp32", "compressed-tensors"] = "auto"
+    """How scales are computed: in fp32, largest symmetric activation = highest code; or as compressed-tensors' runtime does,
+    in the model's number format and half a step beyond it; auto: as export.target needs."""
     o_per_head: bool = False
     """Quantise the input of o_proj per head instead of per token; the paper says per token."""
     k_bits: int = 4
@@ -271,7 +274,11 @@ class QuantizeConfig:
     act_order: bool = False
     """Quantise the columns with the largest activations first; off as published."""
     quantize_activations: bool = False
-    """Keep activation, key and value quantisers on while calibrating; off as published."""
+    """Keep activation, key and value quantisers on while calibrating; off as published, always on with tune_epochs."""
+    tune_epochs: int = 0
+    """Passes over the calibration sequences in which each rounded layer learns its rounding and scales; 0: none."""
+    tune_lr: float = 0.01
+    """Learning rate of that: how far a weight moves in a step, in steps of its grid."""
     layers_per_job: int = 0
     """Layers that see each other's rounding errors and are done by one job, others in parallel; 0: all, as published."""
     baselines: list[Literal["none", "hadamard", "orthogonal"]] = field(default_factory=list)
@@ -282,6 +289,8 @@ class QuantizeConfig:
         _check(self, "seq_len n_sequences block_size", lambda n: n >= 1, "use 1 or more")
         _check(self, "seed", lambda n: n >= 0, "use 0 or more")
         _check(self, "layers_per_job", lambda n: n >= 0, "use a number of layers, or 0 for all")
+        _check(self, "tune_epochs", lambda n: n >= 0, "use 0 or more")
+        _check(self, "tune_lr", lambda x: 0 < x < 1, "use a fraction of a step, such as 0.01")
         _check(self, "percdamp", lambda x: 0 < x < math.inf, "use a fraction above 0, such as 0.01")
         _check(self, "baselines", lambda names: len(set(names)) == len(names), "name each rotation once")
 
@@ -399,6 +408,9 @@ class CompareConfig:
     """How weights are rounded in that study."""
     keep_layers: bool = False
     """Keep the quantised layers of every row: a copy of the model each."""
+    parallel: Literal["ranks", "rows"] = "ranks"
+    """What several processes do: all of them each row (a model that is learned on all GPUs), or each takes whole rows alone,
+    on one GPU, as they come; then processes may be started at any time, by torchrun or one by one."""
 
     def __post_init__(self) -> None:
         for name in ("methods", "bits", "weights", "seeds"):
@@ -452,12 +464,16 @@ class DistributedConfig:
     engine: Literal["auto", "fsdp", "deepspeed"] = "auto"
     """What shards the frozen weights: FSDP2 or DeepSpeed ZeRO-3, with the same results, so that a run may change it;
     auto: as accelerate's config says under `accelerate launch`, fsdp elsewhere."""
+    shard_ranks: int = 0
+    """With FSDP: processes that share one copy of the frozen weights (a divisor of all); 0: all. Fewer gather less, and
+    need more memory."""
     threads: int = 0
     """CPU threads per process; 0 shares the cores evenly among the processes of this machine."""
 
     def __post_init__(self) -> None:
         _check(self, "nproc timeout_s", lambda n: n >= 1, "use 1 or more")
         _check(self, "offload_layers", lambda n: n >= -1, "use a number of layers, or -1 for as many as do not fit")
+        _check(self, "shard_ranks", lambda n: n >= 0, "use a number of processes, or 0 for all of them")
         _check(self, "threads", lambda n: n >= 0, "use a number, or 0 for an even share of the cores")
 
 
@@ -482,5 +498,9 @@ class RunConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
+        if self.quant.arithmetic == "auto":  # before anything reads it; a run keeps it when its target changes
+            target = self.export.target
+            arithmetic = target if target == "compressed-tensors" else "fp32"
+            object.__setattr__(self, "quant", replace(self.quant, arithmetic=arithmetic))
         name = "use a plain directory name; output_dir says where it lies"
         _check(self, "name", lambda text: text not in ("", ".", "..") and "/" not in text, name)

@@ -3,8 +3,9 @@
     python tests/study_accuracy.py OUT --model PATH --learn tokens:L.npy#all --texts tokens:A.npy#all tokens:B.npy#all
 
 Learning and calibration take the text of --learn, measuring the others; sequences of 2048 tokens, at most --sequences of them.
-Each run of RUNS is learned, quantised with GPTQ and measured with 16-bit weights (W16A4KV4) and after GPTQ (W4A4KV4); a table of
-perplexities is printed as rows come in. Not a test: a command for the figures in the documentation.
+Each run of RUNS is learned, quantised with GPTQ and measured with 16-bit weights (W16A4KV4) and after GPTQ (W4A4KV4), and
+again under each of --again, such as quantize.tune_epochs=2,quantize.n_sequences=800; a table of perplexities is printed as
+rows come in. Not a test: a command for the figures in the documentation.
 """
 
 import argparse
@@ -74,7 +75,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--sequences", type=int, default=800)
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after so long")
-    parser.add_argument("--calibrate-quantised", nargs="*", default=[], help="runs also given GPTQ on quantised inputs")
+    parser.add_argument(
+        "--again", nargs="*", default=[], help="settings under which what was learned is quantised again"
+    )
     parser.add_argument("settings", nargs="*")
     options = parser.parse_intermixed_args()
     world = start()
@@ -89,19 +92,21 @@ def main() -> None:
             if time.monotonic() - began > 60 * options.minutes:
                 continue
             one(options, world, name, seed)
-            if name in options.calibrate_quantised:
-                one(options, world, name, seed, quantised=True)
+            for again in options.again:
+                if time.monotonic() - began < 60 * options.minutes:
+                    one(options, world, name, seed, again)
     stop()
 
 
-def one(options: argparse.Namespace, world: World, name: str, seed: int, quantised: bool = False) -> None:
-    """Learn (or take what was learned), quantise, measure, print."""
+def one(options: argparse.Namespace, world: World, name: str, seed: int, again: str = "") -> None:
+    """Learn (or take what was learned), quantise, measure, print; again: further settings of quantising."""
     began = time.monotonic()
     directory = f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+    number = f"-{options.again.index(again)}" if again else ""
     source = f"tokens:{options.out / 'learn.npy'}#all"
     given = [
         f"output_dir={options.out}",
-        f"name={directory}{'-quantised' if quantised else ''}",
+        f"name={directory}{number}",
         f"model.path={options.model}",
         f"rotation.seed={seed}",
         f"optimize.seed={seed}",
@@ -109,29 +114,28 @@ def one(options: argparse.Namespace, world: World, name: str, seed: int, quantis
         f"optimize.source={source}",
         "optimize.batch_size=8",
         f"quantize.source={source}",
-        f"quantize.quantize_activations={str(quantised).lower()}",
         f"evaluate.sources=[{','.join(options.texts)}]",
-        f"evaluate.unquantized_weights={str(not quantised).lower()}",
+        f"evaluate.unquantized_weights={str(not again).lower()}",
         "evaluate.split=all",
     ]
-    config = load_config(None, [*given, *RUNS[name], *options.settings])
+    config = load_config(None, [*given, *RUNS[name], *options.settings, *filter(None, again.split(","))])
     structure = [getattr(config.optimize, name) for name in STRUCTURE]
     if structure != getattr(options, "structure", None):
         torch._dynamo.reset()  # so that a run of another structure never meets the recompile limit
     options.structure = structure
     learned = options.out / directory / "rotations" / "final.safetensors"
     final = run_dir(config).rotations / "final.safetensors"
-    if quantised and not final.exists():
+    if again and not final.exists():
         final.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(learned, final)
     if not final.exists():
         optimize(config, world)
     learning = time.monotonic() - began
     quantize(config, world)
-    results = [row for row in evaluate(config, world) if row["a_bits"] < 16 or not quantised]
+    results = [row for row in evaluate(config, world) if row["a_bits"] < 16 or not again]
     steps = [line["seconds"] for line in read_lines(options.out / directory / "metrics.jsonl")]
     pace = f"{statistics.median(steps or [0.0]):.3f} | {learning:.0f} | {time.monotonic() - began:.0f}"
-    label = f"{name}, GPTQ on quantised inputs" if quantised else name
+    label = f"{name}, {again}" if again else name
     kinds: dict[str, list[float]] = {}
     for row in results:
         kind = row["method"] if row["method"] == "full precision" else row["weights"]

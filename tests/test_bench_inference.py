@@ -151,7 +151,19 @@ def test_the_command_measures_everything_this_machine_has(tmp_path, capsys):
     assert all(h["error"] < 1e-5 for h in figures["hadamard"] if h["route"] != "copy")
     printed = capsys.readouterr()
     assert "over bf16" in printed.out
+    timed = [line.split() for line in printed.out.splitlines() if line.startswith(("decode", "prefill"))]
+    assert {tuple(words[:3]) for words in timed} == {(p, str(b), k) for p, b, k, _ in seen}
+    assert all(words[6].endswith("%") for words in timed)  # what the Hadamards add
     assert "skipped fp8: needs a Hopper GPU or later" in printed.err
+
+
+def test_what_is_over_the_budget_is_left_out_and_said(tmp_path, capsys):
+    CONFIG.save_pretrained(tmp_path)
+    words = ["--device", "cpu", "--batches", "1", "--prefill", "0", "--context", "4", "--budget", "1e-9"]
+    assert main(["bench", "inference", str(tmp_path), *words]) == 0
+    printed = capsys.readouterr()
+    assert "skipped bf16: over --budget" in printed.out
+    assert "model tokens/s" in printed.out
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from dist_spin.config import load_config
 from dist_spin.errors import UserError
 from dist_spin.rundir import RunDir, read_lines
 from dist_spin.settings import CompareConfig, OptimizeConfig, bits_of
-from dist_spin.stages.compare import Entry, planned, settings_of
+from dist_spin.stages.compare_plan import Entry, group, parts_of, planned, settings_of
 from dist_spin.stages.compare_table import comparison_table
 
 pytestmark = pytest.mark.usefixtures("restored_process")
@@ -87,6 +87,32 @@ def test_the_plan_names_everything_once(words):
     assert {(e.seed, e.weights, e.bits) for e in plan if e.method == "orthogonal"} == spread
     assert spread <= {(e.seed, e.weights, e.bits) for e in plan if e.method == "hadamard"}
     assert {e.seed for e in plan if e.method == "ours" and e.bits == (16, 4, 4)} == {0, 1}  # the marks
+
+
+def test_parts_learn_nothing_that_another_part_learns(words):
+    more = ["compare.methods=[gptq, smoothquant, quarot, quarot_no_clips, spinquant_had, ours]"]
+    more += ["compare.weights=[rtn, gptq]", "compare.spread_seeds=1", "compare.parallel=rows"]
+    config = load_config(None, [*words, *more])
+    plan = planned(config)
+    parts = parts_of(config, plan)
+    assert sorted(map(str, plan)) == sorted(str(e) for groups in parts.values() for some in groups for e in some)
+    for groups in parts.values():
+        assert all(len({group(entry) for entry in some}) == 1 for some in groups)
+
+    def learned_by(name: str) -> set[str]:
+        entries = [entry for some in parts[name] for entry in some]
+        learning = [e for e in entries if e.method in ("ours", "spinquant_had")]
+        places = {settings_of(config, e.method, e.seed, e.weights).name for e in learning}
+        return places | {e.method for e in entries if e.method == "smoothquant"}
+
+    found = [learned_by(name) for name in parts]
+    assert len(set().union(*found)) == sum(map(len, found)) == 7  # ours x 2 seeds, spinquant x 2 seeds x 2 roundings
+    assert all(found[:6])
+    # The run itself where it is what SpinQuant published: one part has both rows.
+    plain = settings_of(config, "spinquant_had", 0, "gptq")
+    plain = dataclasses.replace(config, rotation=plain.rotation, quant=plain.quant, optimize=plain.optimize)
+    methods = {e.method for some in parts_of(plain, planned(plain))["learned"] for e in some}
+    assert methods == {"ours", "spinquant_had"}
 
 
 def test_what_each_method_changes_of_the_run(words):

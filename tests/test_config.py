@@ -71,7 +71,16 @@ def test_defaults_file_and_command_line_in_that_order(write: typing.Callable[[st
     assert config.model == ModelConfig("from/file", dtype="float32")
     assert (config.optimize.steps, config.optimize.lr) == (9, 0.5)
     assert config.optimize.batch_size == OptimizeConfig().batch_size
-    assert config.quant == QuantConfig()
+    assert config.quant == QuantConfig(arithmetic="fp32")  # what `auto` means here
+
+
+def test_arithmetic_follows_the_target_and_stays_with_a_run(write: typing.Callable[[str], Path]) -> None:
+    target = "export.target=compressed-tensors"
+    made = load_config(None, [MODEL, target])
+    assert made.quant.arithmetic == "compressed-tensors"
+    assert load_config(None, [MODEL, target, "quant.arithmetic=fp32"]).quant.arithmetic == "fp32"
+    assert load_config(str(write(dump_config(made))), ["export.target=hf"]).quant == made.quant
+    assert load_config(str(write(dump_config(load_config(None, [MODEL])))), [target]).quant.arithmetic == "fp32"
 
 
 def test_three_spellings_of_an_override_and_the_last_one_wins() -> None:

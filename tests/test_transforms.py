@@ -102,14 +102,14 @@ def test_site_gradients_are_those_of_plain_autograd(symmetric):
     torch.testing.assert_close(tangent(tilt.grad), tangent((out_gradient @ w).T @ moved), rtol=1e-9, atol=1e-12)
 
 
-def plain_quantize(z: Tensor, ratio: Tensor, symmetric: bool) -> Tensor:
+def plain_quantize(z: Tensor, ratio: Tensor, symmetric: bool, steps: float = 7) -> Tensor:
     """4 bits per row in plain autograd, rounding straight-through, clamping as the minimum of bounds."""
 
     def rounded(v: Tensor) -> Tensor:
         return v + (v.round() - v).detach()
 
     if symmetric:
-        scale = z.abs().amax(-1, keepdim=True) * ratio / 7
+        scale = z.abs().amax(-1, keepdim=True) * ratio / steps
         return rounded(z / scale).clamp(-8, 7) * scale
     low, high = z.amin(-1, keepdim=True).clamp(max=0) * ratio, z.amax(-1, keepdim=True).clamp(min=0) * ratio
     scale = (high - low) / 15
@@ -117,16 +117,17 @@ def plain_quantize(z: Tensor, ratio: Tensor, symmetric: bool) -> Tensor:
     return (rounded(z / scale) + zero).clamp(0, 15).sub(zero) * scale
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("symmetric", "half_steps"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("group", [0, 8])
-def test_range_gradients_are_those_of_plain_autograd(symmetric, group):
+def test_range_gradients_are_those_of_plain_autograd(symmetric, half_steps, group):
     g = torch.Generator().manual_seed(1)
     x = torch.randn(30, 24, generator=g, dtype=torch.float64)
     x[3] = x[3].abs()  # a range that 0 bounds
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     ratios = [torch.tensor(0.7, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    out = range_quantize(ours, QuantSpec(4, symmetric, group, clip_ratio=0.9), ratios[0])
-    plain = plain_quantize(theirs.view(30, -1, group or 24), 0.9 * ratios[1], symmetric).view(30, 24)
+    out = range_quantize(ours, QuantSpec(4, symmetric, group, clip_ratio=0.9, half_steps=half_steps), ratios[0])
+    steps = 7.5 if half_steps else 7
+    plain = plain_quantize(theirs.view(30, -1, group or 24), 0.9 * ratios[1], symmetric, steps).view(30, 24)
     torch.testing.assert_close(out, plain, rtol=1e-12, atol=1e-12)
     weights = torch.randn(30, 24, generator=g, dtype=torch.float64)
     (out * weights).sum().backward()

@@ -36,8 +36,8 @@ def matmul_ceiling(device: torch.device) -> float:
 def clock(call: Callable[[], object], device: torch.device, at_least: float = 0.2) -> float:
     """Seconds of one call, the mean of repeats that fill `at_least` seconds (two or more, or one if a call takes longer).
 
-    On CUDA the call is captured once as a graph and replayed: launching its kernels one by one from Python would hide short ones.
-    It is called three times before that, so that everything is compiled and allocated.
+    On CUDA a call that is shorter than that is captured once as a graph and replayed: launching its kernels one by one from
+    Python would hide short ones. Before anything counts it is called until everything is compiled and allocated.
     """
     if device.type != "cuda":
         for _ in range(2):
@@ -46,9 +46,17 @@ def clock(call: Callable[[], object], device: torch.device, at_least: float = 0.
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):
+        call()  # compiles
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        once = time.perf_counter() - began
+        if once <= at_least:
             call()
     torch.cuda.current_stream().wait_stream(side)
+    if once > at_least:
+        return once
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()

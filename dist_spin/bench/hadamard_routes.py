@@ -7,7 +7,6 @@ compiled butterfly      log2 stages of sums and differences, and the core as a d
 fast-hadamard-transform the CUDA kernel of that package, and the core as a dense product
 """
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +19,11 @@ from dist_spin.numerics.hadamard import (
     hadamard_transform,
     kronecker_apply,
     kronecker_factors,
+    library_gap,
 )
 
 Transform = Callable[[Tensor], Tensor]
+LIBRARY = "fast-hadamard-transform"
 
 
 def butterfly(x: Tensor, core: Tensor, power: int, scale: float) -> Tensor:
@@ -62,10 +63,8 @@ def routes(
         found |= {"compiled kronecker": fuse(kronecker), "compiled butterfly": fuse(stages)}
     else:
         missing["compiled"] = "torch.compile is off"
-    if device.type != "cuda":
-        missing["fast-hadamard-transform"] = "its kernel is for CUDA"
-    elif importlib.util.find_spec("fast_hadamard_transform") is None:
-        missing["fast-hadamard-transform"] = "the package is not installed"
+    if gap := library_gap(width, dtype, device):
+        missing[LIBRARY] = gap
     else:
-        found["fast-hadamard-transform"] = hadamard_transform
+        found[LIBRARY] = hadamard_transform
     return found, missing

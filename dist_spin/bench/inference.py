@@ -12,6 +12,8 @@ so that launches cost what they cost a server. What this machine lacks is skippe
 import argparse
 import functools
 import gc
+import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_spin.bench import hadamard_routes
 from dist_spin.bench.decoder import Decoder, empty_cache, layer_sizes, random_weight
 from dist_spin.bench.device import clock, describe
+from dist_spin.bench.hadamard_routes import LIBRARY, Transform, routes
 from dist_spin.bench.linear_kernels import KERNELS, make, relative_error
 from dist_spin.bench.optimize import json_config
 from dist_spin.errors import UserError
@@ -31,7 +33,6 @@ from dist_spin.progress import Progress
 from dist_spin.rundir import write_json
 from dist_spin.stages.common import say
 
-LIBRARY = "fast-hadamard-transform"
 PLAIN = "none"
 
 
@@ -51,10 +52,13 @@ def main(arguments: list[str]) -> int:
         "--layers", type=int, default=0, help="layers with weights of their own; 0: all on a GPU, 1 on a CPU"
     )
     parser.add_argument(
-        "--limit", type=float, default=4.0, help="seconds that one pass may take; larger batches are left out"
+        "--limit", type=float, default=2.0, help="seconds that one pass may take; larger batches are left out"
     )
     parser.add_argument(
-        "--seconds", type=float, default=0.2, help="that repeats of one measurement fill, or one pass if longer"
+        "--seconds", type=float, default=0.1, help="that repeats of one measurement fill, or one pass if longer"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=0.0, help="seconds after which nothing more is begun; 0: everything is measured"
     )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: as many as torch takes")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -82,13 +86,12 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     wanted = list(dict.fromkeys(["bf16", *options.kernels.split(",")]))
     if unknown := set(wanted) - set(KERNELS):
         raise UserError(f"--kernels names {min(unknown)!r}", f"use some of {', '.join(KERNELS)}")
-    compiled = options.compile == "on" or (options.compile == "auto" and device.type == "cuda")
     if not (Path(options.shape) / "config.json").is_file():
         raise UserError(f"{options.shape} has no config.json", "give a directory such as configs/shapes/llama-3-8b")
     shape = Shape.of(json_config(Path(options.shape)))
-    bench = Bench(shape, device, batches, options, compiled)
     if options.threads:
         torch.set_num_threads(options.threads)
+    bench = Bench(shape, device, batches, options)
     layers = options.layers or (shape.layers if device.type == "cuda" else 1)
     figures: dict[str, Any] = {
         "device": describe(device),
@@ -97,7 +100,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "layers_with_own_weights": layers,
         "context": options.context,
         "prefill": options.prefill,
-        "compiled": compiled,
+        "compiled": bench.compiled,
         "hadamard": bench.side_by_side(),
         "head_ms": bench.head(),
     }
@@ -117,9 +120,8 @@ class Bench:
         device: torch.device,
         batches: list[int],
         options: argparse.Namespace,
-        compiled: bool,
     ) -> None:
-        self.shape, self.device, self.batches, self.compiled = shape, device, batches, compiled
+        self.shape, self.device, self.batches = shape, device, batches
         self.context, self.prefill, self.limit = options.context, options.prefill, options.limit
         self.clock = functools.partial(clock, device=device, at_least=options.seconds)
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -127,7 +129,26 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
         self.kernels: dict[str, dict[str, Any]] = {}
         self.skipped: dict[str, str] = {}
-        self.fuse = functools.cache(self._compile if compiled else lambda function: function)
+        self.ends = time.monotonic() + options.budget if options.budget else math.inf
+        wanted = options.compile == "on" or (options.compile == "auto" and device.type == "cuda")
+        self.compiled = wanted and self._compiles()
+        self.fuse = functools.cache(self._compile if self.compiled else lambda function: function)
+
+    def _compiles(self) -> bool:
+        """Whether torch.compile works here; it needs Triton and a C compiler."""
+        try:
+            torch.compile(torch.square)(torch.ones(8, device=self.device))
+        except Exception as failure:
+            self.skip("torch.compile", failure)
+            return False
+        return True
+
+    def _late(self, what: str) -> bool:
+        """Whether the time is up, so that `what` is left out."""
+        late = time.monotonic() > self.ends
+        if late:
+            self.skip(what, "over --budget")
+        return late
 
     def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` compiled for any sizes; 1 is always a case of its own, so a function is compiled several times."""
@@ -147,7 +168,9 @@ class Bench:
 
     def kernel(self, name: str, layers: int) -> None:
         """Every pass of the layers on one kernel, without and with the Hadamards."""
-        progress = Progress(f"{name}: pass", len(self._passes()) * len(self._rotations()))
+        if self._late(name):
+            return
+        progress = Progress(f"{name}: pass", len(self._passes()) * len(self.rotations))
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -158,12 +181,14 @@ class Bench:
             self.skip(name, failure)
             return
         self.kernels[name] = {"error": error, "gib_per_layer": decoder.weight_bytes / layers / 2**30}
-        for rotation, transforms in self._rotations().items():
+        for rotation, transforms in self.rotations.items():
             per_token = 0.0  # seconds of the prefill before this one
             for phase, batch in self._passes():
                 tokens = batch * (1 if phase == "decode" else self.prefill)
                 what = f"{name}, rotation {rotation}, {phase}, batch {batch}"
                 progress.advance(what)
+                if self._late(what):
+                    continue
                 if phase == "prefill" and per_token * tokens > self.limit:
                     self.skip(what, f"a pass would take {per_token * tokens:.0f} s, over --limit {self.limit:g}")
                     continue
@@ -182,13 +207,12 @@ class Bench:
             (phase, batch) for phase in ("decode", *(["prefill"] if self.prefill else [])) for batch in self.batches
         ]
 
-    def _rotations(self) -> dict[str, tuple[Any, Any]]:
+    @functools.cached_property
+    def rotations(self) -> dict[str, tuple[Transform | None, Transform | None]]:
         """Name -> R3 and R4 as transforms: none, as Kronecker products, and by the library where it is installed."""
-        ways: dict[str, tuple[Any, Any]] = {PLAIN: (None, None)}
+        ways: dict[str, tuple[Transform | None, Transform | None]] = {PLAIN: (None, None)}
         try:
-            found = [
-                hadamard_routes.routes(width, self.dtype, self.device, None)[0] for width in self._widths().values()
-            ]
+            found = [routes(width, self.dtype, self.device, None)[0] for width in self._widths().values()]
         except NoHadamard as error:
             self.skip("rotation", error)
             return ways
@@ -206,7 +230,7 @@ class Bench:
         tokens = 64
         return relative_error(make(name, weight, self.fuse, max(tokens, self.most_tokens)), weight, tokens)
 
-    def _pass(self, decoder: Decoder, phase: str, batch: int, r3: Any, r4: Any) -> float:
+    def _pass(self, decoder: Decoder, phase: str, batch: int, r3: Transform | None, r4: Transform | None) -> float:
         layers = len(decoder.layers)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what the graph before this one held
@@ -234,7 +258,7 @@ class Bench:
         fuse = self.fuse if self.compiled else None
         for site, width in self._widths().items():
             try:
-                found, missing = hadamard_routes.routes(width, self.dtype, self.device, fuse)
+                found, missing = routes(width, self.dtype, self.device, fuse)
             except NoHadamard as error:
                 self.skip(site, error)
                 continue
@@ -248,11 +272,14 @@ class Bench:
                 x = self.random(tokens * heads, width)
                 sample = x[:64].double()
                 for route, transform in found.items():
+                    what = f"{site} by {route}, {tokens} tokens"
+                    if self._late(what):
+                        continue
                     try:
                         off = (transform(x)[:64].double() - kronecker_apply(sample, exact)).norm() / sample.norm()
                         us = self.clock(functools.partial(transform, x)) * 1e6
                     except Exception as failure:
-                        self.skip(f"{site} by {route}, {tokens} tokens", failure)
+                        self.skip(what, failure)
                         continue
                     row = {"site": site, "width": width, "tokens": tokens, "route": route, "us": us}
                     rows.append(row if route == "copy" else {**row, "error": float(off)})
@@ -289,23 +316,58 @@ def table(figures: dict[str, Any]) -> str:
         f"{shape['layers']} layers ({figures['layers_with_own_weights']} with weights of their own); "
         f"decoding at context {figures['context']}, prefill of {figures['prefill']} tokens"
     ]
+    rows, ways = figures["rows"], list(dict.fromkeys(r["rotation"] for r in figures["rows"]))
     lines: list[tuple[str, ...]] = [
-        ("pass", "batch", "kernel", "rotation", "layer ms", "cost", "model tokens/s", "over bf16")
+        (
+            "pass",
+            "batch",
+            "kernel",
+            "layer ms",
+            "model tokens/s",
+            "over bf16",
+            *(f"with {w}" for w in ways if w != PLAIN),
+        )
     ]
-    for r in sorted(figures["rows"], key=lambda r: (r["phase"], r["batch"])):
-        cost = f"{r['rotation_cost']:+.1%}" if r["rotation"] != PLAIN and "rotation_cost" in r else ""
-        gain = f"{r['speed_over_bf16']:.2f}" if "speed_over_bf16" in r else ""
-        words = (r["phase"], str(r["batch"]), r["kernel"], r["rotation"], f"{r['layer_ms']:.4f}")
-        lines.append((*words, cost, f"{r['tokens_per_s']:.4g}", gain))
-    out += ["", *columns(lines)]
-    lines = [("Hadamard", "width", "tokens", "route", "us")]
-    lines += [(h["site"], str(h["width"]), str(h["tokens"]), h["route"], f"{h['us']:.1f}") for h in figures["hadamard"]]
+    for phase, batch, kernel in dict.fromkeys((r["phase"], r["batch"], r["kernel"]) for r in sorted(rows, key=_order)):
+        by = {r["rotation"]: r for r in rows if (r["phase"], r["batch"], r["kernel"]) == (phase, batch, kernel)}
+        words = [phase, str(batch), kernel]
+        if PLAIN in by:
+            words += [f"{by[PLAIN]['layer_ms']:.4f}", f"{by[PLAIN]['tokens_per_s']:.4g}", _gain(by[PLAIN])]
+        else:
+            words += ["", "", ""]
+        lines.append((*words, *(_cost(by.get(way)) for way in ways if way != PLAIN)))
+    out += [
+        "",
+        "With: what R3 and R4 add to a layer, and the whole model's speed over bf16 without them.",
+        *columns(lines),
+    ]
+    found = figures["hadamard"]
+    names = list(dict.fromkeys(h["route"] for h in found))
+    lines = [("us of", "width", "tokens", *names)]
+    for site, width, tokens in dict.fromkeys((h["site"], h["width"], h["tokens"]) for h in found):
+        us = {h["route"]: f"{h['us']:.1f}" for h in found if (h["site"], h["tokens"]) == (site, tokens)}
+        lines.append((site, str(width), str(tokens), *(us.get(name, "") for name in names)))
     out += ["", *columns(lines), ""]
     for name, kernel in figures["kernels"].items():
         out.append(
             f"{name}: {kernel['gib_per_layer']:.4f} GiB a layer, relative error of a product {kernel['error']:.1e}"
         )
     return "\n".join(out + [f"skipped {what}: {why}" for what, why in figures["skipped"].items()])
+
+
+def _order(row: dict[str, Any]) -> tuple[str, int]:
+    return row["phase"], row["batch"]
+
+
+def _gain(row: dict[str, Any]) -> str:
+    return f"{row['speed_over_bf16']:.2f}" if "speed_over_bf16" in row else ""
+
+
+def _cost(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    cost = f"{row['rotation_cost']:+.1%}" if "rotation_cost" in row else f"{row['layer_ms']:.4f} ms"
+    return f"{cost}  {_gain(row)}".rstrip()
 
 
 def columns(lines: list[tuple[str, ...]]) -> list[str]:

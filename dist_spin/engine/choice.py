@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from dist_spin.distributed import World
-from dist_spin.engine import fsdp
+from dist_spin.engine.fsdp import Fsdp
 from dist_spin.engine.zero3 import Zero3
 from dist_spin.errors import UserError
 from dist_spin.model.learning import LearningModel
@@ -26,8 +26,11 @@ class Engine(Protocol):
     keeps_gathered: bool
     """Whether autograd keeps a gathered copy of weights for the backward pass of layers that are not compiled."""
 
+    def shards(self, world: World) -> int:
+        """How many ranks one copy of the weights is spread over."""
+
     def shard(self, model: LearningModel, world: World, offloaded: Sequence[int] = ()) -> None:
-        """Make a model on the meta device ready to lie sharded over all ranks; `offloaded`: layers kept off the device."""
+        """Make a model on the meta device ready to lie sharded over ranks; `offloaded`: layers kept off the device."""
 
     def load(self, model: LearningModel, source: WeightSource, r4: tuple[Tensor, ...]) -> None:
         """Give every rank its own share of every parameter, folded; no collective, so that it may fail on one rank."""
@@ -36,7 +39,7 @@ class Engine(Protocol):
         """Fit the grids of learned weights (`WeightGrid`) to the rotations as they are; all ranks must call it."""
 
     def assert_sharded(self, model: nn.Module, world: World) -> None:
-        """Every parameter is frozen and holds its 1/N share and no more.
+        """Every parameter is frozen and holds this rank's share and no more.
 
         Raises:
             AssertionError: names the parameter that does not.
@@ -47,13 +50,15 @@ def chosen(settings: DistributedConfig) -> Engine:
     """The engine of a run; "auto" follows the config of `accelerate launch`, which hands it down in the environment.
 
     Raises:
-        UserError: weights are to be kept on a disk by an engine that cannot.
+        UserError: weights are to be kept on a disk, or in several copies, by an engine that cannot.
     """
     engine = settings.engine
     if engine == "auto":
         engine = "deepspeed" if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" else "fsdp"
     if engine == "deepspeed":
+        if settings.shard_ranks:
+            raise UserError("distributed.shard_ranks is for FSDP", "set distributed.engine=fsdp, or leave it out")
         return Zero3(Path(settings.offload_dir) if settings.offload_dir else None)
     if settings.offload_dir:
         raise UserError("distributed.offload_dir is for DeepSpeed", "set distributed.engine=deepspeed, or leave it out")
-    return fsdp
+    return Fsdp(settings.shard_ranks)

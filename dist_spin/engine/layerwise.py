@@ -16,10 +16,10 @@ from dist_spin.distributed import World, gather_parts, sum_over_ranks_
 from dist_spin.layer_files import QuantizedLayer
 from dist_spin.model.architecture import ATTENTION_NORM, LAYER_LINEARS, MLP_NORM
 from dist_spin.model.layers import LayerRunner
-from dist_spin.numerics.gptq import GPTQOptions, Solution, output_errors, prepare, solve, split_rows
+from dist_spin.numerics.gptq import GPTQOptions, Solution, fitted_grid, output_errors, prepare, solve, split_rows
 from dist_spin.numerics.hessian import TOKEN_CHUNK, Hessian
 from dist_spin.numerics.outliers import condense
-from dist_spin.numerics.quantizer import ROW_TILE, dequantize_weight, quantize_weight, weight_scales
+from dist_spin.numerics.quantizer import ROW_TILE, dequantize_weight, quantize_weight
 
 PARTS = ("forward", "hessian", "factor", "solve", "errors")  # what a clock is asked to time
 
@@ -171,7 +171,7 @@ class LayerQuantizer:
 
     def _round(self, rows: Tensor, o: GPTQOptions) -> Solution:
         wide = rows.to(self.hessian_dtype)
-        scale, zero = weight_scales(wide, o.bits, o.symmetric, o.group_size, o.mse_clip)
+        scale, zero = fitted_grid(wide, o, o.group_size)
         return Solution(quantize_weight(wide, scale, zero, o.bits, o.symmetric, o.group_size), scale, zero)
 
 

@@ -27,7 +27,7 @@ def layer_bytes(shape: Shape, dtype: torch.dtype, w_bits: int = 16) -> int:
 
 
 def layers_to_offload(
-    setting: int, shape: Shape, tokens: int, dtype: torch.dtype, w_bits: int, to_disk: bool, world: World
+    setting: int, shape: Shape, tokens: int, dtype: torch.dtype, w_bits: int, to_disk: bool, world: World, shards: int
 ) -> list[int]:
     """The layers whose frozen weights stay in pinned host memory and visit the device, spread evenly over the depth.
 
@@ -35,6 +35,7 @@ def layers_to_offload(
         setting: their number, or -1: as many as do not fit beside the activations of one pass.
         tokens: tokens that one rank handles in a step.
         to_disk: they stay on a disk instead, which helps a CPU as well.
+        shards: ranks that one copy of the weights is spread over.
 
     Raises:
         UserError: the host has no room for them.
@@ -42,7 +43,7 @@ def layers_to_offload(
     if world.device.type == "cpu" and (setting < 0 or not to_disk):
         return []
     layer = layer_bytes(shape, dtype, w_bits)
-    mine = -(-layer // world.size)
+    mine = -(-layer // shards)
     if setting < 0:
         free, total = torch.cuda.mem_get_info(world.device)
         h = shape.hidden
@@ -54,7 +55,7 @@ def layers_to_offload(
         )  # masters, gradients, Cayley's and writer's copies
         ends = 2 * shape.vocab * h * dtype.itemsize
         reserve = activations + rotations + 3 * layer + ends + int(SPARE_SHARE * total) + (1 << 30)
-        missing = shape.layers * mine + ends // world.size + reserve - free
+        missing = shape.layers * mine + ends // shards + reserve - free
         setting = _largest_over_ranks(max(0, -(-missing // mine)))
     count = min(setting, shape.layers)
     host = host_bytes_free()
@@ -75,6 +76,7 @@ def passes_and_levels(
     seq_len: int,
     dtype: torch.dtype,
     world: World,
+    shards: int,
     *,
     offloaded: int,
     compiled: bool,
@@ -85,12 +87,31 @@ def passes_and_levels(
     Args:
         micro: sequences of one pass, or 0: what promises the shortest step. Fewer keep more of their activations, so that
             less is computed twice. recompute: "auto" or a level (`recompute.LEVELS`).
-        mine: sequences that one rank handles in a step.
+        mine: sequences that one rank handles in a step. shards: ranks that one copy of the weights is spread over.
         offloaded: layers whose weights come from the host in each pass.
     """
     if world.device.type == "cpu":
         return micro or 1, ["sites" if recompute == "auto" else recompute] * shape.layers
-    budget = _budget(shape, dtype, w_bits, offloaded > 0, world)
+    budget = _budget(shape, dtype, w_bits, offloaded > 0, world, shards)
+    return within(
+        budget, micro, recompute, shape, mine, seq_len, dtype, offloaded=offloaded, compiled=compiled, w_bits=w_bits
+    )
+
+
+def within(
+    budget: int,
+    micro: int,
+    recompute: str,
+    shape: Shape,
+    mine: int,
+    seq_len: int,
+    dtype: torch.dtype,
+    *,
+    offloaded: int,
+    compiled: bool,
+    w_bits: int = 16,
+) -> tuple[int, list[str]]:
+    """`passes_and_levels` where `budget` bytes may hold activations."""
     kind = (compiled, w_bits < 16)
     most = MOST_TOKENS_OFFLOADED if offloaded else MOST_TOKENS
 
@@ -113,16 +134,24 @@ def passes_and_levels(
     return micro, levels(micro)
 
 
-def _budget(shape: Shape, dtype: torch.dtype, w_bits: int, offloaded: bool, world: World) -> int:
+def _budget(shape: Shape, dtype: torch.dtype, w_bits: int, offloaded: bool, world: World, shards: int) -> int:
     """Bytes for activations on the rank that has the fewest."""
     free, total = torch.cuda.mem_get_info(world.device)
     free += torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
-    copies = world.size > 1 or offloaded
+    taken = reserved(shape, dtype, w_bits, total, copies=shards > 1 or offloaded, ends=shards > 1)
+    return -_largest_over_ranks(taken - free)
+
+
+def reserved(shape: Shape, dtype: torch.dtype, w_bits: int, total: int, *, copies: bool, ends: bool) -> int:
+    """Bytes of a device of `total` that activations may not take, beside sharded weights and rotations.
+
+    copies: layers are gathered (or copied in) to be used. ends: so are embedding and head.
+    """
     layer = layer_bytes(shape, dtype, w_bits)
     gathered = 3 * layer if copies else 0  # the layer at work, the next one and one being freed
     gathered += layer if w_bits < 16 else 0  # what codes are turned back into, and what grids are fitted to
-    ends = 2 * shape.vocab * shape.hidden * dtype.itemsize if world.size > 1 else 0
-    return -_largest_over_ranks(-(free - int(SPARE_SHARE * total) - gathered - ends - (1 << 30)))
+    gathered += 2 * shape.vocab * shape.hidden * dtype.itemsize if ends else 0
+    return int(SPARE_SHARE * total) + gathered + (1 << 30)
 
 
 def _largest_over_ranks(number: int) -> int:

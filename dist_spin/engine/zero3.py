@@ -40,6 +40,10 @@ class Zero3:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
 
+    def shards(self, world: World) -> int:
+        """All ranks share one copy."""
+        return world.size
+
     def shard(self, model: LearningModel, world: World, offloaded: Sequence[int] = ()) -> None:
         """Make ready to partition a model on the meta device over all ranks; one gather per layer, embedding and head.
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_spin import __version__
+from dist_spin.export.compressed import REFUSAL
 from dist_spin.export.target import QUANTISED
 from dist_spin.settings import RunConfig
 
@@ -13,12 +14,21 @@ RIGHT = """    import dist_spin
 
 
 def model_card(
-    config: RunConfig, target: str, *, r4: bool, quantisers: bool, step: str, results: list[dict[str, Any]]
+    config: RunConfig,
+    target: str,
+    *,
+    r4: bool,
+    quantisers: bool,
+    scales: bool,
+    clips: bool,
+    step: str,
+    results: list[dict[str, Any]],
 ) -> str:
     """Markdown with the metadata block of the hub.
 
     Args:
         r4: the input of down_proj must be rotated online. quantisers: activations, keys or values are to be quantised.
+        scales: learned ones are part of the weights. clips: learned ones are put back with the quantisers.
         step: how many steps the rotations were learned for. results: rows of results.json.
     """
     base = _base(config)
@@ -34,11 +44,11 @@ def model_card(
         "",
         "## Loading",
         "",
-        *_loading(config, target, r4, quantisers),
+        *_loading(config, target, r4, quantisers, scales),
         "",
         "## Method",
         "",
-        *_method(config, target, r4, step),
+        *_method(config, target, r4, scales, clips, step),
         "",
         "## Perplexity",
         "",
@@ -54,10 +64,11 @@ def _base(config: RunConfig) -> str:
     return Path(path).name if path.startswith(("/", ".", "~")) else path
 
 
-def _loading(config: RunConfig, target: str, r4: bool, quantisers: bool) -> list[str]:
+def _loading(config: RunConfig, target: str, r4: bool, quantisers: bool, scales: bool) -> list[str]:
     if target == "gguf":
+        gains = "norm gains are learned scales" if scales else "norm gains are ones"
         return [
-            "Any llama.cpp runtime: R1 and R2 are part of the weights, norm gains are ones, nothing has to be done online.",
+            f"Any llama.cpp runtime: R1 and R2 are part of the weights, {gains}, nothing has to be done online.",
             "Quantising the file rounds it anew; measure the result before you believe it.",
         ]
     if target == "executorch":
@@ -66,14 +77,15 @@ def _loading(config: RunConfig, target: str, r4: bool, quantisers: bool) -> list
         return [
             "**Only `dist_spin.load` loads this model.** Its down_proj weights expect an input that is rotated online by the",
             "Hadamard R4. A bare `from_pretrained` would be wrong without a word, so config.json carries a model type that",
-            "other programs refuse, and down_proj has a name of its own.",
+            "other programs refuse, and down_proj has a name of its own, with nothing under the usual one.",
             "",
             RIGHT,
         ]
     if r4:
         return [
-            "**A bare transformers `from_pretrained` is wrong**: it reports `R4_input.weight` as unexpected and leaves out the",
-            "Hadamard R4 in front of down_proj, which the weights need. Right are",
+            "**A bare transformers `from_pretrained` stops with an error**, on purpose: it would leave out the Hadamard R4 in",
+            f"front of down_proj, which the weights need (`global_compression_ratio` of config.json says `{REFUSAL}`",
+            "instead of a number). Right are",
             "",
             RIGHT,
             "",
@@ -107,16 +119,22 @@ def _executorch_loading(r4: bool) -> list[str]:
 
 def _serving(config: RunConfig) -> list[str]:
     lines = []
-    if config.model.dtype in ("bfloat16", "float16"):
+    if config.quant.arithmetic == "compressed-tensors" and config.export.profile == "no-had":
+        lines.append("Bare transformers rounds what the linears read and hold as measured below, to the bit.")
+    if config.quant.arithmetic == "fp32" and config.model.dtype in ("bfloat16", "float16"):
         lines.append("Scales are in fp32 here; a program that holds them in 16 bits rounds them, by up to 0.2 %.")
     if config.quant.a_bits < 16:
-        lines.append("How activations are rounded is the runtime's own: some divide by 127 (7), some by 127.5 (7.5).")
+        here = "127.5 (7.5)" if config.quant.arithmetic == "compressed-tensors" else "127 (7)"
+        lines += [
+            f"How activations are rounded is the runtime's own: here the largest is divided by {here}. Transformers divides by",
+            "127.5 (7.5), others by 127 (7); `quant.arithmetic=compressed-tensors` learns, quantises and measures as the former.",
+        ]
     if min(config.quant.k_bits, config.quant.v_bits) < 16:
         lines.append("The KV cache is quantised by `dist_spin.load` alone; elsewhere it is a matter of how one serves.")
     return lines
 
 
-def _method(config: RunConfig, target: str, r4: bool, step: str) -> list[str]:
+def _method(config: RunConfig, target: str, r4: bool, scales: bool, clips: bool, step: str) -> list[str]:
     q, learned = config.quant, config.optimize
     rotated = "R1 (residual stream), R2 (values)" + (", R4 (down_proj input, online)" if r4 else "")
     left_out = config.rotation.online and not r4
@@ -129,6 +147,10 @@ def _method(config: RunConfig, target: str, r4: bool, step: str) -> list[str]:
         "Learned for": f"activations {q.a_bits} bits, keys {q.k_bits}, values {q.v_bits}",
         "Number format": config.model.dtype,
     }
+    if scales:
+        table["Learned scales"] = "merged: before linears in the norms' gains, the others in the weights"
+    if clips:
+        table["Learned clips"] = "in the quantisers that `dist_spin.load` puts back"
     if target in QUANTISED:
         group = f"groups of {q.w_group_size}" if q.w_group_size else "one scale per output channel"
         kind = "symmetric" if q.w_symmetric else "asymmetric"

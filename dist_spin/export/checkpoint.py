@@ -40,10 +40,11 @@ def write_checkpoint(
     shard_bytes: float,
     between: Callable[[int], None],
 ) -> None:
-    """Weights with norm gains of one (they are folded into the linears), config.json, tokenizer and generation config.
+    """Weights, config.json, tokenizer and generation config; norm gains are folded into the linears, so they are one.
 
     Args:
-        layer: tensors of decoder layer i by their names within it, without the layer norms. embedding, head: [vocab, h].
+        layer: tensors of decoder layer i by their names within it; a layer norm that it leaves out gets gains of one, one
+            that it has is a learned scale. embedding, head: [vocab, h].
         extra: entries of config.json that replace the model's own. between: called before each layer, with its number.
     """
     shards = Shards(directory, shard_bytes)
@@ -51,10 +52,9 @@ def write_checkpoint(
     shards.add(f"{EMBEDDING}.weight", embedding())
     for index in range(files.shape.layers):
         between(index)
-        for name, tensor in layer(index).items():
+        gains = {f"{norm}.weight": ones.clone() for norm in (ATTENTION_NORM, MLP_NORM)}
+        for name, tensor in (gains | layer(index)).items():
             shards.add(f"{layer_name(index)}.{name}", tensor)
-        for norm in (ATTENTION_NORM, MLP_NORM):
-            shards.add(f"{layer_name(index)}.{norm}.weight", ones.clone())
     shards.add(f"{FINAL_NORM}.weight", ones)
     shards.add(f"{HEAD}.weight", head())
     shards.finish()
@@ -80,5 +80,8 @@ def hide_from_others(files: ModelFiles) -> dict[str, Any]:
 
 
 def rename_down(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same with down_proj under a name of ours, so that whoever forces his way past config.json is told it is missing."""
-    return {ROTATED_DOWN if name == DOWN else name: tensor for name, tensor in weights.items()}
+    """The same with down_proj under a name of ours, and nothing under its own: whoever forces his way past config.json, by
+    naming a model class, gets an error about its size."""
+    return {ROTATED_DOWN if name == DOWN else name: t for name, t in weights.items()} | {
+        DOWN: weights[DOWN].new_empty(0)
+    }

@@ -21,6 +21,8 @@ from dist_spin.numerics.quantizer import QuantSpec, dequantize_weight
 
 FORMAT = "pack-quantized"  # said in the file: the library's own choice beside int activations is unpacked int8
 DOWN = "mlp.down_proj"
+# What `transformers` prints in the error that it stops with, cut after 50 characters.
+REFUSAL = "needs R4 online: dist_spin.load or vLLM"
 PACKED, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
 
 
@@ -95,6 +97,9 @@ def config_entries(sites: Sites, bits: dict[str, int], symmetric: bool, group_si
     )
     about = config.model_dump(mode="json") | {"version": compressed_tensors.__version__}
     if sites.r4:
+        # transformers leaves `transform_config` out without a word, and would be wrong. It reads this figure, which decides
+        # nothing, as a number, and stops; runtimes that apply `transform_config` do not look at it.
+        about["global_compression_ratio"] = REFUSAL
         about["transform_config"] = _online_r4(sites).model_dump(mode="json")
     return about
 

@@ -111,8 +111,7 @@ def write_executorch(
     scratch.add(_end("tok_embeddings", embedding()))
     for index in range(params["n_layers"]):
         between(index)
-        norms = {f"{name}.weight": ones for name in META_NORMS.values()}
-        named = _linears(layer(index), params["head_dim"]) | norms
+        named = _layer(layer(index), params["head_dim"], ones)
         scratch.add({f"layers.{index}.{name}": tensor for name, tensor in named.items()})
     scratch.add({"norm.weight": ones, **_end("output", head())})
     with atomic(directory / WEIGHTS) as temporary:
@@ -150,8 +149,9 @@ def interleaved(rows: Tensor, head_dim: int) -> Tensor:
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _linears(layer: QuantizedLayer, head_dim: int) -> dict[str, Tensor]:
-    out = {}
+def _layer(layer: QuantizedLayer, head_dim: int, ones: Tensor) -> dict[str, Tensor]:
+    # Gains are folded into the linears; what a norm holds instead are learned scales.
+    out = {f"{meta}.weight": layer.others.get(f"{norm}.weight", ones).float() for norm, meta in META_NORMS.items()}
     for role, name in META_NAMES.items():
         solution = layer.solutions[role]
         parts = {"weight": solution.codes, "scales": solution.scale.float()}

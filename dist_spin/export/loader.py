@@ -18,13 +18,13 @@ from dist_spin.errors import UserError
 from dist_spin.export.checkpoint import DOWN, ROTATED_DOWN
 from dist_spin.export.compressed import PACKED, SCALE, SHAPE, ZERO, bits_in, unpack
 from dist_spin.export.sidecar import Sidecar, read_sidecar
-from dist_spin.model.architecture import EMBEDDING, HEAD, LAYER_LINEARS, layer_name
+from dist_spin.model.architecture import ATTENTION_NORM, EMBEDDING, HEAD, LAYER_LINEARS, MLP_NORM, layer_name
 from dist_spin.model.assembly import assemble
 from dist_spin.model.loading import SafetensorsWeights
 from dist_spin.numerics.quantizer import dequantize_weight
 
 KINDS = ("weight", "bias")
-NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+NORMS = ("self_attn.q_norm", "self_attn.k_norm", ATTENTION_NORM, MLP_NORM)
 
 
 def load(path: str | Path, device: str | torch.device = "auto") -> Any:

@@ -1,6 +1,7 @@
-"""What a checkpoint's own format cannot say: `dist_spin.json`, and the online Hadamards in `dist_spin/online.safetensors`.
+"""What a checkpoint's own format cannot say: `dist_spin.json`, and `dist_spin/online.safetensors` with the online Hadamards
+and the learned clips.
 
-The JSON is for people and for `dist_spin.load`; it carries a checksum over itself and the Hadamards, and a fingerprint of
+The JSON is for people and for `dist_spin.load`; it carries a checksum over itself and those tensors, and a fingerprint of
 the weights, so that files of two exports are not taken for one.
 """
 
@@ -20,14 +21,14 @@ from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.rundir import CorruptFile, load_tensors, save_tensors, tensors_digest, write_json
 
 NAME, ONLINE = "dist_spin.json", "dist_spin/online.safetensors"
-SPECS, HADAMARDS = ("a", "o", "k", "v"), ("r3", "r4")  # fields of Sites
+SPECS, HADAMARDS, CLIPS = ("a", "o", "k", "v"), ("r3", "r4"), "clips"  # fields of Sites
 AGAIN = "copy the whole directory again, or export again"
 
 
 @dataclass(frozen=True)
 class Sidecar:
     """format: hf or compressed-tensors. model_type: the original family. dtype: of compute, a torch name. made_under: a hash
-    of everything that decided the export. sites: quantisers and online Hadamards the weights were made for."""
+    of everything that decided the export. sites: quantisers, clips and online Hadamards the weights were made for."""
 
     format: str
     profile: str
@@ -39,7 +40,7 @@ class Sidecar:
 
 def write_sidecar(directory: Path, sidecar: Sidecar) -> None:
     """Put it beside the finished weights of `directory`."""
-    tensors = _factors(sidecar.sites)
+    tensors = _tensors(sidecar.sites)
     if tensors:
         save_tensors(directory / ONLINE, tensors, {"name": ONLINE})
     plain = {field.name: getattr(sidecar, field.name) for field in dataclasses.fields(sidecar) if field.name != "sites"}
@@ -47,6 +48,7 @@ def write_sidecar(directory: Path, sidecar: Sidecar) -> None:
         **plain,
         "sites": {name: dataclasses.asdict(getattr(sidecar.sites, name)) for name in SPECS},
         "online": {name: [len(f) for f in getattr(sidecar.sites, name)] for name in HADAMARDS},
+        "clips": CLIPS in tensors,
         "weights": SafetensorsWeights(directory).fingerprint(),
     }
     write_json(directory / NAME, {**about, "checksum": _checksum(about, tensors)})
@@ -60,13 +62,13 @@ def read_sidecar(directory: Path) -> Sidecar:
     """
     try:
         about = json.loads((directory / NAME).read_text())
-        checksum, online = about.pop("checksum"), about["online"]
+        checksum, online, clips = about.pop("checksum"), about["online"], about["clips"]
     except FileNotFoundError as error:
         raise UserError(f"{directory} has no {NAME}", "give a directory that `dist-spin export` wrote") from error
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{directory / NAME} cannot be read", AGAIN) from error
     try:
-        tensors = load_tensors(directory / ONLINE)[0] if any(online.values()) else {}
+        tensors = load_tensors(directory / ONLINE)[0] if any(online.values()) or clips else {}
     except CorruptFile as error:
         raise UserError(str(error), AGAIN) from error
     if checksum != _checksum(about, tensors):
@@ -75,12 +77,14 @@ def read_sidecar(directory: Path) -> Sidecar:
         raise UserError(f"the weights in {directory} are not those that {NAME} was written for", AGAIN)
     fields: dict[str, Any] = {name: QuantSpec(**about["sites"][name]) for name in SPECS}
     fields |= {name: tuple(tensors[f"{name}.{i}"] for i in range(len(online[name]))) for name in HADAMARDS}
-    plain = {key: value for key, value in about.items() if key not in ("sites", "online", "weights")}
+    fields |= {CLIPS: tensors[CLIPS]} if clips else {}
+    plain = {key: value for key, value in about.items() if key not in ("sites", "online", "clips", "weights")}
     return Sidecar(**plain, sites=Sites(**fields))
 
 
-def _factors(sites: Sites) -> dict[str, Tensor]:
-    return {f"{name}.{i}": factor for name in HADAMARDS for i, factor in enumerate(getattr(sites, name))}
+def _tensors(sites: Sites) -> dict[str, Tensor]:
+    factors = {f"{name}.{i}": factor for name in HADAMARDS for i, factor in enumerate(getattr(sites, name))}
+    return factors if sites.clips is None else factors | {CLIPS: sites.clips}
 
 
 def _checksum(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:

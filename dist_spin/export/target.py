@@ -36,6 +36,24 @@ def check_target(target: str, config: RunConfig, model: Any, *, starting: bool) 
     if target == "executorch":
         model_params(model, config.quant.w_group_size)
         _check_executorch(config, shape)
+    if starting:
+        check_clips(target, config, config.optimize.clips)
+
+
+def check_clips(target: str, config: RunConfig, clips: bool) -> None:
+    """Refuse learned clips of activations that a runtime quantises: none takes a part of the range.
+
+    Elsewhere clips belong to quantisers that `dist_spin.load` alone puts back, with their clips.
+
+    Args:
+        clips: whether clips were, or are to be, learned.
+
+    Raises:
+        UserError: they have no place in the format `target`.
+    """
+    if clips and target in QUANTISED and config.quant.a_bits < 16:
+        problem = f"learned clips have no place in {target}, whose runtimes quantise the whole range of an activation"
+        raise UserError(problem, "learn with optimize.clips=false")
 
 
 def _check_compressed_tensors(config: RunConfig, shape: Shape) -> None:

@@ -7,6 +7,7 @@ the error is a small difference of large numbers; products run in the network's 
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -85,7 +86,12 @@ def learn(
     n = len(task.hidden)
     per_epoch = -(-n // schedule.batch_size)
     steps = schedule.epochs * per_epoch
-    stepper = _Stepper(student, parameters, power, schedule.rate)
+    groups = [(parameters.transforms(), 1.0), (parameters.clips(), CLIP_LR)]
+
+    def loss(hidden: Tensor, target: Tensor) -> Tensor:
+        return (student(hidden) - target).square().mean() / power
+
+    stepper = Stepper(loss, groups, student.runner.device)
     losses = []
     for epoch in range(schedule.epochs):
         parameters.advance(epoch / schedule.epochs)
@@ -157,25 +163,36 @@ class _Student:
         return clipped_quantize(w, (shrink[0], shrink[1]), o.bits, o.symmetric, o.group_size, even=True)
 
 
-class _Stepper:
-    """One step after another; on a GPU as a replayed CUDA graph, because a step is a thousand small kernels."""
+class Stepper:
+    """One AdamW step after another; on a GPU as a replayed CUDA graph, because a step is a thousand small kernels.
 
-    def __init__(self, student: _Student, parameters: Any, power: float, rate: float) -> None:
-        self.student, self.power, self.count = student, power, 0
-        device = student.runner.device
-        self.rates = [torch.tensor(rate, device=device), torch.tensor(rate * CLIP_LR, device=device)]
-        both = zip((parameters.transforms(), parameters.clips()), self.rates, strict=True)
-        groups = [{"params": group, "lr": rate} for group, rate in both if group]
-        self.on_gpu = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, capturable=self.on_gpu)
+    loss: of a batch, a function of two tensors whose shapes never change. groups: parameters with the factor of their
+    learning rate. reduce: what is done with the gradients before a step, such as a mean over ranks; no graph is used then.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        groups: list[tuple[list[nn.Parameter], float]],
+        device: torch.device,
+        reduce: Callable[[list[Tensor]], None] | None = None,
+    ) -> None:
+        self.loss, self.reduce, self.count = loss, reduce, 0
+        groups = [(parameters, factor) for parameters, factor in groups if parameters]
+        self.factors = [factor for _, factor in groups]
+        self.rates = [torch.tensor(0.0, device=device) for _ in groups]
+        given = [{"params": group, "lr": rate} for (group, _), rate in zip(groups, self.rates, strict=True)]
+        cuda = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(given, weight_decay=0.0, capturable=cuda)
+        self.recorded = cuda and reduce is None
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def step(self, hidden: Tensor, target: Tensor, rate: float) -> Tensor:
-        """One optimiser step on a batch [batch, T, h]; its loss before the step, a scalar on the device."""
-        for tensor, factor in zip(self.rates, (1, CLIP_LR), strict=True):
+        """One optimiser step on a batch; its loss before the step, a scalar on the device."""
+        for tensor, factor in zip(self.rates, self.factors, strict=True):
             tensor.fill_(rate * factor)
         self.count += 1
-        if not self.on_gpu:
+        if not self.recorded:
             return self._step(hidden, target)
         if self.count <= EAGER_STEPS:
             stream = torch.cuda.Stream()
@@ -190,22 +207,24 @@ class _Stepper:
             graph = torch.cuda.CUDAGraph()
             try:
                 with torch.cuda.graph(graph):
-                    self.loss = self._step(self.hidden, self.target)
+                    self.last = self._step(self.hidden, self.target)
             except RuntimeError as error:  # a library that cannot be recorded costs speed, no result
                 warnings.warn(f"no CUDA graph ({str(error).splitlines()[0]}): slower", stacklevel=2)
-                self.on_gpu = False
+                self.recorded = False
                 return self._step(hidden, target)
             self.graph = graph
         else:
             self.hidden.copy_(hidden)
             self.target.copy_(target)
         self.graph.replay()
-        return self.loss
+        return self.last
 
     def _step(self, hidden: Tensor, target: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        loss = (self.student(hidden) - target).square().mean() / self.power
+        loss = self.loss(hidden, target)
         loss.backward()
+        if self.reduce is not None:
+            self.reduce([p.grad for group in self.optimizer.param_groups for p in group["params"]])
         self.optimizer.step()
         return loss.detach()
 

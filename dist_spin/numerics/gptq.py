@@ -39,7 +39,8 @@ class GPTQOptions:
     `group_size` neighbours along `in` share a scale (0: the whole row); `mse_clip` searches each range, see
     `weight_scales`. `percdamp` times the mean of H's diagonal is added to the diagonal. `block_size` columns are
     worked on before the rest is updated: it changes speed, not the result (up to rounding). `act_order` takes columns
-    by falling diagonal of H, with every group's scale fixed from the original weight.
+    by falling diagonal of H, with every group's scale fixed from the original weight. `scale_dtype`: what scales are
+    rounded to before a code is chosen, for runtimes that hold them so; None leaves them in the solve's dtype.
     """
 
     bits: int = 4
@@ -49,6 +50,7 @@ class GPTQOptions:
     percdamp: float = 0.01
     block_size: int = 128
     act_order: bool = False
+    scale_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         code_range(self.bits, self.symmetric)
@@ -58,6 +60,12 @@ class GPTQOptions:
             raise ValueError(f"percdamp must be 0 to {MAX_DAMPING:g}, not {self.percdamp}")
         if self.block_size < 1:
             raise ValueError(f"block_size must be positive, not {self.block_size}")
+
+
+def fitted_grid(w: Tensor, options: GPTQOptions, group_size: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero of w [rows, in] as `weight_scales` finds them under the options, the scale rounded to `scale_dtype`."""
+    scale, zero = weight_scales(w, options.bits, options.symmetric, group_size, options.mse_clip)
+    return scale if options.scale_dtype is None else scale.to(options.scale_dtype).to(scale.dtype), zero
 
 
 class Factor(NamedTuple):
@@ -189,7 +197,7 @@ def solve(w: Tensor, factor: Factor, options: GPTQOptions) -> Solution:
     if factor.order is None and group_size < columns:
         grid = None
     else:
-        grid = weight_scales(live, options.bits, options.symmetric, options.group_size, options.mse_clip)
+        grid = fitted_grid(live, options, options.group_size)
     with exact_products():
         codes, scale, zero = _solve_tiles(live, grid, group_size, factor, options)
     return Solution(codes[:rows], scale[:rows], zero[:rows])
@@ -256,7 +264,7 @@ def _solve_tiles(
 
 def _fit_group(tiles: Tensor, options: GPTQOptions) -> tuple[Tensor, Tensor]:
     """Scale and zero [T, R] of one group's columns [T, group, R]."""
-    scale, zero = weight_scales(_untiled(tiles), options.bits, options.symmetric, 0, options.mse_clip)
+    scale, zero = fitted_grid(_untiled(tiles), options, 0)
     return scale.view(-1, ROW_TILE), zero.view(-1, ROW_TILE)
 
 

@@ -323,11 +323,22 @@ def hadamard_transform(x: Tensor, block: int = 0, inverse: bool = False) -> Tens
     numbers are those of `kronecker_apply` to rounding. Raises as `kronecker_factors` does.
     """
     block = _check_block(x.shape[-1], block)
-    library = _library() if x.is_cuda and x.dtype in _LIBRARY_DTYPES else None
-    core, power = hadamard_core(block)
-    if library is None or core > _CORE_LIMIT or not 1 < power <= _LIBRARY_LIMIT:
+    library = None if library_gap(block, x.dtype, x.device) else _library()
+    if library is None:
         return kronecker_apply(x, _cached_factors(block, x.dtype, x.device), inverse)
     return _library_apply(library, x, block, inverse)
+
+
+def library_gap(block: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Why `hadamard_transform` does without the kernel of fast_hadamard_transform for this order; "" where it does not."""
+    if device.type != "cuda":
+        return "its kernel is for CUDA"
+    if dtype not in _LIBRARY_DTYPES:
+        return f"its kernel does not take {dtype}"
+    core, power = hadamard_core(block)
+    if core > _CORE_LIMIT or not 1 < power <= _LIBRARY_LIMIT:
+        return f"a dense core of order {core} is left of the order {block}"
+    return "" if _library() else "the package fast_hadamard_transform is not installed, or does not load"
 
 
 def online_transform(x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:

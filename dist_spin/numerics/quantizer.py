@@ -2,7 +2,8 @@
 
 One grid serves both. A value x becomes the code `clamp(round(x / scale) + zero, lowest, highest)` and comes back as
 `(code - zero) * scale`; the symmetric grid has zero = 0 and codes -2^(b-1) … 2^(b-1)-1, the asymmetric one codes
-0 … 2^b-1. Rounding is half to even. Arithmetic is fp32, or fp64 when the input is fp64.
+0 … 2^b-1. Rounding is half to even. Arithmetic is fp32, or fp64 when the input is fp64; a runtime's may differ
+(`QuantSpec.half_steps`).
 """
 
 import functools
@@ -45,13 +46,16 @@ class QuantSpec:
     """How one activation site is quantised. `bits` 16 leaves it alone.
 
     `group_size` counts neighbouring elements of the last dimension that share a scale; 0 means all of them (per token).
-    `clip_ratio` shrinks the range that the codes span. Raises ValueError when a field is out of range.
+    `clip_ratio` shrinks the range that the codes span. `half_steps` computes a symmetric grid as compressed-tensors 0.20
+    does, bit for bit: the largest value is (2^bits - 1) / 2 steps, so that it lies half a step beyond the highest code, and
+    scale, quotient and result are each rounded to the input's dtype. Raises ValueError when a field is out of range.
     """
 
     bits: int = UNQUANTIZED_BITS
     symmetric: bool = False
     group_size: int = 0
     clip_ratio: float = 1.0
+    half_steps: bool = False
 
     def __post_init__(self) -> None:
         if self.bits != UNQUANTIZED_BITS:
@@ -60,10 +64,18 @@ class QuantSpec:
             raise ValueError(f"group_size must be 0 (the whole last dimension) or positive, not {self.group_size}")
         if not 0 < self.clip_ratio <= 1:
             raise ValueError(f"clip_ratio must be above 0 and at most 1, not {self.clip_ratio}")
+        if self.half_steps and not self.symmetric:
+            raise ValueError("half_steps is a way of symmetric grids")
 
     @property
     def enabled(self) -> bool:
         return self.bits < UNQUANTIZED_BITS
+
+    @property
+    def steps(self) -> float:
+        """Steps of a symmetric grid from 0 to the end of the range."""
+        lowest, highest = code_range(self.bits, True)
+        return (highest - lowest) / 2 if self.half_steps else highest
 
 
 def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
@@ -117,18 +129,27 @@ def _encode(x: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool) 
 # Activations -----------------------------------------------------------------------------------------------------
 
 
+def _grid(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero of an activation's range."""
+    if not spec.half_steps:
+        return _scale_and_zero(low, high, spec.bits, spec.symmetric)
+    scale = _over(torch.maximum(-low, high), spec.steps)
+    return torch.where(scale == 0, 1.0, scale), torch.zeros_like(scale)
+
+
 def quantize_activation(x: Tensor, spec: QuantSpec, ratio: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Dynamic quantisation along the last dimension.
 
     x: [..., d], any floating dtype. ratio: a scalar that shrinks the range further than `spec.clip_ratio` does.
-    Returns codes [..., d], scale and zero [..., d / group], all in fp32 (fp64 for fp64 input); codes and zero hold
-    integers, or NaN where the input's group holds NaN or infinity.
+    Returns codes [..., d], scale and zero [..., d / group], all in fp32 (fp64 for fp64 input; x's own dtype with
+    `half_steps`); codes and zero hold integers, or NaN where the input's group holds NaN or infinity.
     Raises ValueError for a disabled spec, a group that does not divide d, or an integer tensor.
     """
-    groups = _grouped(x.to(_compute_dtype(x)), spec.group_size)  # [..., n, group]
+    wide = _compute_dtype(x)
+    groups = _grouped(x if spec.half_steps else x.to(wide), spec.group_size)  # [..., n, group]
     low, high = _range(groups)
     kept = spec.clip_ratio if ratio is None else spec.clip_ratio * ratio.to(low.dtype)
-    scale, zero = _scale_and_zero(low * kept, high * kept, spec.bits, spec.symmetric)
+    scale, zero = _grid(low * kept, high * kept, spec)
     codes = _encode(groups, scale.unsqueeze(-1), zero.unsqueeze(-1), spec.bits, spec.symmetric)
     return codes.flatten(-2), scale, zero
 
@@ -199,7 +220,7 @@ def range_gradients(x: Tensor, g: Tensor, spec: QuantSpec, ratio: Tensor | None 
     groups, g = _grouped(x.to(wide), spec.group_size), _grouped(g.to(wide), spec.group_size)  # [..., n, group]
     low, high = (bound.unsqueeze(-1) for bound in _range(groups))
     kept = spec.clip_ratio if ratio is None else spec.clip_ratio * ratio.to(wide)
-    scale, zero = _scale_and_zero(low * kept, high * kept, spec.bits, spec.symmetric)
+    scale, zero = _grid(low * kept, high * kept, spec)
     lowest, highest = code_range(spec.bits, spec.symmetric)
     raw = torch.round(groups / scale) + zero
     over, under = raw > highest, raw < lowest
@@ -207,7 +228,7 @@ def range_gradients(x: Tensor, g: Tensor, spec: QuantSpec, ratio: Tensor | None 
     d_scale = (g * inside * ((raw - zero) - groups / scale)).sum(-1, keepdim=True)
     d_over, d_under = (g * over).sum(-1, keepdim=True), (g * under).sum(-1, keepdim=True)
     if spec.symmetric:  # the range is ± the larger bound
-        d_bound = d_scale / highest + d_over + d_under * (lowest / highest)
+        d_bound = (d_scale + d_over * highest + d_under * lowest) / spec.steps
         d_high, d_low = torch.where(high >= -low, d_bound, 0.0), torch.where(high < -low, -d_bound, 0.0)
     else:
         d_scale = d_scale + (d_over + d_under) * (

@@ -58,7 +58,9 @@ def drawings(facts: Facts) -> Iterator[Drawing]:
         layers = min(map(len, values.values()))
         layer = int(facts.activations[variants[0]][site]["peak"][:layers, LARGEST].argmax())
         chosen = {v: x[layer] for v, x in values.items()}
-        words = "Magnitude by token and channel of the first sequence. " + _each(chosen, _up_to)
+        words = "Magnitude by token and channel of the first sequence, each on a height of its own. " + _each(
+            chosen, _up_to
+        )
         yield Drawing(f"surface-{_slug(site)}", "surface", f"{title}, layer {layer}", words, _surface(chosen))
         words = f"Magnitude by token (down) and channel (across), all {layers} layers."
         yield Drawing(f"surfaces-{_slug(site)}", "surfaces", title, words, _all_surfaces(values), folded=True)
@@ -87,12 +89,10 @@ def _by_layer(values: dict[str, np.ndarray[Any, Any]], label: str) -> Callable[[
             style, every = style_of(variant), markers_every(len(x), place)
             axes.plot(layers, x[:, MEAN], **style, markevery=every, label=NAMES.get(variant, variant))
             axes.plot(layers, x[:, LARGEST], **{**style, "marker": ""}, linewidth=0.7, alpha=0.8)
-        if "kurtosis" in label:
+        gaussian = "kurtosis" in label
+        if gaussian:
             axes.axhline(GAUSSIAN, color=ink(), linewidth=0.8, linestyle=":")
-            axes.annotate(
-                "Gaussian", (1, GAUSSIAN), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7.5
-            )
-        axes.set_xlabel("layer (thin: the largest token)")
+        axes.set_xlabel("layer (thin: the largest token" + "; dotted: Gaussian" * gaussian + ")")
         axes.set_ylabel(label)
         whole_numbers(axes)
         logarithmic(axes)
@@ -137,12 +137,12 @@ def _surface(values: dict[str, np.ndarray[Any, Any]]) -> Callable[[], Figure]:
     """Magnitude over tokens and channels as a surface, each variant on an axis of its own, with the same colours."""
 
     def draw() -> Figure:
-        figure = Figure(figsize=(WIDTH, HEIGHT * 0.85))
+        figure = Figure(figsize=(WIDTH, HEIGHT * 0.65))
         norm = _scale(values.values())
         for column, (variant, x) in enumerate(values.items()):
             left, width = column / len(values), 1 / len(values)
-            place: Any = figure.add_axes((left - 0.02, -0.04, width - 0.07, 1.04), projection="3d")
-            place.set_box_aspect((1.1, 1.1, 0.95), zoom=1.05)
+            place: Any = figure.add_axes((left - 0.01, -0.02, width - 0.07, 1.06), projection="3d")
+            place.set_box_aspect((1.1, 1.1, 0.95), zoom=1.08)
             tokens, channels = np.meshgrid(np.arange(x.shape[0]), np.arange(x.shape[1]), indexing="ij")
             colours = colormaps[COLOUR_MAP](norm(x))
             place.plot_surface(
@@ -181,7 +181,7 @@ def _all_surfaces(values: dict[str, np.ndarray[Any, Any]]) -> Callable[[], Figur
     def draw() -> Figure:
         layers = min(map(len, values.values()))
         rows, columns = values[next(iter(values))].shape[1:]
-        gap, per_row = 14, 2
+        gap, per_row = 20, 2
         cell = len(values) * (columns + 2) + gap
         height = rows + 6
         lines = -(-layers // per_row)

@@ -63,6 +63,17 @@ class Facts:
         prefix = "orthogonality_"
         return {key.removeprefix(prefix): value for key, value in done.items() if key.startswith(prefix)}
 
+    @property
+    def planned_rows(self) -> int:
+        """Rows that the comparison has in the end; 0 if none was begun."""
+        return next((e["rows"] for e in reversed(self.events) if e["event"] == "compare"), 0)
+
+    @property
+    def only_compared(self) -> bool:
+        """Whether a comparison is all that the run was begun for; it keeps no layers, and may learn nothing of its own."""
+        begun = {e["stage"] for e in self.events if e["event"] == "job" and e["stage"] != "report"}
+        return "compare" in begun and begun <= {"compare", "optimize"}
+
     def of_stage(self, stage: str) -> list[dict[str, Any]]:
         """Rows of results.json that a stage wrote."""
         return [row for row in self.rows if row.get("stage", "evaluate") == stage]
@@ -94,14 +105,19 @@ def _results(facts: Facts) -> None:
     path = facts.run.path / "results.json"
     if path.exists():
         facts.rows = json.loads(path.read_text())
-    if not any("ppl" in row for row in facts.rows):
+    compared = len(facts.of_stage("compare"))
+    if compared < facts.planned_rows:
+        facts.missing.append(
+            f"the comparison: {compared} of {facts.planned_rows} rows are measured (dist-spin compare)"
+        )
+    elif not any("ppl" in row for row in facts.rows):
         facts.missing.append("perplexities: nothing is measured yet (dist-spin evaluate)")
 
 
 def _learning(facts: Facts) -> None:
-    if not facts.metrics:
+    if not facts.metrics and not facts.only_compared:
         facts.missing.append("loss and step sizes: no step is done yet (dist-spin optimize)")
-    elif not facts.learned:
+    elif facts.metrics and not facts.learned:
         facts.missing.append(f"finished rotations: step {facts.metrics[-1]['step']} of {facts.steps} is done")
     if facts.learned and not facts.orthogonality:
         facts.missing.append("orthogonality of the finished rotations: written by an earlier version")
@@ -122,7 +138,7 @@ def _layers(facts: Facts) -> None:
             facts.layers[variant] = found
     wanted = facts.config.get("quantize", {})
     unquantized = wanted.get("method") == "none" or facts.config.get("quant", {}).get("w_bits") == 16
-    if unquantized:
+    if unquantized or (facts.only_compared and not facts.layers):
         return
     total = max((e["layers"] for e in facts.events if e["event"] == "quantize"), default=0)
     for variant in (*wanted.get("baselines", []), LEARNED):

@@ -53,7 +53,7 @@ def _learning(facts: Facts) -> Iterator[Drawing]:
     first, last = lines[0], lines[-1]
     words = f"from {first['loss']:.4f} at step {first['step']} to {last['loss']:.4f} at step {last['step']}"
     loss = _curves(lines, {"": "loss"}, "loss, nats")
-    yield Drawing("loss", "learning", "Loss", f"Training loss in nats, {words}.", loss)
+    yield Drawing("loss", "learning", "Loss", f"Training loss in nats, every step on other text, {words}.", loss)
     for key, (name, title, label, text) in PAIRS.items():
         columns = {r: f"{key}_{r.lower()}" for r in ("R1", "R2")}
         values = {r: [line[column] for line in lines if column in line] for r, column in columns.items()}
@@ -149,7 +149,7 @@ def _seeds(facts: Facts) -> Iterator[Drawing]:
             for value in ours:
                 axes.axvline(value, color=GREEN)
             if ours:
-                place = (ours[0], 1.0)
+                place = (min(ours), 1.0)
                 axes.annotate("learned", place, xycoords=("data", "axes fraction"), ha="center", va="bottom")
             axes.set_yticks(range(len(random)), [name.replace(" ", "\n") for name in random])
             axes.set_ylim(-0.6, len(random) - 0.4)

@@ -21,6 +21,10 @@ SECTIONS = {
         "Learning",
         "The rotations R1 and R2 are learned by gradient steps on the group of orthogonal matrices.",
     ),
+    "seeds": (
+        "Random rotations",
+        "How much the perplexity of random rotations varies, and where the learned one stands.",
+    ),
     "peak": ("Peak over RMS", "How far the largest channel of a token stands out; what a 4-bit grid has to span."),
     "kurtosis": ("Kurtosis", "How heavy the tails of a token are; 3 for a Gaussian, which rotation approaches."),
     "channels": ("Magnitude by channel", "The largest magnitude of each channel, in every layer."),
@@ -32,10 +36,6 @@ SECTIONS = {
     "rounding": (
         "Rounding error of each layer",
         "Relative error of each linear layer's output on the calibration text.",
-    ),
-    "seeds": (
-        "Random rotations",
-        "How much the perplexity of random rotations varies, and where the learned one stands.",
     ),
 }
 
@@ -90,9 +90,14 @@ def headline(facts: Facts) -> list[tuple[str, str]]:
     kv = f"KV{q['k_bits']}" if q["k_bits"] == q["v_bits"] else f"K{q['k_bits']}V{q['v_bits']}"
     rotation = config["rotation"]
     start = rotation["load"] or f"{rotation['init']}, seed {rotation['seed']}"
+    bits = f"W{q['w_bits']}A{q['a_bits']}{kv}, weights by {quantize['method']}"
+    if facts.only_compared:
+        compared = config["compare"]
+        bits = f"{', '.join(compared['bits'])}; weights by {' and '.join(compared['weights'])}"
+        bits += f"; seeds {', '.join(map(str, compared['seeds']))}"
     return [
         ("Model", f"{config['model']['path']} ({config['model']['dtype']})"),
-        ("Bits", f"W{q['w_bits']}A{q['a_bits']}{kv}, weights by {quantize['method']}"),
+        ("Bits", bits),
         ("Rotations", f"R1, R2{', online R3, R4' if rotation['online'] else ''}; start: {start}"),
         (
             "Learning",
@@ -104,6 +109,11 @@ def headline(facts: Facts) -> list[tuple[str, str]]:
 
 def progress(facts: Facts) -> str:
     """Where the run stands, in one line."""
+    if facts.only_compared:
+        rows = len(facts.of_stage("compare"))
+        return (
+            f"comparison: {rows} of {facts.planned_rows} rows" if rows < facts.planned_rows else "comparison complete"
+        )
     if not facts.metrics and not facts.learned:
         return "not begun"
     if not facts.learned:
@@ -112,8 +122,9 @@ def progress(facts: Facts) -> str:
 
 
 def command(facts: Facts) -> str:
-    """What repeats the run with the configuration that the report holds."""
-    return f"dist-spin run {shlex.quote(f'{facts.name}.yaml')}"
+    """What repeats the run with the configuration that the report holds, a line for each verb."""
+    verbs = ["run"] * (not facts.only_compared) + ["compare"] * (facts.only_compared or facts.planned_rows > 0)
+    return "\n".join(f"dist-spin {verb} {shlex.quote(f'{facts.name}.yaml')}" for verb in verbs)
 
 
 def _svg(drawing: Drawing) -> Markup:

@@ -91,36 +91,51 @@ def _windows(rows: list[dict[str, Any]]) -> str:
 
 
 def _comparisons(facts: Facts) -> list[Table]:
-    """One table for each text: systems by bits, mean and sample standard deviation over seeds."""
+    """One table for each text, and one more where weights stay at 16 bits."""
     rows = [row for row in facts.rows if "system" in row and "ppl" in row]
     tables = []
     for text in dict.fromkeys(row["dataset"] for row in rows):
         here = [row for row in rows if row["dataset"] == text]
-        columns = list(dict.fromkeys(bits_of(row) for row in here if row["system"] != FULL))
-        full = [row["ppl"] for row in here if row["system"] == FULL]
-        model = model_of(facts) if _as_published(here[0]) and "W4A4KV4" in columns else None
-        heads = ["system", "clips", "weights", *columns] + (["published W4A4KV4"] if model else [])
-        table = Table(f"Comparison on {text}", heads, 3)
-        cells: dict[tuple[str, str, str], dict[str, list[float]]] = {}
-        for row in here:
-            if row["system"] != FULL:
-                key = (row["system"], row.get("clips", "none"), row["weights"])
-                cells.setdefault(key, {}).setdefault(bits_of(row), []).append(row["ppl"])
-        lowest = _best((bits, mean(values)) for of in cells.values() for bits, values in of.items())
-        for (system, clips, weights), of in cells.items():
-            entries = [
-                Cell(_spread(of[bits]), mean(of[bits]) == lowest[bits]) if bits in of else Cell("–") for bits in columns
-            ]
-            theirs = published(model, system, weights)
-            table.add(
-                system, "" if clips == "none" else clips, weights, *entries, *([_number(theirs)] if model else [])
-            )
-        table.note = "Perplexity, lower is better; bold: best of the column; ±: sample standard deviation over n seeds."
-        if full:
-            theirs = published(model, FULL, "none")
-            table.note += f" Full precision: {full[0]:.3f}" + (f" (published: {theirs:.2f})." if theirs else ".")
-        tables.append(table)
+        full = [row for row in here if row["system"] == FULL]
+        for rounded, title in (
+            (True, f"Comparison on {text}, perplexity"),
+            (False, f"16-bit weights on {text}, perplexity"),
+        ):
+            some = [row for row in here if row["system"] != FULL and (row["w_bits"] < 16) == rounded]
+            if some:
+                tables.append(_comparison(facts, title, some, full))
     return tables
+
+
+def _comparison(facts: Facts, title: str, rows: list[dict[str, Any]], full: list[dict[str, Any]]) -> Table:
+    """Systems by bits, mean and sample standard deviation over seeds."""
+    columns = list(dict.fromkeys(map(bits_of, rows)))
+    model = model_of(facts) if _as_published(rows[0]) and "W4A4KV4" in columns else None
+    heads = ["system", "weights", *columns] + (["published W4A4KV4"] if model else [])
+    table = Table(title, heads, 2)
+    cells: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for row in rows:
+        key = (row["system"], row.get("clips", "none"), row["weights"])
+        cells.setdefault(key, {}).setdefault(bits_of(row), []).append(row["ppl"])
+    lowest = _best((bits, mean(values)) for of in cells.values() for bits, values in of.items())
+    for (system, clips, weights), of in cells.items():
+        entries = [
+            Cell(_spread(of[bits]), mean(of[bits]) == lowest[bits]) if bits in of else Cell("–") for bits in columns
+        ]
+        theirs = published(model, system, weights)
+        table.add(_named(system, clips), weights, *entries, *([_number(theirs)] if model else []))
+    table.note = (
+        f"{_windows(rows)} Lower is better; bold: best of the column; ±: sample standard deviation over n seeds."
+    )
+    if full:
+        theirs = published(model_of(facts) if _as_published(full[0]) else None, FULL, "none")
+        table.note += f" Full precision: {full[0]['ppl']:.3f}" + (f" (published: {theirs:.2f})." if theirs else ".")
+    return table
+
+
+def _named(system: str, clips: str) -> str:
+    """A system with the clip ratios that it is run with: the preset of QuaRot, or others in numbers."""
+    return system if clips == "none" else f"{system}, clipped" if clips == "quarot" else f"{system}, {clips}"
 
 
 def _spread(values: list[float]) -> str:

@@ -166,11 +166,13 @@ def sites_for(config: RunConfig, shape: Shape, *, rotated: bool = True, heads: b
         group = values.get(f"{which}_group_size") or default_group
         return QuantSpec(values[f"{which}_bits"], values[f"{which}_symmetric"], group, values[f"{which}_clip_ratio"])
 
+    half_steps = q.arithmetic == "compressed-tensors" and q.a_symmetric
+    a = dataclasses.replace(spec("a", 0), half_steps=half_steps)
     online = config.rotation.online and rotated
     block = largest_block(shape.heads)
     return Sites(
-        a=spec("a", 0),
-        o=QuantSpec(q.a_bits, q.a_symmetric, d if q.o_per_head else 0, q.a_clip_ratio),
+        a=a,
+        o=dataclasses.replace(a, group_size=d if q.o_per_head else 0),
         k=spec("k", d),
         v=spec("v", d),
         r3=hadamard_factors(d, 0, "rotation.online") if online and q.k_bits < 16 else (),

@@ -27,7 +27,7 @@ from dist_spin.export.directory import whole_directory
 from dist_spin.export.executorch import loader_settings, model_params, write_executorch
 from dist_spin.export.gguf import Converter
 from dist_spin.export.sidecar import NAME, Sidecar, read_sidecar, write_sidecar
-from dist_spin.export.target import QUANTISED, check_target
+from dist_spin.export.target import QUANTISED, check_clips, check_target
 from dist_spin.layer_files import FOREIGN, QuantizedLayer, identity_hash, layer_path, load_ends, load_layer
 from dist_spin.model.layers import RotatedWeights
 from dist_spin.model.loading import ModelFiles
@@ -59,10 +59,7 @@ def export(config: RunConfig, world: World, target: str, output: Path | None = N
     run = run_dir(config)
     place = output or run.export / target
     learned = variant(config, files, LEARNED, world.device)
-    if learned.transforms:
-        raise UserError(
-            "exports do not carry learned scales and clips yet", "learn with optimize.scales=false optimize.clips=false"
-        )
+    check_clips(target, config, learned.sites.clips is not None)
     work = Export(config, run, files, learned, target, stop)
     work.check_run()
     if finished(place, work.made_under):
@@ -81,7 +78,8 @@ def export(config: RunConfig, world: World, target: str, output: Path | None = N
     run.event("export", format=target, path=str(place))
     say(f"wrote {place}")
     if work.sites.r4:
-        say("R4 is online: bare from_pretrained does not do it, dist_spin.load does; README.md there says more")
+        who = "ExecuTorch's use_spin_quant applies it" if target == "executorch" else "dist_spin.load applies it"
+        say(f"R4 is online: {who}, transformers' from_pretrained stops with an error; README.md there says more")
     return place
 
 
@@ -133,7 +131,7 @@ class Export:
         """The merged 16-bit weights, with or without R4."""
         made = self.chosen.weights
         r4 = self.sites.r4
-        return RotatedWeights(made.source, made.shape, made.rotations, r4, made.device, made.dtype)
+        return RotatedWeights(made.source, made.shape, made.rotations, r4, made.device, made.dtype, scales=made.scales)
 
     @cached_property
     def layers_made_under(self) -> str:
@@ -254,6 +252,8 @@ class Export:
             self.target,
             r4=bool(self.sites.r4),
             quantisers=any(spec.enabled for spec in (self.sites.a, self.sites.o, self.sites.k, self.sites.v)),
+            scales=bool(self.weights.scales),
+            clips=self.sites.clips is not None and self.target != "gguf",
             step=metadata.get("step", "?"),
             results=self.results,
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from dist_spin.config import dump_config
 from dist_spin.distributed import on_leader
 from dist_spin.errors import UserError
+from dist_spin.export.target import check_clips
 from dist_spin.model.architecture import Shape
 from dist_spin.numerics.cayley import nearest_orthogonal
 from dist_spin.rotation_files import save_final
@@ -26,7 +27,8 @@ def keep_given(config: RunConfig, shape: Shape) -> None:
     """Write final.safetensors and R.bin from `rotation.load` or `rotation.init`, unless they are there already.
 
     Raises:
-        UserError: the file cannot be read or belongs to another model; or the run holds other rotations.
+        UserError: the file cannot be read, belongs to another model or has clips that `export.target` cannot take; or the run
+            holds other rotations.
     """
     run = run_dir(config)
     path = run.rotations / "final.safetensors"
@@ -35,6 +37,7 @@ def keep_given(config: RunConfig, shape: Shape) -> None:
         r1, r2 = starting_rotations(config, shape)
         transforms = starting_transforms(config)
         digest = tensors_digest({"R1": r1, "R2": r2, **transforms})
+        check_clips(config.export.target, config, "clip" in transforms)
         if path.exists():
             if (read_metadata(path) or {}).get("given") != digest:
                 problem = (

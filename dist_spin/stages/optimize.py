@@ -273,9 +273,10 @@ def set_up(config: RunConfig, world: World) -> Learning:
         teacher_share={"cross_entropy": 0.0, "kl": 1.0, "mixed": settings.kl_share}[settings.objective],
     )
     share = -(-settings.batch_size // world.size)  # sequences of one rank
-    place = config.distributed
+    place, shards = config.distributed, engine.shards(world)
+    tokens_of_rank, to_disk = share * settings.seq_len, bool(place.offload_dir)
     away = layers_to_offload(
-        place.offload_layers, shape, share * settings.seq_len, dtype, settings.w_bits, bool(place.offload_dir), world
+        place.offload_layers, shape, tokens_of_rank, dtype, settings.w_bits, to_disk, world, shards
     )
     if away and world.leads:
         say(f"the weights of {len(away)} of {shape.layers} layers stay in {place.offload_dir or 'host memory'}")
@@ -289,6 +290,7 @@ def set_up(config: RunConfig, world: World) -> Learning:
         settings.seq_len,
         dtype,
         world,
+        shards,
         offloaded=len(away),
         # What a compiled layer keeps was measured for rotations alone; the eager estimate bounds scales, clips and a teacher.
         compiled=compiled and transforms is None and settings.objective == "cross_entropy",

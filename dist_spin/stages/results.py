@@ -1,8 +1,10 @@
 """results.json: one list of rows, to which several stages give theirs."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
+from dist_spin.lock import turn
 from dist_spin.rundir import RunDir, write_json
 
 
@@ -13,14 +15,29 @@ def public(row: dict[str, Any]) -> dict[str, Any]:
 
 def results(run: RunDir, stage: str) -> list[dict[str, Any]]:
     """The rows of results.json that `stage` ("evaluate" or "compare") wrote; [] if there are none."""
-    path = run.path / "results.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
-    return [row for row in rows if row.get("stage", "evaluate") == stage]
+    return [row for row in _all(run) if row.get("stage", "evaluate") == stage]
 
 
 def update_results(run: RunDir, stage: str, rows: list[dict[str, Any]]) -> None:
     """Write results.json anew with `rows` in place of the rows that `stage` wrote before; the others stay."""
+    _write(run, stage, lambda before: rows)
+
+
+def merge_results(
+    run: RunDir, stage: str, rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], tuple[Any, ...]]
+) -> None:
+    """Write results.json anew with `rows` among those of `stage`, in place of the ones with the same `key`."""
+    new = {key(row): row for row in rows}
+    _write(run, stage, lambda before: [*({key(row): row for row in before} | new).values()])
+
+
+def _all(run: RunDir) -> list[dict[str, Any]]:
     path = run.path / "results.json"
-    others = json.loads(path.read_text()) if path.exists() else []
-    kept = [row for row in others if row.get("stage", "evaluate") != stage]
-    write_json(path, [*kept, *({**row, "stage": stage} for row in rows)])
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def _write(run: RunDir, stage: str, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+    with turn(run.path / "locks" / "results.lock", "results.json"):
+        others = [row for row in _all(run) if row.get("stage", "evaluate") != stage]
+        changed = change(results(run, stage))
+        write_json(run.path / "results.json", [*others, *({**row, "stage": stage} for row in changed)])

@@ -55,6 +55,7 @@ def status(path: Path) -> dict[str, Any]:
         },
         "quantize": {name: layer_states(run, name, events) for name in ("learned", *config["quantize"]["baselines"])},
         "results": json.loads(results.read_text()) if results.exists() else [],
+        "planned_rows": next((e["rows"] for e in reversed(events) if e["event"] == "compare"), 0),
         "exports": exports(run),
         "report": (path / "report.html").exists(),
         "jobs": jobs_of(events),
@@ -209,8 +210,8 @@ def status_text(figures: dict[str, Any]) -> str:
     for r in measured:
         figure = f"{r['ppl']:.3f} on {r['dataset']}" if "ppl" in r else f"{r['metric']} {r['value']:.4f} on {r['task']}"
         lines.append(f"result    {r['method']}, {r['weights']} weights: {figure}")
-    if compared := len(figures["results"]) - len(measured):
-        lines.append(f"compare   {compared} figures in results.json")
+    if planned := figures["planned_rows"]:
+        lines.append(f"compare   {len(figures['results']) - len(measured)} of {planned} rows in results.json")
     lines += [f"export    {e['format']}, {e['profile']}: {e['path']}" for e in figures["exports"]]
     if figures["report"]:
         lines.append(f"report    {Path(figures['run']) / 'report.html'}")

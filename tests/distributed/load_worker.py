@@ -10,7 +10,7 @@ import time
 import torch
 
 from dist_spin.distributed import start, stop
-from dist_spin.engine import fsdp
+from dist_spin.engine.fsdp import Fsdp
 from dist_spin.model.learning import LearningModel
 from dist_spin.model.loading import open_model
 from dist_spin.model.rotation import Rotations, Sites, initial
@@ -36,8 +36,9 @@ def main() -> None:
         peak.write("5")  # start the peak anew
     began = time.monotonic()
     model = LearningModel(files.config, rotations, sites, device=world.device, dtype=torch.bfloat16)
-    fsdp.shard(model, world)
-    fsdp.load(model, files.weights, r4)
+    engine = Fsdp()
+    engine.shard(model, world)
+    engine.load(model, files.weights, r4)
     shard = sum(p.to_local().numel() * p.element_size() for p in model.parameters())
     seconds = round(time.monotonic() - began, 2)
     print(json.dumps({"above": memory("VmHWM") - baseline, "shard": shard, "seconds": seconds}), flush=True)

@@ -14,8 +14,8 @@ from test_stopping import Runs
 from tiny import write_model
 
 from dist_spin.distributed import World
-from dist_spin.engine import fsdp
 from dist_spin.engine.choice import chosen
+from dist_spin.engine.fsdp import Fsdp
 from dist_spin.engine.zero3 import Zero3
 from dist_spin.errors import UserError
 from dist_spin.settings import DistributedConfig
@@ -40,6 +40,10 @@ def engine_step(words: list[str], out: Path) -> None:
     # Twice more: from its third pass on, DeepSpeed fetches ahead along the order that it has recorded.
     losses += [optimize.backward(learning), optimize.backward(learning)]
     seen["losses"] = losses
+    if config.distributed.shard_ranks:
+        held = {name: p.to_local() for name, p in learning.model.named_parameters()}
+        seen["held"] = {name: local.view(torch.uint8).clone() for name, local in held.items()}
+        seen["whole"] = {name: p.numel() * p.element_size() for name, p in learning.model.named_parameters()}
     if config.distributed.engine == "deepspeed":
         parameters = dict(learning.model.named_parameters())
         seen["shares"] = {name: (p.ds_numel, p.ds_tensor.numel()) for name, p in parameters.items()}
@@ -101,6 +105,38 @@ def test_reduced_gradients_are_those_of_a_single_process(words, single, tmp_path
         assert all("layers.1.layer.mlp.down_proj" in seen["caught"] for seen in ranks)
 
 
+W4 = ["optimize.w_bits=4", "quant.w_group_size=16"]
+
+
+@pytest.mark.parametrize("more", [[], W4], ids=["w16", "w4"])
+def test_groups_of_ranks_hold_one_copy_each_and_reduce_the_same_gradients(words, tmp_path, more):
+    (tmp_path / "all").mkdir()
+    every = steps(4, [*words, *more], tmp_path / "all")
+    hybrid = steps(4, [*words, *more, "distributed.shard_ranks=2"], tmp_path)
+    for seen in hybrid:
+        assert torch.equal(seen["gradient"], hybrid[0]["gradient"])
+        assert (seen["gradient"] - every[0]["gradient"]).norm() < 1e-13 * every[0]["gradient"].norm()
+        assert seen["losses"] == pytest.approx(every[0]["losses"], rel=1e-14)
+    for name, whole in hybrid[0]["whole"].items():
+        held = [seen["held"][name] for seen in hybrid]
+        assert torch.equal(held[0], held[2]), name
+        assert torch.equal(held[1], held[3]), name
+        assert held[0].numel() + held[1].numel() == whole, name
+        assert held[1].numel() < whole, name
+
+
+def test_groups_that_do_not_divide_the_ranks_are_one_line(words, tmp_path):
+    job = Job(
+        2, command, "optimize", *words, "distributed.shard_ranks=3", f"output_dir={tmp_path}", log=tmp_path / "log"
+    )
+    assert job.wait() == [2, 2], job.log.read_text()
+    said = job.log.read_text()
+    assert (
+        said
+        == "dist-spin: distributed.shard_ranks=3 does not divide 2 ranks; use a divisor, or 0 to share one copy among all\n"
+    )
+
+
 def test_offloaded_weights_are_mapped_files_and_give_the_same_bits(words, single, tmp_path):
     folder = tmp_path / "fast disk"
     more = [ZERO3, "distributed.offload_layers=1", f"distributed.offload_dir={folder}"]
@@ -158,9 +194,11 @@ def test_without_deepspeed_one_line_says_what_to_install(monkeypatch):
 
 
 def test_the_engine_is_that_of_the_settings_or_of_accelerate(monkeypatch):
-    assert chosen(DistributedConfig()) is fsdp
+    assert isinstance(chosen(DistributedConfig()), Fsdp)
     with pytest.raises(UserError, match=r"offload_dir is for DeepSpeed; set distributed\.engine=deepspeed"):
         chosen(DistributedConfig(offload_dir="/tmp"))
+    with pytest.raises(UserError, match=r"shard_ranks is for FSDP; set distributed\.engine=fsdp"):
+        chosen(DistributedConfig(engine="deepspeed", shard_ranks=2))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert isinstance(chosen(DistributedConfig()), Zero3)
-    assert chosen(DistributedConfig(engine="fsdp")) is fsdp
+    assert isinstance(chosen(DistributedConfig(engine="fsdp")), Fsdp)

