@@ -143,6 +143,7 @@ def measure(options: argparse.Namespace, world: World, sequences: int = 0, layer
         "device": describe(world.device),
         "engine": learning.engine.name,
         "ranks": world.size,
+        "shard_ranks": learning.engine.shards(world),
         "layers": shape.layers,
         "w_bits": config.optimize.w_bits,
         "sequences": config.optimize.batch_size,

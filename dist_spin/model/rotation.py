@@ -264,7 +264,7 @@ def folded_rows(
             rows = rows * gain.to(rows.device)
         if rotate:
             rows = kronecker_apply(rows, tuple(f.to(rows.device) for f in r4))
-        out[lo:hi].copy_(rows)
+        out[lo:hi].copy_(rows.to(out.dtype))  # before the copy, which may lead to the host: a quarter of the bytes
 
 
 def rotated_layer(
