@@ -4,6 +4,7 @@ dist-spin run configs/quickstart.yaml optimize.steps=20
 torchrun --nproc_per_node 2 -m dist_spin optimize configs/quickstart.yaml
 """
 
+import importlib
 import json
 import os
 import socket
@@ -197,21 +198,9 @@ def _stage(verb: str, config: RunConfig, **options: Any) -> int:
 
     from dist_spin.distributed import start, stop
     from dist_spin.stages.common import writing
-    from dist_spin.stages.compare import compare
-    from dist_spin.stages.evaluate import evaluate
-    from dist_spin.stages.export import export
-    from dist_spin.stages.optimize import optimize
-    from dist_spin.stages.quantize import quantize
-    from dist_spin.stages.report import report
 
-    stages: dict[str, Callable[..., Any]] = {
-        "optimize": optimize,
-        "quantize": quantize,
-        "evaluate": evaluate,
-        "export": export,
-        "compare": compare,
-        "report": report,
-    }
+    # By name, so that no verb waits for, or needs, what only another one imports.
+    stage: Callable[..., Any] = getattr(importlib.import_module(f"dist_spin.stages.{verb}"), verb)
     timeout = config.distributed.timeout_s
     alone = verb == "compare" and config.compare.parallel == "rows"
     world = start(config.distributed.device, timeout, config.distributed.threads, alone=alone)
@@ -221,7 +210,7 @@ def _stage(verb: str, config: RunConfig, **options: Any) -> int:
     part = f"{socket.gethostname()}-{os.getpid()}" if alone else part
     try:
         with writing(config, world, verb, part):
-            stages[verb](config, world, **options)
+            stage(config, world, **options)
     except (dist.DistBackendError, dist.DistNetworkError, RuntimeError) as error:
         if "imed out" not in str(error) and "Connection" not in str(error) and "connection" not in str(error):
             raise

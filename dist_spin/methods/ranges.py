@@ -24,8 +24,7 @@ REPROJECT_EVERY = 20
 
 def square_range(x: Tensor) -> Tensor:
     """Mean over tokens of (max - min)^2, a scalar; x [..., n]."""
-    low, high = torch.aminmax(x, dim=-1)
-    return (high - low).square().mean()
+    return (x.amax(-1) - x.amin(-1)).square().mean()  # aminmax has no derivative in torch 2.11
 
 
 def mean_square_range(rows: Tensor, rotation: Tensor) -> float:

@@ -219,6 +219,8 @@ def set_up(config: RunConfig, world: World) -> Learning:
     shape, dtype, settings = files.shape, model_dtype(config), config.optimize
     sites = sites_for(while_learning(config), shape)
     tokens = learning_tokens(config, files)
+    if not fits_start(config):
+        starting_rotations(config, shape)  # a file that cannot be used stops here, before the run leaves a mark
     if settings.w_bits == 16 and not any(spec.enabled for spec in (sites.a, sites.o, sites.k, sites.v)):
         raise UserError(
             "every activation quantiser is off, so rotations have nothing to learn",
