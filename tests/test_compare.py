@@ -232,6 +232,17 @@ def test_layers_of_the_run_are_used_and_kept(capfd, tmp_path, words):
     assert [e["event"] for e in read_lines(run.path / "events.jsonl")].count("layer") == 4
 
 
+def test_layers_that_a_killed_process_left_are_gone_after_the_next_start(capfd, tmp_path, words):
+    few = [*words, "compare.methods=[gptq]", "compare.seeds=[0]"]
+    assert main(["compare", *few, "compare.keep_layers=true"]) == 0  # what a process leaves that dies once it has measured
+    made = list((tmp_path / "tiny" / "compare").iterdir())
+    assert made
+    capfd.readouterr()
+    assert main(["compare", *few]) == 0
+    assert measured(capfd.readouterr().err) == 0
+    assert not any(path.exists() for path in made)
+
+
 def test_the_table_shows_mean_spread_and_the_best():
     def row(system: str, ppl: float, seed: int = 0, **changed) -> dict:
         found = {

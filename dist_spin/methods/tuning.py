@@ -23,7 +23,7 @@ from dist_spin.numerics.quantizer import code_range
 
 BATCH = 4  # sequences of a step
 SCALE_RATE = 0.1  # of the rate of weights: a scale moves all weights of its row
-WITHIN = 0.45  # how far from the middle of its cell a weight starts at most, in steps of its grid
+WITHIN = 0.0  # how far from the middle of its cell a weight starts at most, in steps of its grid
 
 
 @dataclass(frozen=True)

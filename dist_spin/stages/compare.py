@@ -181,22 +181,28 @@ class Comparison:
     def measure(self, together: list[Candidate]) -> None:
         """Measure what is missing of candidates that share their weights, and fill it into their rows."""
         jobs = [(candidate, i) for candidate in together for i in candidate.missing()]
-        if not jobs:
-            return
         first = together[0]
-        config = first.config if first.cell.weights == "none" else self.rounded(first)
-        texts = list(self.texts.values())
-        for some in self.fitting(jobs):
-            began = time.monotonic()
-            what = f"measure {first.cell.label}, {first.cell.weights} weights, seed {first.entry.seed}, {len(some)} at once"
-            pairs = [(candidate.cell.chosen.sites, texts[i]) for candidate, i in some]
-            losses = window_losses(config, self.world, self.files, first.cell, pairs, what)
-            seconds = (time.monotonic() - began) / len(some)
-            for (candidate, i), mean in zip(some, losses, strict=True):
-                candidate.rows[i] = recorded(self.run, candidate.rows[i], mean, seconds)
-        made = run_dir(config).path
-        if first.cell.weights != "none" and made != self.run.path and not self.config.compare.keep_layers:
-            on_leader(lambda: shutil.rmtree(made))
+        if jobs:
+            config = first.config if first.cell.weights == "none" else self.rounded(first)
+            texts = list(self.texts.values())
+            for some in self.fitting(jobs):
+                began = time.monotonic()
+                what = f"measure {first.cell.label}, {first.cell.weights} weights, seed {first.entry.seed}, {len(some)} at once"
+                pairs = [(candidate.cell.chosen.sites, texts[i]) for candidate, i in some]
+                losses = window_losses(config, self.world, self.files, first.cell, pairs, what)
+                seconds = (time.monotonic() - began) / len(some)
+                for (candidate, i), mean in zip(some, losses, strict=True):
+                    candidate.rows[i] = recorded(self.run, candidate.rows[i], mean, seconds)
+        if first.cell.weights != "none" and not self.config.compare.keep_layers:
+            # Also where nothing was missing: a process that was killed once it had measured left its layers.
+            made = run_dir(self.for_rows(first)).path
+            on_leader(lambda: shutil.rmtree(made) if made.exists() else None)
+
+    def for_rows(self, candidate: Candidate) -> RunConfig:
+        """The candidate's configuration in a directory of its own, for layers that only its rows need."""
+        entry, made_under = candidate.entry, candidate.cell.made_under
+        name = f"{entry.method}-seed{entry.seed}-{entry.weights}-{made_under[:12]}"
+        return dataclasses.replace(candidate.config, output_dir=str(self.run.path / "compare"), name=name)
 
     def fitting(self, jobs: list[tuple[Candidate, int]]) -> Iterator[list[tuple[Candidate, int]]]:
         """The jobs in lists whose hidden states have room beside one another."""
@@ -212,12 +218,10 @@ class Comparison:
 
     def rounded(self, candidate: Candidate) -> RunConfig:
         """The candidate's configuration in the directory where its layers are: of the run itself, or made now."""
-        entry, made_under = candidate.entry, candidate.cell.made_under
         own = dataclasses.replace(candidate.config, output_dir=self.config.output_dir, name=self.config.name)
         if on_leader(lambda: self.finished(own, candidate)):
             return own
-        name = f"{entry.method}-seed{entry.seed}-{entry.weights}-{made_under[:12]}"
-        config = dataclasses.replace(candidate.config, output_dir=str(self.run.path / "compare"), name=name)
+        config = self.for_rows(candidate)
         quantize_variant(Work(config, self.world, self.files, candidate.cell.chosen, self.calibration, self.stop))
         return config
 
