@@ -234,7 +234,9 @@ def test_layers_of_the_run_are_used_and_kept(capfd, tmp_path, words):
 
 def test_layers_that_a_killed_process_left_are_gone_after_the_next_start(capfd, tmp_path, words):
     few = [*words, "compare.methods=[gptq]", "compare.seeds=[0]"]
-    assert main(["compare", *few, "compare.keep_layers=true"]) == 0  # what a process leaves that dies once it has measured
+    assert (
+        main(["compare", *few, "compare.keep_layers=true"]) == 0
+    )  # what a process leaves that dies once it has measured
     made = list((tmp_path / "tiny" / "compare").iterdir())
     assert made
     capfd.readouterr()
