@@ -3,7 +3,8 @@
 copy                    x read and written once: no transform can be faster
 kronecker               two dense products, `numerics.hadamard.kronecker_apply`, what the product's sites use
 compiled kronecker      the same behind torch.compile
-compiled butterfly      log2 stages of sums and differences, and the core as a dense product, behind torch.compile
+compiled butterfly      log2 stages of sums and differences, a compiled kernel each (as one, they take minutes to compile),
+                        and the core as a dense product
 fast-hadamard-transform the CUDA kernel of that package, and the core as a dense product
 """
 
@@ -26,15 +27,22 @@ Transform = Callable[[Tensor], Tensor]
 LIBRARY = "fast-hadamard-transform"
 
 
-def butterfly(x: Tensor, core: Tensor, power: int, scale: float) -> Tensor:
-    """scale * x @ (H_K (x) S_power) for x [..., K * power], core H_K [K, K] in x's dtype: the fast transform in plain torch."""
+def halves(y: Tensor) -> Tensor:
+    """One stage: y [..., 2, stride] to its sums and differences."""
+    left, right = y.unbind(-2)
+    return torch.stack((left + right, left - right), -2)
+
+
+def butterfly(x: Tensor, core: Tensor, power: int, scale: float, stage: Transform = halves) -> Tensor:
+    """scale * x @ (H_K (x) S_power) for x [..., K * power], core H_K [K, K] in x's dtype: the fast transform in plain torch.
+
+    stage: `halves`, or the same compiled.
+    """
     K = len(core)
     y = x.reshape(-1, K, power)
     stride = 1
     while stride < power:
-        pairs = y.view(-1, K, power // (2 * stride), 2, stride)
-        left, right = pairs.unbind(-2)
-        y = torch.stack((left + right, left - right), -2).view(-1, K, power)
+        y = stage(y.view(-1, power // (2 * stride) * K, 2, stride)).view(-1, K, power)
         stride *= 2
     y = y * scale
     return (y if K == 1 else core.T @ y).reshape(x.shape)
@@ -54,13 +62,12 @@ def routes(
     def kronecker(x: Tensor) -> Tensor:
         return kronecker_apply(x, factors)
 
-    def stages(x: Tensor) -> Tensor:
-        return butterfly(x, signs, power, width**-0.5)
-
     found: dict[str, Transform] = {"copy": torch.clone, "kronecker": kronecker}
     missing = {}
     if fuse is not None:
-        found |= {"compiled kronecker": fuse(kronecker), "compiled butterfly": fuse(stages)}
+        stage = fuse(halves)
+        found["compiled kronecker"] = fuse(kronecker)
+        found["compiled butterfly"] = lambda x: butterfly(x, signs, power, width**-0.5, stage)
     else:
         missing["compiled"] = "torch.compile is off"
     if gap := library_gap(width, dtype, device):
