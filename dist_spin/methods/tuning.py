@@ -115,8 +115,8 @@ def tune(
 
     others: the layer's parameters that are not rounded. hidden, targets: sequences [1, T, h] that enter the layer and that
     leave it in the full-precision network. reduce: makes a mean over ranks of gradients (and of the errors) in place.
-    Errors are squared ones relative to the target, per token: what reads a token normalises it, and the few tokens
-    with huge activations must not be all that is learned.
+    The error is half the squared one relative to the target per token, since what reads a token normalises it, and half that
+    of all tokens together, which the few with huge activations decide: all others attend to them.
 
     Raises:
         NumericsError: the error is not finite.
@@ -130,7 +130,8 @@ def tune(
     def error(x: Tensor, y: Tensor) -> Tensor:
         weights = {names[role]: w for role, w in rounded.weights(runner.dtype).items()}
         z, y = torch.func.functional_call(layer, weights, (x,), context).float(), y.float()
-        return ((z - y).square().sum(-1) / y.square().sum(-1)).mean()
+        off, power = (z - y).square().sum(-1), y.square().sum(-1)
+        return ((off / power).mean() + off.sum() / power.sum()) / 2
 
     stepper = Stepper(error, [(list(rounded.v), 1.0), (list(rounded.t), SCALE_RATE)], runner.device, reduce)
     per_epoch = -(-tuning.sequences // batch)
