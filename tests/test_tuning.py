@@ -28,7 +28,7 @@ def test_tuning_starts_from_the_codes_that_were_chosen(weight, symmetric, group_
     codes = quantize_weight(weight, scale, zero, 4, symmetric, group_size)
     codes[0, :5] = codes[0, :5].roll(1)  # other cells than the nearest, as GPTQ takes
     chosen = Solution(codes, scale, zero)
-    rounded = RoundedWeights({"w": weight}, {"w": chosen}, {"w": 4}, symmetric)
+    rounded = RoundedWeights({"w": chosen}, {"w": 4}, symmetric)
     for before, after in zip(chosen, rounded.solution("w"), strict=True):
         assert torch.equal(before, after)
     expected = dequantize_weight(*chosen, group_size, torch.float64)
@@ -40,7 +40,7 @@ def test_gradients_are_those_of_a_learned_step_size(weight, symmetric):
     """Straight-through in the weight; in the scale, what a finite difference gives where no code changes."""
     scale, zero = weight_scales(weight, 4, symmetric)
     codes = quantize_weight(weight, scale, zero, 4, symmetric)
-    rounded = RoundedWeights({"w": weight}, {"w": Solution(codes, scale, zero)}, {"w": 4}, symmetric)
+    rounded = RoundedWeights({"w": Solution(codes, scale, zero)}, {"w": 4}, symmetric)
     with torch.no_grad():
         rounded.v[0][0, 0, 0] = 40.0  # beyond the grid
     target = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

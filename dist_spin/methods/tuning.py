@@ -23,7 +23,6 @@ from dist_spin.numerics.quantizer import code_range
 
 BATCH = 4  # sequences of a step
 SCALE_RATE = 0.1  # of the rate of weights: a scale moves all weights of its row
-WITHIN = 0.0  # how far from the middle of its cell a weight starts at most, in steps of its grid
 
 
 @dataclass(frozen=True)
@@ -68,20 +67,16 @@ class _Round(torch.autograd.Function):
 class RoundedWeights(nn.Module):
     """Weights in steps of their grids (v [out, groups, group]) and the factors of their scales (t [out, groups, 1])."""
 
-    def __init__(
-        self, weights: dict[str, Tensor], solutions: dict[str, Solution], bits: dict[str, int], symmetric: bool
-    ):
-        """weights: before they were rounded, by linear. They begin in the cells that `solutions` chose."""
+    def __init__(self, solutions: dict[str, Solution], bits: dict[str, int], symmetric: bool) -> None:
+        """Weights begin in the middle of the cells that `solutions`, by linear, chose."""
         super().__init__()
         self.roles, self.bounds = list(solutions), {role: code_range(bits[role], symmetric) for role in solutions}
         self.solutions = solutions
         self.v, self.t = nn.ParameterList(), nn.ParameterList()
-        for role, (codes, scale, zero) in solutions.items():
-            step, offset = scale.unsqueeze(-1), zero.unsqueeze(-1)
-            middle = codes.unflatten(1, (scale.shape[1], -1)).to(scale.dtype) - offset
-            before = weights[role].to(scale.dtype).unflatten(1, (scale.shape[1], -1)) / step
-            self.v.append(nn.Parameter(middle + (before - middle).clamp(-WITHIN, WITHIN)))
-            self.t.append(nn.Parameter(torch.ones_like(step)))
+        for codes, scale, zero in solutions.values():
+            middle = codes.unflatten(1, (scale.shape[1], -1)).to(scale.dtype) - zero.unsqueeze(-1)
+            self.v.append(nn.Parameter(middle))
+            self.t.append(nn.Parameter(torch.ones_like(scale.unsqueeze(-1))))
 
     def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The rounded weights [out, in] as a function of the parameters."""

@@ -219,8 +219,8 @@ def set_up(config: RunConfig, world: World) -> Learning:
     shape, dtype, settings = files.shape, model_dtype(config), config.optimize
     sites = sites_for(while_learning(config), shape)
     tokens = learning_tokens(config, files)
-    if not fits_start(config):
-        starting_rotations(config, shape)  # a file that cannot be used stops here, before the run leaves a mark
+    # A file that cannot be used stops here, before the run leaves a mark.
+    start = None if fits_start(config) else starting_rotations(config, shape)
     if settings.w_bits == 16 and not any(spec.enabled for spec in (sites.a, sites.o, sites.k, sites.v)):
         raise UserError(
             "every activation quantiser is off, so rotations have nothing to learn",
@@ -241,9 +241,9 @@ def set_up(config: RunConfig, world: World) -> Learning:
         write_text(run.path / "config.yaml", dump_config(config))
 
     on_leader(check)
-    if fits_start(config):
+    if start is None:
         make_start(config, world, files, tokens)
-    r1, r2 = starting_rotations(config, shape)
+    r1, r2 = start or starting_rotations(config, shape)
     q = config.quant
     grid = None
     if settings.w_bits < 16:

@@ -43,19 +43,16 @@ class Tuner:
         most = -(-settings.n_sequences // world.size)
         self.tuning = Tuning(settings.tune_epochs, settings.tune_lr, settings.seed, most)
 
-    def follow(self, index: int) -> dict[str, Tensor]:
-        """Move the full-precision states through layer `index`; returns its weights."""
-        weights = self.weights.layer(index)
-        module = self.unquantized.build(index, weights)
+    def follow(self, index: int) -> None:
+        """Move the full-precision states through layer `index`."""
+        module = self.unquantized.build(index, self.weights.layer(index))
         for i, h in enumerate(self.exact):
             self.exact[i] = self.unquantized.run(module, index, h)
-        return weights
 
     def tune(self, index: int, layer: QuantizedLayer, entered: list[Tensor]) -> list[Tensor]:
         """Tune `layer` in place; returns the states that leave it in the quantised network. entered: those that enter it."""
-        weights = self.follow(index)
-        before = {role: weights[f"{role}.weight"] for role in layer.solutions}
-        rounded = RoundedWeights(before, layer.solutions, layer.bits, layer.symmetric)
+        self.follow(index)
+        rounded = RoundedWeights(layer.solutions, layer.bits, layer.symmetric)
         mean = None if self.world.size == 1 else self._mean
         figures = tune(self.runner, index, layer.others, rounded, entered, self.exact, self.tuning, mean)
         layer.solutions = {role: rounded.solution(role) for role in layer.solutions}
