@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dist_spin.methods.inputs import TOKENS_AT_ONCE
-from dist_spin.methods.transformed import State
+from dist_spin.methods.transformed import State, WeightsAndStates
 from dist_spin.model import recompute
-from dist_spin.model.architecture import LAYER_LINEARS, Shape
+from dist_spin.model.architecture import LAYER_LINEARS
 from dist_spin.model.layers import LayerRunner, RotatedWeights
-from dist_spin.model.loading import WeightSource
 from dist_spin.model.loss import LOGITS_AT_ONCE
 from dist_spin.model.rotation import Sites
 from dist_spin.numerics.gptq import GPTQOptions
@@ -39,19 +38,8 @@ def symmetric(sites: Sites) -> Sites:
     return dataclasses.replace(sites, a=whole(sites.a), o=whole(sites.o), k=whole(sites.k), v=whole(sites.v))
 
 
-class TrainedWeights(RotatedWeights):
+class TrainedWeights(WeightsAndStates):
     """The weights of a trained model: its layers' states, and `shape.layers` is the number of the ends' state."""
-
-    def __init__(
-        self,
-        source: WeightSource,
-        shape: Shape,
-        states: Callable[[int], State],
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(source, shape, None, (), device, dtype)
-        self.states = states
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """As `RotatedWeights.layer`."""

@@ -210,8 +210,8 @@ class TransformedRunner(LayerRunner):
         attention.key_site = KeyFront(Front(sites.k, key, "key"), state)
 
 
-class TransformedWeights(RotatedWeights):
-    """A model's unrotated weights with the share of each layer's state merged, in fp64."""
+class WeightsAndStates(RotatedWeights):
+    """A model's unrotated weights, and what was learned of each layer: `states` of its index."""
 
     def __init__(
         self,
@@ -223,6 +223,10 @@ class TransformedWeights(RotatedWeights):
     ) -> None:
         super().__init__(source, shape, None, (), device, dtype)
         self.states = states
+
+
+class TransformedWeights(WeightsAndStates):
+    """A model's unrotated weights with the share of each layer's state merged, in fp64."""
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """As `RotatedWeights.layer`, merged."""
