@@ -379,9 +379,9 @@ def test_fused_block_is_the_torch_block(symmetric: bool, columns: int, monkeypat
     zero = torch.zeros_like(scale) if symmetric else torch.randint(0, 15, scale.shape, device="cuda").float()
     groups = torch.arange(columns, device="cuda") % 3
     block = (feedback.T.contiguous().T[100 : 100 + columns, 100 : 100 + columns], scale, zero, groups, options)
-    fused, residual = gptq._solve_block(w[:, 100 : 100 + columns], *block)
+    fused, residual = gptq.solve_block(w[:, 100 : 100 + columns], *block)
     monkeypatch.setattr(gptq, "fused_kernels", lambda x: None)
-    codes, expected = gptq._solve_block(w[:, 100 : 100 + columns].clone(), *block)
+    codes, expected = gptq.solve_block(w[:, 100 : 100 + columns].clone(), *block)
     same = (fused.float() == codes).all(1)  # [T, R]: rows without a tie
     assert same.float().mean() > 0.98
     torch.testing.assert_close(residual.mT[same], expected.mT[same], rtol=0, atol=1e-5)

@@ -23,7 +23,8 @@ def plain_gptq(w: Tensor, hessian: Tensor, options: GPTQOptions) -> Solution:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     upper = torch.linalg.cholesky(inverse, upper=True)
     codes = torch.empty(w.shape, dtype=code_dtype(options.bits, options.symmetric), device=w.device)
-    scale, zero = weight_scales(w, options.bits, options.symmetric, options.group_size, options.mse_clip)
+    bits, symmetric, clip, norm = options.bits, options.symmetric, options.mse_clip, options.clip_norm
+    scale, zero = weight_scales(w, bits, symmetric, options.group_size, clip, norm=norm)
     for start in range(0, columns, options.block_size):
         stop = min(start + options.block_size, columns)
         block = w[:, start:stop].clone()
@@ -33,7 +34,7 @@ def plain_gptq(w: Tensor, hessian: Tensor, options: GPTQOptions) -> Solution:
             g = (start + j) // group
             if options.group_size and (start + j) % group == 0:
                 later = torch.cat([block[:, j:], w[:, stop:]], 1)[:, :group]
-                fitted = weight_scales(later, options.bits, options.symmetric, 0, options.mse_clip)
+                fitted = weight_scales(later, bits, symmetric, 0, clip, norm=norm)
                 scale[:, g], zero[:, g] = fitted[0][:, 0], fitted[1][:, 0]
             s, z = scale[:, g], zero[:, g]
             code = torch.clamp(torch.round(block[:, j] / s) + z, lowest, highest)

@@ -79,6 +79,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--group-size", type=int, default=0, help="0: one scale per row")
     parser.add_argument("--no-mse-clip", action="store_true", help="scales from the largest weight")
+    parser.add_argument(
+        "--sweeps", type=int, default=0, help="passes that make GPTQ's codes better; timed with the solve"
+    )
     parser.add_argument("--repeats", type=int, default=2, help="timed layers, after one that is not timed")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--baseline", action="store_true", help="also time a plain column loop on the same matrices")
@@ -115,7 +118,7 @@ def measure(args: argparse.Namespace, world: distributed.World) -> dict[str, Any
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         watch = Stopwatch(device)
-        quantizer = LayerQuantizer(runner, world, "gptq", options, torch.float32, watch)
+        quantizer = LayerQuantizer(runner, world, "gptq", options, torch.float32, watch, sweeps=args.sweeps)
         with watch(LAYER):
             with watch(MERGE):
                 merged = weights.layer(0)
@@ -128,6 +131,7 @@ def measure(args: argparse.Namespace, world: distributed.World) -> dict[str, Any
         "sequences": args.sequences,
         "seq_len": args.seq_len,
         "group_size": args.group_size,
+        "sweeps": args.sweeps,
         "mse_clip": options.mse_clip,
         "device": describe(device),
         "dtype": str(dtype),

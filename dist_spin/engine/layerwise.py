@@ -20,6 +20,7 @@ from dist_spin.numerics.gptq import GPTQOptions, Solution, fitted_grid, output_e
 from dist_spin.numerics.hessian import TOKEN_CHUNK, Hessian
 from dist_spin.numerics.outliers import condense
 from dist_spin.numerics.quantizer import ROW_TILE, dequantize_weight, quantize_weight
+from dist_spin.numerics.refinement import refine
 
 PARTS = ("forward", "hessian", "factor", "solve", "errors")  # what a clock is asked to time
 
@@ -29,6 +30,7 @@ class LayerQuantizer:
 
     hessian_dtype: fp32, or fp64 where results must not depend on how sequences are split over ranks. clock: entered
     around each of `PARTS`, for benchmarks. kept: columns of a layer's linears that stay exact; those of one site are the same.
+    sweeps: passes over the columns after GPTQ that make its codes better (`refine`).
     """
 
     def __init__(
@@ -41,10 +43,11 @@ class LayerQuantizer:
         clock: Callable[[str], AbstractContextManager[object]] = lambda part: nullcontext(),
         down_bits: int = 0,
         kept: Callable[[int], dict[str, Tensor]] = lambda index: {},
+        sweeps: int = 0,
     ) -> None:
         self.runner, self.world, self.method, self.options = runner, world, method, options
         self.hessian_dtype, self.clock = hessian_dtype, clock
-        self.kept = kept
+        self.kept, self.sweeps = kept, sweeps
         self.down_options = dataclasses.replace(options, bits=down_bits or options.bits)
 
     @torch.no_grad()
@@ -116,6 +119,8 @@ class LayerQuantizer:
             rows = rows.index_fill(1, kept, 0)
         with self.clock("solve"):
             mine = self._round(rows, options) if factor is None else solve(rows, factor, options)
+            if factor is not None and self.sweeps:
+                mine = refine(rows, mine, mean, factor, options, self.sweeps)
         damping = factor.damping if factor is not None else 0.0
         del factor
         with self.clock("errors"):

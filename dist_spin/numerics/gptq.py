@@ -7,6 +7,7 @@ split at multiples of it (`split_rows`) give the codes of the whole matrix bit f
 the same number of threads. Products are IEEE fp32 (or fp64) whatever the process has set for its other matmuls.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dist_spin.numerics.quantizer import (
+    CLIP_NORM,
     ROW_TILE,
     code_dtype,
     code_range,
@@ -37,10 +39,11 @@ class GPTQOptions:
     """How a weight is quantised. Raises ValueError when a field is out of range.
 
     `group_size` neighbours along `in` share a scale (0: the whole row); `mse_clip` searches each range, see
-    `weight_scales`. `percdamp` times the mean of H's diagonal is added to the diagonal. `block_size` columns are
-    worked on before the rest is updated: it changes speed, not the result (up to rounding). `act_order` takes columns
-    by falling diagonal of H, with every group's scale fixed from the original weight. `scale_dtype`: what scales are
-    rounded to before a code is chosen, for runtimes that hold them so; None leaves them in the solve's dtype.
+    `weight_scales`, for the least sum of |error| ** `clip_norm`. `percdamp` times the mean of H's diagonal is added to the
+    diagonal. `block_size` columns are worked on before the rest is updated: it changes speed, not the result (up to
+    rounding). `act_order` takes columns by falling diagonal of H, with every group's scale fixed from the original weight.
+    `scale_dtype`: what scales are rounded to before a code is chosen, for runtimes that hold them so; None leaves them in
+    the solve's dtype.
     """
 
     bits: int = 4
@@ -51,11 +54,14 @@ class GPTQOptions:
     block_size: int = 128
     act_order: bool = False
     scale_dtype: torch.dtype | None = None
+    clip_norm: float = CLIP_NORM
 
     def __post_init__(self) -> None:
         code_range(self.bits, self.symmetric)
         if self.group_size < 0:
             raise ValueError(f"group_size must be 0 (the whole row) or positive, not {self.group_size}")
+        if not 0 < self.clip_norm < math.inf:
+            raise ValueError(f"clip_norm must be above 0, not {self.clip_norm}")
         if not 0 <= self.percdamp <= MAX_DAMPING:
             raise ValueError(f"percdamp must be 0 to {MAX_DAMPING:g}, not {self.percdamp}")
         if self.block_size < 1:
@@ -64,7 +70,9 @@ class GPTQOptions:
 
 def fitted_grid(w: Tensor, options: GPTQOptions, group_size: int) -> tuple[Tensor, Tensor]:
     """Scale and zero of w [rows, in] as `weight_scales` finds them under the options, the scale rounded to `scale_dtype`."""
-    scale, zero = weight_scales(w, options.bits, options.symmetric, group_size, options.mse_clip)
+    scale, zero = weight_scales(
+        w, options.bits, options.symmetric, group_size, options.mse_clip, norm=options.clip_norm
+    )
     return scale if options.scale_dtype is None else scale.to(options.scale_dtype).to(scale.dtype), zero
 
 
@@ -191,9 +199,7 @@ def solve(w: Tensor, factor: Factor, options: GPTQOptions) -> Solution:
         raise ValueError(f"group_size {group_size} does not divide the weight's {columns} input columns")
     if not torch.isfinite(w).all():
         raise ValueError("the weight holds NaN or infinity")
-    live = torch.where(factor.dead, 0, w.to(factor.feedback.dtype))
-    batch = ROW_TILE * GPU_TILES if w.is_cuda else ROW_TILE
-    live = torch.nn.functional.pad(live, (0, 0, 0, -rows % batch))
+    live = whole_batches(torch.where(factor.dead, 0, w.to(factor.feedback.dtype)))
     if factor.order is None and group_size < columns:
         grid = None
     else:
@@ -210,13 +216,19 @@ def split_rows(rows: int, parts: int) -> list[tuple[int, int]]:
     return list(pairwise(bounds))
 
 
-def _tiled(x: Tensor) -> Tensor:
+def whole_batches(x: Tensor, value: float = 0.0) -> Tensor:
+    """x [rows, n] with rows of `value` up to a multiple of what one (batched) product takes."""
+    batch = ROW_TILE * GPU_TILES if x.is_cuda else ROW_TILE
+    return torch.nn.functional.pad(x, (0, 0, 0, -len(x) % batch), value=value)
+
+
+def tiled(x: Tensor) -> Tensor:
     """[tiles * ROW_TILE, n] to [tiles, n, ROW_TILE]: a column of a tile lies together in memory."""
     return x.unflatten(0, (-1, ROW_TILE)).transpose(1, 2).contiguous()
 
 
-def _untiled(x: Tensor) -> Tensor:
-    """Inverse of `_tiled`."""
+def untiled(x: Tensor) -> Tensor:
+    """Inverse of `tiled`."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
@@ -228,12 +240,12 @@ def _solve_tiles(
     Nothing in here waits for the device: no tensor value decides a branch.
     """
     columns, group_count = w.shape[1], w.shape[1] // group_size
-    tiles = _tiled(w if factor.order is None else w[:, factor.order])  # [T, in, R]
+    tiles = tiled(w if factor.order is None else w[:, factor.order])  # [T, in, R]
     if grid is None:
         scale = tiles.new_ones(len(tiles), group_count, ROW_TILE)  # [T, n, R]
         zero = torch.zeros_like(scale)
     else:
-        scale, zero = _tiled(grid[0]), _tiled(grid[1])
+        scale, zero = tiled(grid[0]), tiled(grid[1])
     position = torch.arange(columns, device=w.device) if factor.order is None else factor.order
     group_of = position // group_size  # [in] group of each solved column
     codes = torch.empty(tiles.shape, dtype=code_dtype(options.bits, options.symmetric), device=w.device)
@@ -246,7 +258,7 @@ def _solve_tiles(
             scale[:, first // span], zero[:, first // span] = fitted
         for start in range(first, first + span, options.block_size):
             stop = min(start + options.block_size, first + span)
-            codes[:, start:stop], residual = _solve_block(
+            codes[:, start:stop], residual = solve_block(
                 tiles[:, start:stop],
                 factor.feedback[start:stop, start:stop],
                 scale,
@@ -254,22 +266,22 @@ def _solve_tiles(
                 group_of[start:stop],
                 options,
             )
-            _feed_back(tiles[:, stop:], factor.feedback[start:stop, stop:].T, residual)
+            feed_back(tiles[:, stop:], factor.feedback[start:stop, stop:].T, residual)
 
-    solved = _untiled(codes)
+    solved = untiled(codes)
     if factor.order is not None:
         solved = torch.empty_like(solved).index_copy_(1, factor.order, solved)
-    return Solution(solved, _untiled(scale), _untiled(zero))
+    return Solution(solved, untiled(scale), untiled(zero))
 
 
 def _fit_group(tiles: Tensor, options: GPTQOptions) -> tuple[Tensor, Tensor]:
     """Scale and zero [T, R] of one group's columns [T, group, R]."""
-    scale, zero = fitted_grid(_untiled(tiles), options, 0)
+    scale, zero = fitted_grid(untiled(tiles), options, 0)
     return scale.view(-1, ROW_TILE), zero.view(-1, ROW_TILE)
 
 
-def _feed_back(tiles: Tensor, feedback: Tensor, residual: Tensor) -> None:
-    """Subtract a block's errors from the columns after it: tiles [T, rest, R] -= feedback [rest, B] @ residual [T, B, R].
+def feed_back(tiles: Tensor, feedback: Tensor, residual: Tensor) -> None:
+    """Subtract products, such as a block's errors from later columns: tiles [T, n, R] -= feedback [n, B] @ residual [T, B, R].
 
     Every tile meets a product of one shape, whichever tiles come with it, so its rounding knows no others.
     """
@@ -284,7 +296,7 @@ def _feed_back(tiles: Tensor, feedback: Tensor, residual: Tensor) -> None:
         some.baddbmm_(shared, errors, alpha=-1)
 
 
-def _solve_block(
+def solve_block(
     w: Tensor, feedback: Tensor, scale: Tensor, zero: Tensor, groups: Tensor, options: GPTQOptions
 ) -> tuple[Tensor, Tensor]:
     """Round the columns of one block in turn, each error fed to the block's later columns.

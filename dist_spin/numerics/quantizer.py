@@ -254,11 +254,12 @@ def weight_scales(
     group_size: int = 0,
     mse_clip: bool = False,
     strides: tuple[int, int] = EVERY_CLIP,
+    norm: float = CLIP_NORM,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero of each row, or each group of `group_size` neighbours along `in` (0: the whole row).
 
     w: [out, in]. Returns scale and zero [out, n_groups] in fp32 (fp64 for fp64 w). With `mse_clip`, the range of each
-    group is the best of 80 shrunken ones, 1.00 down to 0.21, by the sum of |error|^2.4; the widest wins a tie. `strides`:
+    group is the best of 80 shrunken ones, 1.00 down to 0.21, by the sum of |error| ** norm; the widest wins a tie. `strides`:
     EVERY_CLIP tries all of them, STAGED_CLIP 19, closer and closer around the best: the same where the error has one
     valley, in a quarter of the time.
     Raises ValueError for bits outside 2 … 8 and a group that does not divide `in`.
@@ -271,19 +272,19 @@ def weight_scales(
         bounds = code_range(bits, symmetric)
         searched = range(CLIP_PERCENTAGES[0], CLIP_PERCENTAGES[1])
         found: tuple[Tensor, Tensor] = kernels.search_clip(
-            w.to(low.dtype), groups.shape[-1], *bounds, symmetric, CLIP_NORM, searched, strides
+            w.to(low.dtype), groups.shape[-1], *bounds, symmetric, norm, searched, strides
         )
         return found
     # On a CPU the last elements of a loop take the scalar `pow`, whose last bit differs from the vector one's: equal
     # chunks keep a row's result the same whichever rows come with it, and fit the cache. A GPU has one `pow`.
     rows = ROW_TILE if w.device.type == "cpu" else max(1, w.shape[0])
     chunks = zip(groups.split(rows), low.split(rows), high.split(rows), strict=True)
-    scales, zeros = zip(*(_search_clip(*chunk, bits, symmetric, strides) for chunk in chunks), strict=True)
+    scales, zeros = zip(*(_search_clip(*chunk, bits, symmetric, strides, norm) for chunk in chunks), strict=True)
     return torch.cat(scales), torch.cat(zeros)
 
 
 def _search_clip(
-    groups: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool, strides: tuple[int, int]
+    groups: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool, strides: tuple[int, int], norm: float
 ) -> tuple[Tensor, Tensor]:
     """Best grid among the shrunken ranges; groups [rows, n, group], low and high [rows, n]."""
     members = groups.movedim(-1, 0).unsqueeze(1).contiguous()  # [group, 1, rows, n]: sums fold along whole rows
@@ -306,7 +307,7 @@ def _search_clip(
             factors = _over(tried, 100)
             scale, zero = _scale_and_zero(low * factors, high * factors, bits, symmetric)  # [factors, rows, n]
             error = _encode(members, scale, zero, bits, symmetric).sub_(zero).mul_(scale).sub_(members)
-            total, index = _folded_sum(error.abs_().pow_(CLIP_NORM)).min(0, keepdim=True)
+            total, index = _folded_sum(error.abs_().pow_(norm)).min(0, keepdim=True)
             better = ~(total[0] >= best_error)  # the widest range wins a tie; NaN replaces numbers, so it shows
             best_error = torch.where(better, total[0], best_error)
             best_scale = torch.where(better, scale.gather(0, index)[0], best_scale)

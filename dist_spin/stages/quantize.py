@@ -401,9 +401,11 @@ class Work:
         options = gptq_options(self.config)
         recipe, down_bits = self.chosen.recipe, self.config.quant.down_bits
         hessian_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        method = self.config.quantize.method
+        method, sweeps = self.config.quantize.method, self.config.quantize.sweeps
         if recipe is None:
-            return LayerQuantizer(self.runner, self.world, method, options, hessian_dtype, down_bits=down_bits)
+            return LayerQuantizer(
+                self.runner, self.world, method, options, hessian_dtype, down_bits=down_bits, sweeps=sweeps
+            )
         options = dataclasses.replace(options, mse_clip=options.mse_clip and not recipe.clips)
         return LayerQuantizer(
             self.runner,
@@ -413,6 +415,7 @@ class Work:
             hessian_dtype,
             down_bits=recipe.down_bits or down_bits,
             kept=recipe.kept,
+            sweeps=sweeps,
         )
 
     def tuner(self, hidden: list[Tensor]) -> Tuner | None:
@@ -432,7 +435,16 @@ class Work:
 def gptq_options(config: RunConfig) -> GPTQOptions:
     """The solver's options of a configuration."""
     q, w = config.quantize, config.quant
-    options = GPTQOptions(w.w_bits, w.w_symmetric, w.w_group_size, w.w_mse_clip, q.percdamp, q.block_size, q.act_order)
+    options = GPTQOptions(
+        w.w_bits,
+        w.w_symmetric,
+        w.w_group_size,
+        w.w_mse_clip,
+        q.percdamp,
+        q.block_size,
+        q.act_order,
+        clip_norm=q.clip_norm,
+    )
     if (
         w.arithmetic == "compressed-tensors" and config.model.dtype in HALF
     ):  # its runtimes hold scales in the model's dtype
