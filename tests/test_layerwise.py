@@ -184,7 +184,7 @@ def test_bench_times_the_parts_of_a_layer(tmp_path, capsys):
 
     distributed.stop()  # the benchmark starts its own
     out = tmp_path / "b.json"
-    words = f"--shape tiny --sequences 4 --seq-len 32 --repeats 1 --device cpu --baseline --out {out}"
+    words = f"--shape tiny --sequences 4 --seq-len 32 --repeats 1 --sweeps 1 --device cpu --baseline --out {out}"
     assert bench.main(words.split()) == 0
     figures = json.loads(out.read_text())
     parts = sum(figures["seconds"][part] for part in (bench.MERGE, *bench.PARTS))

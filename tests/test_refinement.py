@@ -19,13 +19,13 @@ unhurried = settings(deadline=None, max_examples=40)
 def problem(
     rows: int, columns: int, dtype: torch.dtype = torch.float64, seed: int = 0, dead: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """A weight and the Hessian of inputs that share a few strong directions; the first `dead` inputs are always 0."""
+    """A weight and the Hessian of inputs whose directions fall off in strength; the first `dead` inputs are always 0."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, dtype=torch.float64)
 
-    x = random(3 * columns, 4) @ random(4, columns) + 0.5 * random(3 * columns, columns)
+    x = (random(3 * columns, columns) / torch.arange(1, columns + 1)) @ random(columns, columns)
     x[:, :dead] = 0
     hessian = Hessian(columns, dtype)
     hessian.add(x.to(dtype))
@@ -166,7 +166,7 @@ def test_rows_refined_apart_are_bit_identical(options: GPTQOptions, device: str)
     factor = prepare(hessian, options)
     found = solve(w, factor, options)
     whole = refine(w, found, hessian, factor, options, 2)
-    assert (whole.codes != found.codes).float().mean() > 0.002
+    assert int((whole.codes != found.codes).sum()) > 100
     for parts in (2, 3, 8):
         pieces = []
         for a, b in split_rows(len(w), parts):
@@ -196,7 +196,7 @@ def test_device_refines_as_the_cpu_without_waiting(monkeypatch: pytest.MonkeyPat
             factor = prepare(hessian, options)
             found = solve(w, factor, options)
             expected = refine(w, found, hessian, factor, options, 2)
-            there = Factor(*(t.cuda() if isinstance(t, Tensor) else t for t in factor))
+            there = factor._replace(feedback=factor.feedback.cuda(), dead=factor.dead.cuda())
             refined = refine(w.cuda(), Solution(*(t.cuda() for t in found)), hessian.cuda(), there, options, 2)
             assert (refined.codes.cpu() == expected.codes).float().mean() >= least
             errors = (damped_error(w, s, hessian, factor, options).sum() for s in (expected, found))
@@ -209,7 +209,6 @@ def test_device_refines_as_the_cpu_without_waiting(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 def test_a_real_layer_gets_better_on_text_it_was_not_calibrated_on() -> None:
-    """SmolLM2's first layers hold inputs of a few strong directions, on which both passes and order tell."""
     from dist_spin.data import load_tokens
     from dist_spin.model.layers import RotatedWeights
     from dist_spin.model.loading import open_model
@@ -223,10 +222,10 @@ def test_a_real_layer_gets_better_on_text_it_was_not_calibrated_on() -> None:
     embedding, layer = weights.embedding(), weights.layer(0)
     hessians = []
     for part in (tokens[:24], tokens[24:40]):
-        hessian = Hessian(embedding.shape[1])
         x = embedding[part]
-        hessian.add(x * x.square().mean(-1, keepdim=True).add(files.config.rms_norm_eps).rsqrt())
-        hessians.append(hessian.mean())
+        moments = Hessian(embedding.shape[1])
+        moments.add(x * x.square().mean(-1, keepdim=True).add(files.config.rms_norm_eps).rsqrt())
+        hessians.append(moments.mean())
     for options in (GPTQOptions(mse_clip=True), GPTQOptions(mse_clip=True, act_order=True)):
         factor = prepare(hessians[0], options)
         for role in ("q_proj", "v_proj"):
