@@ -202,7 +202,14 @@ def test_unusable_weights_and_options_are_refused() -> None:
         gptq_quantize(torch.full((2, 4), float("nan")), torch.eye(4), GPTQOptions())
     with pytest.raises(ValueError, match="does not divide"):
         gptq_quantize(torch.ones(2, 4), torch.eye(4), GPTQOptions(group_size=3))
-    for fields in ({"bits": 16}, {"group_size": -1}, {"percdamp": -0.1}, {"percdamp": 11.0}, {"block_size": 0}):
+    for fields in (
+        {"bits": 16},
+        {"group_size": -1},
+        {"percdamp": -0.1},
+        {"percdamp": 11.0},
+        {"block_size": 0},
+        {"clip_norm": 0.0},
+    ):
         with pytest.raises(ValueError, match=next(iter(fields))):
             GPTQOptions(**fields)
 
@@ -242,7 +249,7 @@ def test_inputs_are_left_alone() -> None:
 SPLIT_OPTIONS = [
     GPTQOptions(),
     GPTQOptions(group_size=32, mse_clip=True, symmetric=False),
-    GPTQOptions(mse_clip=True),
+    GPTQOptions(mse_clip=True, clip_norm=2.0),
     GPTQOptions(group_size=64, act_order=True),
 ]
 

@@ -194,9 +194,10 @@ def test_codes_reach_both_ends_of_the_range(bits: int, symmetric: bool) -> None:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [0, 7])
-def test_clip_search_finds_the_best_of_eighty(symmetric: bool, group_size: int) -> None:
+@pytest.mark.parametrize("norm", [2.4, 1.5])
+def test_clip_search_finds_the_best_of_eighty(symmetric: bool, group_size: int, norm: float) -> None:
     w = torch.randn(3, 21, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    scale, zero = weight_scales(w, 3, symmetric, group_size, mse_clip=True)
+    scale, zero = weight_scales(w, 3, symmetric, group_size, mse_clip=True, norm=norm)
     plain, _ = weight_scales(w, 3, symmetric, group_size)
     levels = 3 if symmetric else 7
     for row in range(3):
@@ -209,7 +210,7 @@ def test_clip_search_finds_the_best_of_eighty(symmetric: bool, group_size: int) 
                 z = 0 if symmetric else round(-low * (1 - step / 100) / s)
                 # Rounding and clamping picks the grid's nearest point.
                 grid = [s * k for k in (range(-4, 4) if symmetric else range(-z, 8 - z))]
-                cost = sum(min(abs(v - point) for point in grid) ** 2.4 for v in group.tolist())
+                cost = sum(min(abs(v - point) for point in grid) ** norm for v in group.tolist())
                 costs.append((cost, step, s, z))
             _, step, s, z = min(costs)
             assert scale[row, g].item() == pytest.approx(s, rel=1e-12)
