@@ -126,8 +126,7 @@ def one(options: argparse.Namespace, world: World, name: str, seed: int, again: 
     learned = options.out / directory / "rotations" / "final.safetensors"
     final = run_dir(config).rotations / "final.safetensors"
     if again and not final.exists():
-        final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(learned, final)
+        shutil.copytree(learned.parent, final.parent, dirs_exist_ok=True)
     if not final.exists():
         optimize(config, world)
     learning = time.monotonic() - began

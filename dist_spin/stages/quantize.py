@@ -37,7 +37,7 @@ from dist_spin.model.rotation import Sites, initial
 from dist_spin.numerics.gptq import GPTQOptions
 from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.progress import Progress
-from dist_spin.rotation_files import load_rotations, load_transforms
+from dist_spin.rotation_files import load_rotations
 from dist_spin.rundir import RunDir, tensors_digest, write_text
 from dist_spin.settings import SELF, RunConfig
 from dist_spin.signals import StopRequest
@@ -47,6 +47,7 @@ from dist_spin.stages.common import (
     WEIGHT_SETTINGS,
     check_vocabulary,
     flat,
+    learned_transforms,
     model_dtype,
     open_configured_model,
     run_dir,
@@ -138,7 +139,7 @@ def variant(config: RunConfig, files: ModelFiles, name: str, device: torch.devic
         if not path.exists():
             raise UserError(f"{path} does not exist", "run `dist-spin optimize` first")
         rotations = load_rotations(path, shape.hidden, shape.head_dim, shape.layers)
-        transforms = load_transforms(path)
+        transforms = learned_transforms(path, config)
     else:
         rotations = initial(name, shape, config.rotation.seed)
     sites = sites_for(config, shape, rotated=rotations is not None, heads=name == "quarot")
