@@ -82,6 +82,7 @@ def passes_and_levels(
     offloaded: int,
     compiled: bool,
     w_bits: int = 16,
+    transformed: bool = False,
 ) -> tuple[int, list[str]]:
     """Sequences of one pass and what each layer keeps of it, once the sharded weights are in memory.
 
@@ -90,12 +91,23 @@ def passes_and_levels(
             less is computed twice. recompute: "auto" or a level (`recompute.LEVELS`).
         mine: sequences that one rank handles in a step. shards: ranks that one copy of the weights is spread over.
         offloaded: layers whose weights come from the host in each pass.
+        transformed: scales or clips are learned too.
     """
     if world.device.type == "cpu":
         return micro or 1, ["sites" if recompute == "auto" else recompute] * shape.layers
     budget = _budget(shape, dtype, w_bits, offloaded > 0, world, shards)
     return within(
-        budget, micro, recompute, shape, mine, seq_len, dtype, offloaded=offloaded, compiled=compiled, w_bits=w_bits
+        budget,
+        micro,
+        recompute,
+        shape,
+        mine,
+        seq_len,
+        dtype,
+        offloaded=offloaded,
+        compiled=compiled,
+        w_bits=w_bits,
+        transformed=transformed,
     )
 
 
@@ -111,9 +123,10 @@ def within(
     offloaded: int,
     compiled: bool,
     w_bits: int = 16,
+    transformed: bool = False,
 ) -> tuple[int, list[str]]:
     """`passes_and_levels` where `budget` bytes may hold activations."""
-    kind = (compiled, w_bits < 16)
+    kind = (compiled, w_bits < 16, transformed)
     most = MOST_TOKENS_OFFLOADED if offloaded else MOST_TOKENS
 
     def levels(size: int) -> list[str]:

@@ -298,9 +298,9 @@ def set_up(config: RunConfig, world: World) -> Learning:
         world,
         shards,
         offloaded=len(away),
-        # What a compiled layer keeps was measured for rotations alone; the eager estimate bounds scales, clips and a teacher.
-        compiled=compiled and transforms is None and settings.objective == "cross_entropy",
+        compiled=compiled,
         w_bits=settings.w_bits,
+        transformed=transforms is not None,
     )
     if engine.keeps_gathered and not compiled and settings.recompute == "auto":
         levels = ["sites" if level == "none" else level for level in levels]  # or it would keep every layer's weights
