@@ -12,6 +12,7 @@ from dist_spin.errors import UserError
 from dist_spin.rundir import HEADER, RunDir, atomic, load_tensors, save_tensors
 
 R2_NAME = "model.layers.{}.self_attn.R2"
+CLIP_BITS = "clip_bits"  # in the metadata of a file with clips: the bits they were learned at, as JSON
 
 
 def save_final(

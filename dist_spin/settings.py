@@ -278,11 +278,7 @@ class QuantizeConfig:
     sweeps: int = 0
     """Passes after GPTQ that move each column's codes to where all other columns want them; 0: none, as published."""
     quantize_activations: bool = False
-    """Keep activation, key and value quantisers on while calibrating; off as published, always on with tune_epochs."""
-    tune_epochs: int = 0
-    """Passes over the calibration sequences in which each rounded layer learns its rounding and scales; 0: none."""
-    tune_lr: float = 0.01
-    """Learning rate of that: how far a weight moves in a step, in steps of its grid."""
+    """Keep activation, key and value quantisers on while calibrating; off as published."""
     layers_per_job: int = 0
     """Layers that see each other's rounding errors and are done by one job, others in parallel; 0: all, as published."""
     baselines: list[Literal["none", "hadamard", "orthogonal"]] = field(default_factory=list)
@@ -295,8 +291,6 @@ class QuantizeConfig:
         _check(self, "layers_per_job", lambda n: n >= 0, "use a number of layers, or 0 for all")
         _check(self, "clip_norm", lambda x: 0 < x < math.inf, "use a number above 0, such as 2")
         _check(self, "sweeps", lambda n: n >= 0, "use 0 or more")
-        _check(self, "tune_epochs", lambda n: n >= 0, "use 0 or more")
-        _check(self, "tune_lr", lambda x: 0 < x < 1, "use a fraction of a step, such as 0.01")
         _check(self, "percdamp", lambda x: 0 < x < math.inf, "use a fraction above 0, such as 0.01")
         _check(self, "baselines", lambda names: len(set(names)) == len(names), "name each rotation once")
 

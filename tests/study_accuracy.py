@@ -4,7 +4,7 @@
 
 Learning and calibration take the text of --learn, measuring the others; sequences of 2048 tokens, at most --sequences of them.
 Each run of RUNS is learned, quantised with GPTQ and measured with 16-bit weights (W16A4KV4) and after GPTQ (W4A4KV4), and
-again under each of --again, such as quantize.tune_epochs=2,quantize.n_sequences=800; a table of perplexities is printed as
+again under each of --again, such as quantize.act_order=true,quantize.n_sequences=800; a table of perplexities is printed as
 rows come in. Not a test: a command for the figures in the documentation.
 """
 
@@ -123,16 +123,15 @@ def one(options: argparse.Namespace, world: World, name: str, seed: int, again: 
     if structure != getattr(options, "structure", None):
         torch._dynamo.reset()  # so that a run of another structure never meets the recompile limit
     options.structure = structure
-    learned = options.out / directory / "rotations" / "final.safetensors"
     final = run_dir(config).rotations / "final.safetensors"
     if again and not final.exists():
-        final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(learned, final)
+        for part in ("rotations", "layers"):  # rounded weights too: what fits the new settings is not rounded again
+            shutil.copytree(options.out / directory / part, run_dir(config).path / part, dirs_exist_ok=True)
     if not final.exists():
         optimize(config, world)
     learning = time.monotonic() - began
     quantize(config, world)
-    results = [row for row in evaluate(config, world) if row["a_bits"] < 16 or not again]
+    results = [row for row in evaluate(config, world) if row["method"] != "full precision" or not again]
     steps = [line["seconds"] for line in read_lines(options.out / directory / "metrics.jsonl")]
     pace = f"{statistics.median(steps or [0.0]):.3f} | {learning:.0f} | {time.monotonic() - began:.0f}"
     label = f"{name}, {again}" if again else name

@@ -17,7 +17,7 @@ from dist_spin.model.rotation import CLIPS
 from dist_spin.rotation_files import load_transforms
 from dist_spin.rundir import RunDir, read_lines
 from dist_spin.signals import StopRequest
-from dist_spin.stages.common import open_configured_model
+from dist_spin.stages.common import open_configured_model, run_dir
 from dist_spin.stages.compare import Comparison
 from dist_spin.stages.compare_plan import at_bits
 from dist_spin.stages.evaluate import evaluate
@@ -156,6 +156,22 @@ def test_a_comparison_applies_clips_at_the_bits_they_were_learned_at(place, worl
         expected = torch.stack([clips[:, i] if site in kept else torch.ones(2) for i, site in enumerate(CLIPS)], -1)
         assert torch.equal(sites.clips, expected)
         assert sites.layer(1).a.bits == bits[1]
+
+
+def test_a_file_of_learned_rotations_gives_its_clips_to_the_bits_they_were_learned_at(place, world):
+    config = load_config(None, settings(place))
+    optimize(config, world)
+    final = run_dir(config).rotations / "final.safetensors"
+    for name, bits, kept in (("same", 4, CLIPS), ("keys", 8, ("v",))):
+        more = [f"name={name}", f"rotation.load={final}", "optimize.steps=0", f"quant.k_bits={bits}"]
+        more += [f"quant.a_bits={bits}"]
+        given = load_config(None, settings(place, *more))
+        optimize(given, world)
+        clips = variant(given, open_configured_model(given), LEARNED, world.device).sites.clips
+        learned = load_transforms(final)["clip"]
+        assert clips is not None
+        for i, site in enumerate(CLIPS):
+            assert torch.equal(clips[:, i], learned[:, i] if site in kept else torch.ones(2, dtype=learned.dtype))
 
 
 @pytest.mark.parametrize(

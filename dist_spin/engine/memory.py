@@ -17,6 +17,7 @@ MOST_TOKENS_OFFLOADED = 16384  # fewer passes, since each moves every offloaded 
 PASS = 320  # launching and gathering
 PASS_OFFLOADED = 8192  # of a layer that comes from the host
 AGAIN = {"none": 0.0, "sites": 0.14, "layer": 0.4}  # recomputation, as a share of a token
+COPIES = 3  # of a layer that is gathered: the layer at work, the next one and one being freed
 
 
 def layer_bytes(shape: Shape, dtype: torch.dtype, w_bits: int = 16) -> int:
@@ -54,7 +55,7 @@ def layers_to_offload(
             12 * 4 * (h * h + shape.layers * shape.head_dim**2)
         )  # masters, gradients, Cayley's and writer's copies
         ends = 2 * shape.vocab * h * dtype.itemsize
-        reserve = activations + rotations + 3 * layer + ends + int(SPARE_SHARE * total) + (1 << 30)
+        reserve = activations + rotations + 2 * COPIES * layer + ends + int(SPARE_SHARE * total) + (1 << 30)
         missing = shape.layers * mine + ends // shards + reserve - free
         setting = _largest_over_ranks(max(0, -(-missing // mine)))
     count = min(setting, shape.layers)
@@ -81,6 +82,7 @@ def passes_and_levels(
     offloaded: int,
     compiled: bool,
     w_bits: int = 16,
+    transformed: bool = False,
 ) -> tuple[int, list[str]]:
     """Sequences of one pass and what each layer keeps of it, once the sharded weights are in memory.
 
@@ -89,12 +91,23 @@ def passes_and_levels(
             less is computed twice. recompute: "auto" or a level (`recompute.LEVELS`).
         mine: sequences that one rank handles in a step. shards: ranks that one copy of the weights is spread over.
         offloaded: layers whose weights come from the host in each pass.
+        transformed: scales or clips are learned too.
     """
     if world.device.type == "cpu":
         return micro or 1, ["sites" if recompute == "auto" else recompute] * shape.layers
     budget = _budget(shape, dtype, w_bits, offloaded > 0, world, shards)
     return within(
-        budget, micro, recompute, shape, mine, seq_len, dtype, offloaded=offloaded, compiled=compiled, w_bits=w_bits
+        budget,
+        micro,
+        recompute,
+        shape,
+        mine,
+        seq_len,
+        dtype,
+        offloaded=offloaded,
+        compiled=compiled,
+        w_bits=w_bits,
+        transformed=transformed,
     )
 
 
@@ -110,9 +123,10 @@ def within(
     offloaded: int,
     compiled: bool,
     w_bits: int = 16,
+    transformed: bool = False,
 ) -> tuple[int, list[str]]:
     """`passes_and_levels` where `budget` bytes may hold activations."""
-    kind = (compiled, w_bits < 16)
+    kind = (compiled, w_bits < 16, transformed)
     most = MOST_TOKENS_OFFLOADED if offloaded else MOST_TOKENS
 
     def levels(size: int) -> list[str]:
@@ -138,17 +152,18 @@ def _budget(shape: Shape, dtype: torch.dtype, w_bits: int, offloaded: bool, worl
     """Bytes for activations on the rank that has the fewest."""
     free, total = torch.cuda.mem_get_info(world.device)
     free += torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
-    taken = reserved(shape, dtype, w_bits, total, copies=shards > 1 or offloaded, ends=shards > 1)
+    copies = 2 * COPIES if offloaded else COPIES if shards > 1 else 0  # a layer from the host is there as it came, too
+    taken = reserved(shape, dtype, w_bits, total, copies=copies, ends=shards > 1)
     return -_largest_over_ranks(taken - free)
 
 
-def reserved(shape: Shape, dtype: torch.dtype, w_bits: int, total: int, *, copies: bool, ends: bool) -> int:
+def reserved(shape: Shape, dtype: torch.dtype, w_bits: int, total: int, *, copies: int, ends: bool) -> int:
     """Bytes of a device of `total` that activations may not take, beside sharded weights and rotations.
 
-    copies: layers are gathered (or copied in) to be used. ends: so are embedding and head.
+    copies: whole layers that are there at once, beside the shards. ends: embedding and head are gathered.
     """
     layer = layer_bytes(shape, dtype, w_bits)
-    gathered = 3 * layer if copies else 0  # the layer at work, the next one and one being freed
+    gathered = copies * layer
     gathered += layer if w_bits < 16 else 0  # what codes are turned back into, and what grids are fitted to
     gathered += 2 * shape.vocab * shape.hidden * dtype.itemsize if ends else 0
     return int(SPARE_SHARE * total) + gathered + (1 << 30)

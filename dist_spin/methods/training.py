@@ -167,7 +167,7 @@ class Stepper:
     """One AdamW step after another; on a GPU as a replayed CUDA graph, because a step is a thousand small kernels.
 
     loss: of a batch, a function of two tensors whose shapes never change. groups: parameters with the factor of their
-    learning rate. reduce: what is done with the gradients before a step, such as a mean over ranks; no graph is used then.
+    learning rate.
     """
 
     def __init__(
@@ -175,16 +175,15 @@ class Stepper:
         loss: Callable[[Tensor, Tensor], Tensor],
         groups: list[tuple[list[nn.Parameter], float]],
         device: torch.device,
-        reduce: Callable[[list[Tensor]], None] | None = None,
     ) -> None:
-        self.loss, self.reduce, self.count = loss, reduce, 0
+        self.loss, self.count = loss, 0
         groups = [(parameters, factor) for parameters, factor in groups if parameters]
         self.factors = [factor for _, factor in groups]
         self.rates = [torch.tensor(0.0, device=device) for _ in groups]
         given = [{"params": group, "lr": rate} for (group, _), rate in zip(groups, self.rates, strict=True)]
         cuda = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(given, weight_decay=0.0, capturable=cuda)
-        self.recorded = cuda and reduce is None
+        self.recorded = cuda
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def step(self, hidden: Tensor, target: Tensor, rate: float) -> Tensor:
@@ -223,8 +222,6 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(hidden, target)
         loss.backward()
-        if self.reduce is not None:
-            self.reduce([p.grad for group in self.optimizer.param_groups for p in group["params"]])
         self.optimizer.step()
         return loss.detach()
 

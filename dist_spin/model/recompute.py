@@ -31,29 +31,38 @@ def run(layer: nn.Module, level: str, hidden: Tensor, **call: Any) -> Tensor:
 
 
 def kept_bytes(
-    shape: Shape, tokens: int, element: int, level: str, compiled: bool = True, gridded: bool = False
+    shape: Shape,
+    tokens: int,
+    element: int,
+    level: str,
+    compiled: bool = True,
+    gridded: bool = False,
+    transformed: bool = False,
 ) -> int:
     """Bytes that one layer keeps for `tokens` tokens of one pass, its input included.
 
     gridded: rotations are learned with rounded weights, whose gradients need the inputs of o_proj and down_proj too.
+    transformed: scales or clips are learned beside them.
 
     "none" in a compiled layer is what torch.compile's partitioner was measured to keep (0.70 GiB for 6144 tokens of the
-    Llama-3-8B shape); in an eager one it counts the tensors between the matmuls and their fp32 companions in quantisers
-    and norms.
+    Llama-3-8B shape; 1.9 GiB for 8192 tokens with scales and clips, counted with a quarter to spare); in an eager one it
+    counts the tensors between the matmuls and their fp32 companions in quantisers and norms.
     """
     h, i = shape.hidden, shape.intermediate
-    elements = {"layer": h, "sites": 4 * h, "none": 8 * h + 2 * i if compiled else 24 * h + 10 * i}[level]
+    most = (24 * h + 10 * i) if not compiled else (20 * h + 5 * i) if transformed else (8 * h + 2 * i)
+    elements = {"layer": h, "sites": 4 * h, "none": most}[level]
     if gridded and level == "none" and compiled:
         elements += shape.heads * shape.head_dim + i
     return tokens * elements * element
 
 
-def plan(shape: Shape, tokens: int, element: int, free: int, compiled: bool = True, gridded: bool = False) -> list[str]:
+def plan(shape: Shape, tokens: int, element: int, free: int, *kind: bool) -> list[str]:
     """The level of every layer, so that what is kept fits into `free` bytes: as many layers as possible keep more.
 
-    One layer's whole working set is set aside, since recomputation builds it once at a time.
+    One layer's whole working set is set aside, since recomputation builds it once at a time. kind: the last arguments of
+    `kept_bytes`.
     """
-    need = {level: kept_bytes(shape, tokens, element, level, compiled, gridded) for level in LEVELS}
+    need = {level: kept_bytes(shape, tokens, element, level, *kind) for level in LEVELS}
     free -= 2 * need["none"]
     for rich, poor in (("none", "sites"), ("sites", "layer")):
         spare = free - shape.layers * need[poor]

@@ -132,10 +132,16 @@ def _seeds(facts: Facts) -> Iterator[Drawing]:
         if row["system"] in ("random Hadamard", "random orthogonal", "ours"):
             key = (row["dataset"], bits_of(row), row["weights"])
             groups.setdefault(key, {}).setdefault(row["system"], []).append(row)
+
+    def seeds(systems: dict[str, list[dict[str, Any]]]) -> int:
+        return max((len(found) for name, found in systems.items() if name != "ours"), default=0)
+
+    # Where some bits were repeated for their spread, the few seeds of the others show none.
+    enough = max([FEWEST_SEEDS, *map(seeds, groups.values())])
     for number, ((dataset, bits, weights), systems) in enumerate(groups.items()):
-        random = {name: [row["ppl"] for row in found] for name, found in systems.items() if name != "ours"}
-        if not random or max(map(len, random.values())) < FEWEST_SEEDS:
+        if seeds(systems) < enough:
             continue
+        random = {name: [row["ppl"] for row in found] for name, found in systems.items() if name != "ours"}
         ours = [row["ppl"] for row in systems.get("ours", [])]
 
         def draw(random: dict[str, list[float]] = random, ours: list[float] = ours) -> Figure:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 import resource
 import sys
@@ -24,8 +25,8 @@ from dist_spin.model.loading import ModelFiles, open_model
 from dist_spin.model.rotation import CLIPS, Sites, initial
 from dist_spin.numerics.hadamard import NoHadamard, kronecker_factors, largest_block
 from dist_spin.numerics.quantizer import QuantSpec
-from dist_spin.rotation_files import load_rotations, load_transforms
-from dist_spin.rundir import RunDir
+from dist_spin.rotation_files import CLIP_BITS, load_rotations, load_transforms
+from dist_spin.rundir import RunDir, read_metadata
 from dist_spin.settings import RunConfig
 
 ENDS_SETTINGS = ("quant.embedding_bits", "quant.head_bits")  # decide nothing about layers
@@ -189,15 +190,27 @@ def while_learning(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, quant=dataclasses.replace(config.quant, a_bits=bits, k_bits=bits, v_bits=bits))
 
 
-def clips_at(config: RunConfig, learned_at: RunConfig, clips: Tensor) -> Tensor:
+def site_bits(config: RunConfig) -> dict[str, int]:
+    """Bits of activations ("a"), keys ("k") and values ("v")."""
+    return {"a": config.quant.a_bits, "k": config.quant.k_bits, "v": config.quant.v_bits}
+
+
+def clips_at(config: RunConfig, learned_at: dict[str, int], clips: Tensor) -> Tensor:
     """Learned clip ratios [layers, CLIPS] for the sites of `config`: 1 wherever its bits are not those they were learned at.
 
-    What 4 bits gain by giving up the ends of the range, more bits lose by it.
+    What 4 bits gain by giving up the ends of the range, more bits lose by it. learned_at: `site_bits` of the learning.
     """
-    bits, before = config.quant, learned_at.quant
-    same = {"k": bits.k_bits == before.k_bits, "v": bits.v_bits == before.v_bits}
-    kept = [same.get(site, bits.a_bits == before.a_bits) for site in CLIPS]
+    bits = site_bits(config)
+    kept = [bits[kind] == learned_at[kind] for kind in (site if site in bits else "a" for site in CLIPS)]
     return torch.where(torch.tensor(kept, device=clips.device), clips, 1.0)
+
+
+def learned_transforms(path: Path, config: RunConfig) -> dict[str, Tensor]:
+    """What `load_transforms` reads, its clips for the bits of `config`. A file that does not say its bits is taken as it is."""
+    transforms = load_transforms(path)
+    if "clip" in transforms and (learned_at := (read_metadata(path) or {}).get(CLIP_BITS)):
+        transforms["clip"] = clips_at(config, json.loads(learned_at), transforms["clip"])
+    return transforms
 
 
 def check_vocabulary(tokens: Tensor, shape: Shape, source: str) -> Tensor:
@@ -241,11 +254,6 @@ def fits_start(config: RunConfig) -> bool:
 def start_path(config: RunConfig) -> Path:
     """Where `rotation.init=range` keeps what it found."""
     return run_dir(config).rotations / "start.safetensors"
-
-
-def starting_transforms(config: RunConfig) -> dict[str, Tensor]:
-    """Scales and clips that learning starts from: those of the file that `rotation.load` names, if it has any."""
-    return load_transforms(Path(config.rotation.load)) if config.rotation.load else {}
 
 
 def flat(settings: Any, prefix: str) -> dict[str, Any]:

@@ -30,7 +30,16 @@ from dist_spin.model.loading import ModelFiles
 from dist_spin.rundir import RunDir, read_metadata, write_text
 from dist_spin.settings import RunConfig
 from dist_spin.signals import StopRequest
-from dist_spin.stages.common import clips_at, model_dtype, open_configured_model, run_dir, say, sites_for, writing
+from dist_spin.stages.common import (
+    clips_at,
+    model_dtype,
+    open_configured_model,
+    run_dir,
+    say,
+    site_bits,
+    sites_for,
+    writing,
+)
 from dist_spin.stages.compare_plan import (
     FULL,
     SYSTEMS,
@@ -162,7 +171,7 @@ class Comparison:
         rotated, heads = chosen.rotations is not None, bool(chosen.sites.heads)
         sites = sites_for(config, self.files.shape, rotated=rotated, heads=heads)
         if (clips := chosen.sites.clips) is not None:
-            sites = dataclasses.replace(sites, clips=clips_at(config, base, clips))
+            sites = dataclasses.replace(sites, clips=clips_at(config, site_bits(base), clips))
         return dataclasses.replace(chosen, sites=sites)
 
     def own_way(self, config: RunConfig, method: str) -> Variant:

@@ -121,7 +121,6 @@ def settings_of(config: RunConfig, method: str, seed: int, weights: str) -> RunC
             rotation=dataclasses.replace(rotation, init="hadamard", load=None, online=system.online),
             quant=dataclasses.replace(config.quant, **clips),
             optimize=OptimizeConfig(**kept, w_bits=config.quant.w_bits if weights == "rtn" else 16),
-            quantize=dataclasses.replace(config.quantize, tune_epochs=0),
         )
     if changed == config:
         return config

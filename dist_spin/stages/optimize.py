@@ -5,10 +5,12 @@ torchrun --nproc_per_node 2 -m dist_spin optimize configs/quickstart.yaml optimi
 """
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ from dist_spin.model.transforms import Transforms
 from dist_spin.model.weight_learning import WeightGrid
 from dist_spin.numerics.cayley import nearest_orthogonal, orthogonality_error
 from dist_spin.progress import Progress
-from dist_spin.rotation_files import save_final
+from dist_spin.rotation_files import CLIP_BITS, save_final
 from dist_spin.rundir import (
     RunDir,
     append_line,
@@ -55,13 +57,14 @@ from dist_spin.stages.common import (
     clips_at,
     fits_start,
     flat,
+    learned_transforms,
     model_dtype,
     open_configured_model,
     run_dir,
     say,
+    site_bits,
     sites_for,
     starting_rotations,
-    starting_transforms,
     while_learning,
 )
 from dist_spin.stages.given import keep_given, refuse_given
@@ -261,7 +264,8 @@ def set_up(config: RunConfig, world: World) -> Learning:
             shared_keys=shared_keys,
             bits=sites.bits,
         )
-        transforms.start_from(starting_transforms(config))
+        if config.rotation.load:
+            transforms.start_from(learned_transforms(Path(config.rotation.load), while_learning(config)))
     compiled = settings.compile == "on" or (settings.compile == "auto" and world.device.type == "cuda")
     model = LearningModel(
         files.config,
@@ -294,9 +298,9 @@ def set_up(config: RunConfig, world: World) -> Learning:
         world,
         shards,
         offloaded=len(away),
-        # What a compiled layer keeps was measured for rotations alone; the eager estimate bounds scales, clips and a teacher.
-        compiled=compiled and transforms is None and settings.objective == "cross_entropy",
+        compiled=compiled,
         w_bits=settings.w_bits,
+        transformed=transforms is not None,
     )
     if engine.keeps_gathered and not compiled and settings.recompute == "auto":
         levels = ["sites" if level == "none" else level for level in levels]  # or it would keep every layer's weights
@@ -462,8 +466,6 @@ def resume(learning: Learning) -> None:
         # Lines of steps that were never saved would otherwise stand twice.
         metrics = learning.run.path / "metrics.jsonl"
         with contextlib.suppress(FileNotFoundError):
-            import json
-
             kept = [json.dumps(line) + "\n" for line in read_lines(metrics) if line["step"] <= learning.step]
             write_text(metrics, "".join(kept))
         learning.run.event("resume", stage="optimize", step=learning.step, **who)
@@ -484,7 +486,8 @@ def finish(learning: Learning) -> None:
         euclidean, config = learning.optimizer.euclidean, learning.config
         transforms = {} if euclidean is None else euclidean.transforms.values()
         if "clip" in transforms:
-            transforms["clip"] = clips_at(config, while_learning(config), transforms["clip"])
+            transforms["clip"] = clips_at(config, site_bits(while_learning(config)), transforms["clip"])
+            about[CLIP_BITS] = json.dumps(site_bits(config))
         save_final(learning.run, r1, r2, about, transforms)
         errors = {
             "orthogonality_r1": float(orthogonality_error(r1)),

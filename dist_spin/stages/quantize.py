@@ -37,7 +37,7 @@ from dist_spin.model.rotation import Sites, initial
 from dist_spin.numerics.gptq import GPTQOptions
 from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.progress import Progress
-from dist_spin.rotation_files import load_rotations, load_transforms
+from dist_spin.rotation_files import load_rotations
 from dist_spin.rundir import RunDir, tensors_digest, write_text
 from dist_spin.settings import SELF, RunConfig
 from dist_spin.signals import StopRequest
@@ -47,6 +47,7 @@ from dist_spin.stages.common import (
     WEIGHT_SETTINGS,
     check_vocabulary,
     flat,
+    learned_transforms,
     model_dtype,
     open_configured_model,
     run_dir,
@@ -56,7 +57,6 @@ from dist_spin.stages.common import (
 from dist_spin.stages.ends import Ends, ends_bits
 from dist_spin.stages.given import keep_given
 from dist_spin.stages.self_text import self_text
-from dist_spin.stages.tuner import Tuner
 
 LEARNED = "learned"
 HALF = ("bfloat16", "float16")
@@ -138,7 +138,7 @@ def variant(config: RunConfig, files: ModelFiles, name: str, device: torch.devic
         if not path.exists():
             raise UserError(f"{path} does not exist", "run `dist-spin optimize` first")
         rotations = load_rotations(path, shape.hidden, shape.head_dim, shape.layers)
-        transforms = load_transforms(path)
+        transforms = learned_transforms(path, config)
     else:
         rotations = initial(name, shape, config.rotation.seed)
     sites = sites_for(config, shape, rotated=rotations is not None, heads=name == "quarot")
@@ -240,7 +240,7 @@ def states_identity(config: RunConfig, files: ModelFiles, chosen: Variant, token
     return {
         **model_identity(config, files, chosen),
         "calibration": fingerprint(tokens),
-        "sites": site_settings(config) if stores_quantized(config) else "unquantized",
+        "sites": site_settings(config) if config.quantize.quantize_activations else "unquantized",
     }
 
 
@@ -263,26 +263,14 @@ def site_settings(config: RunConfig) -> dict[str, Any]:
     return {k: v for k, v in flat(config.quant, "quant").items() if not k.startswith(WEIGHT_SETTINGS)}
 
 
-def sees_quantized(config: RunConfig) -> bool:
-    """Whether layers are calibrated on quantised activations."""
-    return config.quantize.quantize_activations or config.quantize.tune_epochs > 0
-
-
-def stores_quantized(config: RunConfig) -> bool:
-    """Whether jobs start from quantised activations; a tuned layer's target starts from what enters the job too."""
-    return config.quantize.quantize_activations and config.quantize.tune_epochs == 0
-
-
 def layer_identity(config: RunConfig, files: ModelFiles, chosen: Variant, tokens: Tensor) -> dict[str, Any]:
     """Everything that decides the content of a variant's layer files."""
     settings = flat(config.quantize, "quantize")
     del settings["quantize.baselines"]  # decide nothing about layers
     if settings["quantize.layers_per_job"] >= files.shape.layers:  # one span, however it was said
         settings["quantize.layers_per_job"] = 0
-    if config.quantize.tune_epochs == 0:
-        del settings["quantize.tune_epochs"], settings["quantize.tune_lr"]
     # No setting of a site decides a weight that was calibrated without it.
-    seen = () if sees_quantized(config) else site_settings(config)
+    seen = () if config.quantize.quantize_activations else site_settings(config)
     quant = {k: v for k, v in flat(config.quant, "quant").items() if k not in (*ENDS_SETTINGS, *seen)}
     if config.quant.down_bits in (0, config.quant.w_bits):  # the same, however it was said
         del quant["quant.down_bits"]
@@ -361,15 +349,9 @@ class Work:
     @cached_property
     def runner(self) -> LayerRunner:
         """Builds and runs the variant's layers, with the sites that calibration sees."""
-        if not sees_quantized(self.config):
-            return self.unquantized
-        return self.chosen.runner(self.files.config, self.chosen.sites, self.world.device, model_dtype(self.config))
-
-    @cached_property
-    def unquantized(self) -> LayerRunner:
-        """The same with every activation quantiser off."""
-        sites = unquantized(self.chosen.sites)
-        return self.chosen.runner(self.files.config, sites, self.world.device, model_dtype(self.config))
+        sites = self.chosen.sites
+        seen = sites if self.config.quantize.quantize_activations else unquantized(sites)
+        return self.chosen.runner(self.files.config, seen, self.world.device, model_dtype(self.config))
 
     @cached_property
     def stored(self) -> BoundaryFiles:
@@ -391,8 +373,7 @@ class Work:
         def note(layer: int) -> None:
             self.run.event("boundary", variant=self.chosen.name, layer=layer)
 
-        runner = self.runner if stores_quantized(self.config) else self.unquantized
-        return Boundaries(self.stored, runner, self.chosen.weights, self.tokens, self.world, self.stop, note)
+        return Boundaries(self.stored, self.runner, self.chosen.weights, self.tokens, self.world, self.stop, note)
 
     @cached_property
     def quantizer(self) -> LayerQuantizer:
@@ -417,19 +398,6 @@ class Work:
             kept=recipe.kept,
             sweeps=sweeps,
         )
-
-    def tuner(self, hidden: list[Tensor]) -> Tuner | None:
-        """What tunes the layers of a job, if that is asked for; hidden: this rank's sequences as they enter the job."""
-        q = self.config.quantize
-        if not q.tune_epochs:
-            return None
-        if self.chosen.recipe is not None:
-            raise UserError(f"quantize.tune_epochs does not go with {self.chosen.name}", "set it to 0")
-
-        def note(figures: dict[str, Any]) -> None:
-            self.run.event("tuned", variant=self.chosen.name, **figures)
-
-        return Tuner(self.runner, self.unquantized, self.chosen.weights, self.world, q, hidden, note)
 
 
 def gptq_options(config: RunConfig) -> GPTQOptions:
@@ -460,7 +428,6 @@ def quantize_span(work: Work, start: int, stop: int) -> None:
         return
     progress = Progress(f"{work.config.quantize.method} ({name}): layer", stop - start, sum(found), show=world.leads)
     hidden = work.boundaries.entering(start)
-    tuner = work.tuner(hidden)
     # A layer goes to disk while the next one is worked on.
     with ThreadPoolExecutor(1, "layer-writer") as writer:
         written: Future[None] | None = None
@@ -471,17 +438,11 @@ def quantize_span(work: Work, start: int, stop: int) -> None:
                 assert layer is not None
                 module = work.runner.build(index, layer.weights(dtype, world.device))
                 hidden = [work.runner.run(module, index, h) for h in hidden]
-                if tuner is not None:
-                    tuner.follow(index)
                 continue
             began = time.monotonic()
             if world.leads:
                 work.run.event("layer_start", variant=name, layer=index, pid=os.getpid(), host=socket.gethostname())
-            entered = list(hidden)
             layer = work.quantizer.quantize(index, work.chosen.to_round(index), hidden)
-            if tuner is not None:
-                hidden = tuner.tune(index, layer, entered)
-            del entered
             figures = worst(layer)
             on_leader(functools.partial(_finish, written))
             if world.leads:
