@@ -378,25 +378,23 @@ class Work:
     @cached_property
     def quantizer(self) -> LayerQuantizer:
         """The solver under the configuration's options."""
-        dtype = model_dtype(self.config)
-        options = gptq_options(self.config)
-        recipe, down_bits = self.chosen.recipe, self.config.quant.down_bits
-        hessian_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        method, sweeps = self.config.quantize.method, self.config.quantize.sweeps
-        if recipe is None:
-            return LayerQuantizer(
-                self.runner, self.world, method, options, hessian_dtype, down_bits=down_bits, sweeps=sweeps
-            )
-        options = dataclasses.replace(options, mse_clip=options.mse_clip and not recipe.clips)
+        q, options, recipe = self.config.quantize, gptq_options(self.config), self.chosen.recipe
+        down_bits: int = self.config.quant.down_bits
+        kept: dict[str, Any] = {}
+        if recipe is not None:
+            options = dataclasses.replace(options, mse_clip=options.mse_clip and not recipe.clips)
+            down_bits, kept = recipe.down_bits or down_bits, {"kept": recipe.kept}
+        hessian_dtype = torch.float64 if model_dtype(self.config) == torch.float64 else torch.float32
         return LayerQuantizer(
             self.runner,
             self.world,
-            method,
+            q.method,
             options,
             hessian_dtype,
-            down_bits=recipe.down_bits or down_bits,
-            kept=recipe.kept,
-            sweeps=sweeps,
+            down_bits=down_bits,
+            sweeps=q.sweeps,
+            weigh_tokens=q.weigh_tokens,
+            **kept,
         )
 
 
