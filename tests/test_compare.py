@@ -117,12 +117,24 @@ def test_parts_learn_nothing_that_another_part_learns(words):
 
 def test_what_each_method_changes_of_the_run(words):
     config = load_config(
-        None, [*words, "quant.a_clip_ratio=0.9", "optimize.warmup_steps=1", "rotation.init=orthogonal"]
+        None,
+        [
+            *words,
+            "quant.a_clip_ratio=0.9",
+            "optimize.warmup_steps=1",
+            "rotation.init=orthogonal",
+            "quantize.sweeps=2",
+            "quantize.clip_norm=2",
+            "quantize.weigh_tokens=true",
+            "quantize.percdamp=0.02",
+        ],
     )
     assert settings_of(config, "ours", 0, "rtn") is config
     other = settings_of(config, "ours", 5, "gptq")
     assert (other.rotation.seed, other.optimize.seed) == (5, 5)
-    assert (other.optimize.optimizer, other.quant) == ("cayley_adam", config.quant)
+    assert (other.optimize.optimizer, other.quant, other.quantize) == ("cayley_adam", config.quant, config.quantize)
+    rounding = dataclasses.replace(config.quantize, sweeps=0, clip_norm=2.4, weigh_tokens=False)
+    assert settings_of(config, "gptq", 0, "gptq").quantize == rounding
     for method, online in (("spinquant_had", True), ("spinquant_no_had", False)):
         published = settings_of(config, method, 0, "gptq")
         assert (published.rotation.init, published.rotation.online) == ("hadamard", online)
@@ -139,7 +151,8 @@ def test_what_each_method_changes_of_the_run(words):
         )  # what was learned in 2 steps is not taken for it
     assert settings_of(config, "quarot", 1, "gptq").quant.k_clip_ratio == 0.95
     # A run that already is what SpinQuant published is not learned twice.
-    plain = dataclasses.replace(config, rotation=published.rotation, quant=published.quant, optimize=published.optimize)
+    assert published.quantize == rounding
+    plain = dataclasses.replace(published, output_dir=config.output_dir, name=config.name)
     assert settings_of(plain, "spinquant_no_had", 0, "gptq") is plain
 
 

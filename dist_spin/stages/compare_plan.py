@@ -7,7 +7,7 @@ from typing import Any
 
 from dist_spin.errors import UserError
 from dist_spin.layer_files import identity_hash
-from dist_spin.settings import OptimizeConfig, RunConfig, bits_of
+from dist_spin.settings import OptimizeConfig, QuantizeConfig, RunConfig, bits_of
 from dist_spin.stages.common import flat, run_dir
 from dist_spin.stages.methods import METHODS
 from dist_spin.stages.optimize import FREE_SETTINGS
@@ -18,6 +18,8 @@ BUDGET = (
     *("source", "split", "seq_len", "steps", "batch_size", "seed", "a_bits"),
     *("micro_batch_size", "keep_checkpoints", "recompute", "compile"),
 )
+
+OURS = ("sweeps", "clip_norm", "weigh_tokens")  # of rounding, where the published systems take the defaults
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ def settings_of(config: RunConfig, method: str, seed: int, weights: str) -> RunC
             rotation=dataclasses.replace(rotation, init="hadamard", load=None, online=system.online),
             quant=dataclasses.replace(config.quant, **clips),
             optimize=OptimizeConfig(**kept, w_bits=config.quant.w_bits if weights == "rtn" else 16),
+            quantize=dataclasses.replace(config.quantize, **{name: getattr(QuantizeConfig, name) for name in OURS}),
         )
     if changed == config:
         return config
