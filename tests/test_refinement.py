@@ -132,8 +132,9 @@ def test_a_fixed_point_is_left_alone_and_sweeps_add_up() -> None:
     assert torch.equal(refine(w, last, hessian, factor, options, 1).codes, last.codes)
 
 
-def test_inputs_are_left_alone() -> None:
-    w, hessian = problem(4, 16)
+@pytest.mark.parametrize(("rows", "columns"), [(4, 16), (ROW_TILE, 1)])
+def test_inputs_are_left_alone(rows: int, columns: int) -> None:
+    w, hessian = problem(rows, columns)
     options = GPTQOptions()
     factor = prepare(hessian, options)
     found = solve(w, factor, options)

@@ -33,8 +33,8 @@ def refine(
 ) -> Solution:
     """`solution` of rows w [rows, in] with better codes after `sweeps` passes over its columns, from left to right.
 
-    hessian: [in, in] in the solution's dtype, and factor: what `prepare` made of it under the same options. A sweep takes
-    2 rows · in² multiplications, GPTQ's products half of that. Raises ValueError where the three do not fit together.
+    hessian: [in, in] in the solution's dtype, and factor: what `prepare` made of it under the same options. A sweep
+    takes rows · in² multiply-adds, GPTQ's own products half of that. Raises ValueError where the three do not fit together.
     """
     rows, columns = w.shape
     if solution.codes.shape != w.shape or len(hessian) != columns or len(factor.dead) != columns:
@@ -42,7 +42,8 @@ def refine(
         raise ValueError(f"weight, codes and Hessian do not fit: {shapes}")
     codes, scale, zero = solution
     live = whole_batches(torch.where(factor.dead, 0, w.to(hessian.dtype)))
-    codes, scale, zero = tiled(whole_batches(codes)), tiled(whole_batches(scale, 1.0)), tiled(whole_batches(zero))
+    codes = tiled(whole_batches(codes.clone()))
+    scale, zero = tiled(whole_batches(scale, 1.0)), tiled(whole_batches(zero))
     with exact_products():
         refined = _refine_tiles(tiled(live), Solution(codes, scale, zero), hessian, factor, options, sweeps)
     return Solution(untiled(refined)[:rows], solution.scale, solution.zero)
