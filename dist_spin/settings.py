@@ -277,8 +277,6 @@ class QuantizeConfig:
     """Exponent of the error that quant.w_mse_clip makes least: 2.4 as published; at 2 GPTQ loses less."""
     sweeps: int = 0
     """Passes after GPTQ that move each column's codes to where all other columns want them; 0: none, as published."""
-    weigh_tokens: bool = False
-    """Count errors of o_proj and down_proj relative to the residual stream that they are added to; off as published."""
     quantize_activations: bool = False
     """Keep activation, key and value quantisers on while calibrating; off as published."""
     layers_per_job: int = 0
