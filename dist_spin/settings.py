@@ -279,8 +279,6 @@ class QuantizeConfig:
     """Scales that GPTQ solves each row with, 5 % apart around the searched one, to keep the best; odd, 1 as published."""
     sweeps: int = 0
     """Passes after GPTQ that move each column's codes to where all other columns want them; 0: none, as published."""
-    weigh_tokens: bool = False
-    """Count errors of o_proj and down_proj relative to the residual stream that they are added to; off as published."""
     quantize_activations: bool = False
     """Keep activation, key and value quantisers on while calibrating; off as published."""
     layers_per_job: int = 0

@@ -125,7 +125,6 @@ def test_what_each_method_changes_of_the_run(words):
             "rotation.init=orthogonal",
             "quantize.sweeps=2",
             "quantize.clip_norm=2",
-            "quantize.weigh_tokens=true",
             "quantize.percdamp=0.02",
         ],
     )
@@ -133,7 +132,7 @@ def test_what_each_method_changes_of_the_run(words):
     other = settings_of(config, "ours", 5, "gptq")
     assert (other.rotation.seed, other.optimize.seed) == (5, 5)
     assert (other.optimize.optimizer, other.quant, other.quantize) == ("cayley_adam", config.quant, config.quantize)
-    rounding = dataclasses.replace(config.quantize, sweeps=0, clip_norm=2.4, weigh_tokens=False)
+    rounding = dataclasses.replace(config.quantize, sweeps=0, clip_norm=2.4)
     assert settings_of(config, "gptq", 0, "gptq").quantize == rounding
     for method, online in (("spinquant_had", True), ("spinquant_no_had", False)):
         published = settings_of(config, method, 0, "gptq")

@@ -66,35 +66,6 @@ def test_linears_of_a_site_solved_together_are_those_solved_apart(tmp_path, opti
             assert torch.equal(mine, theirs)
 
 
-def test_tokens_weigh_as_the_norm_that_reads_them_next_scales_them(tmp_path):
-    runner, weights, hidden = layer_parts(tmp_path)
-    for h in hidden:
-        h[:, 0] *= 300  # a token with huge activations
-    entered, options = list(hidden), GPTQOptions(bits=3)
-    quantizer = LayerQuantizer(runner, ALONE, "gptq", options, torch.float64, weigh_tokens=True)
-    found = quantizer.quantize(0, weights, hidden)
-    plain = LayerQuantizer(runner, ALONE, "gptq", options, torch.float64).quantize(0, weights, list(entered))
-    rounded = found.weights(torch.float64, torch.device("cpu"))
-    for role, norm in (("self_attn.o_proj", "post_attention_layernorm"), ("mlp.down_proj", "")):
-        name = f"{role}.weight"
-        layer = runner.build(0, {**rounded, name: weights[name]})  # all before it rounded, itself not yet
-        reads, seen = [], []
-        linear = layer.get_submodule(role)
-        getattr(linear, "linear", linear).register_forward_pre_hook(
-            lambda module, args, reads=reads: reads.append(args[0])
-        )
-        if norm:
-            layer.get_submodule(norm).register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
-        left = [runner.run(layer, 0, h) for h in entered]
-        total = torch.zeros(weights[name].shape[1], weights[name].shape[1], dtype=torch.float64)
-        for x, after in zip(reads, seen or left, strict=True):
-            power = after.square().mean(-1, keepdim=True) + runner.config.rms_norm_eps
-            total += 2 / 200 * ((x / power).flatten(0, 1).T @ x.flatten(0, 1))
-        expected = solve(weights[name], prepare(total, options), options)
-        assert torch.equal(found.solutions[role].codes, expected.codes)
-        assert not torch.equal(found.solutions[role].codes, plain.solutions[role].codes)
-
-
 def test_hidden_states_leave_as_the_quantised_layer_sends_them(tmp_path):
     runner, weights, hidden = layer_parts(tmp_path)
     before = list(hidden)

@@ -30,9 +30,7 @@ class LayerQuantizer:
 
     hessian_dtype: fp32, or fp64 where results must not depend on how sequences are split over ranks. clock: entered
     around each of `PARTS`, for benchmarks. kept: columns of a layer's linears that stay exact; those of one site are the same.
-    sweeps: passes over the columns after GPTQ that make its codes better (`refine`). weigh_tokens: tokens count in the
-    statistics of o_proj and down_proj as the norm that reads the residual stream after them scales them. Otherwise the few
-    tokens with huge activations decide there, though the norm divides their errors by as much.
+    sweeps: passes over the columns after GPTQ that make its codes better (`refine`).
     """
 
     def __init__(
@@ -46,11 +44,10 @@ class LayerQuantizer:
         down_bits: int = 0,
         kept: Callable[[int], dict[str, Tensor]] = lambda index: {},
         sweeps: int = 0,
-        weigh_tokens: bool = False,
     ) -> None:
         self.runner, self.world, self.method, self.options = runner, world, method, options
         self.hessian_dtype, self.clock = hessian_dtype, clock
-        self.kept, self.sweeps, self.weigh_tokens = kept, sweeps, weigh_tokens
+        self.kept, self.sweeps = kept, sweeps
         self.down_options = dataclasses.replace(options, bits=down_bits or options.bits)
 
     @torch.no_grad()
@@ -79,7 +76,7 @@ class LayerQuantizer:
         with self.clock("forward"):
             inputs = [self._attend(index, attention_norm(h)) for h in hidden]  # what o_proj reads
         attention.o_proj = output
-        self._solve(["self_attn.o_proj"], self._weighed(hidden, inputs, output.linear), self.options)
+        self._solve(["self_attn.o_proj"], inputs, self.options)
         self._leave(hidden, inputs, output.linear)
 
         self._solve(["mlp.gate_proj", "mlp.up_proj"], (mlp_norm(h) for h in hidden), self.options)
@@ -87,7 +84,7 @@ class LayerQuantizer:
         with self.clock("forward"):
             inputs = [mlp(mlp_norm(h)) for h in hidden]  # what down_proj reads
         mlp.down_proj = down
-        self._solve(["mlp.down_proj"], self._weighed(hidden, inputs, down.linear), self.down_options)
+        self._solve(["mlp.down_proj"], inputs, self.down_options)
         self._leave(hidden, inputs, down.linear)
         return self._result
 
@@ -96,17 +93,6 @@ class LayerQuantizer:
         with self.clock("forward"):
             for i in reversed(range(len(hidden))):
                 hidden[i] = hidden[i] + linear(inputs.pop())
-
-    def _weighed(self, hidden: list[Tensor], inputs: list[Tensor], linear: nn.Module) -> Iterable[Tensor]:
-        """The inputs of a linear that still has its exact weights, times what a norm scales hidden + linear(inputs) by."""
-        if not self.weigh_tokens:
-            return inputs
-        epsilon, wide = self.runner.config.rms_norm_eps, torch.promote_types(self.runner.dtype, torch.float32)
-
-        def gain(h: Tensor, x: Tensor) -> Tensor:
-            return ((h + linear(x)).to(wide).square().mean(-1, keepdim=True) + epsilon).rsqrt()
-
-        return ((x * gain(h, x)).to(x.dtype) for h, x in zip(hidden, inputs, strict=True))
 
     def _attend(self, index: int, normed: Tensor) -> Tensor:
         attention: Any = self._layer.self_attn

@@ -11,8 +11,9 @@ from dist_spin.model.architecture import Shape
 from dist_spin.model.recompute import LEVELS, kept_bytes, plan
 
 SPARE_SHARE = 0.06  # of the device's memory, left to the allocator's fragmentation and to NCCL
-MOST_TOKENS = 8192  # of one pass: beyond, products are as fast as they get
-MOST_TOKENS_OFFLOADED = 16384  # fewer passes, since each moves every offloaded layer twice
+MOST_TOKENS = (
+    8192  # of one pass: beyond, products are as fast as they get, and a 70B layer's temporaries grow past the spare
+)
 # What a layer costs in one pass, in tokens that it could handle in that time; measured on the Llama-3 shapes on H200s.
 PASS = 320  # launching and gathering
 PASS_OFFLOADED = 8192  # of a layer that comes from the host
@@ -48,7 +49,7 @@ def layers_to_offload(
     if setting < 0:
         free, total = torch.cuda.mem_get_info(world.device)
         h = shape.hidden
-        at_once = min(tokens, MOST_TOKENS_OFFLOADED)
+        at_once = min(tokens, MOST_TOKENS)
         activations = shape.layers * kept_bytes(shape, at_once, dtype.itemsize, "layer")
         activations += 2 * kept_bytes(shape, at_once, dtype.itemsize, "none")
         rotations = (
@@ -127,7 +128,6 @@ def within(
 ) -> tuple[int, list[str]]:
     """`passes_and_levels` where `budget` bytes may hold activations."""
     kind = (compiled, w_bits < 16, transformed)
-    most = MOST_TOKENS_OFFLOADED if offloaded else MOST_TOKENS
 
     def levels(size: int) -> list[str]:
         if recompute != "auto":
@@ -136,7 +136,7 @@ def within(
 
     def fits(size: int) -> bool:
         need = {level: kept_bytes(shape, size * seq_len, dtype.itemsize, level, *kind) for level in LEVELS}
-        return size * seq_len <= most and sum(need[level] for level in levels(size)) + 2 * need["none"] <= budget
+        return size * seq_len <= MOST_TOKENS and sum(need[level] for level in levels(size)) + 2 * need["none"] <= budget
 
     def cost(size: int) -> float:
         own = sum(size * seq_len * (1 + AGAIN[level]) + PASS for level in levels(size))

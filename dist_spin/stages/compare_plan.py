@@ -19,12 +19,8 @@ BUDGET = (
     *("micro_batch_size", "keep_checkpoints", "recompute", "compile"),
 )
 
-OURS = (
-    "act_order",
-    "sweeps",
-    "clip_norm",
-    "weigh_tokens",
-)  # of rounding, where the published systems take the defaults
+# Of rounding, where the published systems take the defaults.
+OURS = ("act_order", "clip_norm", "clip_trials", "sweeps")
 
 
 @dataclass(frozen=True)

@@ -384,17 +384,9 @@ class Work:
         if recipe is not None:
             options = dataclasses.replace(options, mse_clip=options.mse_clip and not recipe.clips)
             down_bits, kept = recipe.down_bits or down_bits, {"kept": recipe.kept}
-        hessian_dtype = torch.float64 if model_dtype(self.config) == torch.float64 else torch.float32
+        dtype = torch.float64 if model_dtype(self.config) == torch.float64 else torch.float32
         return LayerQuantizer(
-            self.runner,
-            self.world,
-            q.method,
-            options,
-            hessian_dtype,
-            down_bits=down_bits,
-            sweeps=q.sweeps,
-            weigh_tokens=q.weigh_tokens,
-            **kept,
+            self.runner, self.world, q.method, options, dtype, down_bits=down_bits, sweeps=q.sweeps, **kept
         )
 
 
