@@ -33,6 +33,7 @@ GPU_TILES = 8  # tiles in one batched product; the last batch is filled up, so t
 ERROR_PANEL = 4096  # columns of a Hessian multiplied at once where errors are measured
 FIRST_RETRY_DAMPING = 1e-6  # where retries start when percdamp is smaller
 TRIAL_STEP = 0.05  # between the scales that `clip_trials` tries, as a fraction of the fitted one
+TRIALS = range(1, 21, 2)  # how many there can be: the fitted one is in the middle
 MAX_DAMPING = 10.0  # a positive semidefinite matrix never needs this much
 
 
@@ -66,8 +67,8 @@ class GPTQOptions:
             raise ValueError(f"group_size must be 0 (the whole row) or positive, not {self.group_size}")
         if not 0 < self.clip_norm < math.inf:
             raise ValueError(f"clip_norm must be above 0, not {self.clip_norm}")
-        if self.clip_trials < 1 or self.clip_trials % 2 == 0:
-            raise ValueError(f"clip_trials must be odd, with the fitted scale in the middle, not {self.clip_trials}")
+        if self.clip_trials not in TRIALS:
+            raise ValueError(f"clip_trials must be odd, 1 to {TRIALS[-1]}, not {self.clip_trials}")
         if not 0 <= self.percdamp <= MAX_DAMPING:
             raise ValueError(f"percdamp must be 0 to {MAX_DAMPING:g}, not {self.percdamp}")
         if self.block_size < 1:
