@@ -292,12 +292,7 @@ class QuantizeConfig:
         _check(self, "seed", lambda n: n >= 0, "use 0 or more")
         _check(self, "layers_per_job", lambda n: n >= 0, "use a number of layers, or 0 for all")
         _check(self, "clip_norm", lambda x: 0 < x < math.inf, "use a number above 0, such as 2")
-        _check(
-            self,
-            "clip_trials",
-            lambda n: n in range(1, 21, 2),
-            "use an odd number up to 19, such as 3; 1 tries nothing",
-        )
+        _check(self, "clip_trials", lambda n: n in range(1, 21, 2), "use an odd number up to 19; 1 tries nothing")
         _check(self, "sweeps", lambda n: n >= 0, "use 0 or more")
         _check(self, "percdamp", lambda x: 0 < x < math.inf, "use a fraction above 0, such as 0.01")
         _check(self, "baselines", lambda names: len(set(names)) == len(names), "name each rotation once")
