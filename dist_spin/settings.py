@@ -275,8 +275,6 @@ class QuantizeConfig:
     """Quantise the columns with the largest activations first; off as published."""
     clip_norm: float = 2.4
     """Exponent of the error that quant.w_mse_clip makes least: 2.4 as published; at 2 GPTQ loses less."""
-    clip_trials: int = 1
-    """Scales that GPTQ solves each row with, 5 % apart around the searched one, to keep the best; odd, 1 as published."""
     sweeps: int = 0
     """Passes after GPTQ that move each column's codes to where all other columns want them; 0: none, as published."""
     quantize_activations: bool = False
@@ -292,7 +290,6 @@ class QuantizeConfig:
         _check(self, "seed", lambda n: n >= 0, "use 0 or more")
         _check(self, "layers_per_job", lambda n: n >= 0, "use a number of layers, or 0 for all")
         _check(self, "clip_norm", lambda x: 0 < x < math.inf, "use a number above 0, such as 2")
-        _check(self, "clip_trials", lambda n: n in range(1, 21, 2), "use an odd number up to 19; 1 tries nothing")
         _check(self, "sweeps", lambda n: n >= 0, "use 0 or more")
         _check(self, "percdamp", lambda x: 0 < x < math.inf, "use a fraction above 0, such as 0.01")
         _check(self, "baselines", lambda names: len(set(names)) == len(names), "name each rotation once")

@@ -246,7 +246,6 @@ def test_the_model_must_be_named() -> None:
         "quantize.seed=-1",
         "quantize.percdamp=0",
         "quantize.clip_norm=0",
-        "quantize.clip_trials=2",
         "quantize.sweeps=-1",
         "quantize.block_size=0",
         "quantize.baselines=[none,none]",
@@ -329,7 +328,7 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
         values = {
             name: draw(strategy_of(kind))
             for name, kind in hints.items()
-            if kind in (int, float, bool, str) and not name.endswith(("_bits", "_trials")) and name != "source"
+            if kind in (int, float, bool, str) and not name.endswith("_bits") and name != "source"
         }
         groups[leaf.__name__.removesuffix("Config").lower()] = leaf(**values)
     sources = draw(st.lists(strategy_of(str).map(lambda text: f"text:{text}"), min_size=1, unique=True))

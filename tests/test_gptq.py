@@ -209,37 +209,9 @@ def test_unusable_weights_and_options_are_refused() -> None:
         {"percdamp": 11.0},
         {"block_size": 0},
         {"clip_norm": 0.0},
-        {"clip_trials": 2},
     ):
         with pytest.raises(ValueError, match=next(iter(fields))):
             GPTQOptions(**fields)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        GPTQOptions(mse_clip=True),
-        GPTQOptions(act_order=True, scale_dtype=torch.bfloat16),
-        GPTQOptions(group_size=16, symmetric=False),
-    ],
-    ids=str,
-)
-def test_each_row_keeps_the_best_of_the_trials(options: GPTQOptions) -> None:
-    """The least error is taken of errors measured from the weights, where the solver counts its residuals."""
-    w, hessian = problem(2 * ROW_TILE + 9, 64)
-    w[3] = 0
-    factor = prepare(hessian, options)
-    damped = hessian + factor.damping * hessian.diagonal().mean() * torch.eye(64, dtype=torch.float64)
-    found = [solve(w, factor, replace(options, clip_trials=trials)) for trials in (1, 3, 5)]
-    one, three, five = (output_errors(w, solution, damped, options)[:, 0] for solution in found)
-    assert (three <= one * (1 + 1e-9)).all()
-    assert (five <= three * (1 + 1e-9)).all()
-    assert five.sum() < three.sum() < 0.99 * one.sum()
-    if options.group_size == 0:  # later groups are fitted to what earlier ones left
-        ratios = found[2].scale / found[0].scale
-        steps = torch.tensor([0.9, 0.95, 1.0, 1.05, 1.1], dtype=torch.float64)
-        assert (ratios - steps).abs().min(1).values.max() < (1e-9 if options.scale_dtype is None else 2**-8)
-        assert len({round(r, 2) for r in ratios.flatten().tolist()}) >= 3
 
 
 @pytest.mark.parametrize("group_size", [0, 32])
@@ -279,7 +251,6 @@ SPLIT_OPTIONS = [
     GPTQOptions(group_size=32, mse_clip=True, symmetric=False),
     GPTQOptions(mse_clip=True, clip_norm=2.0),
     GPTQOptions(group_size=64, act_order=True),
-    GPTQOptions(group_size=32, clip_trials=3),
 ]
 
 

@@ -23,7 +23,6 @@ from dist_spin.numerics.quantizer import (
     code_dtype,
     code_range,
     dequantize_weight,
-    folded_sum,
     fused_kernels,
     quantize_weight,
     weight_scales,
@@ -32,8 +31,6 @@ from dist_spin.numerics.quantizer import (
 GPU_TILES = 8  # tiles in one batched product; the last batch is filled up, so that the same kernel does every batch
 ERROR_PANEL = 4096  # columns of a Hessian multiplied at once where errors are measured
 FIRST_RETRY_DAMPING = 1e-6  # where retries start when percdamp is smaller
-TRIAL_STEP = 0.05  # between the scales that `clip_trials` tries, as a fraction of the fitted one
-TRIALS = range(1, 21, 2)  # how many there can be: the fitted one is in the middle
 MAX_DAMPING = 10.0  # a positive semidefinite matrix never needs this much
 
 
@@ -46,8 +43,7 @@ class GPTQOptions:
     diagonal. `block_size` columns are worked on before the rest is updated: it changes speed, not the result (up to
     rounding). `act_order` takes columns by falling diagonal of H, with every group's scale fixed from the original weight.
     `scale_dtype`: what scales are rounded to before a code is chosen, for runtimes that hold them so; None leaves them in
-    the solve's dtype. `clip_trials` scales are solved with, `TRIAL_STEP` apart around the fitted one, and each row keeps
-    the one that leaves least error.
+    the solve's dtype.
     """
 
     bits: int = 4
@@ -59,7 +55,6 @@ class GPTQOptions:
     act_order: bool = False
     scale_dtype: torch.dtype | None = None
     clip_norm: float = CLIP_NORM
-    clip_trials: int = 1
 
     def __post_init__(self) -> None:
         code_range(self.bits, self.symmetric)
@@ -67,8 +62,6 @@ class GPTQOptions:
             raise ValueError(f"group_size must be 0 (the whole row) or positive, not {self.group_size}")
         if not 0 < self.clip_norm < math.inf:
             raise ValueError(f"clip_norm must be above 0, not {self.clip_norm}")
-        if self.clip_trials not in TRIALS:
-            raise ValueError(f"clip_trials must be odd, 1 to {TRIALS[-1]}, not {self.clip_trials}")
         if not 0 <= self.percdamp <= MAX_DAMPING:
             raise ValueError(f"percdamp must be 0 to {MAX_DAMPING:g}, not {self.percdamp}")
         if self.block_size < 1:
@@ -80,12 +73,7 @@ def fitted_grid(w: Tensor, options: GPTQOptions, group_size: int) -> tuple[Tenso
     scale, zero = weight_scales(
         w, options.bits, options.symmetric, group_size, options.mse_clip, norm=options.clip_norm
     )
-    return held_scale(scale, options), zero
-
-
-def held_scale(scale: Tensor, options: GPTQOptions) -> Tensor:
-    """`scale` rounded to what a runtime holds, in its own dtype."""
-    return scale if options.scale_dtype is None else scale.to(options.scale_dtype).to(scale.dtype)
+    return scale if options.scale_dtype is None else scale.to(options.scale_dtype).to(scale.dtype), zero
 
 
 class Factor(NamedTuple):
@@ -99,7 +87,6 @@ class Factor(NamedTuple):
     order: Tensor | None  # [in] original column of each solved one, or None when they are taken from left to right
     dead: Tensor  # [in] bool, original order: inputs that were always 0
     damping: float  # what was added to H's diagonal, as a fraction of the mean over live columns
-    costs: Tensor  # [in] in solving order: Σ costs residual² over the columns of a row is its e H eᵀ, with H damped
 
 
 class Solution(NamedTuple):
@@ -153,18 +140,17 @@ def prepare(hessian: Tensor, options: GPTQOptions) -> Factor:
     order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order else None
     damping = options.percdamp
     with exact_products():
-        while (found := _feedback(hessian, order, dead + damping * mean)) is None:
+        while (feedback := _feedback(hessian, order, dead + damping * mean)) is None:
             damping = max(10 * damping, FIRST_RETRY_DAMPING)
             if damping > MAX_DAMPING:
                 raise ValueError(
                     f"the Hessian is not positive definite even with {MAX_DAMPING:g} times its mean diagonal"
                 )
-    feedback, costs = found
-    return Factor(feedback, order, dead, damping, costs)
+    return Factor(feedback, order, dead, damping)
 
 
-def _feedback(hessian: Tensor, order: Tensor | None, added: Tensor) -> tuple[Tensor, Tensor] | None:
-    """`Factor`'s feedback and costs of a damped Hessian, or None where it is not positive definite.
+def _feedback(hessian: Tensor, order: Tensor | None, added: Tensor) -> Tensor | None:
+    """Unit upper triangular factor of a damped Hessian's inverse, or None where it is not positive definite.
 
     hessian: [in, in], left alone; order: as in `Factor`; added: [in], what damping adds to the diagonal. Reversing rows
     and columns turns a lower Cholesky factor into an upper one, H = R Rᵀ, so that U = R⁻¹ satisfies Uᵀ U = H⁻¹ without
@@ -180,11 +166,10 @@ def _feedback(hessian: Tensor, order: Tensor | None, added: Tensor) -> tuple[Ten
     upper = lower.flip(0, 1)  # R
     del lower
     # Row j of U is divided by U[j, j] = 1 / R[j, j]; that is the inverse of R with columns scaled to unit diagonal.
-    diagonal = upper.diagonal().clone()
-    upper /= diagonal
+    upper /= upper.diagonal().clone()
     identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
     feedback = torch.linalg.solve_triangular(upper, identity, upper=True, unitriangular=True)
-    return (feedback, diagonal.square()) if torch.isfinite(feedback).all() else None
+    return feedback if torch.isfinite(feedback).all() else None
 
 
 @contextmanager
@@ -220,14 +205,8 @@ def solve(w: Tensor, factor: Factor, options: GPTQOptions) -> Solution:
     else:
         grid = fitted_grid(live, options, options.group_size)
     with exact_products():
-        best, least = _solve_tiles(live, grid, group_size, factor, options)
-        for step in range(1, options.clip_trials // 2 + 1):
-            for stretch in (1 - step * TRIAL_STEP, 1 + step * TRIAL_STEP):
-                found, error = _solve_tiles(live, grid, group_size, factor, options, stretch)
-                better = error < least
-                least = torch.where(better, error, least)
-                best = Solution(*(torch.where(better[:, None], *parts) for parts in zip(found, best, strict=True)))
-    return Solution(*(part[:rows] for part in best))
+        codes, scale, zero = _solve_tiles(live, grid, group_size, factor, options)
+    return Solution(codes[:rows], scale[:rows], zero[:rows])
 
 
 def split_rows(rows: int, parts: int) -> list[tuple[int, int]]:
@@ -254,16 +233,10 @@ def untiled(x: Tensor) -> Tensor:
 
 
 def _solve_tiles(
-    w: Tensor,
-    grid: tuple[Tensor, Tensor] | None,
-    group_size: int,
-    factor: Factor,
-    options: GPTQOptions,
-    stretch: float = 1.0,
-) -> tuple[Solution, Tensor]:
+    w: Tensor, grid: tuple[Tensor, Tensor] | None, group_size: int, factor: Factor, options: GPTQOptions
+) -> Solution:
     """Solve w [tiles * ROW_TILE, in]; `grid` is scale and zero, or None to fit each group when it is reached.
 
-    Scales are taken times `stretch`. The second result, where there are trials, is each row's error [tiles * ROW_TILE].
     Nothing in here waits for the device: no tensor value decides a branch.
     """
     columns, group_count = w.shape[1], w.shape[1] // group_size
@@ -272,8 +245,7 @@ def _solve_tiles(
         scale = tiles.new_ones(len(tiles), group_count, ROW_TILE)  # [T, n, R]
         zero = torch.zeros_like(scale)
     else:
-        scale, zero = tiled(_stretched(grid[0], stretch, options)), tiled(grid[1])
-    error = tiles.new_zeros(len(tiles), ROW_TILE)
+        scale, zero = tiled(grid[0]), tiled(grid[1])
     position = torch.arange(columns, device=w.device) if factor.order is None else factor.order
     group_of = position // group_size  # [in] group of each solved column
     codes = torch.empty(tiles.shape, dtype=code_dtype(options.bits, options.symmetric), device=w.device)
@@ -282,8 +254,8 @@ def _solve_tiles(
     span = columns if grid is not None else group_size
     for first in range(0, columns, span):
         if grid is None:
-            unit, zero[:, first // span] = _fit_group(tiles[:, first : first + span], options)
-            scale[:, first // span] = _stretched(unit, stretch, options)
+            fitted = _fit_group(tiles[:, first : first + span], options)
+            scale[:, first // span], zero[:, first // span] = fitted
         for start in range(first, first + span, options.block_size):
             stop = min(start + options.block_size, first + span)
             codes[:, start:stop], residual = solve_block(
@@ -295,17 +267,11 @@ def _solve_tiles(
                 options,
             )
             feed_back(tiles[:, stop:], factor.feedback[start:stop, stop:].T, residual)
-            if options.clip_trials > 1:
-                error += folded_sum(residual.square_().mul_(factor.costs[start:stop, None]).movedim(1, 0))
 
     solved = untiled(codes)
     if factor.order is not None:
         solved = torch.empty_like(solved).index_copy_(1, factor.order, solved)
-    return Solution(solved, untiled(scale), untiled(zero)), error.flatten()
-
-
-def _stretched(scale: Tensor, stretch: float, options: GPTQOptions) -> Tensor:
-    return scale if stretch == 1 else held_scale(scale * stretch, options)
+    return Solution(solved, untiled(scale), untiled(zero))
 
 
 def _fit_group(tiles: Tensor, options: GPTQOptions) -> tuple[Tensor, Tensor]:

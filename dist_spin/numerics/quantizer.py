@@ -307,7 +307,7 @@ def _search_clip(
             factors = _over(tried, 100)
             scale, zero = _scale_and_zero(low * factors, high * factors, bits, symmetric)  # [factors, rows, n]
             error = _encode(members, scale, zero, bits, symmetric).sub_(zero).mul_(scale).sub_(members)
-            total, index = folded_sum(error.abs_().pow_(norm)).min(0, keepdim=True)
+            total, index = _folded_sum(error.abs_().pow_(norm)).min(0, keepdim=True)
             better = ~(total[0] >= best_error)  # the widest range wins a tie; NaN replaces numbers, so it shows
             best_error = torch.where(better, total[0], best_error)
             best_scale = torch.where(better, scale.gather(0, index)[0], best_scale)
@@ -316,7 +316,7 @@ def _search_clip(
     return best_scale, best_zero
 
 
-def folded_sum(x: Tensor) -> Tensor:
+def _folded_sum(x: Tensor) -> Tensor:
     """Sum over the first dimension, overwriting x, in an order fixed by its length: library sums heed the rest too."""
     while (length := len(x)) > 1:
         half = length // 2

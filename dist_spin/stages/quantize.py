@@ -402,7 +402,6 @@ def gptq_options(config: RunConfig) -> GPTQOptions:
         q.block_size,
         q.act_order,
         clip_norm=q.clip_norm,
-        clip_trials=q.clip_trials,
     )
     if (
         w.arithmetic == "compressed-tensors" and config.model.dtype in HALF

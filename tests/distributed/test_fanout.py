@@ -93,9 +93,7 @@ def solve_whole(place: str, out: str) -> None:
     runner = LayerRunner(found.config, Sites(), device=world.device, dtype=torch.float32, rotated=False)
     generator = torch.Generator().manual_seed(0)
     hidden = [torch.randn(1, 24, 48, generator=generator) for _ in range(20)]
-    quantizer = LayerQuantizer(
-        runner, world, "gptq", GPTQOptions(mse_clip=True, clip_trials=3), torch.float32, sweeps=2
-    )
+    quantizer = LayerQuantizer(runner, world, "gptq", GPTQOptions(mse_clip=True), torch.float32, sweeps=2)
     layer = quantizer.quantize(0, weights.layer(0), hidden)
     if world.leads:
         torch.save({role: solution._asdict() for role, solution in layer.solutions.items()}, out)
