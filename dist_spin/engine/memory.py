@@ -11,9 +11,7 @@ from dist_spin.model.architecture import Shape
 from dist_spin.model.recompute import LEVELS, kept_bytes, plan
 
 SPARE_SHARE = 0.06  # of the device's memory, left to the allocator's fragmentation and to NCCL
-MOST_TOKENS = (
-    8192  # of one pass: beyond, products are as fast as they get, and a 70B layer's temporaries grow past the spare
-)
+MOST_TOKENS = 8192  # of one pass: beyond, products are as fast as they get, and temporaries outgrow the spare
 # What a layer costs in one pass, in tokens that it could handle in that time; measured on the Llama-3 shapes on H200s.
 PASS = 320  # launching and gathering
 PASS_OFFLOADED = 8192  # of a layer that comes from the host
