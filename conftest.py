@@ -1,7 +1,8 @@
 """How the tests are spread over pytest-xdist's workers, and which are skipped on this machine."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -25,6 +26,27 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     alone = item.get_closest_marker("distributed") or item.get_closest_marker("slurm")
     if item.config.pluginmanager.hasplugin("xdist"):
         item.add_marker(pytest.mark.xdist_group("processes" if alone else item.path.name))
+
+
+@pytest.fixture
+def forbid_waits(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType, str], None]:
+    """Makes a function of a module fail where it waits for the GPU, if that is where its first argument is."""
+
+    def forbid(module: ModuleType, name: str) -> None:
+        inner = getattr(module, name)
+
+        def watched(*args: torch.Tensor) -> object:
+            if not args[0].is_cuda:
+                return inner(*args)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return inner(*args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        monkeypatch.setattr(module, name, watched)
+
+    return forbid
 
 
 @pytest.fixture

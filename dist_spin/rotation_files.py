@@ -1,5 +1,6 @@
 """Rotation files that people exchange: ours (safetensors) and the published `R.bin` naming."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,26 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_spin.errors import UserError
-from dist_spin.rundir import HEADER, RunDir, atomic, load_tensors, save_tensors
+from dist_spin.rundir import HEADER, RunDir, atomic, load_tensors, read_metadata, save_tensors
 
 R2_NAME = "model.layers.{}.self_attn.R2"
-CLIP_BITS = "clip_bits"  # in the metadata of a file with clips: the bits they were learned at, as JSON
+CLIP_BITS = "clip_bits"  # in the metadata, as JSON
 
 
 def save_final(
-    run: RunDir, r1: Tensor, r2: Tensor, metadata: dict[str, str], transforms: dict[str, Tensor] | None = None
+    run: RunDir,
+    r1: Tensor,
+    r2: Tensor,
+    metadata: dict[str, str],
+    transforms: dict[str, Tensor] | None = None,
+    bits: dict[str, int] | None = None,
 ) -> None:
-    """Write rotations/final.safetensors (R1 [h, h], R2 [layers, d, d], learned `transforms`) and R1, R2 as R.bin (fp32)."""
+    """Write rotations/final.safetensors (R1 [h, h], R2 [layers, d, d], learned `transforms`) and R1, R2 as R.bin (fp32).
+
+    bits: of activations ("a"), keys ("k") and values ("v") that clips among the transforms were learned at, if known.
+    """
+    if bits:
+        metadata = {**metadata, CLIP_BITS: json.dumps(bits)}
     named = {"R1": r1.float().cpu(), **{R2_NAME.format(i): r.float().cpu().clone() for i, r in enumerate(r2)}}
     with atomic(run.rotations / "R.bin") as temporary:
         torch.save(named, temporary)
@@ -76,3 +87,9 @@ def load_transforms(path: Path) -> dict[str, Tensor]:
     if path.suffix != ".safetensors":
         return {}
     return {name: t.double() for name, t in _read(path).items() if name == "clip" or name.startswith("scale.")}
+
+
+def clip_bits(path: Path) -> dict[str, int] | None:
+    """The bits that the clips of a rotation file were learned at (see `save_final`); None if it does not say."""
+    found = (read_metadata(path) or {}).get(CLIP_BITS)
+    return json.loads(found) if found else None

@@ -1,6 +1,8 @@
 """GPTQ against a plain oracle, and what fan-out relies on: rows and samples may be split."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -324,17 +326,8 @@ def test_hessian_refuses_what_does_not_fit() -> None:
 
 
 @pytest.mark.gpu
-def test_column_loop_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    inner = gptq._solve_tiles
-
-    def watched(*args: object) -> object:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return inner(*args)  # type: ignore[arg-type]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    monkeypatch.setattr(gptq, "_solve_tiles", watched)
+def test_column_loop_never_waits_for_the_device(forbid_waits: Callable[[ModuleType, str], None]) -> None:
+    forbid_waits(gptq, "_solve_tiles")
     w, hessian = problem(200, 128, torch.float32)
     for options in SPLIT_OPTIONS:
         assert gptq_quantize(w.cuda(), hessian.cuda(), options).error < 0.05

@@ -1,5 +1,8 @@
 """Coordinate descent after GPTQ: against a plain loop, and what it promises of any weight and Hessian."""
 
+from collections.abc import Callable
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
@@ -178,19 +181,8 @@ def test_rows_refined_apart_are_bit_identical(options: GPTQOptions, device: str)
 
 
 @pytest.mark.gpu
-def test_device_refines_as_the_cpu_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    inner = refinement._refine_tiles
-
-    def watched(*args: object) -> Tensor:
-        if not args[0].is_cuda:  # type: ignore[attr-defined]
-            return inner(*args)  # type: ignore[arg-type]
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return inner(*args)  # type: ignore[arg-type]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    monkeypatch.setattr(refinement, "_refine_tiles", watched)
+def test_device_refines_as_the_cpu_without_waiting(forbid_waits: Callable[[ModuleType, str], None]) -> None:
+    forbid_waits(refinement, "_refine_tiles")
     for dtype, least in ((torch.float64, 1.0), (torch.float32, 0.97)):
         for options in OPTIONS:
             w, hessian = problem(200, 192, dtype)

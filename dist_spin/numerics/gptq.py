@@ -136,17 +136,21 @@ def prepare(hessian: Tensor, options: GPTQOptions) -> Factor:
     dead = diagonal == 0
     if dead.all():
         raise ValueError("the Hessian is all zero: the layer saw no input during calibration")
-    mean = diagonal.sum() / (~dead).sum()
     order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order else None
     damping = options.percdamp
     with exact_products():
-        while (feedback := _feedback(hessian, order, dead + damping * mean)) is None:
+        while (feedback := _feedback(hessian, order, added_diagonal(hessian, dead, damping))) is None:
             damping = max(10 * damping, FIRST_RETRY_DAMPING)
             if damping > MAX_DAMPING:
                 raise ValueError(
                     f"the Hessian is not positive definite even with {MAX_DAMPING:g} times its mean diagonal"
                 )
     return Factor(feedback, order, dead, damping)
+
+
+def added_diagonal(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
+    """What damping adds to a Hessian's diagonal, [in]: 1 for `dead` inputs, and a fraction of the mean over live ones."""
+    return dead + damping * (hessian.diagonal().sum() / (~dead).sum())
 
 
 def _feedback(hessian: Tensor, order: Tensor | None, added: Tensor) -> Tensor | None:

@@ -16,6 +16,7 @@ from dist_spin.numerics.gptq import (
     Factor,
     GPTQOptions,
     Solution,
+    added_diagonal,
     exact_products,
     feed_back,
     solve_block,
@@ -59,8 +60,7 @@ def _refine_tiles(
     codes, scale, zero = solution
     columns = w.shape[1]
     group_of = torch.arange(columns, device=w.device) // (columns // scale.shape[1])
-    diagonal = hessian.diagonal()
-    added = factor.dead + factor.damping * (diagonal.sum() / (~factor.dead).sum())  # as `prepare` does
+    added = added_diagonal(hessian, factor.dead, factor.damping)
 
     def values(start: int, stop: int) -> Tensor:
         """Dequantised columns [T, B, R]."""

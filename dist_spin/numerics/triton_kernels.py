@@ -59,7 +59,7 @@ def _solve_block_kernel(
 def solve_block(
     w: Tensor, feedback: Tensor, scale: Tensor, zero: Tensor, groups: Tensor, codes: Tensor, lowest: int, highest: int
 ) -> Tensor:
-    """`gptq._solve_block` in one launch; w is left alone.
+    """`gptq.solve_block` in one launch; w is left alone.
 
     w: [T, B, R] fp32, a column range of [T, in, R]; feedback: [B, B]; scale, zero: [T, n, R];
     groups: int64 [B], which of the n each column uses; codes: [T, B, R] contiguous, filled. Returns residuals [T, B, R].

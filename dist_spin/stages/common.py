@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import resource
 import sys
@@ -25,8 +24,8 @@ from dist_spin.model.loading import ModelFiles, open_model
 from dist_spin.model.rotation import CLIPS, Sites, initial
 from dist_spin.numerics.hadamard import NoHadamard, kronecker_factors, largest_block
 from dist_spin.numerics.quantizer import QuantSpec
-from dist_spin.rotation_files import CLIP_BITS, load_rotations, load_transforms
-from dist_spin.rundir import RunDir, read_metadata
+from dist_spin.rotation_files import clip_bits, load_rotations, load_transforms
+from dist_spin.rundir import RunDir
 from dist_spin.settings import RunConfig
 
 ENDS_SETTINGS = ("quant.embedding_bits", "quant.head_bits")  # decide nothing about layers
@@ -208,8 +207,8 @@ def clips_at(config: RunConfig, learned_at: dict[str, int], clips: Tensor) -> Te
 def learned_transforms(path: Path, config: RunConfig) -> dict[str, Tensor]:
     """What `load_transforms` reads, its clips for the bits of `config`. A file that does not say its bits is taken as it is."""
     transforms = load_transforms(path)
-    if "clip" in transforms and (learned_at := (read_metadata(path) or {}).get(CLIP_BITS)):
-        transforms["clip"] = clips_at(config, json.loads(learned_at), transforms["clip"])
+    if "clip" in transforms and (learned_at := clip_bits(path)):
+        transforms["clip"] = clips_at(config, learned_at, transforms["clip"])
     return transforms
 
 

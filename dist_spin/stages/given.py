@@ -17,7 +17,7 @@ from dist_spin.errors import UserError
 from dist_spin.export.target import check_clips
 from dist_spin.model.architecture import Shape
 from dist_spin.numerics.cayley import nearest_orthogonal
-from dist_spin.rotation_files import CLIP_BITS, load_transforms, save_final
+from dist_spin.rotation_files import clip_bits, load_transforms, save_final
 from dist_spin.rundir import read_metadata, tensors_digest, write_text
 from dist_spin.settings import RunConfig
 from dist_spin.stages.common import run_dir, starting_rotations
@@ -39,7 +39,6 @@ def keep_given(config: RunConfig, shape: Shape) -> None:
         r1, r2 = starting_rotations(config, shape)
         given = Path(config.rotation.load) if config.rotation.load else None
         transforms = load_transforms(given) if given else {}
-        bits = ((given and read_metadata(given)) or {}).get(CLIP_BITS)
         digest = tensors_digest({"R1": r1, "R2": r2, **transforms})
         check_clips(config.export.target, config, "clip" in transforms)
         if path.exists():
@@ -49,8 +48,8 @@ def keep_given(config: RunConfig, shape: Shape) -> None:
                 )
                 raise UserError(problem, "give a new name=")
             return
-        about = {"step": "0", "given": digest, **({CLIP_BITS: bits} if bits else {})}
-        save_final(run, orthogonal(r1), orthogonal(r2), about, transforms)
+        bits = clip_bits(given) if given else None
+        save_final(run, orthogonal(r1), orthogonal(r2), {"step": "0", "given": digest}, transforms, bits)
         if not (run.path / "config.yaml").exists():
             write_text(run.path / "config.yaml", dump_config(config))
 

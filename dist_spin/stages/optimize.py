@@ -34,7 +34,7 @@ from dist_spin.model.transforms import Transforms
 from dist_spin.model.weight_learning import WeightGrid
 from dist_spin.numerics.cayley import nearest_orthogonal, orthogonality_error
 from dist_spin.progress import Progress
-from dist_spin.rotation_files import CLIP_BITS, save_final
+from dist_spin.rotation_files import save_final
 from dist_spin.rundir import (
     RunDir,
     append_line,
@@ -485,10 +485,11 @@ def finish(learning: Learning) -> None:
         about = {"step": str(learning.step), "seed": str(learning.config.rotation.seed)}
         euclidean, config = learning.optimizer.euclidean, learning.config
         transforms = {} if euclidean is None else euclidean.transforms.values()
+        bits = None
         if "clip" in transforms:
+            bits = site_bits(config)
             transforms["clip"] = clips_at(config, site_bits(while_learning(config)), transforms["clip"])
-            about[CLIP_BITS] = json.dumps(site_bits(config))
-        save_final(learning.run, r1, r2, about, transforms)
+        save_final(learning.run, r1, r2, about, transforms, bits)
         errors = {
             "orthogonality_r1": float(orthogonality_error(r1)),
             "orthogonality_r2": float(orthogonality_error(r2)),
