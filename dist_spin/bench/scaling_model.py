@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_spin.engine.memory import AGAIN, COPIES, layer_bytes, reserved, within
+from dist_spin.engine.memory import AGAIN, layer_bytes, reserved, within
 from dist_spin.model.architecture import Shape
 from dist_spin.model.recompute import kept_bytes
 
@@ -248,8 +248,7 @@ def planned(
     """The point that the run itself would choose on `ranks` GPUs: passes and recomputation from the memory there is."""
     one = Point(ranks, shards, sequences, seq_len, layers, w_bits, 1, {})
     free = machine.memory - GIB - shard_bytes(shape, one) - 14 * shape.hidden**2  # the context; rotations and gradient
-    copies = COPIES if shards > 1 else 0
-    budget = int(free) - reserved(shape, DTYPE, w_bits, int(machine.memory), copies=copies, ends=shards > 1)
+    budget = int(free) - reserved(shape, DTYPE, w_bits, int(machine.memory))
     cut = Shape(**{**vars(shape), "layers": layers})
     micro, levels = within(budget, 0, "auto", cut, one.share, seq_len, DTYPE, offloaded=0, compiled=True, w_bits=w_bits)
     counts = {level: levels.count(level) for level in set(levels)}

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dist_spin.distributed import World
+from dist_spin.engine.host_layers import FetchAhead
 from dist_spin.engine.weight_grids import fit_grids
 from dist_spin.errors import UserError
 from dist_spin.model.learning import LearningModel, parameter_source
@@ -62,6 +63,8 @@ class Fsdp:
         # The embedding's input takes no gradient, and the head's gradient is ready since its forward pass.
         for part in (model.embed, model.head):
             cast(FSDPModule, part).set_unshard_in_backward(False)
+        if offloaded and shards == 1 and world.device.type == "cuda":
+            FetchAhead([model.layers[i] for i in offloaded], world.device)
 
     def load(self, model: LearningModel, source: WeightSource, r4: tuple[torch.Tensor, ...]) -> None:
         """Give every rank its own rows of every parameter, read from `source` and folded; nothing else is ever in memory."""

@@ -50,12 +50,10 @@ def layers_to_offload(
         at_once = min(tokens, MOST_TOKENS)
         activations = shape.layers * kept_bytes(shape, at_once, dtype.itemsize, "layer")
         activations += 2 * kept_bytes(shape, at_once, dtype.itemsize, "none")
-        rotations = (
-            12 * 4 * (h * h + shape.layers * shape.head_dim**2)
-        )  # masters, gradients, Cayley's and writer's copies
-        ends = 2 * shape.vocab * h * dtype.itemsize
-        reserve = activations + rotations + 2 * COPIES * layer + ends + int(SPARE_SHARE * total) + (1 << 30)
-        missing = shape.layers * mine + ends // shards + reserve - free
+        # masters, gradients, Cayley's and writer's copies
+        rotations = 12 * 4 * (h * h + shape.layers * shape.head_dim**2)
+        ends = 2 * shape.vocab * h * dtype.itemsize // shards
+        missing = shape.layers * mine + ends + activations + rotations + reserved(shape, dtype, w_bits, total) - free
         setting = _largest_over_ranks(max(0, -(-missing // mine)))
     count = min(setting, shape.layers)
     host = host_bytes_free()
@@ -76,7 +74,6 @@ def passes_and_levels(
     seq_len: int,
     dtype: torch.dtype,
     world: World,
-    shards: int,
     *,
     offloaded: int,
     compiled: bool,
@@ -88,13 +85,13 @@ def passes_and_levels(
     Args:
         micro: sequences of one pass, or 0: what promises the shortest step. Fewer keep more of their activations, so that
             less is computed twice. recompute: "auto" or a level (`recompute.LEVELS`).
-        mine: sequences that one rank handles in a step. shards: ranks that one copy of the weights is spread over.
+        mine: sequences that one rank handles in a step.
         offloaded: layers whose weights come from the host in each pass.
         transformed: scales or clips are learned too.
     """
     if world.device.type == "cpu":
         return micro or 1, ["sites" if recompute == "auto" else recompute] * shape.layers
-    budget = _budget(shape, dtype, w_bits, offloaded > 0, world, shards)
+    budget = _budget(shape, dtype, w_bits, world)
     return within(
         budget,
         micro,
@@ -146,24 +143,21 @@ def within(
     return micro, levels(micro)
 
 
-def _budget(shape: Shape, dtype: torch.dtype, w_bits: int, offloaded: bool, world: World, shards: int) -> int:
+def _budget(shape: Shape, dtype: torch.dtype, w_bits: int, world: World) -> int:
     """Bytes for activations on the rank that has the fewest."""
     free, total = torch.cuda.mem_get_info(world.device)
     free += torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
-    copies = 2 * COPIES if offloaded else COPIES if shards > 1 else 0  # a layer from the host is there as it came, too
-    taken = reserved(shape, dtype, w_bits, total, copies=copies, ends=shards > 1)
-    return -_largest_over_ranks(taken - free)
+    return -_largest_over_ranks(reserved(shape, dtype, w_bits, total) - free)
 
 
-def reserved(shape: Shape, dtype: torch.dtype, w_bits: int, total: int, *, copies: int, ends: bool) -> int:
+def reserved(shape: Shape, dtype: torch.dtype, w_bits: int, total: int) -> int:
     """Bytes of a device of `total` that activations may not take, beside sharded weights and rotations.
 
-    copies: whole layers that are there at once, beside the shards. ends: embedding and head are gathered.
+    Gathered layers, embedding and head among them: one rank alone copies them likewise.
     """
     layer = layer_bytes(shape, dtype, w_bits)
-    gathered = copies * layer
+    gathered = COPIES * layer + 2 * shape.vocab * shape.hidden * dtype.itemsize
     gathered += layer if w_bits < 16 else 0  # what codes are turned back into, and what grids are fitted to
-    gathered += 2 * shape.vocab * shape.hidden * dtype.itemsize if ends else 0
     return int(SPARE_SHARE * total) + gathered + (1 << 30)
 
 

@@ -1,5 +1,6 @@
 """What a layer keeps of its forward pass for the backward pass, and how to choose that from the memory there is."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,21 +14,29 @@ from dist_spin.model.architecture import Shape
 LEVELS = ("none", "sites", "layer")
 
 
-def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _sites(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     kept = op == torch.ops.dist_spin.kept_matmul.default
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _contexts() -> Any:
-    return create_selective_checkpoint_contexts(_policy)
+def _layer(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# "layer" needs a policy as well: without one, torch 2.11 compiles a layer that keeps more than "sites" does, because what
+# happens inside a custom autograd function is not marked for recomputation.
+_CONTEXTS = {
+    "sites": partial(create_selective_checkpoint_contexts, _sites),
+    "layer": partial(create_selective_checkpoint_contexts, _layer),
+}
 
 
 def run(layer: nn.Module, level: str, hidden: Tensor, **call: Any) -> Tensor:
     """layer(hidden, **call), keeping for the backward pass what `level` says."""
     if level == "none" or not torch.is_grad_enabled():
         return layer(hidden, **call)
-    extra: dict[str, Any] = {"context_fn": _contexts} if level == "sites" else {}
-    return checkpoint(layer, hidden, use_reentrant=False, preserve_rng_state=False, **extra, **call)
+    how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": _CONTEXTS[level]}
+    return checkpoint(layer, hidden, **how, **call)
 
 
 def kept_bytes(

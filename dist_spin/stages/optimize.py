@@ -296,7 +296,6 @@ def set_up(config: RunConfig, world: World) -> Learning:
         settings.seq_len,
         dtype,
         world,
-        shards,
         offloaded=len(away),
         compiled=compiled,
         w_bits=settings.w_bits,
