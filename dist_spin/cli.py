@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_spin.config import config_help, load_config
-from dist_spin.errors import EXIT_HANG, EXIT_OK, UserError
+from dist_spin.errors import EXIT_HANG, EXIT_OK, UserError, out_of_memory
 from dist_spin.progress import where
 from dist_spin.settings import ExportConfig, RunConfig
 
@@ -58,9 +58,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _main(words)
     except UserError as error:
-        if not error.shared or os.environ.get("RANK", "0") == "0":
-            print(f"dist-spin: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        mistake = error
+    except RuntimeError as error:
+        memory = out_of_memory(error)
+        if memory is None:
+            raise
+        mistake = memory
+    if not mistake.shared or os.environ.get("RANK", "0") == "0":
+        print(f"dist-spin: {mistake}", file=sys.stderr, flush=True)
+    return mistake.exit_code
 
 
 def _main(words: list[str]) -> int:

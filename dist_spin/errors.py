@@ -4,6 +4,8 @@ Every error here is reported by `dist_spin.cli` as one line (what is wrong, wher
 A traceback therefore always means a bug of ours.
 """
 
+import re
+
 EXIT_OK = 0
 EXIT_BUG = 1  # an uncaught exception: ours to fix
 EXIT_USER = 2  # wrong configuration, input or environment: the line printed says what to change
@@ -36,3 +38,15 @@ class Interrupted(UserError):
 
     exit_code = EXIT_INTERRUPTED
     shared = True
+
+
+def out_of_memory(error: BaseException) -> UserError | None:
+    """The line for a GPU that ran out of memory; None where `error` is something else."""
+    if type(error).__name__ != "OutOfMemoryError":  # torch's, by its name: this module needs no torch
+        return None
+    asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+    return UserError(
+        "a GPU ran out of memory" + (f" when {asked[1]} more were needed" if asked else ""),
+        "end other programs on it, or use more GPUs; learning takes less with optimize.micro_batch_size=1, "
+        "optimize.recompute=layer or a larger distributed.offload_layers",
+    )

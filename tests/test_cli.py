@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dist_spin.cli import VERBS, main
 from dist_spin.config import load_config
+from dist_spin.errors import out_of_memory
 from dist_spin.layer_files import layer_path, load_layer
 from dist_spin.model.architecture import LAYER_LINEARS
 from dist_spin.rundir import RunDir, checkpoints
@@ -154,6 +155,24 @@ def test_stages_out_of_order_say_what_comes_first(capsys, words):
     assert main(["evaluate", *words, "quantize.baselines=[]"]) == 2
     said = capsys.readouterr().err.splitlines()
     assert said[-1] == "dist-spin: layer 0 of 'learned' is not quantised; run `dist-spin quantize` first"
+
+
+def test_what_torch_says_of_a_full_gpu_becomes_one_line():
+    said = "CUDA out of memory. Tried to allocate 896.00 MiB. GPU 0 has a total capacity of 139.80 GiB."
+    line = out_of_memory(torch.OutOfMemoryError(said))
+    assert line is not None
+    assert str(line).startswith("a GPU ran out of memory when 896.00 MiB more were needed; ")
+    assert out_of_memory(RuntimeError(said)) is None
+
+
+@pytest.mark.gpu
+def test_a_gpu_without_room_is_one_line(capsys):
+    words = [str(Path(__file__).parents[1] / "configs" / "shapes" / "llama-3-8b"), "--layers", "2", "--steps", "1"]
+    words += ["optimize.batch_size=512", "optimize.micro_batch_size=512", "optimize.recompute=none"]
+    assert main(["bench", "optimize", *words]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("dist-spin: a GPU ran out of memory when ")
+    assert "optimize.micro_batch_size=1" in said
 
 
 def test_token_ids_beyond_the_vocabulary_are_one_line(capsys, tmp_path, words):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from dist_spin.engine.memory import MOST_TOKENS, within
+from dist_spin.engine.memory import MOST_TOKENS, Work, fewest_or_fastest, within
 from dist_spin.model.architecture import Shape
 from dist_spin.model.recompute import LEVELS, kept_bytes, plan
 
@@ -24,8 +24,7 @@ L70, L8 = shape_of("llama-3-70b"), shape_of("llama-3-8b")
 
 
 def chosen(shape: Shape, budget: int, mine: int, **more) -> tuple[int, list[str]]:
-    how = {"offloaded": 0, "compiled": True, **more}
-    return within(budget, 0, "auto", shape, mine, T, torch.bfloat16, **how)
+    return within(Work(shape, mine, T, torch.bfloat16, **more), budget)
 
 
 def test_where_all_fits_a_pass_is_as_large_as_pays():
@@ -42,13 +41,27 @@ def test_smaller_passes_that_repeat_less_are_preferred():
 
 
 def test_layers_from_the_host_are_fetched_seldom():
-    assert chosen(L70, 60 * GIB, 8, offloaded=40)[0] > chosen(L70, 60 * GIB, 8)[0]
+    work = Work(L70, 8, T, torch.bfloat16)
+    assert within(work, 60 * GIB, offloaded=70)[0] > within(work, 60 * GIB)[0]
+
+
+def test_70b_on_one_gpu_of_141_gb():
+    """What the host takes leaves room to compute less twice; without it, as few layers move as can."""
+    work, free, total = Work(L70, 8, T, torch.bfloat16), int(139.1 * GIB), int(139.8 * GIB)
+    fewest, fastest = (fewest_or_fastest(work, free, total, room) for room in (0, 50))
+    assert 10 < fewest < fastest <= 50
+    assert fewest_or_fastest(Work(L8, 8, T, torch.bfloat16), free, total, 32) == 0
+    assert fewest_or_fastest(Work(L70, 4, T, torch.bfloat16, shards=2), free, total, 80) == 0
+    assert fewest_or_fastest(Work(L8, 8, T, torch.bfloat16, micro=8), free, total, 32) == 0  # as the user wants it
+    assert fewest_or_fastest(Work(L8, 1, 5 * T, torch.bfloat16), free, total, 32) == 0  # one sequence is the least
+    assert fewest_or_fastest(work, 40 * GIB, 40 * GIB, 0) > 60
 
 
 def test_learning_with_rounded_weights_keeps_more():
     per = [kept_bytes(L70, T, 2, "none", True, gridded) for gridded in (False, True)]
     assert per[1] - per[0] == T * 2 * (8192 + 28672)  # inputs of o_proj and down_proj
-    assert chosen(L70, 60 * GIB, 2)[1].count("none") > chosen(L70, 60 * GIB, 2, w_bits=4)[1].count("none")
+    levels = [chosen(L70, 60 * GIB, 2, micro=2, w_bits=bits)[1] for bits in (16, 4)]
+    assert levels[0].count("none") > levels[1].count("none")
 
 
 def test_learning_scales_and_clips_keeps_more():
@@ -69,4 +82,4 @@ def test_what_is_chosen_fits_or_is_the_least_there_is(gib, mine, w_bits, shape):
 
 
 def test_what_the_user_says_is_done():
-    assert within(GIB, 3, "none", L8, 8, T, torch.bfloat16, offloaded=0, compiled=True) == (3, ["none"] * 32)
+    assert chosen(L8, GIB, 8, micro=3, recompute="none") == (3, ["none"] * 32)

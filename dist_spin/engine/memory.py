@@ -1,6 +1,7 @@
 """Decisions taken from the memory that a device has left, the same on every rank."""
 
 import os
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -8,15 +9,64 @@ import torch.distributed as dist
 from dist_spin.distributed import World
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
-from dist_spin.model.recompute import LEVELS, kept_bytes, plan
+from dist_spin.model.recompute import kept_bytes, plan
 
 SPARE_SHARE = 0.06  # of the device's memory, left to the allocator's fragmentation and to NCCL
-MOST_TOKENS = 8192  # of one pass: beyond, products are as fast as they get, and temporaries outgrow the spare
+MOST_TOKENS = 8192  # of one pass: beyond, products are as fast as they get, and only temporaries grow
 # What a layer costs in one pass, in tokens that it could handle in that time; measured on the Llama-3 shapes on H200s.
-PASS = 320  # launching and gathering
-PASS_OFFLOADED = 8192  # of a layer that comes from the host
-AGAIN = {"none": 0.0, "sites": 0.14, "layer": 0.4}  # recomputation, as a share of a token
+PASS = 400  # launching and gathering
+COPY = 10000  # a layer's way from the host, forward and backward; it hides behind what computes meanwhile
+AGAIN = {"none": 0.0, "sites": 0.2, "layer": 0.36}  # recomputation, as a share of a token
 COPIES = 3  # of a layer that is gathered: the layer at work, the next one and one being freed
+HOST_SHARE = 0.4  # of the host's free memory that layers may take for speed alone: pinning more takes long
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one rank does in a step, as far as its memory and its time depend on it.
+
+    sequences: of one rank, each of seq_len tokens. shards: ranks that one copy of the weights is spread over.
+    transformed: scales or clips are learned too. micro: sequences of one pass, 0: what promises the shortest step.
+    recompute: "auto" or a level (`recompute.LEVELS`).
+    """
+
+    shape: Shape
+    sequences: int
+    seq_len: int
+    dtype: torch.dtype
+    shards: int = 1
+    w_bits: int = 16
+    compiled: bool = True
+    transformed: bool = False
+    micro: int = 0
+    recompute: str = "auto"
+
+    @property
+    def layer(self) -> int:
+        """Bytes of one layer's weights on this rank."""
+        return -(-layer_bytes(self.shape, self.dtype, self.w_bits) // self.shards)
+
+    def kept(self, size: int, level: str) -> int:
+        """Bytes that one layer keeps of a pass of `size` sequences."""
+        kind = (self.compiled, self.w_bits < 16, self.transformed)
+        return kept_bytes(self.shape, size * self.seq_len, self.dtype.itemsize, level, *kind)
+
+    def levels(self, size: int, budget: int) -> list[str]:
+        """What each layer keeps of a pass of `size` sequences where `budget` bytes may hold activations."""
+        if self.recompute != "auto":
+            return [self.recompute] * self.shape.layers
+        kind = (self.compiled, self.w_bits < 16, self.transformed)
+        return plan(self.shape, size * self.seq_len, self.dtype.itemsize, budget, *kind)
+
+    def fits(self, size: int, budget: int) -> bool:
+        """Whether a pass of `size` sequences stays within `budget` bytes."""
+        taken = sum(self.kept(size, level) for level in self.levels(size, budget)) + 2 * self.kept(size, "none")
+        return taken <= budget
+
+    def cost(self, size: int, budget: int, offloaded: int) -> float:
+        """Time of a step in passes of `size` sequences, in tokens that one layer handles in that time."""
+        computed = sum(size * self.seq_len * (1 + AGAIN[level]) + PASS for level in self.levels(size, budget))
+        return -(-self.sequences // size) * max(computed, offloaded * COPY / self.shards)
 
 
 def layer_bytes(shape: Shape, dtype: torch.dtype, w_bits: int = 16) -> int:
@@ -26,128 +76,84 @@ def layer_bytes(shape: Shape, dtype: torch.dtype, w_bits: int = 16) -> int:
     return weights * dtype.itemsize + (0 if w_bits == 16 else weights // 2 if w_bits <= 4 else weights)
 
 
-def layers_to_offload(
-    setting: int, shape: Shape, tokens: int, dtype: torch.dtype, w_bits: int, to_disk: bool, world: World, shards: int
-) -> list[int]:
+def layers_to_offload(setting: int, work: Work, to_disk: bool, world: World) -> list[int]:
     """The layers whose frozen weights stay in pinned host memory and visit the device, spread evenly over the depth.
 
     Args:
-        setting: their number, or -1: as many as do not fit beside the activations of one pass.
-        tokens: tokens that one rank handles in a step.
+        setting: their number, or -1: none where all fits beside the activations of one pass; else what promises the
+            shortest step, since a layer that comes from the host while others compute leaves them room to keep more.
         to_disk: they stay on a disk instead, which helps a CPU as well.
-        shards: ranks that one copy of the weights is spread over.
 
     Raises:
         UserError: the host has no room for them.
     """
     if world.device.type == "cpu" and (setting < 0 or not to_disk):
         return []
-    layer = layer_bytes(shape, dtype, w_bits)
-    mine = -(-layer // shards)
+    host, layers = -_largest_over_ranks(-host_bytes_free()), work.shape.layers  # of the host that has the least
     if setting < 0:
         free, total = torch.cuda.mem_get_info(world.device)
-        h = shape.hidden
-        at_once = min(tokens, MOST_TOKENS)
-        activations = shape.layers * kept_bytes(shape, at_once, dtype.itemsize, "layer")
-        activations += 2 * kept_bytes(shape, at_once, dtype.itemsize, "none")
-        # masters, gradients, Cayley's and writer's copies
-        rotations = 12 * 4 * (h * h + shape.layers * shape.head_dim**2)
-        ends = 2 * shape.vocab * h * dtype.itemsize // shards
-        missing = shape.layers * mine + ends + activations + rotations + reserved(shape, dtype, w_bits, total) - free
-        setting = _largest_over_ranks(max(0, -(-missing // mine)))
-    count = min(setting, shape.layers)
-    host = host_bytes_free()
-    if count * mine * world.local_size > host and not to_disk:
-        raise UserError(
-            f"{count} of {shape.layers} layers do not fit on the GPU and need {count * mine * world.local_size >> 30} GiB of "
-            f"host memory, of which {host >> 30} GiB are free",
+        room = min(layers, int(HOST_SHARE * host) // (work.layer * world.local_size))
+        setting = _largest_over_ranks(fewest_or_fastest(work, free, total, 0 if to_disk else room))
+    count = min(setting, layers)
+    needed = count * work.layer * world.local_size
+    if needed > host and not to_disk:
+        error = UserError(
+            f"{count} of {layers} layers do not fit on the GPU and need {needed >> 30} GiB of host memory, of which "
+            f"{host >> 30} GiB are free",
             "use more GPUs, a host with more memory, or a smaller optimize.batch_size",
         )
-    return [shape.layers * k // count for k in range(count)]
+        error.shared = True  # every rank sees the same
+        raise error
+    return [layers * k // count for k in range(count)]
 
 
-def passes_and_levels(
-    micro: int,
-    recompute: str,
-    shape: Shape,
-    mine: int,
-    seq_len: int,
-    dtype: torch.dtype,
-    world: World,
-    *,
-    offloaded: int,
-    compiled: bool,
-    w_bits: int = 16,
-    transformed: bool = False,
-) -> tuple[int, list[str]]:
+def fewest_or_fastest(work: Work, free: int, total: int, room: int) -> int:
+    """How many layers to keep off a device with `free` of `total` bytes, of which the host takes `room` for speed alone."""
+    h, layers = work.shape.hidden, work.shape.layers
+    # masters, gradients, Cayley's and writer's copies
+    rotations = 12 * 4 * (h * h + layers * work.shape.head_dim**2)
+    ends = 2 * work.shape.vocab * h * work.dtype.itemsize // work.shards
+    free -= ends + rotations + reserved(work.shape, work.dtype, work.w_bits, total)
+
+    def budget(away: int) -> int:
+        return free - (layers - away) * work.layer
+
+    fewest = next((n for n in range(layers) if work.fits(within(work, budget(n), n)[0], budget(n))), layers)
+    if not fewest:
+        return 0
+
+    def cost(away: int) -> float:
+        return work.cost(within(work, budget(away), away)[0], budget(away), away)
+
+    return min(range(fewest, max(fewest, room) + 1), key=cost)
+
+
+def passes_and_levels(work: Work, world: World, offloaded: int) -> tuple[int, list[str]]:
     """Sequences of one pass and what each layer keeps of it, once the sharded weights are in memory.
 
-    Args:
-        micro: sequences of one pass, or 0: what promises the shortest step. Fewer keep more of their activations, so that
-            less is computed twice. recompute: "auto" or a level (`recompute.LEVELS`).
-        mine: sequences that one rank handles in a step.
-        offloaded: layers whose weights come from the host in each pass.
-        transformed: scales or clips are learned too.
+    offloaded: layers whose weights come from the host in each pass.
     """
     if world.device.type == "cpu":
-        return micro or 1, ["sites" if recompute == "auto" else recompute] * shape.layers
-    budget = _budget(shape, dtype, w_bits, world)
-    return within(
-        budget,
-        micro,
-        recompute,
-        shape,
-        mine,
-        seq_len,
-        dtype,
-        offloaded=offloaded,
-        compiled=compiled,
-        w_bits=w_bits,
-        transformed=transformed,
-    )
+        level = "sites" if work.recompute == "auto" else work.recompute
+        return work.micro or 1, [level] * work.shape.layers
+    return within(work, _budget(work, world), offloaded)
 
 
-def within(
-    budget: int,
-    micro: int,
-    recompute: str,
-    shape: Shape,
-    mine: int,
-    seq_len: int,
-    dtype: torch.dtype,
-    *,
-    offloaded: int,
-    compiled: bool,
-    w_bits: int = 16,
-    transformed: bool = False,
-) -> tuple[int, list[str]]:
-    """`passes_and_levels` where `budget` bytes may hold activations."""
-    kind = (compiled, w_bits < 16, transformed)
-
-    def levels(size: int) -> list[str]:
-        if recompute != "auto":
-            return [recompute] * shape.layers
-        return plan(shape, size * seq_len, dtype.itemsize, budget, *kind)
-
-    def fits(size: int) -> bool:
-        need = {level: kept_bytes(shape, size * seq_len, dtype.itemsize, level, *kind) for level in LEVELS}
-        return size * seq_len <= MOST_TOKENS and sum(need[level] for level in levels(size)) + 2 * need["none"] <= budget
-
-    def cost(size: int) -> float:
-        own = sum(size * seq_len * (1 + AGAIN[level]) + PASS for level in levels(size))
-        return -(-mine // size) * (own + offloaded * PASS_OFFLOADED)
-
+def within(work: Work, budget: int, offloaded: int = 0) -> tuple[int, list[str]]:
+    """`passes_and_levels` where `budget` bytes may hold activations. Fewer sequences at once keep more of each."""
+    mine, micro = work.sequences, work.micro
     if not micro:
         equal = {-(-mine // passes) for passes in range(1, mine + 1)}  # 8 sequences at 3 a pass take as long as at 4
-        micro = min((size for size in sorted(equal) if fits(size)), key=cost, default=1)
-    return micro, levels(micro)
+        fitting = (size for size in sorted(equal) if size * work.seq_len <= MOST_TOKENS and work.fits(size, budget))
+        micro = min(fitting, key=lambda size: work.cost(size, budget, offloaded), default=1)
+    return micro, work.levels(micro, budget)
 
 
-def _budget(shape: Shape, dtype: torch.dtype, w_bits: int, world: World) -> int:
+def _budget(work: Work, world: World) -> int:
     """Bytes for activations on the rank that has the fewest."""
     free, total = torch.cuda.mem_get_info(world.device)
     free += torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
-    return -_largest_over_ranks(reserved(shape, dtype, w_bits, total) - free)
+    return -_largest_over_ranks(reserved(work.shape, work.dtype, work.w_bits, total) - free)
 
 
 def reserved(shape: Shape, dtype: torch.dtype, w_bits: int, total: int) -> int:
@@ -168,7 +174,7 @@ def _largest_over_ranks(number: int) -> int:
 
 
 def host_bytes_free() -> int:
-    """MemAvailable, which counts caches that can be dropped; the physical memory where the kernel does not say."""
+    """Of this host: MemAvailable, which counts caches that can be dropped; the physical memory where the kernel does not say."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

@@ -23,7 +23,7 @@ from dist_spin.distributed import World, agree, any_rank, on_leader, sum_over_ra
 from dist_spin.engine.choice import Engine, chosen
 from dist_spin.engine.euclidean_optimizer import EuclideanOptimizer
 from dist_spin.engine.guard import Guard
-from dist_spin.engine.memory import layers_to_offload, passes_and_levels
+from dist_spin.engine.memory import Work, layers_to_offload, passes_and_levels
 from dist_spin.engine.rotation_optimizer import RotationOptimizer
 from dist_spin.errors import Interrupted, NumericsError, UserError
 from dist_spin.model.architecture import layer_name
@@ -278,29 +278,25 @@ def set_up(config: RunConfig, world: World) -> Learning:
         transforms=transforms,
         teacher_share={"cross_entropy": 0.0, "kl": 1.0, "mixed": settings.kl_share}[settings.objective],
     )
-    share = -(-settings.batch_size // world.size)  # sequences of one rank
-    place, shards = config.distributed, engine.shards(world)
-    tokens_of_rank, to_disk = share * settings.seq_len, bool(place.offload_dir)
-    away = layers_to_offload(
-        place.offload_layers, shape, tokens_of_rank, dtype, settings.w_bits, to_disk, world, shards
+    place = config.distributed
+    work = Work(
+        shape,
+        -(-settings.batch_size // world.size),
+        settings.seq_len,
+        dtype,
+        engine.shards(world),
+        settings.w_bits,
+        compiled,
+        transforms is not None,
+        settings.micro_batch_size,
+        settings.recompute,
     )
+    away = layers_to_offload(place.offload_layers, work, bool(place.offload_dir), world)
     if away and world.leads:
         say(f"the weights of {len(away)} of {shape.layers} layers stay in {place.offload_dir or 'host memory'}")
     engine.shard(model, world, away)
     together(lambda: engine.load(model, files.weights, () if settings.scales else sites.r4))
-    micro, levels = passes_and_levels(
-        settings.micro_batch_size,
-        settings.recompute,
-        shape,
-        share,
-        settings.seq_len,
-        dtype,
-        world,
-        offloaded=len(away),
-        compiled=compiled,
-        w_bits=settings.w_bits,
-        transformed=transforms is not None,
-    )
+    micro, levels = passes_and_levels(work, world, len(away))
     if engine.keeps_gathered and not compiled and settings.recompute == "auto":
         levels = ["sites" if level == "none" else level for level in levels]  # or it would keep every layer's weights
     model.set_levels(levels)
