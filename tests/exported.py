@@ -17,7 +17,7 @@ from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.stages.assembled import assembled
 from dist_spin.stages.common import open_configured_model, run_dir
 from dist_spin.stages.evaluate import Cell
-from dist_spin.stages.quantize import calibration_tokens, layer_identity, variant
+from dist_spin.stages.variants import calibration_tokens, layer_identity, variant
 
 IDS = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(1))
 NO_HAD = ["rotation.online=false"]

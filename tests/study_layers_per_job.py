@@ -23,7 +23,8 @@ from dist_spin.rotation_files import save_final
 from dist_spin.rundir import RunDir
 from dist_spin.stages.common import open_configured_model
 from dist_spin.stages.evaluate import evaluate
-from dist_spin.stages.quantize import LEARNED, quantize
+from dist_spin.stages.quantize import quantize
+from dist_spin.stages.variants import LEARNED
 
 
 def main() -> None:

@@ -24,7 +24,8 @@ from dist_spin.signals import StopRequest
 from dist_spin.stages.common import open_configured_model, say
 from dist_spin.stages.evaluate import Cell, measuring_tokens, window_losses
 from dist_spin.stages.methods import METHODS, learn, method_variant
-from dist_spin.stages.quantize import Variant, Work, calibration_tokens, layer_identity, quantize_span, variant
+from dist_spin.stages.quantize import Work, quantize_span
+from dist_spin.stages.variants import Variant, calibration_tokens, layer_identity, variant
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ from dist_spin.numerics.activations import SUMMARY, kurtosis, peak_over_rms, poo
 from dist_spin.rundir import RunDir, load_tensors
 from dist_spin.signals import StopRequest
 from dist_spin.stages.common import open_configured_model
-from dist_spin.stages.quantize import calibration_tokens, variant
 from dist_spin.stages.statistics import _measure
+from dist_spin.stages.variants import calibration_tokens, variant
 from dist_spin.statistics_files import SITES, load_statistics, statistics_path
 
 

@@ -16,7 +16,8 @@ from dist_spin.model.loading import open_model
 from dist_spin.model.recompute import kept_bytes
 from dist_spin.model.rotation import Rotations, Sites, initial
 from dist_spin.numerics.quantizer import QuantSpec
-from dist_spin.stages import optimize
+from dist_spin.stages.learning import set_up
+from dist_spin.stages.optimize import backward
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BATCH, T = 2, 43
@@ -73,8 +74,8 @@ def test_layers_that_are_fetched_ahead_arrive_whole(tmp_path: Path, world: World
         words += ["optimize.compile=off", "optimize.batch_size=4", "optimize.micro_batch_size=2", "optimize.seq_len=64"]
         words += [f"model.path={tmp_path / 'model'}", f"output_dir={tmp_path}", f"distributed.offload_layers={layers}"]
         words += [f"optimize.w_bits={w_bits}"]
-        learning = optimize.set_up(load_config(None, words), world)
-        losses = [optimize.backward(learning) for _ in range(3)]
+        learning = set_up(load_config(None, words), world)
+        losses = [backward(learning) for _ in range(3)]
         learning.optimizer.reduce_gradients()
         return [torch.tensor(losses), learning.optimizer.rotations.gradient.clone()]
 

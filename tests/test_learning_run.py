@@ -22,7 +22,8 @@ from dist_spin.stages.compare import Comparison
 from dist_spin.stages.compare_plan import at_bits
 from dist_spin.stages.evaluate import evaluate
 from dist_spin.stages.optimize import optimize
-from dist_spin.stages.quantize import LEARNED, quantize, variant
+from dist_spin.stages.quantize import quantize
+from dist_spin.stages.variants import LEARNED, variant
 
 
 def settings(place: Path, *more: str) -> list[str]:

@@ -23,8 +23,9 @@ from dist_spin.stages import llm_qat
 from dist_spin.stages.common import open_configured_model, run_dir, sites_for
 from dist_spin.stages.evaluate import Cell, window_losses
 from dist_spin.stages.methods import learn, method_variant
-from dist_spin.stages.quantize import Work, layer_identity, quantize_span, variant
+from dist_spin.stages.quantize import Work, quantize_span
 from dist_spin.stages.self_text import self_text
+from dist_spin.stages.variants import layer_identity, variant
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, 1, CPU)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from dist_spin.engine.memory import MOST_TOKENS, Work, fewest_or_fastest, within
+from dist_spin.engine.memory import MOST_TOKENS, Workload, fewest_or_fastest, within
 from dist_spin.model.architecture import Shape
 from dist_spin.model.recompute import LEVELS, kept_bytes, plan
 
@@ -24,7 +24,7 @@ L70, L8 = shape_of("llama-3-70b"), shape_of("llama-3-8b")
 
 
 def chosen(shape: Shape, budget: int, mine: int, **more) -> tuple[int, list[str]]:
-    return within(Work(shape, mine, T, torch.bfloat16, **more), budget)
+    return within(Workload(shape, mine, T, torch.bfloat16, **more), budget)
 
 
 def test_where_all_fits_a_pass_is_as_large_as_pays():
@@ -41,19 +41,19 @@ def test_smaller_passes_that_repeat_less_are_preferred():
 
 
 def test_layers_from_the_host_are_fetched_seldom():
-    work = Work(L70, 8, T, torch.bfloat16)
+    work = Workload(L70, 8, T, torch.bfloat16)
     assert within(work, 60 * GIB, offloaded=70)[0] > within(work, 60 * GIB)[0]
 
 
 def test_70b_on_one_gpu_of_141_gb():
     """What the host takes leaves room to compute less twice; without it, as few layers move as can."""
-    work, free, total = Work(L70, 8, T, torch.bfloat16), int(139.1 * GIB), int(139.8 * GIB)
+    work, free, total = Workload(L70, 8, T, torch.bfloat16), int(139.1 * GIB), int(139.8 * GIB)
     fewest, fastest = (fewest_or_fastest(work, free, total, room) for room in (0, 50))
     assert 10 < fewest < fastest <= 50
-    assert fewest_or_fastest(Work(L8, 8, T, torch.bfloat16), free, total, 32) == 0
-    assert fewest_or_fastest(Work(L70, 4, T, torch.bfloat16, shards=2), free, total, 80) == 0
-    assert fewest_or_fastest(Work(L8, 8, T, torch.bfloat16, micro=8), free, total, 32) == 0  # as the user wants it
-    assert fewest_or_fastest(Work(L8, 1, 5 * T, torch.bfloat16), free, total, 32) == 0  # one sequence is the least
+    assert fewest_or_fastest(Workload(L8, 8, T, torch.bfloat16), free, total, 32) == 0
+    assert fewest_or_fastest(Workload(L70, 4, T, torch.bfloat16, shards=2), free, total, 80) == 0
+    assert fewest_or_fastest(Workload(L8, 8, T, torch.bfloat16, micro=8), free, total, 32) == 0  # as the user wants it
+    assert fewest_or_fastest(Workload(L8, 1, 5 * T, torch.bfloat16), free, total, 32) == 0  # one sequence is the least
     assert fewest_or_fastest(work, 40 * GIB, 40 * GIB, 0) > 60
 
 

@@ -29,7 +29,8 @@ from dist_spin.signals import StopRequest
 from dist_spin.stages.common import open_configured_model, sites_for
 from dist_spin.stages.evaluate import Cell, window_losses
 from dist_spin.stages.methods import METHODS, WHOLE, MethodRecipe, learn, method_variant
-from dist_spin.stages.quantize import Work, calibration_tokens, layer_identity, quantize_span, variant
+from dist_spin.stages.quantize import Work, quantize_span
+from dist_spin.stages.variants import calibration_tokens, layer_identity, variant
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, 1, CPU)

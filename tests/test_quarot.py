@@ -13,7 +13,7 @@ from dist_spin.numerics.hadamard import hadamard_matrix, kronecker_factors
 from dist_spin.numerics.quantizer import QuantSpec, fake_quantize
 from dist_spin.settings import ModelConfig, QuantConfig, RotationConfig, RunConfig
 from dist_spin.stages.common import sites_for
-from dist_spin.stages.quantize import Variant, variant
+from dist_spin.stages.variants import Variant, variant
 
 CPU = torch.device("cpu")
 

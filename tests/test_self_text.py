@@ -9,9 +9,9 @@ from dist_spin import distributed
 from dist_spin.config import load_config
 from dist_spin.errors import UserError
 from dist_spin.stages.common import open_configured_model, run_dir
-from dist_spin.stages.optimize import learning_tokens
-from dist_spin.stages.quantize import calibration_tokens
+from dist_spin.stages.learning import learning_tokens
 from dist_spin.stages.self_text import BATCH, GREEDY, self_text
+from dist_spin.stages.variants import calibration_tokens
 
 pytestmark = pytest.mark.usefixtures("restored_process")
 

@@ -22,7 +22,7 @@ from dist_spin.settings import TASKS, RunConfig
 from dist_spin.stages import scoring
 from dist_spin.stages.common import open_configured_model, run_dir
 from dist_spin.stages.evaluate import Cell
-from dist_spin.stages.quantize import variant
+from dist_spin.stages.variants import variant
 from dist_spin.stages.zero_shot import SOURCES, LayerwiseLM, hushed, load_tasks, run_harness
 
 pytestmark = pytest.mark.usefixtures("restored_process")

@@ -29,7 +29,8 @@ from dist_spin.distributed import World, on_leader, start, stop, together
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 from dist_spin.stages.common import model_dtype, say, sites_for
-from dist_spin.stages.optimize import Learning, backward, learning_rate, set_up, write_checkpoint
+from dist_spin.stages.learning import Learning, set_up, write_checkpoint
+from dist_spin.stages.optimize import backward, learning_rate
 
 # What a row shows where several configurations are measured.
 ROW = (

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_spin.engine.memory import AGAIN, Work, layer_bytes, reserved, within
+from dist_spin.engine.memory import AGAIN, Workload, layer_bytes, reserved, within
 from dist_spin.model.architecture import Shape
 from dist_spin.model.recompute import kept_bytes
 
@@ -250,7 +250,7 @@ def planned(
     free = machine.memory - GIB - shard_bytes(shape, one) - 14 * shape.hidden**2  # the context; rotations and gradient
     budget = int(free) - reserved(shape, DTYPE, w_bits, int(machine.memory))
     cut = Shape(**{**vars(shape), "layers": layers})
-    micro, levels = within(Work(cut, one.share, seq_len, DTYPE, shards, w_bits), budget)
+    micro, levels = within(Workload(cut, one.share, seq_len, DTYPE, shards, w_bits), budget)
     counts = {level: levels.count(level) for level in set(levels)}
     return Point(ranks, shards, sequences, seq_len, layers, w_bits, micro, counts)
 

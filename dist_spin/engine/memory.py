@@ -22,7 +22,7 @@ HOST_SHARE = 0.4  # of the host's free memory that layers may take for speed alo
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What one rank does in a step, as far as its memory and its time depend on it.
 
     sequences: of one rank, each of seq_len tokens. shards: ranks that one copy of the weights is spread over.
@@ -76,7 +76,7 @@ def layer_bytes(shape: Shape, dtype: torch.dtype, w_bits: int = 16) -> int:
     return weights * dtype.itemsize + (0 if w_bits == 16 else weights // 2 if w_bits <= 4 else weights)
 
 
-def layers_to_offload(setting: int, work: Work, to_disk: bool, world: World) -> list[int]:
+def layers_to_offload(setting: int, work: Workload, to_disk: bool, world: World) -> list[int]:
     """The layers whose frozen weights stay in pinned host memory and visit the device, spread evenly over the depth.
 
     Args:
@@ -107,7 +107,7 @@ def layers_to_offload(setting: int, work: Work, to_disk: bool, world: World) -> 
     return [layers * k // count for k in range(count)]
 
 
-def fewest_or_fastest(work: Work, free: int, total: int, room: int) -> int:
+def fewest_or_fastest(work: Workload, free: int, total: int, room: int) -> int:
     """How many layers to keep off a device with `free` of `total` bytes, of which the host takes `room` for speed alone."""
     h, layers = work.shape.hidden, work.shape.layers
     # masters, gradients, Cayley's and writer's copies
@@ -128,7 +128,7 @@ def fewest_or_fastest(work: Work, free: int, total: int, room: int) -> int:
     return min(range(fewest, max(fewest, room) + 1), key=cost)
 
 
-def passes_and_levels(work: Work, world: World, offloaded: int) -> tuple[int, list[str]]:
+def passes_and_levels(work: Workload, world: World, offloaded: int) -> tuple[int, list[str]]:
     """Sequences of one pass and what each layer keeps of it, once the sharded weights are in memory.
 
     offloaded: layers whose weights come from the host in each pass.
@@ -139,7 +139,7 @@ def passes_and_levels(work: Work, world: World, offloaded: int) -> tuple[int, li
     return within(work, _budget(work, world), offloaded)
 
 
-def within(work: Work, budget: int, offloaded: int = 0) -> tuple[int, list[str]]:
+def within(work: Workload, budget: int, offloaded: int = 0) -> tuple[int, list[str]]:
     """`passes_and_levels` where `budget` bytes may hold activations. Fewer sequences at once keep more of each."""
     mine, micro = work.sequences, work.micro
     if not micro:
@@ -149,7 +149,7 @@ def within(work: Work, budget: int, offloaded: int = 0) -> tuple[int, list[str]]
     return micro, work.levels(micro, budget)
 
 
-def _budget(work: Work, world: World) -> int:
+def _budget(work: Workload, world: World) -> int:
     """Bytes for activations on the rank that has the fewest."""
     free, total = torch.cuda.mem_get_info(world.device)
     free += torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)

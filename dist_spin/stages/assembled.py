@@ -9,7 +9,7 @@ from dist_spin.rundir import RunDir
 from dist_spin.settings import RunConfig
 from dist_spin.stages.common import model_dtype, say
 from dist_spin.stages.evaluate import Cell, quantized_weights
-from dist_spin.stages.quantize import ends_of
+from dist_spin.stages.variants import ends_of
 
 
 def assembled(config: RunConfig, world: World, files: ModelFiles, run: RunDir, cell: Cell) -> Any:

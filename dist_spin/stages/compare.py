@@ -55,17 +55,9 @@ from dist_spin.stages.compare_table import comparison_table, row_key
 from dist_spin.stages.evaluate import Cell, described, measured_before, measuring_tokens, recorded, window_losses
 from dist_spin.stages.methods import METHODS, learn, method_variant
 from dist_spin.stages.optimize import optimize
-from dist_spin.stages.quantize import (
-    LEARNED,
-    Variant,
-    Work,
-    calibration_tokens,
-    ends_of,
-    layer_identity,
-    quantize_variant,
-    variant,
-)
+from dist_spin.stages.quantize import Work, quantize_variant
 from dist_spin.stages.results import merge_results, public, update_results
+from dist_spin.stages.variants import LEARNED, Variant, calibration_tokens, ends_of, layer_identity, variant
 
 STATES_TOGETHER = 1 << 33  # bytes of hidden states that wait beside one another for the same layer
 

@@ -9,9 +9,9 @@ from dist_spin.errors import UserError
 from dist_spin.layer_files import identity_hash
 from dist_spin.settings import OptimizeConfig, QuantizeConfig, RunConfig, bits_of
 from dist_spin.stages.common import flat, run_dir
+from dist_spin.stages.learning import FREE_SETTINGS
 from dist_spin.stages.methods import METHODS
-from dist_spin.stages.optimize import FREE_SETTINGS
-from dist_spin.stages.quantize import LEARNED, site_settings
+from dist_spin.stages.variants import LEARNED, site_settings
 
 # What SpinQuant's rows take over from the run, so that all learn from the same data for as long; the rest as published.
 BUDGET = (

@@ -33,7 +33,8 @@ from dist_spin.rundir import RunDir, write_json
 from dist_spin.settings import RunConfig
 from dist_spin.signals import StopRequest
 from dist_spin.stages.common import check_vocabulary, model_dtype, open_configured_model, run_dir, say
-from dist_spin.stages.quantize import (
+from dist_spin.stages.results import public, update_results
+from dist_spin.stages.variants import (
     LEARNED,
     Variant,
     calibration_tokens,
@@ -43,7 +44,6 @@ from dist_spin.stages.quantize import (
     site_settings,
     variant,
 )
-from dist_spin.stages.results import public, update_results
 
 TOKENS_AT_ONCE = 4096  # of hidden states that go through a layer together, at least
 BYTES_PER_CHANNEL = 32  # of the MLP for each token on its way through: copies, some of them in the quantiser's fp32

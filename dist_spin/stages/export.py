@@ -39,7 +39,7 @@ from dist_spin.rundir import CorruptFile, RunDir, read_metadata, write_json, wri
 from dist_spin.settings import RunConfig
 from dist_spin.signals import StopRequest
 from dist_spin.stages.common import WEIGHT_SETTINGS, flat, model_dtype, open_configured_model, run_dir, say
-from dist_spin.stages.quantize import LEARNED, Variant, calibration_tokens, ends_of, layer_identity, variant
+from dist_spin.stages.variants import LEARNED, Variant, calibration_tokens, ends_of, layer_identity, variant
 
 AGAIN = "run `dist-spin quantize` with the settings of this export"
 

@@ -28,7 +28,7 @@ from dist_spin.settings import RunConfig
 from dist_spin.stages.assembled import assembled
 from dist_spin.stages.common import open_configured_model, say
 from dist_spin.stages.evaluate import Cell, cells
-from dist_spin.stages.quantize import calibration_tokens, layer_identity
+from dist_spin.stages.variants import calibration_tokens, layer_identity
 
 TOKENS = 64  # of one answer, unless asked for otherwise
 

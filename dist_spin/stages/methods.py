@@ -38,7 +38,7 @@ from dist_spin.settings import RunConfig
 from dist_spin.signals import StopRequest
 from dist_spin.stages.common import ENDS_SETTINGS, flat, model_dtype, run_dir, say, sites_for
 from dist_spin.stages.llm_qat import train
-from dist_spin.stages.quantize import (
+from dist_spin.stages.variants import (
     Variant,
     calibration_tokens,
     gptq_options,
@@ -186,7 +186,7 @@ def wide_dtype(config: RunConfig) -> torch.dtype:
 
 @dataclass
 class MethodRecipe:
-    """What a method puts into each layer (`stages.quantize.Recipe`), kept in files."""
+    """What a method puts into each layer (`stages.variants.Recipe`), kept in files."""
 
     config: RunConfig
     files: ModelFiles

@@ -25,7 +25,7 @@ from dist_spin.rundir import CorruptFile, tensors_digest
 from dist_spin.settings import RunConfig
 from dist_spin.signals import StopRequest
 from dist_spin.stages.common import model_dtype, open_configured_model, run_dir, say
-from dist_spin.stages.quantize import LEARNED, Variant, calibration_tokens, unquantized, variant
+from dist_spin.stages.variants import LEARNED, Variant, calibration_tokens, unquantized, variant
 from dist_spin.statistics_files import (
     SITES,
     Statistics,

@@ -105,14 +105,15 @@ def one_step(words: list[str], out: Path, reduce: bool) -> None:
     from dist_spin import distributed
     from dist_spin.config import load_config
     from dist_spin.engine import rotation_optimizer
-    from dist_spin.stages import optimize
+    from dist_spin.stages.learning import set_up
+    from dist_spin.stages.optimize import backward
 
     config = load_config(None, words)
     world = distributed.start("cpu", 60, 1)
     if not reduce:
         rotation_optimizer.sum_over_ranks_ = lambda buffer: buffer
-    learning = optimize.set_up(config, world)
-    loss = optimize.backward(learning)
+    learning = set_up(config, world)
+    loss = backward(learning)
     learning.engine.assert_sharded(learning.model, world)
     parameters = {
         name: (isinstance(p, DTensor), p.requires_grad, p.to_local().numel(), tuple(p.shape))

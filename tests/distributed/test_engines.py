@@ -29,16 +29,17 @@ def engine_step(words: list[str], out: Path) -> None:
     """A rank that does one backward pass under the configured engine and saves to out/RANK.pt what it saw."""
     from dist_spin import distributed
     from dist_spin.config import load_config
-    from dist_spin.stages import optimize
+    from dist_spin.stages.learning import set_up
+    from dist_spin.stages.optimize import backward
 
     config = load_config(None, words)
     world = distributed.start("cpu", 60, 1)
-    learning = optimize.set_up(config, world)
-    losses = [optimize.backward(learning)]
+    learning = set_up(config, world)
+    losses = [backward(learning)]
     learning.optimizer.reduce_gradients()
     seen: dict[str, Any] = {"gradient": learning.optimizer.rotations.gradient.clone()}
     # Twice more: from its third pass on, DeepSpeed fetches ahead along the order that it has recorded.
-    losses += [optimize.backward(learning), optimize.backward(learning)]
+    losses += [backward(learning), backward(learning)]
     seen["losses"] = losses
     if config.distributed.shard_ranks:
         held = {name: p.to_local() for name, p in learning.model.named_parameters()}

@@ -139,14 +139,15 @@ def counted_gathers(words: list[str], out: Path) -> None:
     """A rank that counts in one backward pass what FSDP2 gathers, by module, and the passes; saved to `out` by rank 0."""
     from dist_spin import distributed
     from dist_spin.config import load_config
-    from dist_spin.stages import optimize
+    from dist_spin.stages.learning import set_up
+    from dist_spin.stages.optimize import backward
 
     config = load_config(None, words)
     world = distributed.start("cpu", 60, 1)
-    learning = optimize.set_up(config, world)
-    optimize.backward(learning)  # the first pass of all sets hooks up
+    learning = set_up(config, world)
+    backward(learning)  # the first pass of all sets hooks up
     with torch.profiler.profile() as profile:
-        optimize.backward(learning)
+        backward(learning)
     names = [event.name for event in profile.events()]
     prefix = "FSDP::all_gather ("
     counts = Counter(name.removeprefix(prefix).rstrip(")") for name in names if name.startswith(prefix))
