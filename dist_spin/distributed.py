@@ -5,6 +5,7 @@ The same calls serve a plain `python` process (a group of one), torchrun on one 
 
 import datetime
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -80,6 +81,10 @@ def start(device: str = "auto", timeout_s: int = 600, threads: int = 0, *, alone
             env.setdefault("RANK", str(rank))
             env.setdefault("WORLD_SIZE", str(size))
             dist.init_process_group(backend, timeout=timeout)
+    if size > 1 and "LOCAL_WORLD_SIZE" not in env:  # Slurm's own start does not set it
+        hosts: list[str] = [""] * size
+        dist.all_gather_object(hosts, socket.gethostname())
+        local_size = hosts.count(socket.gethostname())
     return World(rank, size, local_rank, local_size, place)
 
 

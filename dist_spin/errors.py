@@ -11,6 +11,7 @@ EXIT_BUG = 1  # an uncaught exception: ours to fix
 EXIT_USER = 2  # wrong configuration, input or environment: the line printed says what to change
 EXIT_NUMERICS = 3  # NaN or infinite loss: the last good checkpoint is kept
 EXIT_HANG = 4  # a collective timed out: another rank died or hangs; start again to resume
+EXIT_MEMORY = 5  # a GPU ran out of memory: settings that take less, or another moment where others use it too
 EXIT_INTERRUPTED = 75  # stopped by a signal after saving (EX_TEMPFAIL): the same command continues
 
 
@@ -40,12 +41,18 @@ class Interrupted(UserError):
     shared = True
 
 
-def out_of_memory(error: BaseException) -> UserError | None:
+class OutOfMemory(UserError):
+    """A GPU is full; a fan-out tries the job again, since its own jobs may share one."""
+
+    exit_code = EXIT_MEMORY
+
+
+def out_of_memory(error: BaseException) -> OutOfMemory | None:
     """The line for a GPU that ran out of memory; None where `error` is something else."""
     if type(error).__name__ != "OutOfMemoryError":  # torch's, by its name: this module needs no torch
         return None
     asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
-    return UserError(
+    return OutOfMemory(
         "a GPU ran out of memory" + (f" when {asked[1]} more were needed" if asked else ""),
         "end other programs on it, or use more GPUs; learning takes less with optimize.micro_batch_size=1, "
         "optimize.recompute=layer or a larger distributed.offload_layers",

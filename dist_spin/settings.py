@@ -458,7 +458,8 @@ class DistributedConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on; auto takes CUDA where there is one."""
     offload_layers: int = -1
-    """Decoder layers whose weights stay in host memory while rotations are learned; -1: as many as do not fit on the GPU."""
+    """Decoder layers whose weights stay in host memory while rotations are learned; -1: as many as do not fit on the GPU, and
+    on one GPU as many as make a step shorter."""
     offload_dir: str | None = None
     """With DeepSpeed: a directory on a fast local disk that holds the weights of those layers instead of host memory."""
     engine: Literal["auto", "fsdp", "deepspeed"] = "auto"
@@ -472,7 +473,7 @@ class DistributedConfig:
 
     def __post_init__(self) -> None:
         _check(self, "nproc timeout_s", lambda n: n >= 1, "use 1 or more")
-        _check(self, "offload_layers", lambda n: n >= -1, "use a number of layers, or -1 for as many as do not fit")
+        _check(self, "offload_layers", lambda n: n >= -1, "use a number of layers, or -1 to let memory decide")
         _check(self, "shard_ranks", lambda n: n >= 0, "use a number of processes, or 0 for all of them")
         _check(self, "threads", lambda n: n >= 0, "use a number, or 0 for an even share of the cores")
 

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -18,11 +20,12 @@ from transformers import PreTrainedTokenizerFast
 
 from dist_spin.cli import VERBS, main
 from dist_spin.config import load_config
-from dist_spin.errors import out_of_memory
+from dist_spin.errors import EXIT_MEMORY, out_of_memory
 from dist_spin.layer_files import layer_path, load_layer
 from dist_spin.model.architecture import LAYER_LINEARS
 from dist_spin.rundir import RunDir, checkpoints
 from dist_spin.settings import RunConfig
+from launch.fanout import HOPELESS
 
 VARIANTS = ("learned", "none", "hadamard")
 RESULT_FIELDS = (
@@ -162,15 +165,19 @@ def test_what_torch_says_of_a_full_gpu_becomes_one_line():
     line = out_of_memory(torch.OutOfMemoryError(said))
     assert line is not None
     assert str(line).startswith("a GPU ran out of memory when 896.00 MiB more were needed; ")
+    assert line.exit_code == EXIT_MEMORY
+    assert EXIT_MEMORY not in HOPELESS  # other jobs may have taken it
     assert out_of_memory(RuntimeError(said)) is None
 
 
 @pytest.mark.gpu
-def test_a_gpu_without_room_is_one_line(capsys):
-    words = [str(Path(__file__).parents[1] / "configs" / "shapes" / "llama-3-8b"), "--layers", "2", "--steps", "1"]
-    words += ["optimize.batch_size=512", "optimize.micro_batch_size=512", "optimize.recompute=none"]
-    assert main(["bench", "optimize", *words]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
+def test_a_gpu_without_room_is_one_line():
+    shape = str(Path(__file__).parents[1] / "configs" / "shapes" / "llama-3-8b")
+    words = ["optimize.batch_size=512", "optimize.micro_batch_size=512", "optimize.recompute=none"]
+    command = [sys.executable, "-m", "dist_spin", "bench", "optimize", shape, "--layers", "2", *words]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)  # which gives the memory back
+    assert ended.returncode == EXIT_MEMORY, ended.stderr
+    said = ended.stderr.splitlines()[-1]
     assert said.startswith("dist-spin: a GPU ran out of memory when ")
     assert "optimize.micro_batch_size=1" in said
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dist_spin.config import load_config
 from dist_spin.distributed import World, start, stop
 from dist_spin.engine.fsdp import Fsdp
+from dist_spin.engine.host_layers import FetchAhead
 from dist_spin.model.learning import LearningModel
 from dist_spin.model.loading import open_model
 from dist_spin.model.recompute import kept_bytes
@@ -61,7 +62,7 @@ def test_a_compiled_layer_keeps_what_the_plan_counts(tmp_path, world: World, lev
 @pytest.mark.gpu
 @pytest.mark.parametrize("world", ["cuda"], indirect=True)
 @pytest.mark.parametrize(("away", "w_bits"), [(1, 16), (4, 16), (6, 16), (4, 4)])
-def test_layers_that_are_fetched_ahead_arrive_whole(tmp_path: Path, world: World, away: int, w_bits: int):
+def test_layers_that_are_fetched_ahead_arrive_whole(tmp_path: Path, world: World, away: int, w_bits: int, monkeypatch):
     """Wide layers and few tokens, so that a copy takes longer than a layer: too early a look would see old weights."""
     config = open_model(str(write_model("gqa_tied", tmp_path / "model", layers=6))).config
     config.hidden_size, config.intermediate_size, config.head_dim = 2048, 8192, 64
@@ -69,15 +70,27 @@ def test_layers_that_are_fetched_ahead_arrive_whole(tmp_path: Path, world: World
     config.save_pretrained(tmp_path / "model")
     np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(3, 97, (4, 64)))
 
+    ahead: list[bool] = []  # of each time that a layer from the host was about to run: whether it had been fetched
+    turn = FetchAhead._turn
+
+    def noted(self: FetchAhead, k: int, following: int) -> None:
+        ahead.append(k in self._fetched)
+        turn(self, k, following)
+
+    monkeypatch.setattr(FetchAhead, "_turn", noted)
+
     def seen(layers: int) -> list[Tensor]:
         words = ["model.dummy_weights=true", f"optimize.source=tokens:{tmp_path / 'tokens.npy'}", "optimize.split=all"]
         words += ["optimize.compile=off", "optimize.batch_size=4", "optimize.micro_batch_size=2", "optimize.seq_len=64"]
         words += [f"model.path={tmp_path / 'model'}", f"output_dir={tmp_path}", f"distributed.offload_layers={layers}"]
-        words += [f"optimize.w_bits={w_bits}"]
+        words += [f"optimize.w_bits={w_bits}", "optimize.recompute=layer"]
         learning = set_up(load_config(None, words), world)
+        assert learning.offloaded == layers
         losses = [backward(learning) for _ in range(3)]
         learning.optimizer.reduce_gradients()
         return [torch.tensor(losses), learning.optimizer.rotations.gradient.clone()]
 
     for here, there in zip(seen(0), seen(away), strict=True):
         torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-3 * float(here.abs().max()))
+    passes = 3 * 2  # of 2 sequences each, forward and backward
+    assert (len(ahead), sum(ahead)) == (passes * 2 * away, passes * 2 * (away - 1))

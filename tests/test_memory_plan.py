@@ -1,5 +1,7 @@
 """What is kept and how many sequences pass at once, for given memory: decisions that only a large GPU meets otherwise."""
 
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -7,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
+from dist_spin.engine.host_memory import host_bytes_free
 from dist_spin.engine.memory import MOST_TOKENS, Workload, fewest_or_fastest, within
 from dist_spin.model.architecture import Shape
 from dist_spin.model.recompute import LEVELS, kept_bytes, plan
@@ -83,3 +86,33 @@ def test_what_is_chosen_fits_or_is_the_least_there_is(gib, mine, w_bits, shape):
 
 def test_what_the_user_says_is_done():
     assert chosen(L8, GIB, 8, micro=3, recompute="none") == (3, ["none"] * 32)
+
+
+def test_limits_of_control_groups_bound_what_the_host_has(tmp_path):
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+
+    def free(said: str, **files: str) -> int:
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        for path, text in {
+            "proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB\n",
+            "proc/self/cgroup": said,
+            **files,
+        }.items():
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_text(text)
+        return host_bytes_free(proc, groups)
+
+    def v2(path: str, most: str, used: int) -> dict[str, str]:
+        place = f"cgroup/{path}/memory"
+        return {f"{place}.max": most, f"{place}.current": str(used), f"{place}.stat": "anon 7\ninactive_file 100\n"}
+
+    all_there_is = 8000 * 1024
+    assert free("0::/job/step\n") == all_there_is
+    assert free("0::/job/step\n", **v2("job/step", "max\n", 50_000)) == all_there_is
+    assert free("0::/job/step\n", **v2("job/step", "max\n", 50_000), **v2("job", "70000\n", 50_000)) == 20_100
+    assert free("0::/job\n", **v2("job", "70000\n", 80_000)) == 0
+    v1 = {f"memory.{name}": text for name, text in (("limit_in_bytes", "3000\n"), ("usage_in_bytes", "1000\n"))}
+    v1 = {f"cgroup/memory/job/{name}": text for name, text in {**v1, "memory.stat": "total_inactive_file 10\n"}.items()}
+    assert free("5:cpu:/job\n4:memory:/job\n0::/\n", **v1) == 2010
+    assert free("5:cpu:/job\n", **v1) == all_there_is
+    assert 0 < host_bytes_free() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

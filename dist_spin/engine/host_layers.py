@@ -30,15 +30,15 @@ class FetchAhead:
         if hidden.requires_grad:
             hidden.register_hook(lambda gradient: self._turn(k, k - 1))
 
-    def _turn(self, k: int, next: int) -> None:
-        """Layer k is about to run: wait for its copy, if it was fetched ahead, and fetch `next`."""
+    def _turn(self, k: int, following: int) -> None:
+        """Layer k is about to run: wait for its copy, if it was fetched ahead, and fetch `following`."""
         computing = torch.cuda.current_stream()
         if k in self._fetched:
             computing.wait_event(self._fetched.pop(k))
-        if not 0 <= next < len(self._layers):
+        if not 0 <= following < len(self._layers):
             return
         # What it is copied into may have been freed by work that is still queued there.
         self._stream.wait_stream(computing)
         with torch.cuda.stream(self._stream):
-            cast(FSDPModule, self._layers[next]).unshard()
-        self._fetched[next] = cast(torch.cuda.Event, self._stream.record_event())
+            cast(FSDPModule, self._layers[following]).unshard()
+        self._fetched[following] = cast(torch.cuda.Event, self._stream.record_event())

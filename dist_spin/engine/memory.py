@@ -1,12 +1,12 @@
 """Decisions taken from the memory that a device has left, the same on every rank."""
 
-import os
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from dist_spin.distributed import World
+from dist_spin.engine.host_memory import host_bytes_free
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 from dist_spin.model.recompute import kept_bytes, plan
@@ -16,6 +16,7 @@ MOST_TOKENS = 8192  # of one pass: beyond, products are as fast as they get, and
 # What a layer costs in one pass, in tokens that it could handle in that time; measured on the Llama-3 shapes on H200s.
 PASS = 400  # launching and gathering
 COPY = 10000  # a layer's way from the host, forward and backward; it hides behind what computes meanwhile
+PIN = 3000  # moving a layer there at the start, shared out over a hundred steps
 AGAIN = {"none": 0.0, "sites": 0.2, "layer": 0.36}  # recomputation, as a share of a token
 COPIES = 3  # of a layer that is gathered: the layer at work, the next one and one being freed
 HOST_SHARE = 0.4  # of the host's free memory that layers may take for speed alone: pinning more takes long
@@ -42,21 +43,24 @@ class Workload:
     recompute: str = "auto"
 
     @property
+    def kind(self) -> tuple[bool, bool, bool]:
+        """What `kept_bytes` asks beside sizes."""
+        return self.compiled, self.w_bits < 16, self.transformed
+
+    @property
     def layer(self) -> int:
         """Bytes of one layer's weights on this rank."""
         return -(-layer_bytes(self.shape, self.dtype, self.w_bits) // self.shards)
 
     def kept(self, size: int, level: str) -> int:
         """Bytes that one layer keeps of a pass of `size` sequences."""
-        kind = (self.compiled, self.w_bits < 16, self.transformed)
-        return kept_bytes(self.shape, size * self.seq_len, self.dtype.itemsize, level, *kind)
+        return kept_bytes(self.shape, size * self.seq_len, self.dtype.itemsize, level, *self.kind)
 
     def levels(self, size: int, budget: int) -> list[str]:
         """What each layer keeps of a pass of `size` sequences where `budget` bytes may hold activations."""
         if self.recompute != "auto":
             return [self.recompute] * self.shape.layers
-        kind = (self.compiled, self.w_bits < 16, self.transformed)
-        return plan(self.shape, size * self.seq_len, self.dtype.itemsize, budget, *kind)
+        return plan(self.shape, size * self.seq_len, self.dtype.itemsize, budget, *self.kind)
 
     def fits(self, size: int, budget: int) -> bool:
         """Whether a pass of `size` sequences stays within `budget` bytes."""
@@ -80,8 +84,9 @@ def layers_to_offload(setting: int, work: Workload, to_disk: bool, world: World)
     """The layers whose frozen weights stay in pinned host memory and visit the device, spread evenly over the depth.
 
     Args:
-        setting: their number, or -1: none where all fits beside the activations of one pass; else what promises the
-            shortest step, since a layer that comes from the host while others compute leaves them room to keep more.
+        setting: their number, or -1: as many as do not fit beside the activations of one pass, and on one rank as many
+            as promise the shortest step, since a layer that comes from the host while others compute leaves them room
+            to keep more. Several ranks gather as well; that such copies hide behind that was not measured.
         to_disk: they stay on a disk instead, which helps a CPU as well.
 
     Raises:
@@ -89,26 +94,30 @@ def layers_to_offload(setting: int, work: Workload, to_disk: bool, world: World)
     """
     if world.device.type == "cpu" and (setting < 0 or not to_disk):
         return []
-    host, layers = -_largest_over_ranks(-host_bytes_free()), work.shape.layers  # of the host that has the least
+    # Of the host that has the least, for the host that needs the most: all ranks decide alike.
+    host, layers = -_largest_over_ranks(-host_bytes_free()), work.shape.layers
+    each = _largest_over_ranks(work.layer * world.local_size)
     if setting < 0:
-        free, total = torch.cuda.mem_get_info(world.device)
-        room = min(layers, int(HOST_SHARE * host) // (work.layer * world.local_size))
-        setting = _largest_over_ranks(fewest_or_fastest(work, free, total, 0 if to_disk else room))
+        room = 0 if to_disk or work.shards > 1 else min(layers, int(HOST_SHARE * host) // each)
+        total = torch.cuda.get_device_properties(world.device).total_memory
+        setting = _largest_over_ranks(fewest_or_fastest(work, device_bytes_free(world.device), total, room))
     count = min(setting, layers)
-    needed = count * work.layer * world.local_size
-    if needed > host and not to_disk:
+    if count * each > host and not to_disk:
         error = UserError(
-            f"{count} of {layers} layers do not fit on the GPU and need {needed >> 30} GiB of host memory, of which "
+            f"{count} of {layers} layers do not fit on the GPU and need {count * each >> 30} GiB of host memory, of which "
             f"{host >> 30} GiB are free",
             "use more GPUs, a host with more memory, or a smaller optimize.batch_size",
         )
-        error.shared = True  # every rank sees the same
+        error.shared = True
         raise error
     return [layers * k // count for k in range(count)]
 
 
 def fewest_or_fastest(work: Workload, free: int, total: int, room: int) -> int:
-    """How many layers to keep off a device with `free` of `total` bytes, of which the host takes `room` for speed alone."""
+    """How many layers to keep off a device with `free` of `total` bytes: as many as do not fit, or as promise most.
+
+    room: how many the host takes for speed alone.
+    """
     h, layers = work.shape.hidden, work.shape.layers
     # masters, gradients, Cayley's and writer's copies
     rotations = 12 * 4 * (h * h + layers * work.shape.head_dim**2)
@@ -118,13 +127,11 @@ def fewest_or_fastest(work: Workload, free: int, total: int, room: int) -> int:
     def budget(away: int) -> int:
         return free - (layers - away) * work.layer
 
-    fewest = next((n for n in range(layers) if work.fits(within(work, budget(n), n)[0], budget(n))), layers)
-    if not fewest:
-        return 0
-
     def cost(away: int) -> float:
-        return work.cost(within(work, budget(away), away)[0], budget(away), away)
+        size, _ = within(work, budget(away), away)
+        return work.cost(size, budget(away), away) + away * PIN
 
+    fewest = next((n for n in range(layers) if work.fits(within(work, budget(n), n)[0], budget(n))), layers)
     return min(range(fewest, max(fewest, room) + 1), key=cost)
 
 
@@ -151,9 +158,15 @@ def within(work: Workload, budget: int, offloaded: int = 0) -> tuple[int, list[s
 
 def _budget(work: Workload, world: World) -> int:
     """Bytes for activations on the rank that has the fewest."""
-    free, total = torch.cuda.mem_get_info(world.device)
-    free += torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
-    return -_largest_over_ranks(reserved(work.shape, work.dtype, work.w_bits, total) - free)
+    total = torch.cuda.get_device_properties(world.device).total_memory
+    taken = reserved(work.shape, work.dtype, work.w_bits, total)
+    return -_largest_over_ranks(taken - device_bytes_free(world.device))
+
+
+def device_bytes_free(device: torch.device) -> int:
+    """Bytes of a GPU that nobody uses, what torch keeps for later among them."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 def reserved(shape: Shape, dtype: torch.dtype, w_bits: int, total: int) -> int:
@@ -171,12 +184,3 @@ def _largest_over_ranks(number: int) -> int:
     value = torch.tensor([number], dtype=torch.int64)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return int(value)
-
-
-def host_bytes_free() -> int:
-    """Of this host: MemAvailable, which counts caches that can be dropped; the physical memory where the kernel does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -23,8 +23,6 @@ def _layer(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-# "layer" needs a policy as well: without one, torch 2.11 compiles a layer that keeps more than "sites" does, because what
-# happens inside a custom autograd function is not marked for recomputation.
 _CONTEXTS = {
     "sites": partial(create_selective_checkpoint_contexts, _sites),
     "layer": partial(create_selective_checkpoint_contexts, _layer),
@@ -35,8 +33,11 @@ def run(layer: nn.Module, level: str, hidden: Tensor, **call: Any) -> Tensor:
     """layer(hidden, **call), keeping for the backward pass what `level` says."""
     if level == "none" or not torch.is_grad_enabled():
         return layer(hidden, **call)
-    how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": _CONTEXTS[level]}
-    return checkpoint(layer, hidden, **how, **call)
+    # "layer" needs a policy only where it is compiled: without one, torch 2.11 keeps more than "sites" does, because what
+    # happens inside a custom autograd function is not marked for recomputation. Run eagerly, it costs time per operation.
+    policy = level == "sites" or torch.compiler.is_compiling()
+    how: dict[str, Any] = {"context_fn": _CONTEXTS[level]} if policy else {}
+    return checkpoint(layer, hidden, use_reentrant=False, preserve_rng_state=False, **how, **call)
 
 
 def kept_bytes(

@@ -146,15 +146,15 @@ def set_up(config: RunConfig, world: World) -> Learning:
     place = config.distributed
     work = Workload(
         shape,
-        -(-settings.batch_size // world.size),
-        settings.seq_len,
-        dtype,
-        engine.shards(world),
-        settings.w_bits,
-        compiled,
-        transforms is not None,
-        settings.micro_batch_size,
-        settings.recompute,
+        sequences=-(-settings.batch_size // world.size),
+        seq_len=settings.seq_len,
+        dtype=dtype,
+        shards=engine.shards(world),
+        w_bits=settings.w_bits,
+        compiled=compiled,
+        transformed=transforms is not None,
+        micro=settings.micro_batch_size,
+        recompute=settings.recompute,
     )
     away = layers_to_offload(place.offload_layers, work, bool(place.offload_dir), world)
     if away and world.leads:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dist_spin.data import batch_indices, rank_share
 from dist_spin.distributed import World, any_rank, on_leader, sum_over_ranks_, together
-from dist_spin.engine.memory import host_bytes_free, layer_bytes
+from dist_spin.engine.host_memory import host_bytes_free
+from dist_spin.engine.memory import device_bytes_free, layer_bytes
 from dist_spin.errors import Interrupted, NumericsError, UserError
 from dist_spin.methods import llm_qat
 from dist_spin.methods.inputs import TOKENS_AT_ONCE
@@ -145,8 +146,7 @@ def check_room(shape: Shape, dtype: torch.dtype, tokens: int, world: World) -> N
     activations += kept_bytes(shape, tokens, dtype.itemsize, "none", compiled=False) + 4 * wide * LOGITS_AT_ONCE
     need = weights * (dtype.itemsize + llm_qat.WIDE_COPIES * wide) + activations
     if world.device.type == "cuda":
-        free, where = torch.cuda.mem_get_info(world.device)[0], "GPU"
-        free += torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
+        free, where = device_bytes_free(world.device), "GPU"
     else:
         free, where = host_bytes_free() // world.local_size, "host"
     if need > free:

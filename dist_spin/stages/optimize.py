@@ -18,20 +18,11 @@ from dist_spin.errors import Interrupted, NumericsError
 from dist_spin.numerics.cayley import nearest_orthogonal, orthogonality_error
 from dist_spin.progress import Progress
 from dist_spin.rotation_files import save_final
-from dist_spin.rundir import (
-    append_line,
-)
+from dist_spin.rundir import append_line
 from dist_spin.scalars import Scalars
 from dist_spin.settings import RunConfig
 from dist_spin.signals import StopRequest
-from dist_spin.stages.common import (
-    clips_at,
-    fits_start,
-    open_configured_model,
-    say,
-    site_bits,
-    while_learning,
-)
+from dist_spin.stages.common import clips_at, fits_start, open_configured_model, say, site_bits, while_learning
 from dist_spin.stages.given import keep_given, refuse_given
 from dist_spin.stages.learning import Learning, learning_tokens, set_up, write_checkpoint
 from dist_spin.stages.start import make_start

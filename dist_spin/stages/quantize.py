@@ -37,12 +37,7 @@ from dist_spin.rundir import RunDir, write_text
 from dist_spin.settings import RunConfig
 from dist_spin.signals import StopRequest
 from dist_spin.stages.boundaries import Boundaries
-from dist_spin.stages.common import (
-    model_dtype,
-    open_configured_model,
-    run_dir,
-    say,
-)
+from dist_spin.stages.common import model_dtype, open_configured_model, run_dir, say
 from dist_spin.stages.variants import (
     LEARNED,
     Variant,
