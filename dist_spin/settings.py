@@ -458,8 +458,8 @@ class DistributedConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on; auto takes CUDA where there is one."""
     offload_layers: int = -1
-    """Decoder layers whose weights stay in host memory while rotations are learned; -1: as many as do not fit on the GPU, and
-    on one GPU as many as make a step shorter."""
+    """Decoder layers whose weights stay in host memory while rotations are learned; -1: as many as do not fit on the GPU, or
+    more where that makes a step shorter."""
     offload_dir: str | None = None
     """With DeepSpeed: a directory on a fast local disk that holds the weights of those layers instead of host memory."""
     engine: Literal["auto", "fsdp", "deepspeed"] = "auto"

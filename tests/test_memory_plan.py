@@ -58,6 +58,9 @@ def test_70b_on_one_gpu_of_141_gb():
     assert fewest_or_fastest(Workload(L8, 8, T, torch.bfloat16, micro=8), free, total, 32) == 0  # as the user wants it
     assert fewest_or_fastest(Workload(L8, 1, 5 * T, torch.bfloat16), free, total, 32) == 0  # one sequence is the least
     assert fewest_or_fastest(work, 40 * GIB, 40 * GIB, 0) > 60
+    # Two of 80 GB: a few more than must go, since passes are then of two sequences.
+    small = Workload(L70, 4, T, torch.bfloat16, shards=2), 79 * GIB, 80 * GIB
+    assert 0 < fewest_or_fastest(*small, 0) < fewest_or_fastest(*small, 80) < 30
 
 
 def test_learning_with_rounded_weights_keeps_more():

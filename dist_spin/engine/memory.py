@@ -15,7 +15,7 @@ SPARE_SHARE = 0.06  # of the device's memory, left to the allocator's fragmentat
 MOST_TOKENS = 8192  # of one pass: beyond, products are as fast as they get, and only temporaries grow
 # What a layer costs in one pass, in tokens that it could handle in that time; measured on the Llama-3 shapes on H200s.
 PASS = 400  # launching and gathering
-COPY = 10000  # a layer's way from the host, forward and backward; it hides behind what computes meanwhile
+COPY = 10000  # a layer's way from the host, forward and backward
 PIN = 3000  # moving a layer there at the start, shared out over a hundred steps
 AGAIN = {"none": 0.0, "sites": 0.2, "layer": 0.36}  # recomputation, as a share of a token
 COPIES = 3  # of a layer that is gathered: the layer at work, the next one and one being freed
@@ -70,7 +70,9 @@ class Workload:
     def cost(self, size: int, budget: int, offloaded: int) -> float:
         """Time of a step in passes of `size` sequences, in tokens that one layer handles in that time."""
         computed = sum(size * self.seq_len * (1 + AGAIN[level]) + PASS for level in self.levels(size, budget))
-        return -(-self.sequences // size) * max(computed, offloaded * COPY / self.shards)
+        copied = offloaded * COPY / self.shards
+        # One rank fetches ahead, behind what computes (host_layers.py); that several do was not seen.
+        return -(-self.sequences // size) * (max(computed, copied) if self.shards == 1 else computed + copied)
 
 
 def layer_bytes(shape: Shape, dtype: torch.dtype, w_bits: int = 16) -> int:
@@ -84,9 +86,8 @@ def layers_to_offload(setting: int, work: Workload, to_disk: bool, world: World)
     """The layers whose frozen weights stay in pinned host memory and visit the device, spread evenly over the depth.
 
     Args:
-        setting: their number, or -1: as many as do not fit beside the activations of one pass, and on one rank as many
-            as promise the shortest step, since a layer that comes from the host while others compute leaves them room
-            to keep more. Several ranks gather as well; that such copies hide behind that was not measured.
+        setting: their number, or -1: as many as do not fit beside the activations of one pass, or more where that
+            promises a shorter step, since a layer that comes from the host leaves the others room to keep more.
         to_disk: they stay on a disk instead, which helps a CPU as well.
 
     Raises:
@@ -98,7 +99,7 @@ def layers_to_offload(setting: int, work: Workload, to_disk: bool, world: World)
     host, layers = -_largest_over_ranks(-host_bytes_free()), work.shape.layers
     each = _largest_over_ranks(work.layer * world.local_size)
     if setting < 0:
-        room = 0 if to_disk or work.shards > 1 else min(layers, int(HOST_SHARE * host) // each)
+        room = 0 if to_disk else min(layers, int(HOST_SHARE * host) // each)
         total = torch.cuda.get_device_properties(world.device).total_memory
         setting = _largest_over_ranks(fewest_or_fastest(work, device_bytes_free(world.device), total, room))
     count = min(setting, layers)
