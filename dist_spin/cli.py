@@ -57,13 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _main(words)
-    except UserError as error:
-        mistake = error
-    except RuntimeError as error:
-        memory = out_of_memory(error)
-        if memory is None:
+    except Exception as error:
+        mistake = error if isinstance(error, UserError) else out_of_memory(error)
+        if mistake is None:
             raise
-        mistake = memory
     if not mistake.shared or os.environ.get("RANK", "0") == "0":
         print(f"dist-spin: {mistake}", file=sys.stderr, flush=True)
     return mistake.exit_code

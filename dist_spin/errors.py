@@ -21,9 +21,11 @@ class UserError(Exception):
     exit_code = EXIT_USER
     shared = False  # every rank raises it alike, so that rank 0 speaks for all
 
-    def __init__(self, problem: str, remedy: str = "") -> None:
-        """`problem` says what is wrong and where; `remedy` says what to do about it."""
+    def __init__(self, problem: str, remedy: str = "", *, shared: bool = False) -> None:
+        """`problem` says what is wrong and where; `remedy` says what to do about it. shared: see the class."""
         self.problem, self.remedy = problem, remedy
+        if shared:
+            self.shared = True
         super().__init__(f"{problem}; {remedy}" if remedy else problem)
 
 

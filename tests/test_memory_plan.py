@@ -114,8 +114,11 @@ def test_limits_of_control_groups_bound_what_the_host_has(tmp_path):
     assert free("0::/job/step\n", **v2("job/step", "max\n", 50_000)) == all_there_is
     assert free("0::/job/step\n", **v2("job/step", "max\n", 50_000), **v2("job", "70000\n", 50_000)) == 20_100
     assert free("0::/job\n", **v2("job", "70000\n", 80_000)) == 0
-    v1 = {f"memory.{name}": text for name, text in (("limit_in_bytes", "3000\n"), ("usage_in_bytes", "1000\n"))}
-    v1 = {f"cgroup/memory/job/{name}": text for name, text in {**v1, "memory.stat": "total_inactive_file 10\n"}.items()}
+    v1 = {
+        "cgroup/memory/job/memory.limit_in_bytes": "3000\n",
+        "cgroup/memory/job/memory.usage_in_bytes": "1000\n",
+        "cgroup/memory/job/memory.stat": "total_inactive_file 10\n",
+    }
     assert free("5:cpu:/job\n4:memory:/job\n0::/\n", **v1) == 2010
     assert free("5:cpu:/job\n", **v1) == all_there_is
     assert 0 < host_bytes_free() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

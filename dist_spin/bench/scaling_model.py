@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_spin.engine.memory import AGAIN, Workload, layer_bytes, reserved, within
+from dist_spin.engine.memory import AGAIN, Workload, layer_bytes, within
 from dist_spin.model.architecture import Shape
 from dist_spin.model.recompute import kept_bytes
 
@@ -248,9 +248,9 @@ def planned(
     """The point that the run itself would choose on `ranks` GPUs: passes and recomputation from the memory there is."""
     one = Point(ranks, shards, sequences, seq_len, layers, w_bits, 1, {})
     free = machine.memory - GIB - shard_bytes(shape, one) - 14 * shape.hidden**2  # the context; rotations and gradient
-    budget = int(free) - reserved(shape, DTYPE, w_bits, int(machine.memory))
     cut = Shape(**{**vars(shape), "layers": layers})
-    micro, levels = within(Workload(cut, one.share, seq_len, DTYPE, shards, w_bits), budget)
+    work = Workload(cut, one.share, seq_len, DTYPE, shards, w_bits)
+    micro, levels = within(work, int(free) - work.reserved(int(machine.memory)))
     counts = {level: levels.count(level) for level in set(levels)}
     return Point(ranks, shards, sequences, seq_len, layers, w_bits, micro, counts)
 

@@ -42,9 +42,7 @@ class Fsdp:
         shards = self.shard_ranks or world.size
         if world.size % shards:
             problem = f"distributed.shard_ranks={shards} does not divide {world.size} ranks"
-            error = UserError(problem, "use a divisor, or 0 to share one copy among all")
-            error.shared = True  # every rank sees the same
-            raise error
+            raise UserError(problem, "use a divisor, or 0 to share one copy among all", shared=True)
         return shards
 
     def shard(self, model: LearningModel, world: World, offloaded: Sequence[int] = ()) -> None:

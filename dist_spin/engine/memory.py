@@ -52,6 +52,16 @@ class Workload:
         """Bytes of one layer's weights on this rank."""
         return -(-layer_bytes(self.shape, self.dtype, self.w_bits) // self.shards)
 
+    def reserved(self, total: int) -> int:
+        """Bytes of a device of `total` that activations may not take, beside sharded weights and rotations.
+
+        Gathered layers, embedding and head among them: one rank alone copies them likewise.
+        """
+        layer = layer_bytes(self.shape, self.dtype, self.w_bits)
+        gathered = COPIES * layer + 2 * self.shape.vocab * self.shape.hidden * self.dtype.itemsize
+        gathered += layer if self.w_bits < 16 else 0  # what codes are turned back into, and what grids are fitted to
+        return int(SPARE_SHARE * total) + gathered + (1 << 30)
+
     def kept(self, size: int, level: str) -> int:
         """Bytes that one layer keeps of a pass of `size` sequences."""
         return kept_bytes(self.shape, size * self.seq_len, self.dtype.itemsize, level, *self.kind)
@@ -104,13 +114,12 @@ def layers_to_offload(setting: int, work: Workload, to_disk: bool, world: World)
         setting = _largest_over_ranks(fewest_or_fastest(work, device_bytes_free(world.device), total, room))
     count = min(setting, layers)
     if count * each > host and not to_disk:
-        error = UserError(
+        raise UserError(
             f"{count} of {layers} layers do not fit on the GPU and need {count * each >> 30} GiB of host memory, of which "
             f"{host >> 30} GiB are free",
             "use more GPUs, a host with more memory, or a smaller optimize.batch_size",
+            shared=True,
         )
-        error.shared = True
-        raise error
     return [layers * k // count for k in range(count)]
 
 
@@ -123,7 +132,7 @@ def fewest_or_fastest(work: Workload, free: int, total: int, room: int) -> int:
     # masters, gradients, Cayley's and writer's copies
     rotations = 12 * 4 * (h * h + layers * work.shape.head_dim**2)
     ends = 2 * work.shape.vocab * h * work.dtype.itemsize // work.shards
-    free -= ends + rotations + reserved(work.shape, work.dtype, work.w_bits, total)
+    free -= ends + rotations + work.reserved(total)
 
     def budget(away: int) -> int:
         return free - (layers - away) * work.layer
@@ -160,25 +169,13 @@ def within(work: Workload, budget: int, offloaded: int = 0) -> tuple[int, list[s
 def _budget(work: Workload, world: World) -> int:
     """Bytes for activations on the rank that has the fewest."""
     total = torch.cuda.get_device_properties(world.device).total_memory
-    taken = reserved(work.shape, work.dtype, work.w_bits, total)
-    return -_largest_over_ranks(taken - device_bytes_free(world.device))
+    return -_largest_over_ranks(work.reserved(total) - device_bytes_free(world.device))
 
 
 def device_bytes_free(device: torch.device) -> int:
     """Bytes of a GPU that nobody uses, what torch keeps for later among them."""
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + kept
-
-
-def reserved(shape: Shape, dtype: torch.dtype, w_bits: int, total: int) -> int:
-    """Bytes of a device of `total` that activations may not take, beside sharded weights and rotations.
-
-    Gathered layers, embedding and head among them: one rank alone copies them likewise.
-    """
-    layer = layer_bytes(shape, dtype, w_bits)
-    gathered = COPIES * layer + 2 * shape.vocab * shape.hidden * dtype.itemsize
-    gathered += layer if w_bits < 16 else 0  # what codes are turned back into, and what grids are fitted to
-    return int(SPARE_SHARE * total) + gathered + (1 << 30)
 
 
 def _largest_over_ranks(number: int) -> int:

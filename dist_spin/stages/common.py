@@ -96,6 +96,11 @@ def model_dtype(config: RunConfig) -> torch.dtype:
     return getattr(torch, config.model.dtype)
 
 
+def wide_dtype(config: RunConfig) -> torch.dtype:
+    """What layers are learned and Hessians summed in: fp32, or fp64 for an fp64 model."""
+    return torch.promote_types(model_dtype(config), torch.float32)
+
+
 def open_configured_model(config: RunConfig) -> ModelFiles:
     """Open the model on every rank; what has to be downloaded or converted is so once, by rank 0.
 

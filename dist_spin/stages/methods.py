@@ -36,7 +36,7 @@ from dist_spin.rotation_files import load_rotations
 from dist_spin.rundir import CorruptFile, load_tensors, save_tensors
 from dist_spin.settings import RunConfig
 from dist_spin.signals import StopRequest
-from dist_spin.stages.common import ENDS_SETTINGS, flat, model_dtype, run_dir, say, sites_for
+from dist_spin.stages.common import ENDS_SETTINGS, flat, model_dtype, run_dir, say, sites_for, wide_dtype
 from dist_spin.stages.llm_qat import train
 from dist_spin.stages.variants import (
     Variant,
@@ -177,11 +177,6 @@ def method_variant(config: RunConfig, files: ModelFiles, name: str, device: torc
         return Variant(name, rotations, sites, turned)
     digest = recipe.fingerprint if name in WHOLE else ""  # of the ends as well
     return Variant(name, None, recipe.sites, recipe.weights, recipe=recipe, digest=digest)
-
-
-def wide_dtype(config: RunConfig) -> torch.dtype:
-    """What layers are learned in: fp32, or fp64 for an fp64 model."""
-    return torch.promote_types(model_dtype(config), torch.float32)
 
 
 @dataclass

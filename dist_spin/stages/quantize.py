@@ -21,7 +21,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dist_spin.boundary_files import BoundaryFiles
@@ -37,7 +36,7 @@ from dist_spin.rundir import RunDir, write_text
 from dist_spin.settings import RunConfig
 from dist_spin.signals import StopRequest
 from dist_spin.stages.boundaries import Boundaries
-from dist_spin.stages.common import model_dtype, open_configured_model, run_dir, say
+from dist_spin.stages.common import model_dtype, open_configured_model, run_dir, say, wide_dtype
 from dist_spin.stages.variants import (
     LEARNED,
     Variant,
@@ -217,7 +216,7 @@ class Work:
         if recipe is not None:
             options = dataclasses.replace(options, mse_clip=options.mse_clip and not recipe.clips)
             down_bits, kept = recipe.down_bits or down_bits, {"kept": recipe.kept}
-        dtype = torch.float64 if model_dtype(self.config) == torch.float64 else torch.float32
+        dtype = wide_dtype(self.config)
         return LayerQuantizer(
             self.runner, self.world, q.method, options, dtype, down_bits=down_bits, sweeps=q.sweeps, **kept
         )
