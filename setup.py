@@ -63,11 +63,11 @@ EXTRAS["dev"] += EXTRAS["deepspeed"] + EXTRAS["lm-eval"] + EXTRAS["executorch"]
 
 
 def version() -> str:
-    """The `__version__` literal of `dist_spin/__init__.py`, read without importing it (torch may not be installed)."""
-    source = (ROOT / "dist_spin" / "__init__.py").read_text(encoding="utf-8")
+    """The `__version__` literal of `dist_spin/version.py`, read without importing it (torch may not be installed)."""
+    source = (ROOT / "dist_spin" / "version.py").read_text(encoding="utf-8")
     found = re.search(r'^__version__(?:: str)? = "([^"]+)"$', source, re.MULTILINE)
     if not found:
-        raise RuntimeError('dist_spin/__init__.py must have a line of the form __version__ = "1.2.3"')
+        raise RuntimeError('dist_spin/version.py must have a line of the form __version__ = "1.2.3"')
     return found[1]
 
 
@@ -80,7 +80,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["dist_spin", "dist_spin.*", "launch", "launch.*"]),
+    packages=[*find_packages(include=["dist_spin", "dist_spin.*"]), "dist_spin.launch"],
+    package_dir={"dist_spin.launch": "launch"},  # a top-level package of that name would meet ROS 2's
     package_data={"dist_spin": ["py.typed", "report/*.jinja"]},
     install_requires=RUNTIME,
     extras_require=EXTRAS,

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-__version__ = "0.1.0"
+from dist_spin.version import __version__ as __version__
 
 
 def load(path: str | Path, device: str = "auto") -> Any:

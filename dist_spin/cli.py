@@ -14,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dist_spin.config import config_help, load_config
+from dist_spin.config.loader import config_help, load_config
+from dist_spin.config.quantize import ExportConfig
+from dist_spin.config.run import RunConfig
 from dist_spin.errors import EXIT_HANG, EXIT_OK, UserError, out_of_memory
-from dist_spin.progress import where
-from dist_spin.settings import ExportConfig, RunConfig
+from dist_spin.runtime.progress import where
 
 VERBS = {
     "run": "learn rotations, quantise, measure: every stage, on this machine",
@@ -35,6 +36,14 @@ VERBS = {
     "logs": "show the end of everything a run's jobs printed",
     "cancel": "end a run's jobs; they save first",
     "bench": "time a stage on this machine's devices: bench optimize SHAPE, bench quantize --shape 8b, bench inference SHAPE",
+}
+STAGES = {
+    "optimize": "dist_spin.optimize.train:optimize",
+    "quantize": "dist_spin.quantize.stage:quantize",
+    "evaluate": "dist_spin.evaluate.stage:evaluate",
+    "export": "dist_spin.export.stage:export",
+    "compare": "dist_spin.compare.stage:compare",
+    "report": "dist_spin.report.stage:report",
 }
 USAGE = """usage: dist-spin VERB CONFIG.yaml [key.sub=value ...]
        dist-spin quantize CONFIG.yaml [--layers A:B | --boundaries] [key.sub=value ...]
@@ -99,10 +108,16 @@ def _main(words: list[str]) -> int:
     path = _config_path(rest)
     config = _settings(path, rest)
     if verb == "run":
-        from launch.local import run_stages
-
-        return run_stages(([path] if path else []) + rest, config.distributed.nproc)
+        return _load("dist_spin.launch.local_pipeline:run_stages")(
+            ([path] if path else []) + rest, config.distributed.nproc
+        )
     return _stage(verb, config)
+
+
+def _load(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
 
 
 def _config_path(rest: list[str]) -> str | None:
@@ -135,10 +150,8 @@ def _quantize(rest: list[str]) -> int:
         return _stage("quantize", config, layers=_range(layers), boundaries_only=boundaries)
     if layers or boundaries:
         raise UserError("--layers and --boundaries are single jobs, which --cluster starts itself", "leave one out")
-    from launch.fanout import fan_out
-
     quieten_libraries()
-    return fan_out(
+    return _load("dist_spin.launch.fanout:fan_out")(
         ([path] if path else []) + rest,
         config,
         cluster,
@@ -199,11 +212,11 @@ def _stage(verb: str, config: RunConfig, **options: Any) -> int:
     # Imported late, so that --help and mistakes in the configuration answer at once.
     import torch.distributed as dist
 
-    from dist_spin.distributed import start, stop
-    from dist_spin.stages.common import writing
+    from dist_spin.pipeline.stage_context import writing
+    from dist_spin.runtime.distributed import start, stop
 
     # By name, so that no verb waits for, or needs, what only another one imports.
-    stage: Callable[..., Any] = getattr(importlib.import_module(f"dist_spin.stages.{verb}"), verb)
+    stage: Callable[..., Any] = _load(STAGES[verb])
     timeout = config.distributed.timeout_s
     alone = verb == "compare" and config.compare.parallel == "rows"
     world = start(config.distributed.device, timeout, config.distributed.threads, alone=alone)
@@ -264,14 +277,12 @@ def quieten_libraries() -> None:
 
 
 def _submit(rest: list[str]) -> int:
-    from launch.submit import submit
-
     cluster = (_option(rest, "--cluster") or ["slurm"])[-1]
     scheduler = _option(rest, "--slurm")
     path = _config_path(rest)
     config = load_config(path, rest)
     quieten_libraries()
-    return submit(([path] if path else []) + rest, config, cluster, scheduler)
+    return _load("dist_spin.launch.slurm_pipeline:submit")(([path] if path else []) + rest, config, cluster, scheduler)
 
 
 def _run_directory(verb: str, rest: list[str], flags: tuple[str, ...] = ()) -> Path:
@@ -283,7 +294,7 @@ def _run_directory(verb: str, rest: list[str], flags: tuple[str, ...] = ()) -> P
 
 
 def _status(rest: list[str]) -> int:
-    from dist_spin.stages.status import status, status_text, watch
+    from dist_spin.report.status import status, status_text, watch
 
     path = _run_directory("status", rest, ("--json", "--watch"))
     show = (lambda figures: json.dumps(figures, indent=1)) if "--json" in rest else status_text
@@ -296,7 +307,7 @@ def _status(rest: list[str]) -> int:
 
 def _report(rest: list[str]) -> int:
     quieten_libraries()
-    from dist_spin.stages.report import write_report
+    from dist_spin.report.stage import write_report
 
     write_report(_run_directory("report", rest))
     return EXIT_OK
@@ -304,7 +315,7 @@ def _report(rest: list[str]) -> int:
 
 def _plot(rest: list[str]) -> int:
     quieten_libraries()
-    from dist_spin.stages.plot import plot
+    from dist_spin.report.plot import plot
 
     dark = "--dark" in rest
     rest = [word for word in rest if word != "--dark"]
@@ -319,7 +330,7 @@ def _plot(rest: list[str]) -> int:
 
 def _speak(verb: str, rest: list[str]) -> int:
     quieten_libraries()
-    from dist_spin.stages.generate import TOKENS, chat, generate
+    from dist_spin.evaluate.generate import TOKENS, chat, generate
 
     tokens = _count(
         "--tokens", next(reversed(_option(rest, "--tokens")), None), 4 * TOKENS if verb == "chat" else TOKENS
@@ -335,7 +346,7 @@ def _speak(verb: str, rest: list[str]) -> int:
 
 
 def _jobs(verb: str, rest: list[str]) -> int:
-    from dist_spin.stages.status import cancel, logs
+    from dist_spin.report.status import cancel, logs
 
     path = _run_directory(verb, rest)
     print(logs(path) if verb == "logs" else cancel(path))

@@ -8,7 +8,7 @@ Sources (`dist_spin.config.check_source`):
     text:PATH[,PATH…]           UTF-8 files, joined by blank lines
     tokens:PATH.npy             integers [rows, length], tokenised already; each row is one sequence
 
-(`self`, the model's own text, is no source that is read: see `dist_spin.stages.self_text`.)
+(`self`, the model's own text, is no source that is read: see `dist_spin.pipeline.self_generated_text`.)
 
 Splits: wikitext2, c4 and hf: have their own. The local sources (pydoc, text:, tokens:) are cut in two: `train` is the
 first 80 % of the tokens (tokens: rows), `test` the rest, so the two never share a token. Split `all`, or `#all` behind
@@ -31,8 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dist_spin.config.checks import check_source
 from dist_spin.errors import UserError
-from dist_spin.settings import check_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

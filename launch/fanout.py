@@ -7,51 +7,20 @@ launcher holds no state of its own: kill it, start it again, and it does what is
 """
 
 import signal
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Protocol
 
-from dist_spin import distributed
+from dist_spin.config.run import RunConfig
 from dist_spin.errors import EXIT_INTERRUPTED, EXIT_NUMERICS, EXIT_OK, EXIT_USER, UserError
-from dist_spin.progress import Progress
-from dist_spin.rundir import RunDir
-from dist_spin.settings import RunConfig
-from dist_spin.signals import STOPPING
-from dist_spin.stages.common import run_dir, say
-from dist_spin.stages.quantize import Work, prepare_works
+from dist_spin.quantize.stage import Work, prepare_works
+from dist_spin.runtime import distributed
+from dist_spin.runtime.progress import Progress, say
+from dist_spin.runtime.signals import STOPPING
+from dist_spin.storage.run_directory import RunDir, run_dir
+
+from .jobs import Executor, Task
 
 HOPELESS = (EXIT_USER, EXIT_NUMERICS)  # the same again would end the same way
-
-
-@dataclass
-class Task:
-    """One job, and how often it failed without getting anything done."""
-
-    words: list[str]  # what follows `dist-spin quantize CONFIG ...`
-    layers: range
-    failures: int = 0
-    done_before: int = 0
-
-    @property
-    def name(self) -> str:
-        """For log files and messages."""
-        return f"{self.layers.start:03d}-{self.layers.stop:03d}" if self.layers else "boundaries"
-
-
-class Executor(Protocol):
-    """Where jobs run."""
-
-    slots: int  # how many at once
-
-    def start(self, task: Task) -> None:
-        """Begin a job; there is a free slot."""
-
-    def wait(self, seconds: float) -> Iterable[tuple[Task, int]]:
-        """Jobs that ended, with their exit codes (negative: killed by that signal); waits at most `seconds`."""
-
-    def stop(self) -> None:
-        """Ask every running job to save and leave."""
 
 
 @dataclass
@@ -122,13 +91,13 @@ def make_executor(
     """
     logs = run_dir(config).logs
     if cluster == "local":
-        from launch.processes import LocalExecutor
+        from .local_executor import LocalExecutor
 
         if scheduler:
             raise UserError("--slurm is for --cluster slurm", "leave it out")
         return LocalExecutor(arguments, config, logs, workers)
     if cluster in ("slurm", "submitit-local", "debug"):
-        from launch.submitit_array import SubmititExecutor
+        from .submitit_executor import SubmititExecutor
 
         return SubmititExecutor(
             arguments, logs, cluster.removeprefix("submitit-"), workers, scheduler, config.distributed.device != "cpu"

@@ -11,8 +11,9 @@ import submitit
 from submitit.core.utils import DelayedSubmission
 
 from dist_spin.errors import EXIT_HANG, EXIT_INTERRUPTED, EXIT_OK
-from dist_spin.scheduler import job_states
-from launch.local import run_stages
+from dist_spin.runtime.slurm import job_states
+
+from .local_pipeline import run_stages
 
 LOSSES = 5  # restarts after which a rank that hangs or dies ends the job for good
 PATIENCE = 45  # seconds that the other nodes wait for the first one to queue the job again
@@ -39,7 +40,7 @@ class StageJob:
             RuntimeError: the stage failed, so that jobs which wait for it do not begin.
         """
         stage = "quantize" if self.stage == "boundaries" else self.stage
-        command = [sys.executable, "-m", "launch.torchrun", *meeting(), f"--nproc_per_node={self.ranks}"]
+        command = [sys.executable, "-m", "dist_spin.launch.torchrun", *meeting(), f"--nproc_per_node={self.ranks}"]
         command += ["-m", "dist_spin", stage, *self.arguments]
         quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # c10d tells at length of every peer that has left
         self.process = subprocess.Popen(command, env={**os.environ, **quiet}, start_new_session=True)

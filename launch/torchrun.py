@@ -1,6 +1,6 @@
 """torchrun that passes stopping signals on to its ranks and returns their exit code, so that schedulers can act on it.
 
-python -m launch.torchrun --nproc_per_node 2 -m dist_spin optimize configs/quickstart.yaml
+python -m dist_spin.launch.torchrun --nproc_per_node 2 -m dist_spin optimize configs/quickstart.yaml
 
 torchrun itself returns 1 whatever its ranks return, and dies of SIGUSR1.
 """
@@ -22,7 +22,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args, run
 
 from dist_spin.errors import EXIT_HANG, EXIT_INTERRUPTED, EXIT_OK
-from dist_spin.signals import STOPPING
+from dist_spin.runtime.signals import STOPPING
 
 UNNOTICED = 15  # seconds in which torchrun should notice that a rank has failed
 

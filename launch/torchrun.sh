@@ -13,5 +13,5 @@ set -euo pipefail
 [ $# -ge 5 ] || { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 first=$1 hosts=$2 ranks=$3
 shift 3
-exec "${PYTHON:-.venv/bin/python}" -m launch.torchrun --nnodes "$hosts" --nproc_per_node "$ranks" --rdzv_backend c10d \
+exec "${PYTHON:-.venv/bin/python}" -m dist_spin.launch.torchrun --nnodes "$hosts" --nproc_per_node "$ranks" --rdzv_backend c10d \
   --rdzv_endpoint "$first:${PORT:-29400}" --rdzv_id dist-spin -m dist_spin "$@"

@@ -12,10 +12,10 @@ import threading
 from multiprocessing.connection import wait
 
 # Imported for the fork server's sake; the command line imports them late.
-import dist_spin.stages.evaluate
-import dist_spin.stages.optimize
-import dist_spin.stages.quantize  # noqa: F401
-from dist_spin.signals import STOPPING
+import dist_spin.evaluate.stage
+import dist_spin.optimize.train
+import dist_spin.quantize.stage  # noqa: F401
+from dist_spin.runtime.signals import STOPPING
 
 
 def work(arguments: list[str], log: str) -> None:

@@ -21,7 +21,7 @@ REPORT=(${REPORT_OPTIONS:---nodes=1})  # one process on one node
 
 [ $# -ge 1 ] || { echo "usage: slurm/pipeline.sh CONFIG.yaml [key=value ...]" >&2; exit 2; }
 cd "$ROOT"
-spans=$($PYTHON -m launch.spans "$@") # such as "0:10 10:20"; empty if weights stay as they are
+spans=$($PYTHON -m dist_spin.launch.layer_ranges "$@") # such as "0:10 10:20"; empty if weights stay as they are
 after=""
 
 put() { # submit one job after the one before, say its number, and have the next wait for it

@@ -10,14 +10,16 @@ from tiny import write_model
 from torch import Tensor
 
 from dist_spin.cli import main
-from dist_spin.config import load_config
-from dist_spin.distributed import start, stop
-from dist_spin.layer_files import identity_hash
+from dist_spin.config.loader import load_config
+from dist_spin.evaluate.cells import Cell
+from dist_spin.evaluate.layerwise_model import assembled
 from dist_spin.numerics.quantizer import QuantSpec
-from dist_spin.stages.assembled import assembled
-from dist_spin.stages.common import open_configured_model, run_dir
-from dist_spin.stages.evaluate import Cell
-from dist_spin.stages.variants import calibration_tokens, layer_identity, variant
+from dist_spin.pipeline.fingerprints import layer_identity
+from dist_spin.pipeline.model import open_configured_model
+from dist_spin.pipeline.variants import calibration_tokens, variant
+from dist_spin.runtime.distributed import start, stop
+from dist_spin.storage.run_directory import run_dir
+from dist_spin.storage.tensor_file import identity_hash
 
 IDS = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(1))
 NO_HAD = ["rotation.online=false"]

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from dist_spin.cli import quieten_libraries
-from dist_spin.config import load_config
-from dist_spin.distributed import World, start, stop
-from dist_spin.rundir import read_lines
-from dist_spin.stages.common import run_dir
-from dist_spin.stages.evaluate import evaluate
-from dist_spin.stages.optimize import optimize
-from dist_spin.stages.quantize import quantize
+from dist_spin.config.loader import load_config
+from dist_spin.evaluate.stage import evaluate
+from dist_spin.optimize.train import optimize
+from dist_spin.quantize.stage import quantize
+from dist_spin.runtime.distributed import World, start, stop
+from dist_spin.storage.atomic import read_lines
+from dist_spin.storage.run_directory import run_dir
 
 RELEASE = ["optimize.optimizer=cayley_sgd", "optimize.lr=1.5", "optimize.seed=-1"]
 ADAM = ["optimize.optimizer=cayley_adam", "optimize.lr=0.004", "optimize.warmup_steps=5"]

@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 
 from dist_spin.cli import quieten_libraries
-from dist_spin.config import load_config
-from dist_spin.distributed import start, stop
+from dist_spin.config.loader import load_config
+from dist_spin.evaluate.stage import evaluate
 from dist_spin.model.rotation import initial
-from dist_spin.rotation_files import save_final
-from dist_spin.rundir import RunDir
-from dist_spin.stages.common import open_configured_model
-from dist_spin.stages.evaluate import evaluate
-from dist_spin.stages.quantize import quantize
-from dist_spin.stages.variants import LEARNED
+from dist_spin.pipeline.model import open_configured_model
+from dist_spin.pipeline.variants import LEARNED
+from dist_spin.quantize.stage import quantize
+from dist_spin.runtime.distributed import start, stop
+from dist_spin.storage.rotations import save_final
+from dist_spin.storage.run_directory import RunDir
 
 
 def main() -> None:

@@ -14,18 +14,21 @@ import time
 import torch
 
 from dist_spin.cli import quieten_libraries
-from dist_spin.config import load_config
-from dist_spin.distributed import World, start, stop
-from dist_spin.layer_files import identity_hash
-from dist_spin.model.loading import ModelFiles
-from dist_spin.model.rotation import Sites
-from dist_spin.settings import RunConfig
-from dist_spin.signals import StopRequest
-from dist_spin.stages.common import open_configured_model, say
-from dist_spin.stages.evaluate import Cell, measuring_tokens, window_losses
-from dist_spin.stages.methods import METHODS, learn, method_variant
-from dist_spin.stages.quantize import Work, quantize_span
-from dist_spin.stages.variants import Variant, calibration_tokens, layer_identity, variant
+from dist_spin.compare.method_variants import METHODS, learn, method_variant
+from dist_spin.config.loader import load_config
+from dist_spin.config.run import RunConfig
+from dist_spin.evaluate.cells import Cell
+from dist_spin.evaluate.perplexity import measuring_tokens, window_losses
+from dist_spin.model.sites_config import Sites
+from dist_spin.model.weights import ModelFiles
+from dist_spin.pipeline.fingerprints import layer_identity
+from dist_spin.pipeline.model import open_configured_model
+from dist_spin.pipeline.variants import Variant, calibration_tokens, variant
+from dist_spin.quantize.stage import Work, quantize_span
+from dist_spin.runtime.distributed import World, start, stop
+from dist_spin.runtime.progress import say
+from dist_spin.runtime.signals import StopRequest
+from dist_spin.storage.tensor_file import identity_hash
 
 
 def main() -> None:

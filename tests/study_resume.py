@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_spin.rundir import read_lines
+from dist_spin.storage.atomic import read_lines
 
 
 def main() -> None:

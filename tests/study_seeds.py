@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from dist_spin.cli import quieten_libraries
-from dist_spin.config import load_config
-from dist_spin.distributed import start, stop
-from dist_spin.stages.evaluate import evaluate
-from dist_spin.stages.optimize import optimize
-from dist_spin.stages.quantize import quantize
+from dist_spin.config.loader import load_config
+from dist_spin.evaluate.stage import evaluate
+from dist_spin.optimize.train import optimize
+from dist_spin.quantize.stage import quantize
+from dist_spin.runtime.distributed import start, stop
 
 
 def main() -> None:

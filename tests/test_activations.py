@@ -9,16 +9,17 @@ from tiny import write_model
 from transformers import AutoModelForCausalLM
 
 from dist_spin.cli import main
-from dist_spin.config import load_config
-from dist_spin.distributed import start, stop
+from dist_spin.config.loader import load_config
 from dist_spin.errors import Interrupted
 from dist_spin.numerics.activations import SUMMARY, kurtosis, peak_over_rms, pooled, summary
-from dist_spin.rundir import RunDir, load_tensors
-from dist_spin.signals import StopRequest
-from dist_spin.stages.common import open_configured_model
-from dist_spin.stages.statistics import _measure
-from dist_spin.stages.variants import calibration_tokens, variant
-from dist_spin.statistics_files import SITES, load_statistics, statistics_path
+from dist_spin.pipeline.model import open_configured_model
+from dist_spin.pipeline.variants import calibration_tokens, variant
+from dist_spin.report.measure_activations import _measure
+from dist_spin.runtime.distributed import start, stop
+from dist_spin.runtime.signals import StopRequest
+from dist_spin.storage.activation_stats import SITES, load_statistics, statistics_path
+from dist_spin.storage.run_directory import RunDir
+from dist_spin.storage.tensor_file import load_tensors
 
 
 def test_figures_of_known_tokens():

@@ -6,11 +6,13 @@ from tiny import write_model
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from dist_spin.model.assembly import assemble
-from dist_spin.model.layers import LayerRunner, RotatedWeights
-from dist_spin.model.loading import ModelFiles, open_model
-from dist_spin.model.rotation import Sites, initial
-from dist_spin.numerics.hadamard import kronecker_factors
+from dist_spin.model.full_model import assemble
+from dist_spin.model.layers import LayerRunner
+from dist_spin.model.rotated_weights import RotatedWeights
+from dist_spin.model.rotation import initial
+from dist_spin.model.sites_config import Sites
+from dist_spin.model.weights import ModelFiles, open_model
+from dist_spin.numerics.hadamard_transform import kronecker_factors
 from dist_spin.numerics.quantizer import QuantSpec
 
 CPU = torch.device("cpu")

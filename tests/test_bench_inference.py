@@ -11,7 +11,8 @@ from dist_spin.bench.hadamard_routes import butterfly, routes
 from dist_spin.bench.linear_kernels import Int8, Unavailable, make, per_token_int8, relative_error
 from dist_spin.cli import main
 from dist_spin.model.architecture import Shape
-from dist_spin.numerics.hadamard import hadamard_core, hadamard_matrix, kronecker_apply, kronecker_factors
+from dist_spin.numerics.hadamard import hadamard_core, hadamard_matrix
+from dist_spin.numerics.hadamard_transform import kronecker_apply, kronecker_factors
 
 CPU = torch.device("cpu")
 CONFIG = LlamaConfig(

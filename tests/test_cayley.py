@@ -8,8 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_spin.distributed import World, start, stop
-from dist_spin.engine.rotation_optimizer import RotationOptimizer
 from dist_spin.model.rotation import Rotations
 from dist_spin.numerics.cayley import (
     nearest_orthogonal,
@@ -19,6 +17,8 @@ from dist_spin.numerics.cayley import (
     step_size,
     tangent,
 )
+from dist_spin.optimize.cayley_optimizer import RotationOptimizer
+from dist_spin.runtime.distributed import World, start, stop
 
 CPU = torch.device("cpu")
 NEVER = 1 << 30  # steps between re-projections

@@ -13,19 +13,20 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from dist_spin.launch.fanout import HOPELESS
 from safetensors.torch import load_file, save_file
 from tiny import SHAPES, write_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dist_spin.cli import VERBS, main
-from dist_spin.config import load_config
+from dist_spin.config.loader import load_config
+from dist_spin.config.run import RunConfig
 from dist_spin.errors import EXIT_MEMORY, out_of_memory
-from dist_spin.layer_files import layer_path, load_layer
 from dist_spin.model.architecture import LAYER_LINEARS
-from dist_spin.rundir import RunDir, checkpoints
-from dist_spin.settings import RunConfig
-from launch.fanout import HOPELESS
+from dist_spin.storage.checkpoints import checkpoints
+from dist_spin.storage.quantized_layers import layer_path, load_layer
+from dist_spin.storage.run_directory import RunDir
 
 VARIANTS = ("learned", "none", "hadamard")
 RESULT_FIELDS = (

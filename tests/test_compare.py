@@ -15,12 +15,15 @@ import pytest
 from tiny import write_model
 
 from dist_spin.cli import main
-from dist_spin.config import load_config
+from dist_spin.compare.plan import Entry, group, parts_of, planned, settings_of
+from dist_spin.config.checks import bits_of
+from dist_spin.config.compare import CompareConfig
+from dist_spin.config.loader import load_config
+from dist_spin.config.optimize import OptimizeConfig
 from dist_spin.errors import UserError
-from dist_spin.rundir import RunDir, read_lines
-from dist_spin.settings import CompareConfig, OptimizeConfig, bits_of
-from dist_spin.stages.compare_plan import Entry, group, parts_of, planned, settings_of
-from dist_spin.stages.compare_table import comparison_table
+from dist_spin.evaluate.tables import comparison_table
+from dist_spin.storage.atomic import read_lines
+from dist_spin.storage.run_directory import RunDir
 
 pytestmark = pytest.mark.usefixtures("restored_process")
 

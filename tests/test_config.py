@@ -10,23 +10,15 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from dist_spin import settings as module
-from dist_spin.config import config_help, dump_config, load_config
+from dist_spin.config import checks as module
+from dist_spin.config.compare import CompareConfig, MethodsConfig
+from dist_spin.config.evaluate import EvaluateConfig, ReportConfig
+from dist_spin.config.loader import config_help, dump_config, load_config
+from dist_spin.config.model import ModelConfig, QuantConfig, RotationConfig
+from dist_spin.config.optimize import OptimizeConfig
+from dist_spin.config.quantize import ExportConfig, QuantizeConfig
+from dist_spin.config.run import DistributedConfig, RunConfig
 from dist_spin.errors import UserError
-from dist_spin.settings import (
-    CompareConfig,
-    DistributedConfig,
-    EvaluateConfig,
-    ExportConfig,
-    MethodsConfig,
-    ModelConfig,
-    OptimizeConfig,
-    QuantConfig,
-    QuantizeConfig,
-    ReportConfig,
-    RotationConfig,
-    RunConfig,
-)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MODEL = "model.path=some/model"

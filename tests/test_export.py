@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 import dist_spin
 from dist_spin.cli import main
 from dist_spin.errors import UserError
-from dist_spin.layer_files import layer_path
-from dist_spin.rundir import RunDir, load_tensors, save_tensors
+from dist_spin.storage.quantized_layers import layer_path
+from dist_spin.storage.run_directory import RunDir
+from dist_spin.storage.tensor_file import load_tensors, save_tensors
 
 pytestmark = pytest.mark.usefixtures("restored_process")
 

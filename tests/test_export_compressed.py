@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConf
 
 import dist_spin
 from dist_spin.export.compressed import REFUSAL
-from dist_spin.layer_files import layer_path, load_layer
 from dist_spin.model.architecture import LAYER_LINEARS
 from dist_spin.numerics.quantizer import QuantSpec, dequantize_weight, fake_quantize
-from dist_spin.rundir import RunDir
+from dist_spin.storage.quantized_layers import layer_path, load_layer
+from dist_spin.storage.run_directory import RunDir
 
 pytestmark = pytest.mark.usefixtures("restored_process")
 

@@ -12,14 +12,14 @@ from exported import IDS, exported, pipeline_cell, settings
 from transformers import LlamaConfig
 
 from dist_spin.cli import main
-from dist_spin.config import load_config
+from dist_spin.config.loader import load_config
 from dist_spin.errors import UserError
-from dist_spin.export.executorch import META_NAMES, interleaved, model_params
-from dist_spin.export.target import check_target
-from dist_spin.layer_files import layer_path, load_ends, load_layer
+from dist_spin.export.executorch import META_NAMES, interleaved
 from dist_spin.model import sites
 from dist_spin.numerics.quantizer import QuantSpec
-from dist_spin.rundir import RunDir
+from dist_spin.pipeline.export_limits import check_target, model_params
+from dist_spin.storage.quantized_layers import layer_path, load_ends, load_layer
+from dist_spin.storage.run_directory import RunDir
 
 RECIPE = "configs/recipes/llama-3.2-1b-executorch.yaml"
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 16}

@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM
 from dist_spin.cli import main
 from dist_spin.errors import UserError
 from dist_spin.export.gguf import Converter
-from dist_spin.model.loading import open_model
 from dist_spin.model.rotation import initial
-from dist_spin.model.transforms import scale_shapes
-from dist_spin.rotation_files import save_final
-from dist_spin.rundir import RunDir
-from dist_spin.stages.status import exports
+from dist_spin.model.scales_and_clips import scale_shapes
+from dist_spin.model.weights import open_model
+from dist_spin.report.status import exports
+from dist_spin.storage.rotations import save_final
+from dist_spin.storage.run_directory import RunDir
 
 pytestmark = pytest.mark.usefixtures("restored_process")
 

@@ -13,8 +13,8 @@ import dist_spin
 from dist_spin.cli import main
 from dist_spin.export.loader import load
 from dist_spin.export.sidecar import read_sidecar
-from dist_spin.model.loading import SafetensorsWeights
-from dist_spin.rotation_files import load_transforms
+from dist_spin.model.weights import SafetensorsWeights
+from dist_spin.storage.rotations import load_transforms
 
 pytestmark = pytest.mark.usefixtures("restored_process")
 

@@ -11,17 +11,18 @@ from test_model import WeightSide, learning_model, merged_logits, online_sites, 
 from tiny import write_model
 from torch import nn
 
-from dist_spin import distributed
-from dist_spin.engine.layerwise import LayerQuantizer
 from dist_spin.errors import UserError
-from dist_spin.layer_files import finished_layer, save_layer
 from dist_spin.model.architecture import LAYER_LINEARS, REFUSED
-from dist_spin.model.layers import LayerRunner, RotatedWeights
-from dist_spin.model.loading import ModelFiles, open_model
+from dist_spin.model.layers import LayerRunner
+from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.rotation import Rotations, initial
+from dist_spin.model.weights import ModelFiles, open_model
 from dist_spin.numerics.cayley import tangent
 from dist_spin.numerics.gptq import GPTQOptions
 from dist_spin.numerics.hadamard import hadamard_core
+from dist_spin.quantize.layer_quantizer import LayerQuantizer
+from dist_spin.runtime import distributed
+from dist_spin.storage.quantized_layers import finished_layer, save_layer
 
 CPU = torch.device("cpu")
 WIDE = torch.float64

@@ -9,9 +9,9 @@ from exported import settings
 from torch import Tensor
 
 from dist_spin.cli import main
-from dist_spin.config import load_config
+from dist_spin.config.loader import load_config
 from dist_spin.errors import UserError
-from dist_spin.rotation_files import load_rotations
+from dist_spin.storage.rotations import load_rotations
 
 SHORT = ["evaluate.unquantized_weights=true", "quant.a_bits=8"]
 KINDS = {"had": ["rotation.online=true"], "no-had": ["rotation.online=false"]}

@@ -14,20 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_spin.numerics import hadamard
-from dist_spin.numerics.hadamard import (
-    NoHadamard,
-    hadamard_core,
-    hadamard_matrix,
+from dist_spin.numerics import hadamard_transform as transform
+from dist_spin.numerics.hadamard import NoHadamard, hadamard_core, hadamard_matrix, largest_block
+from dist_spin.numerics.hadamard_transform import (
     hadamard_transform,
     kronecker_apply,
     kronecker_factors,
-    largest_block,
     library_gap,
     online_transform,
-    random_hadamard,
-    random_orthogonal,
 )
+from dist_spin.numerics.random_rotations import random_hadamard, random_orthogonal
 
 # Hidden, intermediate and head sizes of Llama, Mistral, Qwen and SmolLM, with the core that each must have.
 SIZES = {
@@ -243,7 +239,7 @@ def test_library_path_is_the_same_matrix(n: int, block: int, inverse: bool) -> N
         return x @ hadamard_matrix(x.shape[-1]).to(x.dtype) * scale
 
     x = torch.randn(2, 3, n, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    y = hadamard._library_apply(library, x, block or n, inverse)
+    y = transform._library_apply(library, x, block or n, inverse)
     torch.testing.assert_close(y, hadamard_transform(x, block, inverse), rtol=0, atol=1e-12)
 
 
@@ -263,10 +259,10 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An importable fast_hadamard_transform, whose source the test writes."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "fast_hadamard_transform", raising=False)
-    hadamard._library.cache_clear()
+    transform._library.cache_clear()
     yield tmp_path / "fast_hadamard_transform.py"
     sys.modules.pop("fast_hadamard_transform", None)
-    hadamard._library.cache_clear()
+    transform._library.cache_clear()
 
 
 def test_the_library_is_picked_where_it_can_be_imported(package: Path) -> None:
@@ -276,10 +272,10 @@ def test_the_library_is_picked_where_it_can_be_imported(package: Path) -> None:
     assert library_gap(14336, torch.bfloat16, torch.device("cpu")) == "its kernel is for CUDA"
     assert library_gap(14336, torch.float64, gpu) == "its kernel does not take torch.float64"
     assert library_gap(29568, torch.bfloat16, gpu) == "a dense core of order 3696 is left of the order 29568"
-    library = hadamard._library()
+    library = transform._library()
     assert library is not None
     x = torch.randn(3, 1376, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-    y = hadamard._library_apply(library, x, 1376, False)
+    y = transform._library_apply(library, x, 1376, False)
     torch.testing.assert_close(y, x @ dense(1376, 0), rtol=0, atol=1e-12)
 
 

@@ -8,17 +8,18 @@ import torch
 from tiny import write_model
 from torch import Tensor, nn
 
-from dist_spin.config import load_config
-from dist_spin.distributed import World, start, stop
-from dist_spin.engine.fsdp import Fsdp
-from dist_spin.engine.host_layers import FetchAhead
-from dist_spin.model.learning import LearningModel
-from dist_spin.model.loading import open_model
-from dist_spin.model.recompute import kept_bytes
-from dist_spin.model.rotation import Rotations, Sites, initial
+from dist_spin.config.loader import load_config
+from dist_spin.model.activation_checkpoint import kept_bytes
+from dist_spin.model.fake_quant_model import LearningModel
+from dist_spin.model.rotation import Rotations, initial
+from dist_spin.model.sites_config import Sites
+from dist_spin.model.weights import open_model
 from dist_spin.numerics.quantizer import QuantSpec
-from dist_spin.stages.learning import set_up
-from dist_spin.stages.optimize import backward
+from dist_spin.optimize.setup import set_up
+from dist_spin.optimize.sharding.fsdp import Fsdp
+from dist_spin.optimize.sharding.prefetch import FetchAhead
+from dist_spin.optimize.train import backward
+from dist_spin.runtime.distributed import World, start, stop
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BATCH, T = 2, 43

@@ -10,27 +10,29 @@ import torch
 from tiny import write_model
 from torch import Tensor
 
-from dist_spin import boundary_files
 from dist_spin.bench import quantize as bench
-from dist_spin.boundary_files import BoundaryFiles
-from dist_spin.distributed import World
-from dist_spin.engine.layerwise import LayerQuantizer
 from dist_spin.errors import UserError
-from dist_spin.layer_files import finished_layer, save_layer
-from dist_spin.model.layers import LayerRunner, RotatedWeights
-from dist_spin.model.loading import open_model
-from dist_spin.model.rotation import Sites, initial
+from dist_spin.model.layers import LayerRunner
+from dist_spin.model.rotated_weights import RotatedWeights
+from dist_spin.model.rotation import initial
+from dist_spin.model.sites_config import Sites
+from dist_spin.model.weights import open_model
 from dist_spin.numerics.gptq import GPTQOptions, prepare, solve
 from dist_spin.numerics.hessian import Hessian
-from dist_spin.stages.quantize import spans_of, spans_within
-from dist_spin.stages.status import ranges
+from dist_spin.quantize.layer_quantizer import LayerQuantizer
+from dist_spin.quantize.stage import spans_of, spans_within
+from dist_spin.report.status import ranges
+from dist_spin.runtime.distributed import World
+from dist_spin.storage import hidden_states as boundary_files
+from dist_spin.storage.hidden_states import BoundaryFiles
+from dist_spin.storage.quantized_layers import finished_layer, save_layer
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
 def _group():
-    from dist_spin import distributed
+    from dist_spin.runtime import distributed
 
     distributed.start("cpu", threads=1)
     yield
@@ -180,7 +182,7 @@ def test_ranges():
 
 
 def test_bench_times_the_parts_of_a_layer(tmp_path, capsys):
-    from dist_spin import distributed
+    from dist_spin.runtime import distributed
 
     distributed.stop()  # the benchmark starts its own
     out = tmp_path / "b.json"

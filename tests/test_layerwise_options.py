@@ -11,14 +11,15 @@ from tiny import write_model
 from transformers import AutoModelForCausalLM
 
 from dist_spin.cli import main
-from dist_spin.config import load_config
+from dist_spin.config.loader import load_config
 from dist_spin.data import load_tokens
 from dist_spin.errors import UserError
-from dist_spin.layer_files import layer_path, load_ends, load_layer
 from dist_spin.model.architecture import EMBEDDING, LAYER_LINEARS
-from dist_spin.model.loading import open_model
+from dist_spin.model.weights import open_model
 from dist_spin.numerics.quantizer import dequantize_weight
-from dist_spin.rundir import RunDir, load_tensors, save_tensors
+from dist_spin.storage.quantized_layers import layer_path, load_ends, load_layer
+from dist_spin.storage.run_directory import RunDir
+from dist_spin.storage.tensor_file import load_tensors, save_tensors
 
 DOWN = "mlp.down_proj"
 

@@ -8,22 +8,23 @@ import pytest
 import torch
 from tiny import write_model
 
-from dist_spin.config import load_config
-from dist_spin.distributed import start, stop
-from dist_spin.engine.guard import Guard
+from dist_spin.compare.plan import at_bits
+from dist_spin.compare.stage import Comparison
+from dist_spin.config.loader import load_config
 from dist_spin.errors import NumericsError, UserError
-from dist_spin.layer_files import load_layer
-from dist_spin.model.rotation import CLIPS
-from dist_spin.rotation_files import load_transforms
-from dist_spin.rundir import RunDir, read_lines
-from dist_spin.signals import StopRequest
-from dist_spin.stages.common import open_configured_model, run_dir
-from dist_spin.stages.compare import Comparison
-from dist_spin.stages.compare_plan import at_bits
-from dist_spin.stages.evaluate import evaluate
-from dist_spin.stages.optimize import optimize
-from dist_spin.stages.quantize import quantize
-from dist_spin.stages.variants import LEARNED, variant
+from dist_spin.evaluate.stage import evaluate
+from dist_spin.model.sites_config import CLIPS
+from dist_spin.optimize.best_state import Guard
+from dist_spin.optimize.train import optimize
+from dist_spin.pipeline.model import open_configured_model
+from dist_spin.pipeline.variants import LEARNED, variant
+from dist_spin.quantize.stage import quantize
+from dist_spin.runtime.distributed import start, stop
+from dist_spin.runtime.signals import StopRequest
+from dist_spin.storage.atomic import read_lines
+from dist_spin.storage.quantized_layers import load_layer
+from dist_spin.storage.rotations import load_transforms
+from dist_spin.storage.run_directory import RunDir, run_dir
 
 
 def settings(place: Path, *more: str) -> list[str]:

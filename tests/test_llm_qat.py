@@ -8,24 +8,29 @@ import pytest
 import torch
 from tiny import write_model
 
-from dist_spin import distributed
 from dist_spin.cli import main
-from dist_spin.config import load_config
-from dist_spin.distributed import World
+from dist_spin.compare import llm_qat_training as llm_qat
+from dist_spin.compare.method_variants import learn, method_variant
+from dist_spin.compare.methods.llm_qat import Student, divergence, predictions, symmetric
+from dist_spin.config.loader import load_config
 from dist_spin.errors import Interrupted, UserError
-from dist_spin.layer_files import identity_hash, load_layer
-from dist_spin.methods.llm_qat import Student, divergence, predictions, symmetric
-from dist_spin.model.layers import LayerRunner, RotatedWeights
-from dist_spin.model.rotation import Sites
-from dist_spin.rundir import load_tensors
-from dist_spin.signals import StopRequest
-from dist_spin.stages import llm_qat
-from dist_spin.stages.common import open_configured_model, run_dir, sites_for
-from dist_spin.stages.evaluate import Cell, window_losses
-from dist_spin.stages.methods import learn, method_variant
-from dist_spin.stages.quantize import Work, quantize_span
-from dist_spin.stages.self_text import self_text
-from dist_spin.stages.variants import layer_identity, variant
+from dist_spin.evaluate.cells import Cell
+from dist_spin.evaluate.perplexity import window_losses
+from dist_spin.model.layers import LayerRunner
+from dist_spin.model.rotated_weights import RotatedWeights
+from dist_spin.model.sites_config import Sites
+from dist_spin.pipeline.fingerprints import layer_identity
+from dist_spin.pipeline.model import open_configured_model
+from dist_spin.pipeline.quant_sites import sites_for
+from dist_spin.pipeline.self_generated_text import self_text
+from dist_spin.pipeline.variants import variant
+from dist_spin.quantize.stage import Work, quantize_span
+from dist_spin.runtime import distributed
+from dist_spin.runtime.distributed import World
+from dist_spin.runtime.signals import StopRequest
+from dist_spin.storage.quantized_layers import load_layer
+from dist_spin.storage.run_directory import run_dir
+from dist_spin.storage.tensor_file import identity_hash, load_tensors
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, 1, CPU)
@@ -85,7 +90,7 @@ def test_without_quantisers_the_student_is_the_teacher(kind, tmp_path):
 
 
 def test_divergence_and_its_gradients_are_those_of_the_definition(monkeypatch):
-    monkeypatch.setattr("dist_spin.methods.llm_qat.LOGITS_AT_ONCE", 11 * 3)  # three tokens at a time
+    monkeypatch.setattr("dist_spin.compare.methods.llm_qat.LOGITS_AT_ONCE", 11 * 3)  # three tokens at a time
     generator = torch.Generator().manual_seed(0)
     sizes = ((2, 5, 6), (11, 6), (2, 5, 6), (11, 6))
     h, w, t, v = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from dist_spin.lock import Held, Lock, gone, here, read_owner, stage_lock
+from dist_spin.storage.locks import Held, Lock, gone, here, read_owner, stage_lock
 
 QUICK = {"beat": 0.05, "patience": 0.5}
 HOLD = """
 import sys, time
 from pathlib import Path
-from dist_spin.lock import Lock
+from dist_spin.storage.locks import Lock
 with Lock(Path(sys.argv[1]), "other", beat=0.05, patience=0.5):
     print("held", flush=True)
     sys.stdin.read()

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from dist_spin.engine.host_memory import host_bytes_free
-from dist_spin.engine.memory import MOST_TOKENS, Workload, fewest_or_fastest, within
+from dist_spin.model.activation_checkpoint import LEVELS, kept_bytes, plan
 from dist_spin.model.architecture import Shape
-from dist_spin.model.recompute import LEVELS, kept_bytes, plan
+from dist_spin.optimize.sharding.memory_planner import MOST_TOKENS, Workload, fewest_or_fastest, within
+from dist_spin.runtime.host_memory import host_bytes_free
 
 SHAPES = Path(__file__).parents[1] / "configs" / "shapes"
 GIB = 2**30

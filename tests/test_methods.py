@@ -8,29 +8,33 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import write_model
 
-from dist_spin import distributed
-from dist_spin.config import load_config
-from dist_spin.distributed import World
+from dist_spin.compare.method_variants import METHODS, WHOLE, MethodRecipe, learn, method_variant
+from dist_spin.compare.methods.flatquant import FlatParameters
+from dist_spin.compare.methods.smoothquant import quantized_layer, smoothing
+from dist_spin.compare.methods.transformed_layer import INVERSE, TransformedRunner, clamp, merged
+from dist_spin.config.loader import load_config
 from dist_spin.errors import Interrupted
-from dist_spin.layer_files import identity_hash
-from dist_spin.methods.flatquant import FlatParameters
-from dist_spin.methods.inputs import LayerTask, maxima, observe
-from dist_spin.methods.smoothquant import quantized_layer, smoothing
-from dist_spin.methods.transformed import INVERSE, TransformedRunner, clamp, merged
-from dist_spin.model.layers import LayerRunner, RotatedWeights
-from dist_spin.model.loading import open_model
-from dist_spin.model.rotation import Sites
-from dist_spin.numerics.clipped import clipped_quantize
+from dist_spin.evaluate.cells import Cell
+from dist_spin.evaluate.perplexity import window_losses
+from dist_spin.model.layer_inputs import LayerTask, maxima, observe
+from dist_spin.model.layers import LayerRunner
+from dist_spin.model.rotated_weights import RotatedWeights
+from dist_spin.model.sites_config import Sites
+from dist_spin.model.weights import open_model
 from dist_spin.numerics.gptq import GPTQOptions, prepare, solve
-from dist_spin.numerics.outliers import condense
+from dist_spin.numerics.kronecker import apply_pair, kronecker_sizes, orthogonal
+from dist_spin.numerics.learned_clipping import clipped_quantize
+from dist_spin.numerics.outlier_columns import condense
 from dist_spin.numerics.quantizer import QuantSpec, dequantize_weight, fake_quantize, quantize_weight, weight_scales
-from dist_spin.numerics.transforms import apply_pair, kronecker_sizes, orthogonal
-from dist_spin.signals import StopRequest
-from dist_spin.stages.common import open_configured_model, sites_for
-from dist_spin.stages.evaluate import Cell, window_losses
-from dist_spin.stages.methods import METHODS, WHOLE, MethodRecipe, learn, method_variant
-from dist_spin.stages.quantize import Work, quantize_span
-from dist_spin.stages.variants import calibration_tokens, layer_identity, variant
+from dist_spin.pipeline.fingerprints import layer_identity
+from dist_spin.pipeline.model import open_configured_model
+from dist_spin.pipeline.quant_sites import sites_for
+from dist_spin.pipeline.variants import calibration_tokens, variant
+from dist_spin.quantize.stage import Work, quantize_span
+from dist_spin.runtime import distributed
+from dist_spin.runtime.distributed import World
+from dist_spin.runtime.signals import StopRequest
+from dist_spin.storage.tensor_file import identity_hash
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, 1, CPU)

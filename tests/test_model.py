@@ -9,14 +9,18 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from dist_spin.errors import UserError
-from dist_spin.model.layers import LayerRunner, RotatedWeights
-from dist_spin.model.learning import LearningModel, parameter_source
-from dist_spin.model.loading import ModelFiles, open_model
-from dist_spin.model.recompute import LEVELS
-from dist_spin.model.rotation import Rotations, Sites, folded_rows, initial
-from dist_spin.model.sites import Basis, WideRMSNorm, rotate_quantize
+from dist_spin.model.activation_checkpoint import LEVELS
+from dist_spin.model.fake_quant_model import LearningModel, parameter_source
+from dist_spin.model.layers import LayerRunner
+from dist_spin.model.merge import folded_rows
+from dist_spin.model.rotate_quantize import Basis, rotate_quantize
+from dist_spin.model.rotated_weights import RotatedWeights
+from dist_spin.model.rotation import Rotations, initial
+from dist_spin.model.sites import WideRMSNorm
+from dist_spin.model.sites_config import Sites
+from dist_spin.model.weights import ModelFiles, open_model
 from dist_spin.numerics.cayley import tangent
-from dist_spin.numerics.hadamard import kronecker_factors
+from dist_spin.numerics.hadamard_transform import kronecker_factors
 from dist_spin.numerics.quantizer import QuantSpec, fake_quantize
 
 CPU = torch.device("cpu")

@@ -3,9 +3,10 @@
 import pytest
 
 from dist_spin.cli import main
-from dist_spin.layer_files import layer_path, load_layer
 from dist_spin.model.architecture import LAYER_LINEARS
-from dist_spin.rundir import RunDir, read_lines
+from dist_spin.storage.atomic import read_lines
+from dist_spin.storage.quantized_layers import layer_path, load_layer
+from dist_spin.storage.run_directory import RunDir
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("restored_process")]
 

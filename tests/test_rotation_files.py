@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dist_spin.errors import UserError
-from dist_spin.rotation_files import load_rotations, save_final
-from dist_spin.rundir import RunDir
+from dist_spin.storage.rotations import load_rotations, save_final
+from dist_spin.storage.run_directory import RunDir
 
 HIDDEN, HEAD, LAYERS = 12, 4, 3
 

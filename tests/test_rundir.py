@@ -14,23 +14,10 @@ import torch
 from torch import Tensor
 
 from dist_spin.errors import UserError
-from dist_spin.rundir import (
-    CorruptFile,
-    RunDir,
-    append_line,
-    atomic,
-    check_fingerprint,
-    checkpoint_path,
-    checkpoints,
-    load_tensors,
-    newest_checkpoint,
-    prune_checkpoints,
-    read_lines,
-    save_tensors,
-    tensors_digest,
-    write_json,
-    write_text,
-)
+from dist_spin.storage.atomic import append_line, atomic, read_lines, write_json, write_text
+from dist_spin.storage.checkpoints import checkpoint_path, checkpoints, newest_checkpoint, prune_checkpoints
+from dist_spin.storage.run_directory import RunDir, check_fingerprint
+from dist_spin.storage.tensor_file import CorruptFile, load_tensors, save_tensors, tensors_digest
 
 
 def state(seed: int = 0) -> dict[str, Tensor]:
@@ -72,7 +59,7 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path):
     target = tmp_path / "file"
     write_text(target, "old")
     code = (
-        "import os, sys; from pathlib import Path; from dist_spin.rundir import atomic\n"
+        "import os, sys; from pathlib import Path; from dist_spin.storage.atomic import atomic\n"
         "with atomic(Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_text('new'); os.kill(os.getpid(), 9)"
     )
@@ -253,7 +240,7 @@ def test_a_writer_over_its_file_size_limit_fails_as_a_user_error(tmp_path):
     """A limit of the process (ulimit -f) needs no mount; it reports EFBIG instead of ENOSPC."""
     code = (
         "import resource, signal, sys, torch; from pathlib import Path\n"
-        "from dist_spin.rundir import write_text; from dist_spin.errors import UserError\n"
+        "from dist_spin.storage.atomic import write_text; from dist_spin.errors import UserError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "path = Path(sys.argv[1]); write_text(path, 'old')\n"

@@ -5,13 +5,14 @@ import torch
 from tiny import write_model
 from transformers import AutoModelForCausalLM
 
-from dist_spin import distributed
-from dist_spin.config import load_config
+from dist_spin.config.loader import load_config
 from dist_spin.errors import UserError
-from dist_spin.stages.common import open_configured_model, run_dir
-from dist_spin.stages.learning import learning_tokens
-from dist_spin.stages.self_text import BATCH, GREEDY, self_text
-from dist_spin.stages.variants import calibration_tokens
+from dist_spin.optimize.setup import learning_tokens
+from dist_spin.pipeline.model import open_configured_model
+from dist_spin.pipeline.self_generated_text import BATCH, GREEDY, self_text
+from dist_spin.pipeline.variants import calibration_tokens
+from dist_spin.runtime import distributed
+from dist_spin.storage.run_directory import run_dir
 
 pytestmark = pytest.mark.usefixtures("restored_process")
 

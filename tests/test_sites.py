@@ -4,11 +4,14 @@ import pytest
 import torch
 from tiny import write_model
 
-from dist_spin.model.layers import LayerRunner, RotatedWeights
-from dist_spin.model.learning import LearningModel, parameter_source
-from dist_spin.model.loading import open_model
-from dist_spin.model.rotation import Rotations, Sites, folded_rows, initial
-from dist_spin.numerics.hadamard import kronecker_factors
+from dist_spin.model.fake_quant_model import LearningModel, parameter_source
+from dist_spin.model.layers import LayerRunner
+from dist_spin.model.merge import folded_rows
+from dist_spin.model.rotated_weights import RotatedWeights
+from dist_spin.model.rotation import Rotations, initial
+from dist_spin.model.sites_config import Sites
+from dist_spin.model.weights import open_model
+from dist_spin.numerics.hadamard_transform import kronecker_factors
 from dist_spin.numerics.quantizer import QuantSpec
 
 CPU = torch.device("cpu")

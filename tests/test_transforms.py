@@ -8,12 +8,15 @@ from test_model import CPU, ids, merged_logits, online_sites, relative  # noqa: 
 from tiny import SHAPES, write_model
 from torch import Tensor, nn
 
-from dist_spin.model.layers import LayerRunner, RotatedWeights
-from dist_spin.model.learning import LearningModel, parameter_source
-from dist_spin.model.loading import ModelFiles, open_model
-from dist_spin.model.rotation import CLIPS, Rotations, Sites, folded_rows, initial
-from dist_spin.model.sites import Basis, Learned, rotate_quantize
-from dist_spin.model.transforms import Transforms, first_clip
+from dist_spin.model.fake_quant_model import LearningModel, parameter_source
+from dist_spin.model.layers import LayerRunner
+from dist_spin.model.merge import folded_rows
+from dist_spin.model.rotate_quantize import Basis, Learned, rotate_quantize
+from dist_spin.model.rotated_weights import RotatedWeights
+from dist_spin.model.rotation import Rotations, initial
+from dist_spin.model.scales_and_clips import Transforms, first_clip
+from dist_spin.model.sites_config import CLIPS, Sites
+from dist_spin.model.weights import ModelFiles, open_model
 from dist_spin.numerics.cayley import tangent
 from dist_spin.numerics.quantizer import QuantSpec, range_quantize
 

@@ -6,10 +6,11 @@ from test_model import CPU, WeightSide, learning_model, online_sites, relative
 from tiny import SHAPES, write_model
 from torch import Tensor, nn
 
-from dist_spin.model.learning import LearningModel
-from dist_spin.model.loading import ModelFiles, open_model
-from dist_spin.model.rotation import Rotations, Sites, initial
-from dist_spin.model.weight_learning import WeightGrid, merged_rows
+from dist_spin.model.fake_quant_model import LearningModel
+from dist_spin.model.rotation import Rotations, initial
+from dist_spin.model.sites_config import Sites
+from dist_spin.model.weight_quant import WeightGrid, merged_rows
+from dist_spin.model.weights import ModelFiles, open_model
 from dist_spin.numerics.cayley import tangent
 from dist_spin.numerics.quantizer import STAGED_CLIP, dequantize_weight, quantize_weight, weight_scales
 

@@ -14,16 +14,18 @@ from tiny import write_letters, write_model
 from transformers import AutoModelForCausalLM
 
 from dist_spin.cli import main
-from dist_spin.config import load_config
-from dist_spin.distributed import start
-from dist_spin.model.rotation import Sites
+from dist_spin.config.checks import TASKS
+from dist_spin.config.loader import load_config
+from dist_spin.config.run import RunConfig
+from dist_spin.evaluate import loglikelihood as scoring
+from dist_spin.evaluate.cells import Cell
+from dist_spin.evaluate.zero_shot import SOURCES, LayerwiseLM, hushed, load_tasks, run_harness
+from dist_spin.model.sites_config import Sites
 from dist_spin.numerics.quantizer import QuantSpec
-from dist_spin.settings import TASKS, RunConfig
-from dist_spin.stages import scoring
-from dist_spin.stages.common import open_configured_model, run_dir
-from dist_spin.stages.evaluate import Cell
-from dist_spin.stages.variants import variant
-from dist_spin.stages.zero_shot import SOURCES, LayerwiseLM, hushed, load_tasks, run_harness
+from dist_spin.pipeline.model import open_configured_model
+from dist_spin.pipeline.variants import variant
+from dist_spin.runtime.distributed import start
+from dist_spin.storage.run_directory import run_dir
 
 pytestmark = pytest.mark.usefixtures("restored_process")
 

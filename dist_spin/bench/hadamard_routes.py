@@ -14,14 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_spin.numerics.hadamard import (
-    hadamard_core,
-    hadamard_matrix,
-    hadamard_transform,
-    kronecker_apply,
-    kronecker_factors,
-    library_gap,
-)
+from dist_spin.numerics.hadamard import hadamard_core, hadamard_matrix
+from dist_spin.numerics.hadamard_transform import hadamard_transform, kronecker_apply, kronecker_factors, library_gap
 
 Transform = Callable[[Tensor], Tensor]
 LIBRARY = "fast-hadamard-transform"

@@ -28,10 +28,10 @@ from dist_spin.bench.linear_kernels import KERNELS, make, relative_error
 from dist_spin.bench.optimize import json_config
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
-from dist_spin.numerics.hadamard import NoHadamard, kronecker_apply, kronecker_factors
-from dist_spin.progress import Progress
-from dist_spin.rundir import write_json
-from dist_spin.stages.common import say
+from dist_spin.numerics.hadamard import NoHadamard
+from dist_spin.numerics.hadamard_transform import kronecker_apply, kronecker_factors
+from dist_spin.runtime.progress import Progress, say
+from dist_spin.storage.atomic import write_json
 
 PLAIN = "none"
 

@@ -23,14 +23,16 @@ import torch
 
 from dist_spin.bench import weight_side
 from dist_spin.bench.device import describe, matmul_ceiling, synchronize
-from dist_spin.checkpoint_writer import CheckpointWriter
-from dist_spin.config import load_config
-from dist_spin.distributed import World, on_leader, start, stop, together
+from dist_spin.config.loader import load_config
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
-from dist_spin.stages.common import model_dtype, say, sites_for
-from dist_spin.stages.learning import Learning, set_up, write_checkpoint
-from dist_spin.stages.optimize import backward, learning_rate
+from dist_spin.optimize.setup import Learning, set_up, write_checkpoint
+from dist_spin.optimize.train import backward, learning_rate
+from dist_spin.pipeline.model import model_dtype
+from dist_spin.pipeline.quant_sites import sites_for
+from dist_spin.runtime.distributed import World, on_leader, start, stop, together
+from dist_spin.runtime.progress import say
+from dist_spin.storage.checkpoints import CheckpointWriter
 
 # What a row shows where several configurations are measured.
 ROW = (

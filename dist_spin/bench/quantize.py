@@ -19,17 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_spin import distributed
 from dist_spin.bench.device import describe, synchronize
 from dist_spin.bench.plain_gptq import plain_gptq
-from dist_spin.engine.layerwise import PARTS, LayerQuantizer
 from dist_spin.model.architecture import Shape
-from dist_spin.model.layers import LayerRunner, RotatedWeights
-from dist_spin.model.loading import DummyWeights
-from dist_spin.model.rotation import Sites, initial
+from dist_spin.model.layers import LayerRunner
+from dist_spin.model.rotated_weights import RotatedWeights
+from dist_spin.model.rotation import initial
+from dist_spin.model.sites_config import Sites
+from dist_spin.model.weights import DummyWeights
 from dist_spin.numerics.gptq import GPTQOptions, output_errors, prepare, solve
-from dist_spin.numerics.hadamard import kronecker_factors
+from dist_spin.numerics.hadamard_transform import kronecker_factors
 from dist_spin.numerics.hessian import Hessian
+from dist_spin.quantize.layer_quantizer import PARTS, LayerQuantizer
+from dist_spin.runtime import distributed
 
 # hidden, intermediate, heads, key/value heads
 SHAPES = {

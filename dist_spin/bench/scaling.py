@@ -16,9 +16,9 @@ from typing import Any
 
 from dist_spin.bench import scaling_model as model
 from dist_spin.bench.optimize import json_config, numbers, step_flop
-from dist_spin.engine.memory import layer_bytes
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
+from dist_spin.optimize.sharding.memory_planner import layer_bytes
 
 GIB = model.GIB
 HEADER = (

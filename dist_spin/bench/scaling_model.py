@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_spin.engine.memory import AGAIN, Workload, layer_bytes, within
+from dist_spin.model.activation_checkpoint import kept_bytes
 from dist_spin.model.architecture import Shape
-from dist_spin.model.recompute import kept_bytes
+from dist_spin.optimize.sharding.memory_planner import AGAIN, Workload, layer_bytes, within
 
 DTYPE = torch.bfloat16  # of weights and activations
 GIB = 1 << 30
@@ -57,7 +57,7 @@ class Point:
 
     @property
     def passes(self) -> int:
-        """Forward passes of one rank in a step; a rank with fewer sequences pads, as `stages.optimize.passes` does."""
+        """Forward passes of one rank in a step; a rank with fewer sequences pads, as `optimize.train.passes` does."""
         return -(-self.share // self.micro)
 
     @property

@@ -17,10 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from dist_spin.bench.device import synchronize
 from dist_spin.model.architecture import Shape, rotary, skeleton
 from dist_spin.model.loss import cross_entropy
-from dist_spin.model.rotation import Sites, initial
+from dist_spin.model.rotation import initial
 from dist_spin.model.sites import KeySite
+from dist_spin.model.sites_config import Sites
 from dist_spin.numerics.cayley import retract_rows, step_size, tangent
-from dist_spin.numerics.hadamard import kronecker_apply
+from dist_spin.numerics.hadamard_transform import kronecker_apply
 from dist_spin.numerics.quantizer import QuantSpec, fake_quantize
 
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from dist_spin import __version__
+from dist_spin.config.run import RunConfig
 from dist_spin.export.compressed import REFUSAL
-from dist_spin.export.target import QUANTISED
-from dist_spin.settings import RunConfig
+from dist_spin.pipeline.export_limits import QUANTISED
+from dist_spin.version import __version__
 
 RIGHT = """    import dist_spin
 

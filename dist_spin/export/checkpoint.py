@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dist_spin.export.directory import Shards
 from dist_spin.model.architecture import ATTENTION_NORM, EMBEDDING, FINAL_NORM, HEAD, MLP_NORM, layer_name
-from dist_spin.model.loading import ModelFiles
-from dist_spin.rundir import write_json
+from dist_spin.model.weights import ModelFiles
+from dist_spin.storage.atomic import write_json
 
 COPIED = (
     "tokenizer*",

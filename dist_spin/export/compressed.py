@@ -14,10 +14,10 @@ from compressed_tensors.transform import TransformArgs, TransformConfig, Transfo
 from torch import Tensor
 
 from dist_spin.errors import UserError
-from dist_spin.layer_files import QuantizedLayer
-from dist_spin.model.rotation import Sites
+from dist_spin.model.sites_config import Sites
 from dist_spin.numerics.gptq import Solution
 from dist_spin.numerics.quantizer import QuantSpec, dequantize_weight
+from dist_spin.storage.quantized_layers import QuantizedLayer
 
 FORMAT = "pack-quantized"  # said in the file: the library's own choice beside int activations is unpacked int8
 DOWN = "mlp.down_proj"

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dist_spin.rundir import atomic, sync_directory, user_error, write_json
+from dist_spin.storage.atomic import atomic, sync_directory, user_error, write_json
 
 
 @contextlib.contextmanager

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_spin.errors import UserError
-from dist_spin.layer_files import QuantizedLayer
-from dist_spin.model.architecture import ATTENTION_NORM, MLP_NORM, Shape
+from dist_spin.model.architecture import ATTENTION_NORM, MLP_NORM
 from dist_spin.numerics.gptq import Solution
-from dist_spin.rundir import atomic, write_json
+from dist_spin.storage.atomic import atomic, write_json
+from dist_spin.storage.quantized_layers import QuantizedLayer
 
 WEIGHTS, PARAMS = "consolidated.00.pth", "params.json"
 META_NAMES = {
@@ -31,48 +30,7 @@ META_NAMES = {
 }
 META_NORMS = {ATTENTION_NORM: "attention_norm", MLP_NORM: "ffn_norm"}
 TURNED = ("self_attn.q_proj", "self_attn.k_proj")  # by the position embedding
-# What ExecuTorch's Llama 3.1 scaling of the position embedding has fixed.
-SCALED_ROPE = {"low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
-
 End = Solution | Tensor  # quantised, or [vocab, h] as it is
-
-
-def model_params(config: Any, group_size: int) -> dict[str, Any]:
-    """params.json of a Llama config from transformers.
-
-    Raises:
-        UserError: the loader's Llama cannot compute this model.
-    """
-    shape = Shape.of(config)
-    for problem in (
-        config.model_type not in ("llama", "mistral") and f"architecture '{config.model_type}'",
-        getattr(config, "sliding_window", None) and "a sliding window",
-        (getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)) and "biases",
-        config.hidden_act != "silu" and f"the activation {config.hidden_act}",
-    ):
-        if problem:
-            raise UserError(f"executorch's pre-quantised loader has no place for {problem}", "use a Llama model")
-    rope = config.rope_parameters
-    kind = rope["rope_type"]
-    scaled = {}
-    if kind == "llama3" and all(rope[name] == value for name, value in SCALED_ROPE.items()):
-        factors = (rope["factor"], rope["high_freq_factor"])
-        scaled = {"use_scaled_rope": True, "rope_scale_factor": int(factors[0]), "high_freq_factor": int(factors[1])}
-    elif kind != "default":
-        raise UserError(f"executorch's Llama has no position embedding of type {kind} like this", "use another model")
-    return {
-        "dim": shape.hidden,
-        "hidden_dim": shape.intermediate,
-        "n_layers": shape.layers,
-        "n_heads": shape.heads,
-        "n_kv_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "vocab_size": shape.vocab,
-        "norm_eps": config.rms_norm_eps,
-        "rope_theta": rope["rope_theta"],
-        **scaled,
-        "quantization_args": {"group_size": group_size},
-    }
 
 
 def loader_settings(ends: set[str], group_size: int, r4: bool) -> dict[str, dict[str, Any]]:

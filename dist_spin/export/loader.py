@@ -19,8 +19,8 @@ from dist_spin.export.checkpoint import DOWN, ROTATED_DOWN
 from dist_spin.export.compressed import PACKED, SCALE, SHAPE, ZERO, bits_in, unpack
 from dist_spin.export.sidecar import Sidecar, read_sidecar
 from dist_spin.model.architecture import ATTENTION_NORM, EMBEDDING, HEAD, LAYER_LINEARS, MLP_NORM, layer_name
-from dist_spin.model.assembly import assemble
-from dist_spin.model.loading import SafetensorsWeights
+from dist_spin.model.full_model import assemble
+from dist_spin.model.weights import SafetensorsWeights
 from dist_spin.numerics.quantizer import dequantize_weight
 
 KINDS = ("weight", "bias")

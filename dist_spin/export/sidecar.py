@@ -15,10 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from dist_spin.errors import UserError
-from dist_spin.model.loading import SafetensorsWeights
-from dist_spin.model.rotation import Sites
+from dist_spin.model.sites_config import Sites
+from dist_spin.model.weights import SafetensorsWeights
 from dist_spin.numerics.quantizer import QuantSpec
-from dist_spin.rundir import CorruptFile, load_tensors, save_tensors, tensors_digest, write_json
+from dist_spin.storage.atomic import write_json
+from dist_spin.storage.tensor_file import CorruptFile, load_tensors, save_tensors, tensors_digest
 
 NAME, ONLINE = "dist_spin.json", "dist_spin/online.safetensors"
 SPECS, HADAMARDS, CLIPS = ("a", "o", "k", "v"), ("r3", "r4"), "clips"  # fields of Sites

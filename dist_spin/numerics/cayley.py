@@ -101,3 +101,17 @@ def nearest_orthogonal(x: Tensor) -> Tensor:
     """The orthogonal polar factor of X [..., n, n], in fp64 by SVD: the nearest orthogonal matrix in Frobenius norm."""
     u, _, v = torch.linalg.svd(x.double())
     return u @ v
+
+
+BETAS, EPS = (0.9, 0.95), 1e-12  # of Adam (Kingma and Ba 2015)
+
+
+def adam_moments(mean: Tensor, square: Tensor, gradient: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Take a gradient into the running moments, in place; their corrected values m and sqrt(v) + EPS, whose ratio is the step.
+
+    Args:
+        mean, square: running moments in the gradient's shape, zero before the first step. step: from 1.
+    """
+    mean.lerp_(gradient, 1 - BETAS[0])
+    square.lerp_(gradient.square(), 1 - BETAS[1])
+    return mean / (1 - BETAS[0] ** step), (square / (1 - BETAS[1] ** step)).sqrt() + EPS

@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from dist_spin.numerics.activations import SUMMARY
-from dist_spin.report.drawing import Drawing
 from dist_spin.report.facts import LEARNED, Facts, order
 from dist_spin.report.style import (
     COLOUR_MAP,
     HEIGHT,
     NAMES,
     WIDTH,
+    Drawing,
     ink,
     legend,
     logarithmic,
@@ -26,7 +26,7 @@ from dist_spin.report.style import (
     style_of,
     whole_numbers,
 )
-from dist_spin.statistics_files import SITES
+from dist_spin.storage.activation_stats import SITES
 
 MEAN, LARGEST = SUMMARY.index("mean"), SUMMARY.index("max")
 GAUSSIAN = 3.0  # kurtosis

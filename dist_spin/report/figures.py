@@ -7,13 +7,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dist_spin.report import activation_figures
-from dist_spin.report.drawing import Drawing
 from dist_spin.report.facts import LEARNED, Facts, order
 from dist_spin.report.style import (
     BLUE,
     GREEN,
     NAMES,
     PURPLE,
+    Drawing,
     ink,
     legend,
     logarithmic,

@@ -7,13 +7,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from dist_spin import __version__
-from dist_spin.progress import clock
-from dist_spin.report.drawing import Drawing
 from dist_spin.report.facts import Facts
 from dist_spin.report.figures import drawings
-from dist_spin.report.style import NAMES, as_svg, short
+from dist_spin.report.style import NAMES, Drawing, as_svg, short
 from dist_spin.report.tables import Table, outlier_table, result_tables, stage_table
+from dist_spin.runtime.progress import clock
+from dist_spin.version import __version__
 
 # section -> heading and what its figures show.
 SECTIONS = {

@@ -7,6 +7,7 @@ have colours of the Okabe-Ito palette with 3:1 contrast on white and on near-bla
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
@@ -160,3 +161,19 @@ def as_png(draw: Callable[[], Figure], theme: str = "light", dpi: int = 200) -> 
     with drawing(neutral):
         draw().savefig(stream, format="png", dpi=dpi, facecolor=paper)
     return stream.getvalue()
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure that can be drawn.
+
+    section: where in the report it stands (`page.SECTIONS`). words: what it shows, as a caption and for who does not see it.
+    folded: shown only when it is asked for.
+    """
+
+    name: str
+    section: str
+    title: str
+    words: str
+    draw: Callable[[], Figure]
+    folded: bool = False

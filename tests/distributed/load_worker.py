@@ -9,13 +9,14 @@ import time
 
 import torch
 
-from dist_spin.distributed import start, stop
-from dist_spin.engine.fsdp import Fsdp
-from dist_spin.model.learning import LearningModel
-from dist_spin.model.loading import open_model
-from dist_spin.model.rotation import Rotations, Sites, initial
-from dist_spin.numerics.hadamard import kronecker_factors
+from dist_spin.model.fake_quant_model import LearningModel
+from dist_spin.model.rotation import Rotations, initial
+from dist_spin.model.sites_config import Sites
+from dist_spin.model.weights import open_model
+from dist_spin.numerics.hadamard_transform import kronecker_factors
 from dist_spin.numerics.quantizer import QuantSpec
+from dist_spin.optimize.sharding.fsdp import Fsdp
+from dist_spin.runtime.distributed import start, stop
 
 
 def memory(field: str) -> int:

@@ -22,7 +22,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed settles on a device 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
     [
-        *(f"dist_spin.stages.{stage}" for stage in ("optimize", "quantize", "evaluate", "compare")),
+        *(f"dist_spin.{stage}" for stage in ("optimize.train", "quantize.stage", "evaluate.stage", "compare.stage")),
         "deepspeed",
         *(f"transformers.models.{kind}.modeling_{kind}" for kind in ("llama", "qwen2")),
     ]
@@ -102,11 +102,11 @@ def one_step(words: list[str], out: Path, reduce: bool) -> None:
 
     reduce: False leaves out the reduction of the rotations' gradients, to show that the tests would notice.
     """
-    from dist_spin import distributed
-    from dist_spin.config import load_config
-    from dist_spin.engine import rotation_optimizer
-    from dist_spin.stages.learning import set_up
-    from dist_spin.stages.optimize import backward
+    from dist_spin.config.loader import load_config
+    from dist_spin.optimize import cayley_optimizer as rotation_optimizer
+    from dist_spin.optimize.setup import set_up
+    from dist_spin.optimize.train import backward
+    from dist_spin.runtime import distributed
 
     config = load_config(None, words)
     world = distributed.start("cpu", 60, 1)

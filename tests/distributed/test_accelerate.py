@@ -10,7 +10,7 @@ from ranks import free_port
 from safetensors.torch import load_file
 from tiny import write_model
 
-from dist_spin.rundir import read_lines
+from dist_spin.storage.atomic import read_lines
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -12,9 +12,10 @@ from ranks import Job, command
 from tiny import write_model
 
 from dist_spin.errors import EXIT_INTERRUPTED
-from dist_spin.lock import turn
-from dist_spin.rundir import RunDir, read_lines
-from dist_spin.stages.results import merge_results, results
+from dist_spin.storage.atomic import read_lines
+from dist_spin.storage.locks import turn
+from dist_spin.storage.results import merge_results, results
+from dist_spin.storage.run_directory import RunDir
 
 pytestmark = pytest.mark.distributed
 

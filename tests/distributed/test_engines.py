@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from test_stopping import Runs
 from tiny import write_model
 
-from dist_spin.distributed import World
-from dist_spin.engine.choice import chosen
-from dist_spin.engine.fsdp import Fsdp
-from dist_spin.engine.zero3 import Zero3
+from dist_spin.config.run import DistributedConfig
 from dist_spin.errors import UserError
-from dist_spin.settings import DistributedConfig
+from dist_spin.optimize.sharding.engine import chosen
+from dist_spin.optimize.sharding.fsdp import Fsdp
+from dist_spin.optimize.sharding.zero3 import Zero3
+from dist_spin.runtime.distributed import World
 
 pytestmark = pytest.mark.distributed
 
@@ -27,10 +27,10 @@ ZERO3 = "distributed.engine=deepspeed"
 
 def engine_step(words: list[str], out: Path) -> None:
     """A rank that does one backward pass under the configured engine and saves to out/RANK.pt what it saw."""
-    from dist_spin import distributed
-    from dist_spin.config import load_config
-    from dist_spin.stages.learning import set_up
-    from dist_spin.stages.optimize import backward
+    from dist_spin.config.loader import load_config
+    from dist_spin.optimize.setup import set_up
+    from dist_spin.optimize.train import backward
+    from dist_spin.runtime import distributed
 
     config = load_config(None, words)
     world = distributed.start("cpu", 60, 1)

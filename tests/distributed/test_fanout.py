@@ -12,11 +12,12 @@ import torch
 from ranks import Job, command
 from tiny import write_model
 
-from dist_spin.layer_files import load_layer
-from dist_spin.numerics.hadamard import random_orthogonal
-from dist_spin.rotation_files import save_final
-from dist_spin.rundir import RunDir, read_lines
-from dist_spin.stages.status import status, status_text
+from dist_spin.numerics.random_rotations import random_orthogonal
+from dist_spin.report.status import status, status_text
+from dist_spin.storage.atomic import read_lines
+from dist_spin.storage.quantized_layers import load_layer
+from dist_spin.storage.rotations import save_final
+from dist_spin.storage.run_directory import RunDir
 
 pytestmark = pytest.mark.distributed
 
@@ -80,12 +81,13 @@ def codes(place: Path, name: str) -> torch.Tensor:
 
 def solve_whole(place: str, out: str) -> None:
     """A rank that holds all sequences: Hessians are exact multiples of the serial ones, so only rows are split."""
-    from dist_spin import distributed
-    from dist_spin.engine.layerwise import LayerQuantizer
-    from dist_spin.model.layers import LayerRunner, RotatedWeights
-    from dist_spin.model.loading import open_model
-    from dist_spin.model.rotation import Sites
+    from dist_spin.model.layers import LayerRunner
+    from dist_spin.model.rotated_weights import RotatedWeights
+    from dist_spin.model.sites_config import Sites
+    from dist_spin.model.weights import open_model
     from dist_spin.numerics.gptq import GPTQOptions
+    from dist_spin.quantize.layer_quantizer import LayerQuantizer
+    from dist_spin.runtime import distributed
 
     world = distributed.start("cpu", 60, 1)
     found = open_model(f"{place}/four", dtype=torch.float32)

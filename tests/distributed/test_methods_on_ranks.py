@@ -13,10 +13,10 @@ pytestmark = pytest.mark.distributed
 
 def learn_both(words: list[str]) -> None:
     """What each rank does."""
-    from dist_spin import distributed
-    from dist_spin.config import load_config
-    from dist_spin.stages.common import open_configured_model
-    from dist_spin.stages.methods import learn
+    from dist_spin.compare.method_variants import learn
+    from dist_spin.config.loader import load_config
+    from dist_spin.pipeline.model import open_configured_model
+    from dist_spin.runtime import distributed
 
     config = load_config(None, words)
     world = distributed.start("cpu", threads=1)
@@ -51,10 +51,10 @@ def test_two_ranks_learn_what_one_does(tmp_path):
 
 def train_whole(words: list[str]) -> None:
     """What each rank does."""
-    from dist_spin import distributed
-    from dist_spin.config import load_config
-    from dist_spin.stages.common import open_configured_model
-    from dist_spin.stages.methods import learn
+    from dist_spin.compare.method_variants import learn
+    from dist_spin.config.loader import load_config
+    from dist_spin.pipeline.model import open_configured_model
+    from dist_spin.runtime import distributed
 
     config = load_config(None, words)
     world = distributed.start("cpu", threads=1)

@@ -137,10 +137,10 @@ def test_a_whole_run_by_hand():
 
 def counted_gathers(words: list[str], out: Path) -> None:
     """A rank that counts in one backward pass what FSDP2 gathers, by module, and the passes; saved to `out` by rank 0."""
-    from dist_spin import distributed
-    from dist_spin.config import load_config
-    from dist_spin.stages.learning import set_up
-    from dist_spin.stages.optimize import backward
+    from dist_spin.config.loader import load_config
+    from dist_spin.optimize.setup import set_up
+    from dist_spin.optimize.train import backward
+    from dist_spin.runtime import distributed
 
     config = load_config(None, words)
     world = distributed.start("cpu", 60, 1)

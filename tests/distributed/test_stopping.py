@@ -12,7 +12,9 @@ from ranks import Job, command
 from safetensors.torch import load_file, save_file
 from tiny import write_model
 
-from dist_spin.rundir import RunDir, checkpoints, newest_checkpoint, read_lines
+from dist_spin.storage.atomic import read_lines
+from dist_spin.storage.checkpoints import checkpoints, newest_checkpoint
+from dist_spin.storage.run_directory import RunDir
 
 pytestmark = pytest.mark.distributed
 

@@ -12,7 +12,8 @@ from ranks import free_port
 from safetensors.torch import load_file
 from tiny import write_model
 
-from dist_spin.rundir import RunDir, checkpoints
+from dist_spin.storage.checkpoints import checkpoints
+from dist_spin.storage.run_directory import RunDir
 
 pytestmark = pytest.mark.distributed
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from dist_spin import cli
-from dist_spin.signals import STOPPING
+from dist_spin.runtime.signals import STOPPING
 from tests.slurm.harness import ROOT, Cluster, Run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(500)]

@@ -1,0 +1,1 @@
+"""The systems of the published tables beside ours, measured under the same conditions."""

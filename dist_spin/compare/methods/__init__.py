@@ -1,0 +1,1 @@
+"""The other systems of the published tables, one file each."""

@@ -1,0 +1,245 @@
+"""Decoder layers with invertible transforms at their sites: which tensors say so, how weights take part, how a layer runs.
+
+A method's whole result for one layer is a dict of tensors, its state; what is absent is left out of the layer:
+
+    attention.scale [h]   mlp.scale [h]   down.scale [intermediate]       per channel, merged (norm gains, rows of up_proj)
+    attention.shift [h]   mlp.shift [h]                                   taken off before the quantiser, added again after it
+    SITE.left [a, a], SITE.right [b, b] at attention, mlp, down           x (left (x) right), online
+    o.left [heads, heads]                                                 mixes heads, online
+    value.left [d, d]                                                     v_proj to o_proj, merged
+    key.left [d, d]                                                       k left and q left^-T after RoPE, online
+    SITE.shrink [2] at attention, mlp, down, o, key, value                what clipping leaves of the range's two ends
+    SITE.kept [n] int64 at attention, mlp, o                              channels that are not quantised
+    ROLE.shrink [2, out, groups, 1]                                       the same of a weight's rows
+
+x is divided by nothing: a scale multiplies x, its inverse the weights. With 16 bits everywhere the layer is the original one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_spin.model.architecture import ATTENTION_NORM, LAYER_LINEARS, MLP_NORM, Shape
+from dist_spin.model.layers import LayerRunner
+from dist_spin.model.merge import NORM_BEFORE
+from dist_spin.model.rotated_weights import RotatedWeights
+from dist_spin.model.sites import FrontedLinear
+from dist_spin.model.sites_config import Sites
+from dist_spin.model.weights import WeightSource
+from dist_spin.numerics.kronecker import apply_pair
+from dist_spin.numerics.learned_clipping import clipped_quantize
+from dist_spin.numerics.quantizer import QuantSpec, fake_quantize
+
+State = dict[str, Tensor]
+INVERSE = ".inverse"  # beside a matrix: its inverse transpose, where that is known without inverting
+SITE_BEFORE = {role: "attention" if norm == ATTENTION_NORM else "mlp" for role, norm in NORM_BEFORE.items()}
+
+
+class Front(nn.Module):
+    """Transform, then quantise, what a linear reads. Buffers are None where absent.
+
+    dtype: of the result, if another than the input's; training keeps the residual stream wider than the products.
+    """
+
+    left: Tensor | None
+    right: Tensor | None
+    shift: Tensor | None
+    shrink: Tensor | None
+    kept: Tensor | None
+
+    def __init__(self, spec: QuantSpec, state: State, site: str, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.spec, self.dtype = spec, dtype
+        for name in ("left", "right", "shift", "shrink", "kept"):
+            self.register_buffer(name, state.get(f"{site}.{name}"), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., n] to the same."""
+        if self.dtype is not None:
+            x = x.to(self.dtype)
+        if self.left is not None:
+            x = apply_pair(x, self.left, self.right)
+        if self.kept is not None and self.spec.enabled:
+            quiet = self._quantize(x.index_fill(-1, self.kept, 0))
+            return quiet.index_copy(-1, self.kept, x.index_select(-1, self.kept))
+        if self.shift is None:
+            return self._quantize(x)
+        shift = self.shift.to(x.dtype)
+        return self._quantize(x - shift) + shift
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        s = self.spec
+        if not s.enabled:
+            return x
+        if self.shrink is None:
+            return fake_quantize(x, s)
+        shrink = self.shrink.to(torch.promote_types(x.dtype, torch.float32))
+        return clipped_quantize(x, (shrink[0], shrink[1]), s.bits, s.symmetric, s.group_size)
+
+
+class FrontedNorm(nn.Module):
+    """A norm and the front of the linears that it feeds."""
+
+    def __init__(self, norm: nn.Module, front: Front) -> None:
+        super().__init__()
+        self.norm, self.front = norm, front
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., h] to the same."""
+        return self.front(self.norm(x))
+
+
+class ValueBack(nn.Module):
+    """v_proj and the quantiser of the V cache."""
+
+    def __init__(self, linear: nn.Module, front: Front) -> None:
+        super().__init__()
+        self.linear, self.front = linear, front
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., h] to the values [..., kv_heads * d]."""
+        return self.front(self.linear(x))
+
+
+class KeyFront(nn.Module):
+    """After the position embedding: k goes through a matrix and the quantiser, q through the inverse transpose."""
+
+    left: Tensor | None
+    inverse: Tensor | None
+
+    def __init__(self, front: Front, state: State) -> None:
+        super().__init__()
+        self.front = front  # holds the clip; its own transform stays empty
+        self.register_buffer("left", state.get("key.left"), persistent=False)
+        self.register_buffer("inverse", None if self.left is None else inverse(state, "key.left"), persistent=False)
+
+    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """query [batch, heads, T, d], key [batch, kv_heads, T, d] to the same."""
+        if self.left is not None and self.inverse is not None:
+            query, key = query @ self.inverse.to(query.dtype), key @ self.left.to(key.dtype)
+        return query, self.front(key)
+
+
+def inverse(state: State, name: str) -> Tensor:
+    """The inverse transpose of a matrix of a state, in its dtype."""
+    known = state.get(name + INVERSE)
+    return torch.linalg.inv(state[name].double()).mT.to(state[name].dtype) if known is None else known
+
+
+def merged(weights: dict[str, Tensor], state: State, shape: Shape) -> dict[str, Tensor]:
+    """A layer's parameters (names within the layer, norms not folded) with a state's share of them; differentiable.
+
+    Computed in the dtype of the given tensors: widen both to fp64 for an exact merge.
+    """
+    out = dict(weights)
+    for norm, site in ((ATTENTION_NORM, "attention"), (MLP_NORM, "mlp")):
+        if (scale := state.get(f"{site}.scale")) is not None:
+            out[f"{norm}.weight"] = weights[f"{norm}.weight"] * scale
+    for role in LAYER_LINEARS:
+        site = SITE_BEFORE.get(role, "down" if role == "mlp.down_proj" else "o")
+        w, bias = weights[f"{role}.weight"], weights.get(f"{role}.bias")
+        if (scale := state.get(f"{site}.scale")) is not None:
+            w = w / scale
+        if (turn := state.get("value.left")) is not None:
+            if role == "self_attn.o_proj":
+                w = (w.unflatten(1, (-1, shape.head_dim)) @ inverse(state, "value.left")).flatten(1)
+            if role == "self_attn.v_proj":
+                w = (turn.mT @ w.unflatten(0, (-1, shape.head_dim))).flatten(0, 1)
+                bias = None if bias is None else (bias.unflatten(0, (-1, shape.head_dim)) @ turn).flatten()
+        if f"{site}.left" in state:
+            right = inverse(state, f"{site}.right") if f"{site}.right" in state else None
+            w = apply_pair(w, inverse(state, f"{site}.left"), right)
+        if role == "mlp.up_proj" and (scale := state.get("down.scale")) is not None:
+            w = w * scale[:, None]
+            bias = None if bias is None else bias * scale
+        out[f"{role}.weight"] = w
+        if bias is not None:
+            out[f"{role}.bias"] = bias
+    return out
+
+
+def clamp(weights: dict[str, Tensor], state: State, symmetric: bool) -> dict[str, Tensor]:
+    """Weights moved into their learned ranges, so that a grid over the whole of each row is the clipped grid."""
+    out = dict(weights)
+    for role in LAYER_LINEARS:
+        if (shrink := state.get(f"{role}.shrink")) is not None:
+            w = weights[f"{role}.weight"]
+            low, high = shrink.to(w.device, w.dtype)  # each [out, groups, 1]
+            groups = w.unflatten(1, (low.shape[1], -1))
+            least, most = groups.amin(-1, keepdim=True) * low, groups.amax(-1, keepdim=True) * high
+            if symmetric:
+                most = torch.maximum(-least, most)
+                least = -most
+            out[f"{role}.weight"] = torch.minimum(torch.maximum(groups, least), most).flatten(1)
+    return out
+
+
+class TransformedRunner(LayerRunner):
+    """Builds and runs layers whose sites hold what `states` gives for each; their weights come `merged`."""
+
+    def __init__(
+        self,
+        config: Any,
+        sites: Sites,
+        states: Callable[[int], State],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        products: torch.dtype | None = None,
+        down: QuantSpec | None = None,
+    ) -> None:
+        """products: dtype of what linears read, if another than `dtype`. down: its quantiser, if another than `sites.a`."""
+        super().__init__(config, sites, device=device, dtype=dtype, rotated=False)
+        self.states, self.products, self.down = states, products, down
+
+    def attach(self, layer: nn.Module, index: int, sites: Sites) -> None:
+        """Put a layer's sites into it, in place."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        state = {n: t.to(self.device, dtype if t.is_floating_point() else None) for n, t in self.states(index).items()}
+        attention: Any = layer.self_attn
+        mlp: Any = layer.mlp
+        for name, site in ((ATTENTION_NORM, "attention"), (MLP_NORM, "mlp")):
+            front = Front(sites.a, state, site, self.products)
+            setattr(layer, name, FrontedNorm(getattr(layer, name), front))
+        value = {"value.shrink": state["value.shrink"]} if "value.shrink" in state else {}
+        attention.v_proj = ValueBack(attention.v_proj, Front(sites.v, value, "value"))
+        attention.o_proj = FrontedLinear(Front(sites.o, state, "o"), attention.o_proj)
+        down = sites.a if self.down is None else self.down
+        mlp.down_proj = FrontedLinear(Front(down, state, "down"), mlp.down_proj)
+        key = {"key.shrink": state["key.shrink"]} if "key.shrink" in state else {}
+        attention.key_site = KeyFront(Front(sites.k, key, "key"), state)
+
+
+class WeightsAndStates(RotatedWeights):
+    """A model's unrotated weights, and what was learned of each layer: `states` of its index."""
+
+    def __init__(
+        self,
+        source: WeightSource,
+        shape: Shape,
+        states: Callable[[int], State],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(source, shape, None, (), device, dtype)
+        self.states = states
+
+
+class TransformedWeights(WeightsAndStates):
+    """A model's unrotated weights with the share of each layer's state merged, in fp64."""
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """As `RotatedWeights.layer`, merged."""
+        wide = {name: w.double() for name, w in self.raw(index).items()}
+        state = {name: tensor.to(self.device).double() for name, tensor in self.states(index).items()}
+        return {name: w.to(self.dtype) for name, w in merged(wide, state, self.shape).items()}
+
+    def raw(self, index: int) -> dict[str, Tensor]:
+        """As they are on disk."""
+        return super().layer(index)
+
+    def to_round(self, index: int, symmetric: bool) -> dict[str, Tensor]:
+        """The layer's parameters inside their learned ranges: what a weight quantiser rounds."""
+        return clamp(self.layer(index), self.states(index), symmetric)

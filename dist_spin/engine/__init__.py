@@ -1,1 +1,0 @@
-"""Who owns the memory while rotations are learned: one small interface, one file per engine."""

@@ -1,0 +1,132 @@
+"""Let the quantised model of a run answer beside the full-precision one, so that a person can see what it is worth.
+
+    dist-spin generate runs/NAME "The capital of France is" [--tokens 64]     continues a text
+    dist-spin chat runs/NAME                                                  a conversation, through the chat template
+
+Both models decode greedily, so that every difference comes from quantisation.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, TextStreamer
+
+from dist_spin.config.loader import load_config
+from dist_spin.config.run import RunConfig
+from dist_spin.errors import UserError
+from dist_spin.evaluate.cells import Cell, cells
+from dist_spin.evaluate.layerwise_model import assembled
+from dist_spin.model.weights import ModelFiles
+from dist_spin.pipeline.fingerprints import layer_identity
+from dist_spin.pipeline.model import open_configured_model
+from dist_spin.pipeline.variants import calibration_tokens
+from dist_spin.report.tables import bits_of
+from dist_spin.runtime import distributed
+from dist_spin.runtime.distributed import World
+from dist_spin.runtime.progress import say
+from dist_spin.storage.run_directory import RunDir
+from dist_spin.storage.tensor_file import identity_hash
+
+TOKENS = 64  # of one answer, unless asked for otherwise
+
+
+class Speaker:
+    """One model of a run that writes text to standard output as it is generated."""
+
+    def __init__(self, config: RunConfig, world: World, files: ModelFiles, run: RunDir, cell: Cell) -> None:
+        """Raises UserError if a quantised layer is not there."""
+        bits = bits_of({**vars(config.quant), **({"w_bits": 16} if cell.weights == "none" else {})})
+        self.name = cell.label if cell.full_precision else f"{cell.label}, {bits}, weights by {cell.weights}"
+        if cell.weights != "none":
+            tokens = calibration_tokens(config, files)
+            cell.made_under = identity_hash(layer_identity(config, files, cell.chosen, tokens))
+        self.model = assembled(config, world, files, run, cell)
+        self.device, self.tokenizer = world.device, files.tokenizer()
+        self.conversation: list[dict[str, str]] = []
+        self.ends: int | list[int] | None = self.tokenizer.eos_token_id
+        with contextlib.suppress(OSError):  # chat models may end a turn with another token than a text
+            self.ends = GenerationConfig.from_pretrained(files.directory).eos_token_id or self.ends
+
+    def write(self, ids: Tensor, tokens: int) -> str:
+        """Continue ids [1, T] by at most `tokens` tokens; returns what was written."""
+        print(f"--- {self.name}", flush=True)
+        ids = ids.to(self.device)
+        streamer: Any = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        with torch.no_grad():
+            whole = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                do_sample=False,
+                eos_token_id=self.ends,
+                pad_token_id=self.ends[0] if isinstance(self.ends, list) else self.ends,
+                streamer=streamer,
+            )
+        return self.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
+
+    def answer(self, question: str, tokens: int) -> str:
+        """The next turn of this model's own conversation."""
+        self.conversation.append({"role": "user", "content": question})
+        ids = self.tokenizer.apply_chat_template(
+            self.conversation, add_generation_prompt=True, return_tensors="pt", return_dict=False
+        )
+        text = self.write(ids, tokens)
+        self.conversation.append({"role": "assistant", "content": text})
+        return text
+
+
+def generate(path: Path, prompt: str, tokens: int) -> list[str]:
+    """Continue `prompt` with the full-precision model, then with the run's quantised one; one in memory at a time.
+
+    Raises:
+        UserError: `path` is no run directory, it is not quantised yet, or the prompt is empty.
+    """
+    said = []
+    for speaker in _speakers(path):
+        ids = speaker.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        if not ids.numel():
+            raise UserError("the prompt is empty", 'dist-spin generate runs/NAME "some text"')
+        said.append(speaker.write(ids, tokens))
+        del speaker
+    return said
+
+
+def chat(path: Path, tokens: int) -> None:
+    """Ask on standard input, line by line, and let both models answer, until an empty line or the end.
+
+    Raises:
+        UserError: as `generate`; or the model has no chat template.
+    """
+    speakers = list(_speakers(path))
+    if not speakers[0].tokenizer.chat_template:
+        raise UserError("this model has no chat template", "let it continue a text: dist-spin generate")
+    say("Ask something; an empty line ends.")
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        question = sys.stdin.readline().strip()
+        if not question:
+            return
+        for speaker in speakers:
+            speaker.answer(question, tokens)
+
+
+def _speakers(path: Path) -> Iterator[Speaker]:
+    """The full-precision model of a run, then its quantised one with the learned rotations."""
+    settings = path / "config.yaml"
+    if not settings.exists():
+        raise UserError(f"{path} is no run directory (it has no config.yaml)", "give runs/NAME")
+    place = path.resolve()  # a run may have been moved since
+    config = load_config(str(settings), [f"output_dir={place.parent}", f"name={place.name}"])
+    world = distributed.start(config.distributed.device, config.distributed.timeout_s, config.distributed.threads)
+    try:
+        files = open_configured_model(config)
+        chosen = cells(config, files, world.device)
+        for cell in (chosen[0], chosen[-1]):
+            yield Speaker(config, world, files, RunDir(place), cell)
+    finally:
+        distributed.stop()

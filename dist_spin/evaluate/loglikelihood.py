@@ -1,0 +1,187 @@
+"""Log-likelihoods of continuations, layer by layer: what multiple-choice and last-word tasks ask of a model.
+
+All requests are gathered first, so that every layer is built once for all of them. A 70B model is measured within one GPU:
+a layer and a batch of hidden states are on it at a time, the others wait on the host where the device has no room for them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dist_spin.errors import UserError
+from dist_spin.evaluate.layerwise_model import Walk
+from dist_spin.model.loss import LOGITS_AT_ONCE
+from dist_spin.model.rotated_weights import Head
+from dist_spin.runtime.distributed import World, sum_over_ranks_, together
+
+CPU_TOKENS = 4096  # of one batch; caches are small, and an allocation that fails there cannot be caught
+GPU_TOKENS = 1 << 16  # to begin with; halved while memory does not take it
+DEVICE_SHARE = 0.5  # of the device's free memory, for hidden states that wait there
+HOST_SHARE = 0.25  # of the host's free memory, shared by its ranks
+
+
+@dataclass
+class Row:
+    """One sequence that goes through the model, for every request whose tokens it ends with."""
+
+    tokens: tuple[int, ...]
+    requests: list[tuple[int, list[int]]] = field(default_factory=list)  # number of the request, its continuation
+
+
+def rows_of(requests: list[tuple[list[int], list[int]]], max_length: int) -> list[Row]:
+    """What has to be run for (context, continuation) pairs of token ids, longest first.
+
+    The last token predicts nothing and is left off, and what is longer than `max_length` loses its beginning. Requests that
+    agree in all but their last token share a row: so do the choices "no" and "yes" of one question.
+    """
+    rows: dict[tuple[int, ...], Row] = {}
+    for number, (context, continuation) in enumerate(requests):
+        tokens = tuple((context + continuation)[-(max_length + 1) :][:-1])
+        rows.setdefault(tokens, Row(tokens)).requests.append((number, continuation))
+    return sorted(rows.values(), key=lambda row: (-len(row.tokens), row.tokens))
+
+
+def batches_of(rows: list[Row], tokens: int) -> Iterator[list[Row]]:
+    """Neighbouring rows, at most `tokens` of them once padded to the longest (which is the first); at least one row."""
+    at = 0
+    while at < len(rows):
+        count = max(1, tokens // len(rows[at].tokens))
+        yield rows[at : at + count]
+        at += count
+
+
+def passes_of(batches: Iterable[list[Row]], tokens: int) -> Iterator[list[list[Row]]]:
+    """Batches that are carried through the model together: at most `tokens` of hidden states, at least one batch."""
+    together: list[list[Row]] = []
+    held = 0
+    for batch in batches:
+        size = len(batch) * len(batch[0].tokens)
+        if together and held + size > tokens:
+            yield together
+            together, held = [], 0
+        together.append(batch)
+        held += size
+    if together:
+        yield together
+
+
+class Fitting:
+    """Runs a function on as many rows at a time as memory takes, found by halving, and remembers how many that were."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def __call__(self, run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """`run` of hidden [batch, T, h], whose rows do not know one another.
+
+        Raises:
+            UserError: memory does not take a single row.
+        """
+        while True:
+            rows = min(len(hidden), max(1, self.tokens // hidden.shape[1]))
+            try:
+                return torch.cat([run(part) for part in hidden.split(rows)])
+            except torch.OutOfMemoryError as error:
+                if rows == 1:
+                    problem = f"one sequence of {hidden.shape[1]} tokens does not fit into the device's memory"
+                    raise UserError(problem, "free memory on it, or use a larger device") from error
+            self.tokens = rows // 2 * hidden.shape[1]
+            torch.cuda.empty_cache()
+
+
+def log_likelihoods(
+    open_walk: Callable[[], Walk],
+    world: World,
+    requests: list[tuple[list[int], list[int]]],
+    *,
+    max_length: int,
+    token_bytes: int,
+    what: str,
+) -> list[tuple[float, bool]]:
+    """Sum of the log-probabilities of each continuation after its context, and whether greedy decoding would write it.
+
+    Args:
+        open_walk: gives the model to measure, from its first layer.
+        requests: (context, continuation) token ids, neither empty; the same on every rank, which share the work.
+        max_length: tokens that the model takes.
+        token_bytes: size of one token's hidden state.
+        what: named in the progress line.
+
+    Raises:
+        UserError: memory does not take a single sequence.
+    """
+    answers = torch.zeros(len(requests), 2, dtype=torch.float64)
+
+    def mine() -> None:
+        rows = rows_of(requests, max_length)[world.rank :: world.size]
+        fitting = Fitting(GPU_TOKENS if world.device.type == "cuda" else CPU_TOKENS)
+        batches = list(batches_of(rows, fitting.tokens))
+        place, room = resting_place(world, token_bytes * sum(len(b) * len(b[0].tokens) for b in batches))
+        for number, part in enumerate(passes_of(batches, room // token_bytes), start=1):
+            label = what if number == 1 else f"{what}, pass {number}"
+            for request, answer in _one_pass(open_walk(), part, world.device, place, fitting, label):
+                answers[request] = torch.tensor(answer, dtype=torch.float64)
+
+    together(mine)
+    return [(total, bool(greedy)) for total, greedy in sum_over_ranks_(answers).tolist()]
+
+
+def resting_place(world: World, wanted: int) -> tuple[torch.device, int]:
+    """Where `wanted` bytes of hidden states wait between layers, and how many may: the device if it has room, or the host."""
+    if world.device.type == "cuda":
+        room = int(torch.cuda.mem_get_info(world.device)[0] * DEVICE_SHARE)
+        if wanted <= room:
+            return world.device, room
+    with open("/proc/meminfo") as lines:
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return torch.device("cpu"), int(free * HOST_SHARE / world.local_size)
+
+
+@torch.no_grad()
+def _one_pass(
+    walk: Walk, batches: list[list[Row]], device: torch.device, place: torch.device, fitting: Fitting, what: str
+) -> Iterator[tuple[int, tuple[float, bool]]]:
+    """Carry batches through every layer; the number and answer of each request."""
+    hidden = walk.embed((padded(batch) for batch in batches), place)  # each [batch, T, h]
+    for layer in walk.layers(what):
+        for i in range(len(hidden)):
+            hidden[i] = fitting(layer, hidden[i].to(device)).to(place)
+    head = walk.head()
+    for i, batch in enumerate(batches):
+        yield from _answers(head, hidden[i].to(device), batch)
+
+
+def padded(batch: list[Row]) -> Tensor:
+    """Token ids [rows, T], padded on the right, where causal attention never looks back from."""
+    ids = torch.zeros(len(batch), len(batch[0].tokens), dtype=torch.long)
+    for i, row in enumerate(batch):
+        ids[i, : len(row.tokens)] = torch.tensor(row.tokens)
+    return ids
+
+
+def _answers(head: Head, hidden: Tensor, batch: list[Row]) -> Iterator[tuple[int, tuple[float, bool]]]:
+    """From the last hidden states [rows, T, h] of a batch; log-probabilities in max(fp32, dtype), a chunk at a time."""
+    place: dict[tuple[int, int], int] = {}  # (row, position) -> line of `scored`
+    asked = [(number, continuation, j, row) for j, row in enumerate(batch) for number, continuation in row.requests]
+    lines, labels = [], []  # of every token of every continuation; the position before a token predicts it
+    for _, continuation, j, row in asked:
+        first = len(row.tokens) - len(continuation)
+        lines += [place.setdefault((j, first + t), len(place)) for t in range(len(continuation))]
+        labels += continuation
+    line, label = torch.tensor(lines, device=hidden.device), torch.tensor(labels, device=hidden.device)
+    at = torch.tensor(list(place), device=hidden.device)
+    scored = hidden[at[:, 0], at[:, 1]]  # [positions, h]
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    value = torch.empty(len(lines), dtype=wide, device=hidden.device)
+    hit = torch.empty(len(lines), dtype=torch.bool, device=hidden.device)
+    step = max(1, LOGITS_AT_ONCE // len(head.weight))
+    for low in range(0, len(scored), step):
+        log_p = head.logits(scored[low : low + step]).to(wide).log_softmax(-1)  # [chunk, vocab]
+        here = (line >= low) & (line < low + step)
+        value[here] = log_p[line[here] - low, label[here]]
+        hit[here] = log_p.argmax(-1)[line[here] - low] == label[here]
+    lengths = [len(continuation) for _, continuation, _, _ in asked]
+    parts = zip(asked, value.cpu().split(lengths), hit.cpu().split(lengths), strict=True)
+    yield from ((number, (float(v.sum()), bool(h.all()))) for (number, *_), v, h in parts)

@@ -1,0 +1,138 @@
+"""Perplexity: windows of text through the model, and the file that keeps each figure."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_spin.config.run import RunConfig
+from dist_spin.data import fingerprint, load_tokens
+from dist_spin.errors import NumericsError
+from dist_spin.evaluate.cells import Cell, cell_identity, describe
+from dist_spin.evaluate.layerwise_model import Walk
+from dist_spin.model.architecture import Shape
+from dist_spin.model.sites_config import Sites
+from dist_spin.model.weights import ModelFiles
+from dist_spin.pipeline.model import check_vocabulary
+from dist_spin.runtime.distributed import World, on_leader, sum_over_ranks_
+from dist_spin.storage.atomic import write_json
+from dist_spin.storage.run_directory import RunDir, run_dir
+from dist_spin.storage.tensor_file import identity_hash
+
+TOKENS_AT_ONCE = 4096  # of hidden states that go through a layer together, at least
+BYTES_PER_CHANNEL = 32  # of the MLP for each token on its way through: copies, some of them in the quantiser's fp32
+
+
+def measuring_tokens(config: RunConfig, files: ModelFiles, source: str) -> Tensor:
+    """The windows [n, T] of one source."""
+    e = config.evaluate
+    tokenizer = None if source.startswith("tokens:") else files.tokenizer()
+    tokens = on_leader(lambda: load_tokens(source, e.split, e.seq_len, tokenizer))
+    check_vocabulary(tokens, files.shape, source)
+    return tokens[: e.max_sequences] if e.max_sequences else tokens
+
+
+def measure(
+    config: RunConfig,
+    world: World,
+    files: ModelFiles,
+    run: RunDir,
+    cell: Cell,
+    source: str,
+    tokens: Tensor,
+) -> dict[str, Any]:
+    """One cell on one source, from its file if it was measured before."""
+    row = described(config, files, cell, source, tokens)
+    before = measured_before(run, row)
+    if before is not None:
+        return before
+    began = time.monotonic()
+    what = f"measure {source}, {cell.label}, {cell.weights} weights"
+    (losses,) = window_losses(config, world, files, cell, [(cell.chosen.sites, tokens)], what)
+    return recorded(run, row, losses, time.monotonic() - began)
+
+
+def described(config: RunConfig, files: ModelFiles, cell: Cell, source: str, tokens: Tensor) -> dict[str, Any]:
+    """What is known of a row before it is measured, with the `identity` that names its file."""
+    row = {k: v for k, v in describe(config, cell).items() if k != "method"} | {
+        "dataset": source,
+        "seq_len": config.evaluate.seq_len,
+    }
+    identity = identity_hash(
+        {**row, "layers": cell.made_under, "tokens": fingerprint(tokens), **cell_identity(config, files, cell)}
+    )
+    return {"method": cell.label, **row, "tokens": tokens.numel(), "identity": identity, **cell.about}
+
+
+def measurement_path(run: RunDir, row: dict[str, Any]) -> Path:
+    """The file of a measurement."""
+    return run.path / "evaluations" / f"{row['identity']}.json"
+
+
+def measured_before(run: RunDir, row: dict[str, Any]) -> dict[str, Any] | None:
+    """`row` with its figures if it was measured before, under whatever name."""
+    path = measurement_path(run, row)
+    before = on_leader(lambda: json.loads(path.read_text()) if path.exists() else None)
+    return None if before is None else before | row
+
+
+def recorded(run: RunDir, row: dict[str, Any], losses: Tensor, seconds: float) -> dict[str, Any]:
+    """`row` with its figures, kept in a file.
+
+    Raises:
+        NumericsError: the mean of `losses` is not finite.
+    """
+    mean = float(losses.mean())
+    if not math.isfinite(mean):
+        raise NumericsError(
+            f"{row['method']} on {row['dataset']}: the loss is {mean}", "check the model's dtype and the quantisers"
+        )
+    row = row | {"ppl": math.exp(mean), "seconds": round(seconds, 2), "losses": losses.tolist()}
+    on_leader(lambda: write_json(measurement_path(run, row), row))
+    return row
+
+
+def window_losses(
+    config: RunConfig,
+    world: World,
+    files: ModelFiles,
+    cell: Cell,
+    jobs: Sequence[tuple[Sites, Tensor]],
+    what: str,
+) -> list[Tensor]:
+    """Mean next-token cross entropy of every window of each job's tokens, each fp64 [n] on the CPU.
+
+    The jobs, (sites, tokens [n, T]), share the cell's weights, so that a layer is read or merged once for all of them.
+    Windows are shared out over ranks. `what` is shown while it goes on.
+    """
+    walk = Walk(config, world, files, run_dir(config), cell)
+    together = tokens_at_once(world.device, files.shape)
+    mine = [tokens[world.rank :: world.size] for _, tokens in jobs]
+    batches = [ids.split(max(1, together // ids.shape[1])) if len(ids) else () for ids in mine]
+    states = iter(walk.embed(ids for parts in batches for ids in parts))
+    hidden = [[next(states) for _ in parts] for parts in batches]  # for each job: [batch, T, h], ...
+    for layers in walk.layers_at(what, [sites for sites, _ in jobs]):
+        for layer, parts in zip(layers, hidden, strict=True):
+            parts[:] = [layer(h) for h in parts]
+    head = walk.head()
+    out = []
+    for (_, tokens), ids, parts in zip(jobs, batches, hidden, strict=True):
+        losses = torch.zeros(len(tokens), dtype=torch.float64)
+        if parts:
+            mean = [head.loss(h, some.to(world.device)) for h, some in zip(parts, ids, strict=True)]
+            losses[world.rank :: world.size] = torch.cat(mean).double().cpu()
+        out.append(sum_over_ranks_(losses))
+    return out
+
+
+def tokens_at_once(device: torch.device, shape: Shape) -> int:
+    """Tokens that go through a layer together: on a GPU as many as an eighth of its memory has room for."""
+    if device.type != "cuda":
+        return TOKENS_AT_ONCE
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(TOKENS_AT_ONCE, memory // 8 // (BYTES_PER_CHANNEL * shape.intermediate))

@@ -1,0 +1,64 @@
+"""Measure perplexity of the full-precision model and of every quantised variant, layer by layer.
+
+    dist-spin evaluate configs/quickstart.yaml
+
+Perplexity is over non-overlapping windows, cross entropy in fp32. Each measured cell is a file of its own, so that a second
+start measures only what is missing.
+"""
+
+from typing import Any
+
+import torch
+
+from dist_spin.config.run import RunConfig
+from dist_spin.errors import Interrupted, UserError
+from dist_spin.evaluate.cells import cell_layer, cells
+from dist_spin.evaluate.perplexity import measure, measuring_tokens
+from dist_spin.evaluate.tables import table, task_table
+from dist_spin.pipeline.fingerprints import layer_identity
+from dist_spin.pipeline.model import open_configured_model
+from dist_spin.pipeline.variants import calibration_tokens
+from dist_spin.runtime.distributed import World, any_rank, on_leader
+from dist_spin.runtime.progress import say
+from dist_spin.runtime.signals import StopRequest
+from dist_spin.storage.results import public, update_results
+from dist_spin.storage.run_directory import run_dir
+from dist_spin.storage.tensor_file import identity_hash
+
+
+def evaluate(config: RunConfig, world: World) -> list[dict[str, Any]]:
+    """Measure every cell on every source and write results.json; returns its rows.
+
+    Raises:
+        Interrupted: a signal came; finished cells are kept.
+        UserError: layers are missing, or a source cannot be read.
+    """
+    stop = StopRequest()
+    run, files = run_dir(config), open_configured_model(config)
+    measured = cells(config, files, world.device)
+    quantised = [cell for cell in measured if cell.weights != "none"]
+    calibration = calibration_tokens(config, files) if quantised else torch.empty(0)
+    for cell in quantised:
+        missing = [i for i in range(files.shape.layers) if not cell_layer(run, cell, i).exists()]
+        if missing:
+            problem = f"layer {missing[0]} of '{cell.chosen.name}' is not quantised"
+            raise UserError(problem, "run `dist-spin quantize` first")
+        cell.made_under = identity_hash(layer_identity(config, files, cell.chosen, calibration))
+    rows = []
+    for source in config.evaluate.sources:
+        tokens = measuring_tokens(config, files, source)
+        for cell in measured:
+            row = measure(config, world, files, run, cell, source, tokens)
+            rows.append(row)
+            if any_rank(bool(stop)):
+                raise Interrupted("stopped by a signal between two measurements", "the same command continues")
+    if config.evaluate.tasks:
+        from dist_spin.evaluate.zero_shot import zero_shot  # late: the harness is an extra
+
+        rows += zero_shot(config, world, files, run, measured, stop)
+    shown = [public(row) for row in rows]
+    on_leader(lambda: update_results(run, "evaluate", shown))
+    if world.leads:
+        print("\n".join(filter(None, [table(shown), task_table(shown)])))
+        say(f"wrote {run.path / 'results.json'}")
+    return shown

@@ -1,0 +1,300 @@
+"""Zero-shot tasks of lm-evaluation-harness, with its own prompts and metrics, on a model that is measured layer by layer.
+
+    dist-spin evaluate CONFIG.yaml evaluate.tasks=[piqa,arc_easy] evaluate.tasks_dir=/data/tasks
+
+Data come from the hub, from its local cache, or from copies that
+`hf download --repo-type dataset OWNER/NAME --local-dir TASKS_DIR/OWNER/NAME` makes. A task whose data cannot be had is left
+out, with a line that says so.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dist_spin.config.run import RunConfig
+from dist_spin.data import require_hub
+from dist_spin.errors import Interrupted, NumericsError, UserError
+from dist_spin.evaluate.cells import Cell, cell_identity, describe
+from dist_spin.evaluate.layerwise_model import Walk
+from dist_spin.evaluate.loglikelihood import log_likelihoods
+from dist_spin.model.weights import ModelFiles
+from dist_spin.pipeline.model import model_dtype
+from dist_spin.runtime.distributed import World, agree, any_rank, on_leader, together
+from dist_spin.runtime.progress import say
+from dist_spin.runtime.signals import StopRequest
+from dist_spin.storage.atomic import write_json
+from dist_spin.storage.run_directory import RunDir
+from dist_spin.storage.tensor_file import identity_hash
+
+try:
+    import datasets  # type: ignore[import-untyped]
+    import lm_eval
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.evaluator import evaluate as run_harness
+    from lm_eval.models.utils import has_bos_prefix, resolve_max_length
+    from lm_eval.tasks import TaskManager
+except ImportError as error:
+    raise UserError(
+        f"evaluate.tasks needs lm-evaluation-harness ({error})", "pip install 'dist-spin[lm-eval]'"
+    ) from error
+BOOTSTRAP = 1000  # draws for the standard error of a perplexity; that of an accuracy has a closed form
+os.environ["DISABLE_MULTIPROC"] = "1"  # the harness would fork a process with threads, and perhaps CUDA, for the draws
+
+
+@dataclass(frozen=True)
+class Source:
+    """A task's file within the harness, and its data on the hub."""
+
+    file: str
+    repository: str
+    subset: str | None = None
+
+
+SOURCES = {
+    "boolq": Source("super_glue/boolq/default.yaml", "aps/super_glue", "boolq"),
+    "piqa": Source("piqa/piqa.yaml", "baber/piqa"),
+    "siqa": Source("siqa/siqa.yaml", "lighteval/siqa"),
+    "hellaswag": Source("hellaswag/hellaswag.yaml", "Rowan/hellaswag"),
+    "winogrande": Source("winogrande/default.yaml", "allenai/winogrande", "winogrande_xl"),
+    "arc_easy": Source("arc/arc_easy.yaml", "allenai/ai2_arc", "ARC-Easy"),
+    "arc_challenge": Source("arc/arc_challenge.yaml", "allenai/ai2_arc", "ARC-Challenge"),
+    "openbookqa": Source("openbookqa/openbookqa.yaml", "allenai/openbookqa", "main"),
+    "lambada_openai": Source("lambada/lambada_openai.yaml", "EleutherAI/lambada_openai", "default"),
+}
+
+
+class LayerwiseLM(TemplateLM):
+    """A cell as the harness sees a model: it tokenises as the harness's `hf` model does, and scores layer by layer.
+
+    Under several ranks each runs the harness on the same requests; scoring them is shared out.
+    """
+
+    def __init__(self, config: RunConfig, world: World, files: ModelFiles, run: RunDir, cell: Cell) -> None:
+        super().__init__()
+        self._parts = (config, world, files, run, cell)
+        self.tokenizer = files.tokenizer()
+        self._terminal = sys.stderr
+
+    @property
+    def eot_token_id(self) -> int:
+        """Token that ends a text."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Token that stands for an empty context."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids; the tokenizer decides on BOS, unless the text begins with it already."""
+        if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
+            add_special_tokens = False
+        chosen = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return self.tokenizer.encode(string, **chosen)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        config, world, files, run, cell = self._parts
+        if not agree(int(hashlib.sha256(json.dumps(requests).encode()).hexdigest()[:15], 16)):
+            raise UserError("ranks read different data for the same tasks", "give evaluate.tasks_dir one shared copy")
+        with contextlib.redirect_stderr(self._terminal):
+            return log_likelihoods(
+                lambda: Walk(config, world, files, run, cell),
+                world,
+                [(context, continuation) for _, context, continuation in requests],
+                max_length=resolve_max_length(files.config, self.tokenizer),
+                token_bytes=files.shape.hidden * model_dtype(config).itemsize,
+                what=f"zero-shot, {cell.label}, {cell.weights} weights",
+            )
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """Not asked for by any task of `SOURCES`."""
+        raise UserError("a task asks for the perplexity of whole texts", "give the text as one of evaluate.sources")
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """Not asked for by any task of `SOURCES`."""
+        raise UserError("a task asks the model to write text", "name tasks that compare log-likelihoods")
+
+
+def zero_shot(
+    config: RunConfig, world: World, files: ModelFiles, run: RunDir, cells: list[Cell], stop: StopRequest
+) -> list[dict[str, Any]]:
+    """Measure every cell on every task whose data can be had; a row per cell, task and metric.
+
+    Raises:
+        Interrupted: a signal came; finished cells are kept.
+        NumericsError: a model's output is not finite.
+    """
+    tasks = load_tasks(config)
+    rows: list[dict[str, Any]] = []
+    for cell in cells if tasks else ():
+        rows += measure(config, world, files, run, cell, tasks)
+        if any_rank(bool(stop)):
+            raise Interrupted("stopped by a signal between two measurements", "the same command continues")
+    return rows
+
+
+def load_tasks(config: RunConfig) -> dict[str, Any]:
+    """The harness's task objects by our names. What rank 0 cannot load is left out everywhere, and said."""
+    e = config.evaluate
+    folder = Path(e.tasks_dir).expanduser() if e.tasks_dir else None
+    found: dict[str, Any] = {}
+
+    def load_all() -> list[str]:
+        for name in e.tasks:
+            try:
+                found[name] = load_task(name, folder)
+            except UserError as error:
+                say(f"dist-spin: {name} is left out: {error}")
+        return list(found)
+
+    names = on_leader(load_all)
+    # The others only afterwards, when the cache is filled.
+    together(lambda: None if found else found.update({name: load_task(name, folder) for name in names}))
+    return found
+
+
+def load_task(name: str, folder: Path | None) -> Any:
+    """One task of the harness with its data.
+
+    Raises:
+        UserError: the data cannot be had.
+    """
+    source = SOURCES[name]
+    tasks = Path(lm_eval.__file__).parent / "tasks"
+    # Only few-shot prompts read the training part.
+    changes: dict[str, Any] = {"include": str(tasks / source.file), "training_split": None}
+    if folder:
+        changes |= local_copy(folder, source)
+    else:
+        require_hub(source.repository, f"the task {name}", "evaluate.tasks_dir=DIR with a copy of its data")
+    with tempfile.TemporaryDirectory() as place, hushed():
+        path = Path(place) / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(changes))
+        try:
+            (task,) = TaskManager(include_defaults=False).load([str(path)])["tasks"].values()
+        except Exception as error:  # whatever the harness, the hub or a file format throws is the user's to put right
+            reason = " ".join(str(error).split()) or type(error).__name__
+            remedy = f"hf download --repo-type dataset {source.repository} --local-dir {place_of(folder, source)}"
+            raise UserError(f"its data cannot be read ({reason[:300]})", remedy) from error
+    task.set_config(key="num_fewshot", value=0)
+    return task
+
+
+def place_of(folder: Path | None, source: Source) -> Path:
+    """Where a copy of a task's data is looked for."""
+    return (folder or Path("TASKS_DIR")) / source.repository
+
+
+def local_copy(folder: Path, source: Source) -> dict[str, Any]:
+    """What the harness is told to read: a copy of the repository, whose README.md or folders say which files are meant.
+
+    Raises:
+        UserError: there is no copy.
+    """
+    place = place_of(folder, source)
+    if not place.is_dir():
+        remedy = f"hf download --repo-type dataset {source.repository} --local-dir {place}"
+        raise UserError(f"{place} does not exist", remedy)
+    with hushed():
+        try:
+            subsets = datasets.get_dataset_config_names(str(place))
+        except Exception:  # without a README.md and with files in unusual places; folders may still tell
+            subsets = []
+    named = source.subset in subsets
+    # Where a README.md names the files, `datasets` would take another copy's data from its cache for these.
+    cached = Path(datasets.config.HF_DATASETS_CACHE) / f"copy-{fingerprint_of(place)}"
+    options = {"cache_dir": str(cached)}
+    if source.subset and not named and (place / source.subset).is_dir():
+        options["data_dir"] = source.subset
+    return {
+        "dataset_path": str(place),
+        "dataset_name": source.subset if named else None,
+        "dataset_kwargs": options,
+    }
+
+
+def fingerprint_of(place: Path) -> str:
+    """A hash that changes when a file below `place` does: of names, sizes and times."""
+    files = ((path, path.stat()) for path in sorted(place.rglob("*")) if path.is_file())
+    facts = [(str(path.resolve()), about.st_size, about.st_mtime_ns) for path, about in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Keep the harness's and the data library's bars and remarks off the terminal, which is for our progress."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def measure(
+    config: RunConfig, world: World, files: ModelFiles, run: RunDir, cell: Cell, tasks: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """One cell on all tasks, those of them from their files that were measured before; the others together."""
+    model = {**describe(config, cell), "layers": cell.made_under, **cell_identity(config, files, cell)}
+    limit = config.evaluate.task_limit
+    paths: dict[str, Path] = {}
+    for name, task in tasks.items():
+        about = {"task": name, "limit": limit, "data": digest(task, limit), "lm_eval": lm_eval.__version__}
+        paths[name] = run.path / "evaluations" / f"{identity_hash({**model, **about})}.json"
+    before = on_leader(lambda: {n: json.loads(path.read_text()) for n, path in paths.items() if path.exists()})
+    missing = {name: task for name, task in tasks.items() if name not in before}
+    if missing:
+        lm = LayerwiseLM(config, world, files, run, cell)
+        began = time.monotonic()
+        with hushed():
+            results = run_harness(
+                lm,
+                {"tasks": {task.task_name: task for task in missing.values()}, "groups": {}, "group_map": {}},
+                limit=limit or None,
+                bootstrap_iters=BOOTSTRAP if world.leads else 0,
+                log_samples=False,
+            )
+        seconds = time.monotonic() - began
+        requests = {name: len(task.instances) for name, task in missing.items()}
+        for name, task in missing.items():
+            share = seconds * requests[name] / sum(requests.values())
+            rows = [
+                {**describe(config, cell), "task": name, **figures, "seconds": round(share, 2)}
+                for figures in metrics(results["results"][task.task_name], results["n-samples"][task.task_name])
+            ]
+            if not all(math.isfinite(row["value"]) for row in rows):
+                problem = f"{cell.label} on {name}: the log-likelihoods are not finite"
+                raise NumericsError(problem, "check the model's dtype and the quantisers")
+            on_leader(functools.partial(write_json, paths[name], rows))
+            before[name] = rows
+    return on_leader(lambda: [row for name in tasks for row in before[name]])
+
+
+def digest(task: Any, limit: int) -> str:
+    """SHA-256 (hex) of the items that are measured, right answers included."""
+    docs = (json.dumps(doc, sort_keys=True, default=str) for _, doc in task.doc_iterator(limit=limit or None))
+    return hashlib.sha256("\n".join(docs).encode()).hexdigest()
+
+
+def metrics(found: dict[str, Any], counts: dict[str, int]) -> list[dict[str, Any]]:
+    """Name, value, standard error and number of items of each metric that the harness reports."""
+    out = []
+    for key, value in found.items():
+        metric, _, kind = key.partition(",")
+        if kind and not metric.endswith("_stderr"):
+            error = found.get(f"{metric}_stderr,{kind}")
+            stderr = error if isinstance(error, float) and math.isfinite(error) else None
+            out.append({"metric": metric, "value": float(value), "stderr": stderr, "n": counts["effective"]})
+    return out

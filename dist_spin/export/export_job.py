@@ -1,0 +1,199 @@
+"""One export: what is read of the run, and checked."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_spin.config.run import RunConfig
+from dist_spin.errors import Interrupted, UserError
+from dist_spin.export.card import model_card
+from dist_spin.export.checkpoint import write_checkpoint
+from dist_spin.export.sidecar import Sidecar, write_sidecar
+from dist_spin.model.rotated_weights import RotatedWeights
+from dist_spin.model.sites_config import Sites
+from dist_spin.model.weights import ModelFiles
+from dist_spin.numerics.gptq import Solution
+from dist_spin.numerics.quantizer import dequantize_weight
+from dist_spin.pipeline.embeddings import ends_of
+from dist_spin.pipeline.export_limits import QUANTISED
+from dist_spin.pipeline.fingerprints import WEIGHT_SETTINGS, flat, layer_identity
+from dist_spin.pipeline.variants import Variant, calibration_tokens
+from dist_spin.runtime.progress import Progress
+from dist_spin.runtime.signals import StopRequest
+from dist_spin.storage.quantized_layers import QuantizedLayer, layer_path, load_ends, load_layer
+from dist_spin.storage.run_directory import RunDir
+from dist_spin.storage.tensor_file import FOREIGN, CorruptFile, identity_hash, read_metadata
+from dist_spin.version import __version__
+
+AGAIN = "run `dist-spin quantize` with the settings of this export"
+
+
+@dataclass
+class Export:
+    """One export: what is read of the run, and checked."""
+
+    config: RunConfig
+    run: RunDir
+    files: ModelFiles
+    chosen: Variant
+    target: str
+    stop: StopRequest
+
+    @property
+    def r4(self) -> bool:
+        """Whether R4 is part of the exported weights."""
+        return self.config.export.profile == "r4-block"
+
+    @property
+    def quantised(self) -> bool:
+        """Whether weights come from the quantised layers."""
+        return self.target in QUANTISED
+
+    @cached_property
+    def results(self) -> list[dict[str, Any]]:
+        """What `evaluate` measured."""
+        path = self.run.path / "results.json"
+        return json.loads(path.read_text()) if path.exists() else []
+
+    @property
+    def sites(self) -> Sites:
+        """What happens online in the exported model; nothing where R4 was learned with and is left out."""
+        return Sites() if self.config.rotation.online and not self.r4 else self.chosen.sites
+
+    @cached_property
+    def weights(self) -> RotatedWeights:
+        """The merged 16-bit weights, with or without R4."""
+        made = self.chosen.weights
+        r4 = self.sites.r4
+        return RotatedWeights(made.source, made.shape, made.rotations, r4, made.device, made.dtype, scales=made.scales)
+
+    @cached_property
+    def layers_made_under(self) -> str:
+        """The fingerprint that every quantised layer must carry."""
+        tokens = calibration_tokens(self.config, self.files)
+        return identity_hash(layer_identity(self.config, self.files, self.chosen, tokens))
+
+    @cached_property
+    def made_under(self) -> str:
+        """A hash of everything that decides the export's content."""
+        without_tokens = torch.zeros(1, 1, dtype=torch.long)
+        model = layer_identity(self.config, self.files, self.chosen, without_tokens)
+        ends = ends_of(self.config, self.files, self.chosen).made_under if self.quantised else ""
+        ours = {
+            "format": self.target,
+            "profile": self.config.export.profile,
+            "shard_gb": self.config.export.shard_gb,
+            "layers": self.quantised and self.layers_made_under,
+            "ends": ends,
+            "results": self.results,  # the card tells them
+            "dist_spin": __version__,
+        }
+        return identity_hash(model | ours)
+
+    def check_run(self) -> None:
+        """Refuse a run that was learned on another model or for other sites, or whose layers are not all of one making.
+
+        Raises:
+            UserError: names the first thing that does not fit.
+        """
+        fingerprint = self.run.path / "fingerprint.json"
+        started = json.loads(fingerprint.read_text()) if fingerprint.exists() else {}
+        sites = {k: v for k, v in flat(self.config.quant, "quant").items() if not k.startswith(WEIGHT_SETTINGS)}
+        now = {"model weights": self.files.weights.fingerprint(), **flat(self.config.rotation, "rotation"), **sites}
+        for name, value in now.items():
+            if started.get(name, value) != value:
+                problem = f"run {self.config.name} was learned with {name} = {started[name]!r}, not {value!r}"
+                raise UserError(problem, f"set {name} back" if "." in name else "set model.path back")
+        for index in range(self.files.shape.layers) if self.quantised else ():
+            path = layer_path(self.run.layers(), index)
+            metadata = read_metadata(path)
+            if metadata is None:
+                what = "cannot be read" if path.exists() else "is missing"
+                raise UserError(f"{path} {what}", AGAIN)
+            if metadata.get("fingerprint") != self.layers_made_under:
+                raise UserError(f"{path} {FOREIGN}", AGAIN)
+
+    def quantised_layer(self, index: int) -> QuantizedLayer:
+        """Layer `index` of the run, its checksum and fingerprint checked.
+
+        Raises:
+            UserError: it cannot be used.
+        """
+        path = layer_path(self.run.layers(), index)
+        try:
+            layer, made_under = load_layer(path)
+        except CorruptFile as error:
+            raise UserError(str(error), AGAIN) from error
+        if made_under != self.layers_made_under:
+            raise UserError(f"{path} {FOREIGN}", AGAIN)
+        return layer
+
+    def quantised_ends(self) -> dict[str, Solution]:
+        """The quantised ones of `embedding` and `head`, each [vocab, h].
+
+        Raises:
+            UserError: they should be there and are not, or cannot be used.
+        """
+        ends = ends_of(self.config, self.files, self.chosen)
+        if not (self.quantised and ends.bits):
+            return {}
+        try:
+            found, made_under = load_ends(ends.path)
+        except CorruptFile as error:
+            raise UserError(str(error), AGAIN) from error
+        if made_under != ends.made_under:
+            raise UserError(f"{ends.path} {FOREIGN}", AGAIN)
+        return found
+
+    def between(self) -> Callable[[int], None]:
+        """What is to be called before each layer: shows progress, and leaves where a signal came."""
+        progress = Progress(f"export {self.target}: layer", self.files.shape.layers)
+
+        def between(index: int) -> None:
+            if self.stop:
+                raise Interrupted(f"stopped by a signal before layer {index}", "the same command starts again")
+            progress.advance()
+
+        return between
+
+    def checkpoint(self, directory: Path, layer: Callable[[int], dict[str, Tensor]], extra: dict[str, Any]) -> None:
+        """Write weights, config and tokenizer to `directory`; see `write_checkpoint`."""
+        dtype = self.weights.dtype
+        ends = {end: dequantize_weight(*solution, dtype=dtype) for end, solution in self.quantised_ends().items()}
+        write_checkpoint(
+            directory,
+            self.files,
+            dtype,
+            layer=layer,
+            embedding=lambda: ends["embedding"] if "embedding" in ends else self.weights.embedding(),
+            head=lambda: ends["head"] if "head" in ends else self.weights.head_weight(),
+            extra=extra,
+            shard_bytes=self.config.export.shard_gb * 1e9,
+            between=self.between(),
+        )
+
+    def sidecar(self, directory: Path) -> None:
+        """Write what `dist_spin.load` needs beside the weights."""
+        kind, dtype = self.files.config.model_type, self.config.model.dtype
+        profile = self.config.export.profile
+        write_sidecar(directory, Sidecar(self.target, profile, kind, dtype, self.made_under, self.sites))
+
+    def card(self) -> str:
+        """The text of README.md."""
+        metadata = read_metadata(self.run.rotations / "final.safetensors") or {}
+        return model_card(
+            self.config,
+            self.target,
+            r4=bool(self.sites.r4),
+            quantisers=any(spec.enabled for spec in (self.sites.a, self.sites.o, self.sites.k, self.sites.v)),
+            scales=bool(self.weights.scales),
+            clips=self.sites.clips is not None and self.target != "gguf",
+            step=metadata.get("step", "?"),
+            results=self.results,
+        )

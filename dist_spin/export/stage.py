@@ -1,0 +1,76 @@
+"""Write a run's model for another program, layer by layer; the directory appears when it is complete.
+
+    dist-spin export runs/NAME --format compressed-tensors
+    dist-spin export CONFIG.yaml --format gguf --output DIR export.gguf_converter=download
+
+The run must be one: rotations, layers and model of another making are refused, and nothing of the run is changed.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from dist_spin.config.run import RunConfig
+from dist_spin.errors import UserError
+from dist_spin.export.directory import whole_directory
+from dist_spin.export.export_job import Export
+from dist_spin.export.formats import _compressed_tensors, _executorch, _gguf, _hf
+from dist_spin.export.sidecar import NAME, read_sidecar
+from dist_spin.pipeline.export_limits import check_clips, check_target
+from dist_spin.pipeline.model import open_configured_model
+from dist_spin.pipeline.variants import LEARNED, variant
+from dist_spin.runtime.distributed import World
+from dist_spin.runtime.progress import say
+from dist_spin.runtime.signals import StopRequest
+from dist_spin.storage.atomic import write_text
+from dist_spin.storage.run_directory import run_dir
+
+
+def export(config: RunConfig, world: World, target: str, output: Path | None = None) -> Path:
+    """Write the learned model in the format `target` to `output` (default: RUN/export/FORMAT); returns the directory.
+
+    Raises:
+        Interrupted: a signal came; nothing is left of the attempt.
+        UserError: the format has no place for the run's settings, or the run is incomplete, damaged or mixed.
+    """
+    if world.size > 1:
+        raise UserError("export is the work of one process", "start it without torchrun")
+    stop = StopRequest()
+    files = open_configured_model(config)
+    check_target(target, config, files.config, starting=False)
+    run = run_dir(config)
+    place = output or run.export / target
+    learned = variant(config, files, LEARNED, world.device)
+    check_clips(target, config, learned.sites.clips is not None)
+    work = Export(config, run, files, learned, target, stop)
+    work.check_run()
+    if finished(place, work.made_under):
+        say(f"{place} is complete")
+        return place
+    if place.exists() and not (place / NAME).exists():
+        raise UserError(f"{place} exists and is no export", "give another --output, or remove it")
+    writers = {"hf": _hf, "compressed-tensors": _compressed_tensors, "gguf": _gguf, "executorch": _executorch}
+    write = writers[target](work)
+    with whole_directory(place) as partial:
+        write(partial)
+        for name in ("final.safetensors", "R.bin"):
+            (partial / "dist_spin").mkdir(exist_ok=True)
+            shutil.copyfile(run.rotations / name, partial / "dist_spin" / name)
+        write_text(partial / "README.md", work.card())
+    run.event("export", format=target, path=str(place))
+    say(f"wrote {place}")
+    if work.sites.r4:
+        who = "ExecuTorch's use_spin_quant applies it" if target == "executorch" else "dist_spin.load applies it"
+        say(f"R4 is online: {who}, transformers' from_pretrained stops with an error; README.md there says more")
+    return place
+
+
+def finished(place: Path, made_under: str) -> bool:
+    """Whether a whole export of the same content is there."""
+    try:
+        about = json.loads((place / NAME).read_text())
+        if about["format"] not in ("gguf", "executorch"):
+            read_sidecar(place)
+        return about["made_under"] == made_under
+    except (OSError, ValueError, KeyError, UserError):
+        return False

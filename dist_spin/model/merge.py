@@ -1,0 +1,162 @@
+"""Merging R1, R2 and R4, norm gains and learned scales into weights, in fp64."""
+
+import torch
+from torch import Tensor
+
+from dist_spin.model.architecture import ATTENTION_NORM, FINAL_NORM, HEAD, MLP_NORM, Shape, layer_name
+from dist_spin.model.sites import across_heads
+from dist_spin.model.weights import WeightSource
+from dist_spin.numerics.hadamard_transform import kronecker_apply
+
+# The norm whose gain folds into each linear.
+NORM_BEFORE = {
+    "self_attn.q_proj": ATTENTION_NORM,
+    "self_attn.k_proj": ATTENTION_NORM,
+    "self_attn.v_proj": ATTENTION_NORM,
+    "mlp.gate_proj": MLP_NORM,
+    "mlp.up_proj": MLP_NORM,
+}
+VOCAB_ROWS_AT_ONCE = 8192
+ROWS_AT_ONCE = 512  # rows widened to fp64 at a time, which bounds the memory of folding
+
+
+def _gain_before(source: WeightSource, parameter: str) -> Tensor | None:
+    """The gain [in] of the norm in front of a weight, fp64; None for weights that no norm feeds."""
+    if parameter == f"{HEAD}.weight":
+        return source.rows(f"{FINAL_NORM}.weight").double()
+    parts = parameter.split(".")
+    role = ".".join(parts[3:-1])
+    if parts[-1] == "weight" and role in NORM_BEFORE:
+        return source.rows(f"{'.'.join(parts[:3])}.{NORM_BEFORE[role]}.weight").double()
+    return None
+
+
+def folded_rows(
+    source: WeightSource,
+    parameter: str,
+    out: Tensor,
+    start: int = 0,
+    r4: tuple[Tensor, ...] = (),
+    device: torch.device | None = None,
+) -> None:
+    """Fill `out` with rows [start, start + len(out)) of a parameter, the norm's gain and R4 folded in.
+
+    Both act on the input side only, so any row shard of any parameter can be made alone and no more than ROWS_AT_ONCE
+    rows are ever held in fp64.
+
+    Args:
+        parameter: checkpoint name. out: [rows, ...], any floating dtype and device. r4: fp64 Kronecker factors.
+        device: where to compute; None: where `out` lies.
+    """
+    gain = _gain_before(source, parameter)
+    rotate = bool(r4) and parameter.endswith("mlp.down_proj.weight")
+    for lo in range(0, len(out), ROWS_AT_ONCE):
+        hi = min(lo + ROWS_AT_ONCE, len(out))
+        rows = source.rows(parameter, start + lo, start + hi, device or out.device)
+        if gain is not None or rotate:
+            rows = rows.double()
+        if gain is not None:
+            rows = rows * gain.to(rows.device)
+        if rotate:
+            rows = kronecker_apply(rows, tuple(f.to(rows.device) for f in r4))
+        out[lo:hi].copy_(rows.to(out.dtype))  # before the copy, which may lead to the host: a quarter of the bytes
+
+
+def rotated_layer(
+    source: WeightSource,
+    index: int,
+    shape: Shape,
+    r1: Tensor,
+    r2: Tensor,
+    r4: tuple[Tensor, ...],
+    device: torch.device,
+    heads: tuple[Tensor, ...] = (),
+    scales: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """All parameters of decoder layer `index` with its norms folded and R1, R2, R4 and scales merged; fp64 on `device`.
+
+    Scales merge exactly: those at the attention and MLP input become the norms' gains, R1 diag(1/s) goes into the weights
+    behind; up_proj's rows times s before down_proj's columns over s; R2 diag(s) between v and o; keys times and queries
+    over t, in the gains of their norms where there are any.
+
+    Args:
+        r1 [h, h], r2 [d, d]: fp64. r4, heads: fp64 Kronecker factors, empty for none. scales: of this layer, by the names of
+            `transforms.scale_shapes`.
+
+    Returns:
+        name within the layer (`self_attn.q_proj.weight`, ...) to tensor; q/k norms as they are, layer norms left out
+        unless they are scales.
+    """
+    r1, r2 = r1.to(device), r2.to(device)
+    r4, heads = (tuple(f.to(device) for f in factors) for factors in (r4, heads))
+    s = {name: scale.to(device, torch.float64) for name, scale in (scales or {}).items()}
+    d = shape.head_dim
+
+    def read(role: str, kind: str) -> Tensor | None:
+        name = f"{layer_name(index)}.{role}.{kind}"
+        if not source.has(name):
+            return None
+        w = source.rows(name, device=device).double()
+        gain = _gain_before(source, name)
+        return w if gain is None else w * gain.to(device)
+
+    rows: dict[str, Tensor] = {}  # what the rows of a linear are multiplied by
+    out: dict[str, Tensor] = {}
+    if "up" in s:
+        rows["mlp.up_proj"] = s["up"]
+    if "key" in s:
+        t = torch.cat((s["key"], s["key"]), -1)  # [kv_heads or 1, d]
+        rows["self_attn.k_proj"] = t.expand(shape.kv_heads, d).flatten()
+        rows["self_attn.q_proj"] = (1 / t).repeat_interleave(shape.heads // len(t), 0).flatten()
+    for role in ("self_attn.q_norm", "self_attn.k_norm"):
+        norm = read(role, "weight")
+        if norm is not None:
+            scale = rows.pop(role.replace("norm", "proj"), None)
+            out[f"{role}.weight"] = norm if scale is None else norm * scale[:d]
+    for role, before in NORM_BEFORE.items():
+        w, b = read(role, "weight"), read(role, "bias")
+        assert w is not None
+        w = w @ r1
+        if before in s:
+            w = w / s[before]
+            out[f"{before}.weight"] = s[before]
+        if role == "self_attn.v_proj":
+            w = (r2.T @ w.unflatten(0, (-1, d))).flatten(0, 1)  # each head's rows
+            b = None if b is None else (b.unflatten(0, (-1, d)) @ r2).flatten()
+            if "value" in s:
+                rows[role] = s["value"].flatten()
+        if role in rows:
+            w, b = w * rows[role][:, None], None if b is None else b * rows[role]
+        _put(out, role, w, b)
+    for role in ("self_attn.o_proj", "mlp.down_proj"):
+        w, b = read(role, "weight"), read(role, "bias")
+        assert w is not None
+        if role == "self_attn.o_proj":
+            w = w.unflatten(1, (-1, d)) @ r2  # each head's columns
+            if "value" in s:
+                w = w / s["value"].repeat_interleave(shape.heads // shape.kv_heads, 0)
+            w = w.flatten(1)
+            w = across_heads(w, heads, d) if heads else w
+        else:
+            if "up" in s:
+                w = w / s["up"]
+            w = kronecker_apply(w, r4) if r4 else w
+        _put(out, role, r1.T @ w, None if b is None else b @ r1)
+    return out
+
+
+def _put(out: dict[str, Tensor], role: str, weight: Tensor, bias: Tensor | None) -> None:
+    out[f"{role}.weight"] = weight
+    if bias is not None:
+        out[f"{role}.bias"] = bias
+
+
+def rotated_end(source: WeightSource, name: str, r1: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The embedding E R1 or the head (W gain) R1, [vocab, h] in `dtype` on `device`; fp64 inside, in row chunks."""
+    r1, gain = r1.to(device), _gain_before(source, f"{name}.weight")
+    rows = source.rows(f"{name}.weight", device=device)
+    out = torch.empty(rows.shape, dtype=dtype, device=device)
+    for lo in range(0, len(rows), VOCAB_ROWS_AT_ONCE):
+        part = rows[lo : lo + VOCAB_ROWS_AT_ONCE].double()
+        out[lo : lo + len(part)] = (part if gain is None else part * gain.to(device)) @ r1
+    return out

@@ -1,0 +1,181 @@
+"""Rotate, quantise, rotate back: the operation at a quantiser site, with its gradients for activation and rotation."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_spin.numerics.quantizer import QuantSpec, fake_quantize, range_gradients, range_quantize
+
+
+class Basis:
+    """One learned rotation as the sites see it. Not a module, so that no engine shards, casts or moves it.
+
+    value: R [n, n], orthonormal, in the dtype of compute; refreshed in place after every step; no gradient.
+    tilt:  the leaf that receives gradients [n, n], fp32 (fp64 for fp64 compute): the coordinates Omega of
+           R(Omega) = (I + Omega) R at Omega = 0. Its value is never read.
+    """
+
+    def __init__(self, value: Tensor, tilt: Tensor | None = None) -> None:
+        self.value, self.tilt = value, tilt
+
+
+class Learned:
+    """The scale and clip that are learned at one site, as leaves in the masters' dtype; None where there is none.
+
+    scale: log of the per-channel scale. clip: logit of the clip ratio, a scalar. Not a module, as `Basis`.
+    """
+
+    def __init__(self, scale: Tensor | None = None, clip: Tensor | None = None) -> None:
+        self.scale, self.clip = scale, clip
+
+
+NOTHING = Learned()
+
+
+@torch.library.custom_op("dist_spin::kept_matmul", mutates_args=())
+def kept_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a [..., k] @ b [k, n]: a matmul of its own name, so that recomputation can keep its result (model/recompute.py)."""
+    return a @ b
+
+
+def _kept_backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    (b,) = ctx.saved_tensors
+    return g @ b.T, None  # b is a frozen weight
+
+
+def matmul_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b for 2-D operands with the result in `dtype`, without rounding the sum to the operands' dtype on the way."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+class _RotateQuantize(torch.autograd.Function):
+    """x_hat = Q(x R) R^T, with straight-through gradients for x and the tilt of R.
+
+    With e = Q(x R) - x R held constant (straight-through), x_hat = x R R^T + e R^T: on the manifold dx is the incoming
+    gradient g itself, with no matmul. Turning R into (I + Omega) R changes x_hat by x (Omega + Omega^T) + e R^T Omega^T;
+    the first term vanishes for every skew Omega, so the gradient along the manifold is the skew part of g^T (x_hat - x):
+    one [n, T] x [T, n] matmul, which needs neither Q(x R) nor R again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tilt: Tensor, rotation: Tensor, spec: QuantSpec) -> Tensor:
+        y = fake_quantize(x @ rotation, spec)
+        x_hat = kept_matmul(y, rotation.T)
+        ctx.save_for_backward(x, x_hat)
+        ctx.tilt_dtype = tilt.dtype
+        return x_hat
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, x_hat = ctx.saved_tensors
+        return g, _tilt_gradient(x, x_hat, g, ctx.tilt_dtype), None, None
+
+
+class _RotateScaleQuantize(torch.autograd.Function):
+    """x_hat = Q_c((x R) * s) / s R^T: as `_RotateQuantize` for x and the tilt, which take e as it is.
+
+    Log-scales and clip get the gradient through the range as well (`range_gradients`). With z = (x R) * s, g_u = g R the
+    gradient of u = Q_c(z) / s, g_q = g_u / s and g_z that of z through Q_c, d log s = sum over tokens of g_z z - g_q Q_c(z).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        tilt: Tensor,
+        rotation: Tensor,
+        scale: Tensor | None,
+        clip: Tensor | None,
+        spec: QuantSpec,
+    ) -> Tensor:
+        x_hat = kept_matmul(_scale_quantize(x @ rotation, scale, clip, spec), rotation.T)
+        ctx.save_for_backward(x, x_hat, rotation, scale, clip)
+        ctx.tilt_dtype, ctx.spec = tilt.dtype, spec
+        return x_hat
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None, Tensor | None, None]:
+        x, x_hat, rotation, scale, clip = ctx.saved_tensors
+        wide = torch.promote_types(x.dtype, torch.float32)
+        z, g_q = (x @ rotation).to(wide), (g @ rotation).to(wide)
+        if scale is not None:
+            s = scale.to(wide).exp()
+            z, g_q = z * s, g_q / s
+        ratio = None if clip is None else clip.sigmoid()
+        g_z, d_ratio = range_gradients(z, g_q, ctx.spec, ratio)
+        d_scale = d_clip = None
+        if scale is not None:
+            q = fake_quantize(z, ctx.spec) if ratio is None else range_quantize(z, ctx.spec, ratio)
+            d_scale = (g_z * z - g_q * q).flatten(0, -2).sum(0).to(scale.dtype)
+        if ratio is not None:
+            d_clip = d_ratio.to(clip.dtype) * ratio * (1 - ratio)
+        return g, _tilt_gradient(x, x_hat, g, ctx.tilt_dtype), None, d_scale, d_clip, None
+
+
+def _tilt_gradient(x: Tensor, x_hat: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    n = x.shape[-1]
+    moved = (x_hat - x).reshape(-1, n)  # [tokens, n]
+    return matmul_wide(g.reshape(-1, n).T, moved, dtype)  # [n, n]
+
+
+def _scale_quantize(y: Tensor, scale: Tensor | None, clip: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Q_c(y * s) / s in y's dtype, computed in fp32 or wider."""
+    ratio = None if clip is None else clip.sigmoid()
+    if scale is None:
+        return range_quantize(y, spec, ratio)
+    wide = torch.promote_types(y.dtype, torch.float32)
+    s = scale.to(wide).exp()
+    return (range_quantize(y.to(wide) * s, spec, ratio) / s).to(y.dtype)
+
+
+def rotate_quantize(x: Tensor, basis: Basis, spec: QuantSpec, learned: Learned = NOTHING) -> Tensor:
+    """x_hat = Q(x R) R^T for x [..., n]; differentiable in x, in what is learned and, along the manifold, in the tilt of R.
+
+    Only the skew part of the tilt's gradient has a meaning; `Rotations` takes it. Without a tilt: plain straight-through.
+    """
+    if learned.scale is not None or learned.clip is not None:
+        assert basis.tilt is not None, "scales and clips are learned together with a rotation"
+        out: Tensor = _RotateScaleQuantize.apply(x, basis.tilt, basis.value, learned.scale, learned.clip, spec)
+        return out
+    if basis.tilt is not None:
+        return _RotateQuantize.apply(x, basis.tilt, basis.value, spec)
+    return fake_quantize(x @ basis.value, spec) @ basis.value.T
+
+
+def clipped(x: Tensor, spec: QuantSpec, learned: Learned) -> Tensor:
+    """Q_c(x), its gradient through the range where a clip is learned, straight-through otherwise."""
+    if learned.scale is None and learned.clip is None:
+        return fake_quantize(x, spec)
+    return range_quantize(x, spec, None if learned.clip is None else learned.clip.sigmoid())
+
+
+def _times(x: Tensor, log_scale: Tensor, sign: int = 1) -> Tensor:
+    """x * s, or x / s for sign -1, in x's dtype; differentiable in both."""
+    return (x * (sign * log_scale).exp()).to(x.dtype)
+
+
+def _differentiable(basis: Basis, dtype: torch.dtype) -> Tensor:
+    """R with its gradient path: the value of (I + Omega) R at Omega = 0, differentiable in Omega in the tilt's dtype."""
+    if basis.tilt is None:
+        return basis.value.to(dtype)
+    return _Tilted.apply(basis.tilt, basis.value).to(dtype)
+
+
+class _Tilted(torch.autograd.Function):
+    """R(Omega) = (I + Omega) R at Omega = 0, so dOmega = G R^T; no matmul in the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, tilt: Tensor, rotation: Tensor) -> Tensor:
+        ctx.save_for_backward(rotation)
+        ctx.tilt_dtype = tilt.dtype
+        return rotation.to(tilt.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (rotation,) = ctx.saved_tensors
+        return g.to(ctx.tilt_dtype) @ rotation.to(ctx.tilt_dtype).T, None

@@ -1,0 +1,113 @@
+"""What is quantised at run time, and where: the sites of a model, as plain values."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_spin.model.architecture import ATTENTION_NORM, MLP_NORM, Shape
+from dist_spin.model.rotate_quantize import NOTHING, Basis, Learned
+from dist_spin.model.sites import DownFront, FrontedLinear, KeySite, NormSite, OutputFront, ValueSite, WideRMSNorm
+from dist_spin.numerics.quantizer import QuantSpec
+
+CLIPS = ("attention", "o", "mlp", "down", "k", "v")  # where clips are learned, in the order in which they are kept
+
+
+@dataclass(frozen=True)
+class Sites:
+    """What happens at each quantised site: quantisers, and the online Hadamards as Kronecker factors (empty: none).
+
+    mlp, down: quantisers of these inputs where they are not those of `a`. clips: learned clip ratios [layers, CLIPS] of
+    merged layers, fp64 on the CPU, which `layer` puts into the quantisers.
+    """
+
+    a: QuantSpec = QuantSpec()
+    o: QuantSpec = QuantSpec()
+    k: QuantSpec = QuantSpec()
+    v: QuantSpec = QuantSpec()
+    r3: tuple[Tensor, ...] = ()
+    r4: tuple[Tensor, ...] = ()
+    heads: tuple[Tensor, ...] = ()
+    mlp: QuantSpec | None = None
+    down: QuantSpec | None = None
+    clips: Tensor | None = None
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """Bits of the quantiser at each of CLIPS."""
+        specs = (self.a, self.o, self.mlp or self.a, self.down or self.a, self.k, self.v)
+        return {site: spec.bits for site, spec in zip(CLIPS, specs, strict=True)}
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Sites":
+        """The same with the Hadamard factors on `device` in `dtype`."""
+        moved = [tuple(f.to(device, dtype) for f in factors) for factors in (self.r3, self.r4, self.heads)]
+        return dataclasses.replace(self, r3=moved[0], r4=moved[1], heads=moved[2])
+
+    def layer(self, index: int) -> "Sites":
+        """The sites of one merged layer, its learned clips on top of the configured ones."""
+        if self.clips is None:
+            return self
+        kept = dict(zip(CLIPS, self.clips[index].tolist(), strict=True))
+
+        def clip(spec: QuantSpec, site: str) -> QuantSpec:
+            return dataclasses.replace(spec, clip_ratio=spec.clip_ratio * kept[site])
+
+        return dataclasses.replace(
+            self,
+            a=clip(self.a, "attention"),
+            o=clip(self.o, "o"),
+            mlp=clip(self.mlp or self.a, "mlp"),
+            down=clip(self.down or self.a, "down"),
+            k=clip(self.k, "k"),
+            v=clip(self.v, "v"),
+            clips=None,
+        )
+
+
+def attach(
+    layer: nn.Module,
+    shape: Shape,
+    sites: Sites,
+    r1: Basis | None = None,
+    r2: Basis | None = None,
+    learned: dict[str, Learned] | None = None,
+    unfold: bool = False,
+) -> None:
+    """Put the sites into one decoder layer, in place.
+
+    With `r1`, `r2`: for learning, on folded but unrotated weights. Without: on merged (or never rotated) weights.
+    `sites` must lie on the layer's device in its dtype (`Sites.to`) and be this layer's (`Sites.layer`).
+
+    Args:
+        learned: what is learned at the sites named in CLIPS. unfold: R4 is not folded into down_proj.
+    """
+    attention: Any = layer.self_attn
+    mlp: Any = layer.mlp
+    at = dict.fromkeys(CLIPS, NOTHING) if learned is None else learned
+    d, mlp_spec, down_spec = shape.head_dim, sites.mlp or sites.a, sites.down or sites.a
+    for name, spec, site in ((ATTENTION_NORM, sites.a, "attention"), (MLP_NORM, mlp_spec, "mlp")):
+        setattr(layer, name, NormSite(getattr(layer, name), spec, r1, at[site]))
+    attention.v_proj = ValueSite(attention.v_proj, sites.v, d, r2, at["v"])
+    front = OutputFront(sites.o, d, r2, sites.heads, at["o"])
+    attention.o_proj = FrontedLinear(front, attention.o_proj, keep=r2 is not None)
+    mlp.down_proj = FrontedLinear(DownFront(down_spec, sites.r4, at["down"], unfold), mlp.down_proj)
+    attention.key_site = KeySite(sites.k, sites.r3, at["k"])
+
+
+def widen_norms(layer: nn.Module, folded: bool) -> None:
+    """Replace a layer's norms by ours, in place; where gains were folded, the two layer norms lose theirs.
+
+    Unless the merged layer was given new ones, which are learned scales: then they are not on the meta device any more.
+    """
+    for owner, name in (
+        (layer, ATTENTION_NORM),
+        (layer, MLP_NORM),
+        (layer.self_attn, "q_norm"),
+        (layer.self_attn, "k_norm"),
+    ):
+        norm = getattr(owner, name, None)
+        if norm is not None:
+            gainless = folded and owner is layer and norm.weight.is_meta
+            setattr(owner, name, WideRMSNorm(norm.variance_epsilon, None if gainless else norm.weight))

@@ -1,0 +1,325 @@
+"""Learning rotations with quantised weights: the layers of the rotated network, and the gradients of their rotations.
+
+With W bits below 16 the rotation cannot stay at the sites: what is rounded is the merged weight. So the residual stream
+is kept in the rotated basis and every linear runs on the grid of its merged weight, W^ = Q(merge(W, R)), which an engine
+fits once per optimiser step (`merged_rows`) and keeps as codes. Straight-through, W^ moves with R as the merged weight
+does. With a the quantised input of a linear and g the gradient of its output (row-vector convention, y = a W^T):
+
+    q, k, gate, up   W^ ~ W R1          dR1 += (g W)^T a
+    v                W^ ~ R2^T W R1     dR1 += ((g R2^T) W)^T a     dR2 += (W R1) (g^T a)^T
+    o                W^ ~ R1^T W R2     dR1 += ((a R2^T) W^T)^T g   dR2 += ((g R1^T) W)^T a
+    down (R4 in W)   W^ ~ R1^T W        dR1 += (a W^T)^T g
+
+with R2 acting, and dR2 summed, per head. A linear pays one more product of its own size; no [out, in] gradient but v's is
+ever formed. The leaves receive plain Euclidean gradients here (`Rotations` turns them into the tilt's).
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dist_spin.model.architecture import ATTENTION_NORM, MLP_NORM, Shape
+from dist_spin.model.rotate_quantize import Basis, kept_matmul, matmul_wide
+from dist_spin.model.sites import DownFront, KeySite, OutputFront, ValueSite
+from dist_spin.model.sites_config import Sites
+from dist_spin.numerics.quantizer import (
+    STAGED_CLIP,
+    QuantSpec,
+    dequantize_weight,
+    fake_quantize,
+    pack_nibbles,
+    quantize_weight,
+    unpack_int4,
+    weight_scales,
+)
+
+# Where a decoder layer keeps the parameters of each linear, within the layer.
+GRIDDED = {
+    f"{ATTENTION_NORM}.linears.0": "self_attn.q_proj",
+    f"{ATTENTION_NORM}.linears.1": "self_attn.k_proj",
+    f"{ATTENTION_NORM}.linears.2": "self_attn.v_proj",
+    f"{MLP_NORM}.linears.0": "mlp.gate_proj",
+    f"{MLP_NORM}.linears.1": "mlp.up_proj",
+    "self_attn.o_proj.linear": "self_attn.o_proj",
+    "mlp.down_proj.linear": "mlp.down_proj",
+}
+# Codes are bytes, but parameters of this type: FSDP2 of torch 2.11 cannot shard a parameter of integers.
+BYTES = torch.float8_e5m2
+
+
+@dataclass(frozen=True)
+class WeightGrid:
+    """How merged weights are rounded while rotations are learned; the fields are `quantizer.weight_scales`'s."""
+
+    bits: int
+    symmetric: bool = True
+    group_size: int = 0
+    mse_clip: bool = False
+
+    def packs(self, width: int) -> bool:
+        """Whether rows of `width` codes are stored two per byte."""
+        return self.bits <= 4 and width % 2 == 0
+
+    def fit(self, merged: Tensor) -> "Grid":
+        """The grid of rows of a merged weight [rows, in], its scales in fp32 (fp64 for fp64)."""
+        scale, zero = weight_scales(merged, self.bits, self.symmetric, self.group_size, self.mse_clip, STAGED_CLIP)
+        codes = quantize_weight(merged, scale, zero, self.bits, self.symmetric, self.group_size)
+        stored = pack_nibbles(codes) if self.packs(merged.shape[1]) else codes.view(torch.uint8)
+        return Grid(stored, scale, None if self.symmetric else zero)
+
+    def weight(self, grid: "Grid", like: Tensor, again: bool = False) -> Tensor:
+        """The rounded weight in the shape and dtype of `like` [out, in].
+
+        again: decode by other arithmetic, to the same bits. A compiler would find that a backward pass needs the value that
+        its forward pass had, and keep whole weights of every layer in between.
+        """
+        codes = _decoded_again(self, grid.codes, like) if again else _decoded(self, grid.codes, like)
+        zero = torch.zeros_like(grid.scale) if grid.zero is None else grid.zero
+        return dequantize_weight(codes, grid.scale, zero, self.group_size, like.dtype)
+
+
+def _decoded(spec: WeightGrid, stored: Tensor, like: Tensor) -> Tensor:
+    if spec.packs(like.shape[1]):
+        return unpack_int4(stored, spec.symmetric)
+    return stored.view(torch.int8) if spec.symmetric else stored
+
+
+def _decoded_again(spec: WeightGrid, stored: Tensor, like: Tensor) -> Tensor:
+    signed = stored.view(torch.int8)
+    if spec.packs(like.shape[1]):
+        both = torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1).flatten(-2)  # shifts keep the sign
+        return both if spec.symmetric else torch.where(both < 0, both + 16, both)
+    if spec.symmetric:
+        return torch.where(stored > 127, stored.to(torch.int16) - 256, stored.to(torch.int16))
+    return torch.where(signed < 0, signed.to(torch.int16) + 256, signed.to(torch.int16))
+
+
+class Grid(NamedTuple):
+    """A rounded weight [out, in]: codes uint8 [out, in or in / 2], scale and zero [out, groups]; symmetric: no zero."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+
+
+class GriddedLinear(nn.Module):
+    """The parameters of a linear that runs on the grid of its merged weight; what runs it is its site.
+
+    weight [out, in]: folded, unrotated; bias [out]: unrotated; codes (as BYTES), scale, zero: see `Grid`. All frozen.
+    """
+
+    bias: nn.Parameter | None
+    zero: nn.Parameter | None
+
+    def __init__(self, linear: nn.Linear, spec: WeightGrid) -> None:
+        super().__init__()
+        self.spec, self.weight = spec, linear.weight
+        self.register_parameter("bias", linear.bias)
+        rows, width = linear.weight.shape
+        groups, wide = width // (spec.group_size or width), torch.promote_types(linear.weight.dtype, torch.float32)
+
+        def frozen(columns: int, dtype: torch.dtype) -> nn.Parameter:
+            return nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=linear.weight.device), False)
+
+        self.codes = frozen(width // 2 if spec.packs(width) else width, BYTES)
+        self.scale = frozen(groups, wide)
+        self.register_parameter("zero", None if spec.symmetric else frozen(groups, wide))
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.codes.view(torch.uint8), self.scale, self.zero)
+
+
+class _Part(nn.Module):
+    """Stands where transformers has a linear whose result was computed at the site: takes its columns."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        super().__init__()
+        self.start, self.stop = start, stop
+
+    def forward(self, fused: Tensor) -> Tensor:
+        return fused[..., self.start : self.stop]
+
+
+class InputLinears(nn.Module):
+    """Norm, quantiser and all linears that read it, as one product: [..., h] to [..., sum of out].
+
+    The last linear of `linears` is v where `r2` is given.
+    """
+
+    def __init__(
+        self, norm: nn.Module, spec: QuantSpec, linears: list[GriddedLinear], r1: Basis, r2: Basis | None, head_dim: int
+    ) -> None:
+        super().__init__()
+        self.norm, self.spec, self.r1, self.r2, self.head_dim = norm, spec, r1, r2, head_dim
+        self.linears = nn.ModuleList(linears)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = fake_quantize(self.norm(x), self.spec)
+        linears: list[Any] = list(self.linears)
+        spec = linears[0].spec
+        tensors = [t for linear in linears for t in (linear.weight, *linear.grid)]
+        r2 = (None, None) if self.r2 is None else (self.r2.tilt, self.r2.value)
+        y = _InputProduct.apply(a, self.r1.tilt, self.r1.value, *r2, spec, self.head_dim, *tensors)
+        biases = [
+            linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears
+        ]
+        if all(linear.bias is None for linear in linears):
+            return y
+        if self.r2 is not None:
+            biases[-1] = rotate(biases[-1].view(-1, self.head_dim), self.r2).flatten()
+        return y + torch.cat(biases)
+
+
+class OutputLinear(nn.Module):
+    """The linear that writes to the rotated residual stream, behind the site that prepares its input (o and down)."""
+
+    def __init__(
+        self, front: nn.Module, linear: GriddedLinear, r1: Basis, r2: Basis | None, head_dim: int, keep: bool
+    ) -> None:
+        super().__init__()
+        self.front, self.linear, self.r1, self.r2, self.head_dim, self.keep = front, linear, r1, r2, head_dim, keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., h]."""
+        linear, r2 = self.linear, (None, None) if self.r2 is None else (self.r2.tilt, self.r2.value)
+        y = _OutputProduct.apply(
+            self.front(x), self.r1.tilt, self.r1.value, *r2, linear.spec, self.head_dim, self.keep,
+            linear.weight, *linear.grid,
+        )  # fmt: skip
+        return y if linear.bias is None else y + rotate(linear.bias[None], self.r1)[0]
+
+
+def _heads(x: Tensor, r2: Tensor) -> Tensor:
+    """x [tokens, heads * d] with `r2` [d, d] applied to each head."""
+    return (x.unflatten(-1, (-1, len(r2))) @ r2).flatten(-2)
+
+
+class _InputProduct(torch.autograd.Function):
+    """y = a [W^_1; W^_2; ...]^T, with the gradients of the module's docstring."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, leaf1: Tensor, r1: Tensor, leaf2: Tensor | None, r2: Tensor | None, spec: WeightGrid,
+        head_dim: int, *tensors: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(a, r1, r2, *tensors)
+        ctx.spec, ctx.head_dim, ctx.wide = spec, head_dim, leaf1.dtype
+        return a @ _stacked(spec, tensors).T
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        a, r1, r2, *tensors = ctx.saved_tensors
+        d_a = g @ _stacked(ctx.spec, tensors, again=True)
+        a2, g2 = a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
+        weights = tensors[::4]
+        d_r2, through, start = None, None, 0
+        for w in weights:
+            part = g2[:, start : start + len(w)]  # [tokens, out]
+            start += len(w)
+            if r2 is not None and w is weights[-1]:
+                d_weight = matmul_wide(part.T, a2, ctx.wide).unflatten(0, (-1, ctx.head_dim))  # [heads, d, h]
+                turned = matmul_wide(w, r1, ctx.wide).unflatten(0, (-1, ctx.head_dim))
+                d_r2 = (turned @ d_weight.mT).sum(0)
+                part = _heads(part, r2.T)
+            through = part @ w if through is None else torch.addmm(through, part, w)
+        assert through is not None
+        d_r1 = matmul_wide(through.T, a2, ctx.wide)
+        return d_a, d_r1, None, d_r2, None, None, None, *(None,) * len(tensors)
+
+
+class _OutputProduct(torch.autograd.Function):
+    """y = a W^^T, with the gradients of the module's docstring."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, leaf1: Tensor, r1: Tensor, leaf2: Tensor | None, r2: Tensor | None, spec: WeightGrid,
+        head_dim: int, keep: bool, *tensors: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(a, r1, r2, *tensors)
+        ctx.spec, ctx.head_dim, ctx.wide = spec, head_dim, leaf1.dtype
+        rounded = _stacked(spec, tensors)
+        return kept_matmul(a, rounded.T) if keep else a @ rounded.T
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        a, r1, r2, *tensors = ctx.saved_tensors
+        d_a = g @ _stacked(ctx.spec, tensors, again=True)
+        a2, g2, w = a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1]), tensors[0]
+        d_r2 = None
+        if r2 is not None:
+            q = (g2 @ r1.T) @ w  # [tokens, heads * d]
+            d_r2 = matmul_wide(q.reshape(-1, len(r2)).T, a2.reshape(-1, len(r2)), ctx.wide)
+            a2 = _heads(a2, r2.T)
+        d_r1 = matmul_wide((a2 @ w.T).T, g2, ctx.wide)
+        return d_a, d_r1, None, d_r2, None, None, None, None, *(None,) * len(tensors)
+
+
+def _stacked(spec: WeightGrid, tensors: Any, again: bool = False) -> Tensor:
+    """The rounded weights, one below the other; tensors: (weight, codes, scale, zero) of each."""
+    parts = [spec.weight(Grid(*tensors[i + 1 : i + 4]), tensors[i], again) for i in range(0, len(tensors), 4)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+class _Rotate(torch.autograd.Function):
+    """x R or x R^T with the Euclidean gradient of R going to its leaf in the leaf's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, leaf: Tensor, r: Tensor, back: bool) -> Tensor:
+        ctx.save_for_backward(x, r)
+        ctx.wide, ctx.back = leaf.dtype, back
+        return x @ (r.T if back else r)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, r = ctx.saved_tensors
+        x2, g2 = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+        d_r = matmul_wide(g2.T, x2, ctx.wide) if ctx.back else matmul_wide(x2.T, g2, ctx.wide)
+        return g @ (r if ctx.back else r.T), d_r, None, None
+
+
+def rotate(x: Tensor, basis: Basis, back: bool = False) -> Tensor:
+    """x R (x R^T with `back`) for x [..., n]; differentiable in x and in R, as a plain matrix."""
+    return _Rotate.apply(x, basis.tilt, basis.value, back)
+
+
+def attach_gridded(layer: nn.Module, shape: Shape, sites: Sites, grid: WeightGrid, r1: Basis, r2: Basis) -> None:
+    """Put sites and gridded linears into one decoder layer on the meta device, in place.
+
+    The counterpart of `rotation.attach` for a network that lives in the rotated basis: r1, r2 must have leaves.
+    """
+    attention: Any = layer.self_attn
+    mlp: Any = layer.mlp
+    for norm, owner, names, second in (
+        (ATTENTION_NORM, attention, ("q_proj", "k_proj", "v_proj"), r2),
+        (MLP_NORM, mlp, ("gate_proj", "up_proj"), None),
+    ):
+        linears = [GriddedLinear(getattr(owner, name), grid) for name in names]
+        setattr(layer, norm, InputLinears(getattr(layer, norm), sites.a, linears, r1, second, shape.head_dim))
+        start = 0
+        for name, linear in zip(names, linears, strict=True):
+            setattr(owner, name, _Part(start, start := start + len(linear.weight)))
+    attention.v_proj = ValueSite(attention.v_proj, sites.v, shape.head_dim)
+    o, down = (GriddedLinear(linear, grid) for linear in (attention.o_proj, mlp.down_proj))
+    attention.o_proj = OutputLinear(OutputFront(sites.o, shape.head_dim, None), o, r1, r2, shape.head_dim, keep=True)
+    mlp.down_proj = OutputLinear(DownFront(sites.a, sites.r4), down, r1, None, shape.head_dim, keep=False)
+    attention.key_site = KeySite(sites.k, sites.r3)
+
+
+def merged_rows(role: str, weight: Tensor, rows: slice, r1: Tensor, r2: Tensor, wide: torch.dtype) -> Tensor:
+    """Rows of the merged weight of one linear, [rows, in] in `wide`.
+
+    Args:
+        role: the linear's last name, such as "q_proj". r1 [h, h], r2 [d, d]: in the weight's dtype.
+        weight: the folded weight. For v, o and down the whole of it, since R1 or R2 mixes its rows; for the others the
+            wanted rows alone.
+    """
+    if role == "o_proj":
+        return matmul_wide(r1[:, rows].T, _heads(weight, r2), wide)
+    if role == "down_proj":
+        return matmul_wide(r1[:, rows].T, weight, wide)
+    if role == "v_proj":
+        weight = (r2.T @ weight.unflatten(0, (-1, len(r2)))).flatten(0, 1)[rows]
+    return matmul_wide(weight, r1, wide)

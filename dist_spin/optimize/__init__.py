@@ -1,0 +1,1 @@
+"""Learning the rotations: `train.py` holds the main loop."""

@@ -1,0 +1,160 @@
+"""Which settings a format's runtimes accept; asked when a run starts (`export.target`) and again when it is exported."""
+
+from typing import Any
+
+from dist_spin.config.run import RunConfig
+from dist_spin.errors import UserError
+from dist_spin.model.architecture import Shape
+
+QUANTISED = ("compressed-tensors", "executorch")  # formats whose weights come from the quantised layers
+PACKED_BITS = (4, 8)  # of weights, that kernels read
+
+
+def check_target(target: str, config: RunConfig, model: Any, *, starting: bool) -> None:
+    """Refuse settings whose result no runtime of the format `target` would load, or would run as something else.
+
+    Args:
+        model: its config, from transformers.
+        starting: the run is yet to be made; what is learned with R4 is then refused where R4 would be left out, although
+            16-bit weights could be exported without it.
+
+    Raises:
+        UserError: names the first setting in the way and what to set instead.
+    """
+    online, profile, shape = config.rotation.online, config.export.profile, Shape.of(model)
+    if profile == "r4-block" and target == "gguf":
+        raise UserError("llama.cpp applies no Hadamard before down_proj", "use export.profile=no-had")
+    if profile == "r4-block" and not online:
+        raise UserError("export.profile=r4-block exports R4, but rotation.online=false", "set rotation.online=true")
+    if profile == "no-had" and online and (starting or target in QUANTISED):
+        other = "" if target == "gguf" else ", or export.profile=r4-block"
+        problem = f"{target} with export.profile=no-had has no online Hadamards, but rotation.online=true"
+        raise UserError(problem, f"set rotation.online=false{other}")
+    if target == "compressed-tensors":
+        _check_compressed_tensors(config, shape)
+    if target == "executorch":
+        model_params(model, config.quant.w_group_size)
+        _check_executorch(config, shape)
+    if starting:
+        check_clips(target, config, config.optimize.clips)
+
+
+def check_clips(target: str, config: RunConfig, clips: bool) -> None:
+    """Refuse learned clips of activations that a runtime quantises: none takes a part of the range.
+
+    Elsewhere clips belong to quantisers that `dist_spin.load` alone puts back, with their clips.
+
+    Args:
+        clips: whether clips were, or are to be, learned.
+
+    Raises:
+        UserError: they have no place in the format `target`.
+    """
+    if clips and target in QUANTISED and config.quant.a_bits < 16:
+        problem = f"learned clips have no place in {target}, whose runtimes quantise the whole range of an activation"
+        raise UserError(problem, "learn with optimize.clips=false")
+
+
+def _check_compressed_tensors(config: RunConfig, shape: Shape) -> None:
+    q, block = config.quant, config.rotation.r4_block or shape.intermediate
+    if config.rotation.online and block & (block - 1):
+        problem = f"compressed-tensors applies Hadamards whose size is a power of two, not {block}"
+        raise UserError(problem, f"set rotation.r4_block={shape.intermediate & -shape.intermediate}")
+    if config.quantize.method == "none" or q.w_bits not in PACKED_BITS or q.down_bits not in (0, *PACKED_BITS):
+        raise UserError(
+            "kernels for compressed-tensors read weights of 4 or 8 bits",
+            "set quant.w_bits and quant.down_bits so, with quantize.method=gptq or rtn; or export as hf",
+        )
+    if q.a_bits == 16:
+        return
+    if q.a_bits not in PACKED_BITS:
+        raise UserError(
+            "kernels for compressed-tensors read activations of 4 or 8 bits", "set quant.a_bits so, or to 16"
+        )
+    wanted = {"a_symmetric": True, "o_per_head": False, "a_clip_ratio": 1.0, "w_symmetric": True}
+    for setting, value in wanted.items():
+        if getattr(q, setting) != value:
+            problem = (
+                f"quant.{setting}={getattr(q, setting)} has no place in compressed-tensors beside quantised activations"
+            )
+            raise UserError(problem, f"learn and quantise with quant.{setting}={value}".lower())
+
+
+def _check_executorch(config: RunConfig, shape: Shape) -> None:
+    """What the loader's kernels ("8da4w") and its Hadamard take; sizes of 28 * 2^k give a wrong transform, others garbage."""
+    q = config.quant
+    rows = {"hidden": shape.hidden, "intermediate": shape.intermediate, "query": shape.heads * shape.head_dim}
+    if config.rotation.online and (shape.intermediate & (shape.intermediate - 1) or config.rotation.r4_block):
+        what = f"rotation.r4_block={config.rotation.r4_block}" if config.rotation.r4_block else f"{shape.intermediate}"
+        raise UserError(
+            f"executorch applies R4 to all of an intermediate size that is a power of two, not {what}",
+            "set rotation.online=false, with export.profile=no-had",
+        )
+    wanted: dict[str, tuple[Any, ...]] = {
+        "w_bits": (4,),
+        "down_bits": (0, 4),
+        "w_symmetric": (True,),
+        "w_group_size": (32, 64, 128, 256),
+        "a_bits": (8,),
+        "a_symmetric": (False,),
+        "a_clip_ratio": (1.0,),
+        "o_per_head": (False,),
+        "k_bits": (16,),
+        "v_bits": (16,),
+        "embedding_bits": (8, 16),
+        "head_bits": (8, 16),
+    }
+    for setting, accepted in wanted.items():
+        if (value := getattr(q, setting)) not in accepted:
+            choices = " or ".join(str(choice).lower() for choice in accepted)
+            problem = f"quant.{setting}={value} has no place in executorch's 4-bit Llama"
+            raise UserError(problem, f"learn and quantise with quant.{setting}={choices}")
+    if config.quantize.method == "none":
+        raise UserError("executorch takes weights of 4 bits", "set quantize.method=gptq or rtn")
+    for name, size in rows.items():
+        # Its loader squeezes the scales, so that one group a row does not load.
+        if size % q.w_group_size or size == q.w_group_size:
+            what = f"quant.w_group_size={q.w_group_size} does not cut the {name} size {size} into two groups or more"
+            raise UserError(what, "use 32, 64 or 128" if size % 32 == 0 and size > 32 else "use another model")
+
+
+# What ExecuTorch's Llama 3.1 scaling of the position embedding has fixed.
+SCALED_ROPE = {"low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
+
+
+def model_params(config: Any, group_size: int) -> dict[str, Any]:
+    """params.json of a Llama config from transformers.
+
+    Raises:
+        UserError: the loader's Llama cannot compute this model.
+    """
+    shape = Shape.of(config)
+    for problem in (
+        config.model_type not in ("llama", "mistral") and f"architecture '{config.model_type}'",
+        getattr(config, "sliding_window", None) and "a sliding window",
+        (getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)) and "biases",
+        config.hidden_act != "silu" and f"the activation {config.hidden_act}",
+    ):
+        if problem:
+            raise UserError(f"executorch's pre-quantised loader has no place for {problem}", "use a Llama model")
+    rope = config.rope_parameters
+    kind = rope["rope_type"]
+    scaled = {}
+    if kind == "llama3" and all(rope[name] == value for name, value in SCALED_ROPE.items()):
+        factors = (rope["factor"], rope["high_freq_factor"])
+        scaled = {"use_scaled_rope": True, "rope_scale_factor": int(factors[0]), "high_freq_factor": int(factors[1])}
+    elif kind != "default":
+        raise UserError(f"executorch's Llama has no position embedding of type {kind} like this", "use another model")
+    return {
+        "dim": shape.hidden,
+        "hidden_dim": shape.intermediate,
+        "n_layers": shape.layers,
+        "n_heads": shape.heads,
+        "n_kv_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab,
+        "norm_eps": config.rms_norm_eps,
+        "rope_theta": rope["rope_theta"],
+        **scaled,
+        "quantization_args": {"group_size": group_size},
+    }

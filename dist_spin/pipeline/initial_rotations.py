@@ -1,0 +1,40 @@
+"""The rotations that learning starts from."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from dist_spin.config.run import RunConfig
+from dist_spin.errors import UserError
+from dist_spin.model.architecture import Shape
+from dist_spin.model.rotation import initial
+from dist_spin.storage.rotations import load_rotations
+from dist_spin.storage.run_directory import run_dir
+
+
+def starting_rotations(config: RunConfig, shape: Shape) -> tuple[Tensor, Tensor]:
+    """R1 and R2 that learning starts from, fp64: seeded, fitted (`pipeline.range_init`), or read from `rotation.load`.
+
+    Raises:
+        UserError: they are to be fitted and are not yet, or their file cannot be read.
+    """
+    sizes = shape.hidden, shape.head_dim, shape.layers
+    if config.rotation.load:
+        return load_rotations(Path(config.rotation.load), *sizes)
+    if fits_start(config):
+        if not start_path(config).exists():
+            raise UserError(
+                "the start of the rotations (rotation.init=range) is not fitted", "run `dist-spin optimize` first"
+            )
+        return load_rotations(start_path(config), *sizes)
+    return initial(config.rotation.init, shape, config.rotation.seed)
+
+
+def fits_start(config: RunConfig) -> bool:
+    """Whether rotations start from what activations say (`pipeline.range_init`)."""
+    return config.rotation.init == "range" and not config.rotation.load
+
+
+def start_path(config: RunConfig) -> Path:
+    """Where `rotation.init=range` keeps what it found."""
+    return run_dir(config).rotations / "start.safetensors"

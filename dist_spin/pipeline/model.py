@@ -1,0 +1,61 @@
+"""What several stages build from a configuration in the same way."""
+
+import torch
+from torch import Tensor
+
+from dist_spin.config.run import RunConfig
+from dist_spin.errors import UserError
+from dist_spin.model.architecture import Shape
+from dist_spin.model.weights import ModelFiles, open_model
+from dist_spin.pipeline.export_limits import check_target
+from dist_spin.runtime.distributed import on_leader, together
+
+
+def model_dtype(config: RunConfig) -> torch.dtype:
+    """The dtype of weights and compute."""
+    return getattr(torch, config.model.dtype)
+
+
+def wide_dtype(config: RunConfig) -> torch.dtype:
+    """What layers are learned and Hessians summed in: fp32, or fp64 for an fp64 model."""
+    return torch.promote_types(model_dtype(config), torch.float32)
+
+
+def open_configured_model(config: RunConfig) -> ModelFiles:
+    """Open the model on every rank; what has to be downloaded or converted is so once, by rank 0.
+
+    Raises:
+        UserError: it cannot be opened, or no runtime of `export.target` would take what the settings make of it.
+    """
+
+    def find() -> ModelFiles:
+        return open_model(
+            config.model.path,
+            revision=config.model.revision,
+            dtype=model_dtype(config),
+            dummy=config.model.dummy_weights,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+
+    files: list[ModelFiles] = []
+    on_leader(lambda: files.append(find()))  # not returned: open files do not travel
+    # The others only after it is there; one of them may be on a host that does not see the path.
+    together(lambda: None if files else files.append(find()))
+    if config.export.target != "none":
+        check_target(config.export.target, config, files[0].config, starting=True)
+    return files[0]
+
+
+def check_vocabulary(tokens: Tensor, shape: Shape, source: str) -> Tensor:
+    """`tokens`, if the model has an embedding for each; pre-tokenised data may belong to another model.
+
+    Raises:
+        UserError: a token id is beyond the vocabulary.
+    """
+    highest = int(tokens.max())
+    if highest >= shape.vocab:
+        raise UserError(
+            f"{source} holds token id {highest}, but the model's vocabulary has {shape.vocab}",
+            "tokenise with this model's tokenizer",
+        )
+    return tokens

@@ -1,0 +1,78 @@
+"""Rotations that are not learned here (`optimize.steps=0`): of a file, such as a published R.bin, or random ones.
+
+    dist-spin evaluate CONFIG.yaml rotation.load=R.bin optimize.steps=0 quantize.method=none
+    dist-spin run CONFIG.yaml rotation.load=R.bin optimize.steps=0 rotation.online=false      # learned without R3 and R4
+
+They are kept in the run as learned ones are, so that every later stage, and an export, finds them there.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dist_spin.config.loader import dump_config
+from dist_spin.config.run import RunConfig
+from dist_spin.errors import UserError
+from dist_spin.model.architecture import Shape
+from dist_spin.numerics.cayley import nearest_orthogonal
+from dist_spin.pipeline.export_limits import check_clips
+from dist_spin.pipeline.initial_rotations import starting_rotations
+from dist_spin.runtime.distributed import on_leader
+from dist_spin.storage.atomic import write_text
+from dist_spin.storage.rotations import clip_bits, load_transforms, save_final
+from dist_spin.storage.run_directory import run_dir
+from dist_spin.storage.tensor_file import read_metadata, tensors_digest
+
+EXACT = 1e-5  # largest entry of R R^T - I that is left alone: files in fp32 stay as they are, to the bit
+
+
+def keep_given(config: RunConfig, shape: Shape) -> None:
+    """Write final.safetensors and R.bin from `rotation.load` or `rotation.init`, unless they are there already.
+
+    Raises:
+        UserError: the file cannot be read, belongs to another model or has clips that `export.target` cannot take; or the run
+            holds other rotations.
+    """
+    run = run_dir(config)
+    path = run.rotations / "final.safetensors"
+
+    def keep() -> None:
+        r1, r2 = starting_rotations(config, shape)
+        given = Path(config.rotation.load) if config.rotation.load else None
+        transforms = load_transforms(given) if given else {}
+        digest = tensors_digest({"R1": r1, "R2": r2, **transforms})
+        check_clips(config.export.target, config, "clip" in transforms)
+        if path.exists():
+            if (read_metadata(path) or {}).get("given") != digest:
+                problem = (
+                    f"run {config.name} holds other rotations than those of {config.rotation.load or 'its settings'}"
+                )
+                raise UserError(problem, "give a new name=")
+            return
+        bits = clip_bits(given) if given else None
+        save_final(run, orthogonal(r1), orthogonal(r2), {"step": "0", "given": digest}, transforms, bits)
+        if not (run.path / "config.yaml").exists():
+            write_text(run.path / "config.yaml", dump_config(config))
+
+    on_leader(keep)
+
+
+def refuse_given(config: RunConfig) -> None:
+    """Called before learning: a run whose rotations were given would not be given learned ones.
+
+    Raises:
+        UserError: it is such a run.
+    """
+
+    def check() -> None:
+        if "given" in (read_metadata(run_dir(config).rotations / "final.safetensors") or {}):
+            raise UserError(f"run {config.name} holds rotations that were given, not learned", "give a new name=")
+
+    on_leader(check)
+
+
+def orthogonal(r: Tensor) -> Tensor:
+    """r [..., n, n], fp64, as it is where it is orthogonal; the nearest matrix that is where it was rounded coarsely."""
+    off = (r @ r.mT - torch.eye(r.shape[-1], dtype=r.dtype)).abs().max()
+    return r if off < EXACT else nearest_orthogonal(r)

@@ -1,0 +1,108 @@
+"""The quantiser sites of a configuration: bits, groups, clips and online Hadamards."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dist_spin.config.run import RunConfig
+from dist_spin.errors import UserError
+from dist_spin.model.architecture import Shape
+from dist_spin.model.sites_config import CLIPS, Sites
+from dist_spin.numerics.hadamard import NoHadamard, largest_block
+from dist_spin.numerics.hadamard_transform import kronecker_factors
+from dist_spin.numerics.quantizer import QuantSpec
+from dist_spin.storage.rotations import clip_bits, load_transforms
+
+
+def hadamard_factors(size: int, block: int, setting: str) -> tuple[Tensor, ...]:
+    """fp64 Kronecker factors of the online Hadamard of `size`, or of blocks of it.
+
+    Raises:
+        UserError: nobody knows a Hadamard matrix of this order; names the largest block that works.
+    """
+    try:
+        if block and size % block:
+            raise UserError(
+                f"{setting}={block} does not divide {size}", f"use {largest_block(size)}, or 0 for all of it"
+            )
+        return kronecker_factors(size, block, dtype=torch.float64, device="cpu")
+    except NoHadamard as error:
+        raise UserError(str(error), f"set {setting}={largest_block(size)} for a block-Hadamard") from error
+
+
+def sites_for(config: RunConfig, shape: Shape, *, rotated: bool = True, heads: bool = False) -> Sites:
+    """The sites of a configuration; an unrotated baseline has no online Hadamards.
+
+    heads: QuaRot's Hadamard across the heads that o_proj reads, over the largest block of heads that has one.
+
+    Raises:
+        UserError: a group size does not fit the model, or an order has no Hadamard.
+    """
+    q, d = config.quant, shape.head_dim
+    for which in ("k", "v"):
+        group = getattr(q, f"{which}_group_size")
+        if group and d % group:
+            raise UserError(
+                f"quant.{which}_group_size={group} does not divide this model's head size {d}", f"use {d}, or 0 for it"
+            )
+    inputs = {shape.hidden, shape.heads * d, shape.intermediate}
+    if q.w_group_size and any(size % q.w_group_size for size in inputs):
+        common = math.gcd(*inputs)
+        raise UserError(
+            f"quant.w_group_size={q.w_group_size} does not divide this model's input sizes "
+            f"{', '.join(map(str, sorted(inputs)))}",
+            f"use {common & -common}, or 0 for whole rows",  # the largest power of two that does
+        )
+
+    def spec(which: str, default_group: int) -> QuantSpec:
+        values = vars(q)
+        group = values.get(f"{which}_group_size") or default_group
+        return QuantSpec(values[f"{which}_bits"], values[f"{which}_symmetric"], group, values[f"{which}_clip_ratio"])
+
+    half_steps = q.arithmetic == "compressed-tensors" and q.a_symmetric
+    a = dataclasses.replace(spec("a", 0), half_steps=half_steps)
+    online = config.rotation.online and rotated
+    block = largest_block(shape.heads)
+    return Sites(
+        a=a,
+        o=dataclasses.replace(a, group_size=d if q.o_per_head else 0),
+        k=spec("k", d),
+        v=spec("v", d),
+        r3=hadamard_factors(d, 0, "rotation.online") if online and q.k_bits < 16 else (),
+        r4=hadamard_factors(shape.intermediate, config.rotation.r4_block, "rotation.r4_block") if online else (),
+        heads=hadamard_factors(shape.heads, block, "rotation.online") if online and heads and block > 1 else (),
+    )
+
+
+def while_learning(config: RunConfig) -> RunConfig:
+    """The configuration whose sites learning sees: activations, keys and values at `optimize.a_bits`, if that is given."""
+    bits = config.optimize.a_bits
+    if not bits:
+        return config
+    return dataclasses.replace(config, quant=dataclasses.replace(config.quant, a_bits=bits, k_bits=bits, v_bits=bits))
+
+
+def site_bits(config: RunConfig) -> dict[str, int]:
+    """Bits of activations ("a"), keys ("k") and values ("v")."""
+    return {"a": config.quant.a_bits, "k": config.quant.k_bits, "v": config.quant.v_bits}
+
+
+def clips_at(config: RunConfig, learned_at: dict[str, int], clips: Tensor) -> Tensor:
+    """Learned clip ratios [layers, CLIPS] for the sites of `config`: 1 wherever its bits are not those they were learned at.
+
+    What 4 bits gain by giving up the ends of the range, more bits lose by it. learned_at: `site_bits` of the learning.
+    """
+    bits = site_bits(config)
+    kept = [bits[kind] == learned_at[kind] for kind in (site if site in bits else "a" for site in CLIPS)]
+    return torch.where(torch.tensor(kept, device=clips.device), clips, 1.0)
+
+
+def learned_transforms(path: Path, config: RunConfig) -> dict[str, Tensor]:
+    """What `load_transforms` reads, its clips for the bits of `config`. A file that does not say its bits is taken as it is."""
+    transforms = load_transforms(path)
+    if "clip" in transforms and (learned_at := clip_bits(path)):
+        transforms["clip"] = clips_at(config, learned_at, transforms["clip"])
+    return transforms

@@ -1,0 +1,65 @@
+"""What surrounds every stage: its lock, and its entry in the run's events."""
+
+import contextlib
+import resource
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from dist_spin.config.run import RunConfig
+from dist_spin.errors import Interrupted, UserError
+from dist_spin.runtime.distributed import World, on_leader
+from dist_spin.runtime.environment import environment
+from dist_spin.storage.locks import stage_lock
+from dist_spin.storage.run_directory import run_dir
+
+
+@contextlib.contextmanager
+def writing(config: RunConfig, world: World, stage: str, part: str = "") -> Iterator[None]:
+    """Around a stage: rank 0 holds the run's lock of this stage and notes where and with what it runs, and what it took.
+
+    Raises:
+        Held: another process works on the same stage or part.
+    """
+    run = run_dir(config)
+    new = on_leader(lambda: not run.path.exists())
+    with contextlib.ExitStack() as held:
+        on_leader(lambda: held.enter_context(stage_lock(run.path, stage, part)))
+        about = environment(world)
+        on_leader(lambda: run.event("job", stage=stage, part=part, **about))
+        began = time.monotonic()
+
+        def note(outcome: str, memory: dict[str, int]) -> None:
+            if world.leads:
+                seconds = round(time.monotonic() - began, 3)
+                run.event("stage_end", stage=stage, part=part, outcome=outcome, seconds=seconds, **memory)
+
+        try:
+            yield
+            note("done", peak_memory(world))
+        except Interrupted:
+            note("interrupted", own_peak_memory(world))  # the others may not have left together
+            raise
+        except UserError:
+            if new and world.leads and not (run.path / "config.yaml").exists():
+                (run.path / "events.jsonl").unlink(missing_ok=True)  # a start that failed leaves no mark
+            raise
+
+
+def own_peak_memory(world: World) -> dict[str, int]:
+    """The most memory that this rank has used so far, bytes: of the host (resident), and of its GPU if it has one."""
+    found = {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # Linux counts in KiB
+    if world.device.type == "cuda":
+        found["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(world.device)
+    return found
+
+
+def peak_memory(world: World) -> dict[str, int]:
+    """The same of the rank that used most; every rank calls it."""
+    own = own_peak_memory(world)
+    most = torch.tensor(list(own.values()))
+    if world.size > 1:
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return dict(zip(own, most.tolist(), strict=True))

@@ -1,0 +1,133 @@
+"""What is quantised: a model under one rotation or another method, and everything that decides how it comes out."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dist_spin.config.checks import SELF
+from dist_spin.config.run import RunConfig
+from dist_spin.data import calibration_windows
+from dist_spin.errors import UserError
+from dist_spin.model.layers import LayerRunner
+from dist_spin.model.rotated_weights import RotatedWeights
+from dist_spin.model.rotation import initial
+from dist_spin.model.sites_config import Sites
+from dist_spin.model.weights import ModelFiles
+from dist_spin.numerics.quantizer import QuantSpec
+from dist_spin.pipeline.model import check_vocabulary, model_dtype
+from dist_spin.pipeline.preset_rotations import keep_given
+from dist_spin.pipeline.quant_sites import learned_transforms, sites_for
+from dist_spin.pipeline.self_generated_text import self_text
+from dist_spin.runtime.distributed import on_leader
+from dist_spin.storage.rotations import load_rotations
+from dist_spin.storage.run_directory import run_dir
+from dist_spin.storage.tensor_file import tensors_digest
+
+LEARNED = "learned"
+
+
+class Recipe(Protocol):
+    """What another method (`dist_spin.compare.method_variants`) puts into the layers of an unrotated model."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that decides it."""
+
+    def runner(self, config: Any, sites: Sites, device: torch.device, dtype: torch.dtype) -> LayerRunner:
+        """Builds and runs its layers."""
+
+    def to_round(self, index: int) -> dict[str, Tensor]:
+        """A layer's parameters inside the ranges it has learned for their codes."""
+
+    @property
+    def clips(self) -> bool:
+        """Whether it has learned such ranges, so that none are searched for."""
+
+    @property
+    def down_bits(self) -> int:
+        """Weight bits of down_proj, or 0 for the configuration's."""
+
+    def kept(self, index: int) -> dict[str, Tensor]:
+        """Input columns [n] of a layer's linears that stay exact, by linear."""
+
+
+@dataclass
+class Variant:
+    """One rotation of a model: learned, an unlearned baseline, or "none"; or another method, by its recipe.
+
+    digest: of everything that was learned, made when not given. transforms: learned scales and clips
+    (`rotation_files.load_transforms`), which `sites` and `weights` contain.
+    """
+
+    name: str
+    rotations: tuple[Tensor, Tensor] | None
+    sites: Sites
+    weights: RotatedWeights
+    transforms: dict[str, Tensor] = field(default_factory=dict)
+    recipe: Recipe | None = None
+    digest: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.digest:
+            rotations = dict(zip(("R1", "R2"), self.rotations or (), strict=False))
+            self.digest = tensors_digest({**rotations, **self.transforms})
+
+    def runner(self, config: Any, sites: Sites, device: torch.device, dtype: torch.dtype) -> LayerRunner:
+        """Builds and runs its layers with `sites`, of a model's `config`."""
+        if self.recipe is not None:
+            return self.recipe.runner(config, sites, device, dtype)
+        return LayerRunner(config, sites, device=device, dtype=dtype, rotated=self.rotations is not None)
+
+    def to_round(self, index: int) -> dict[str, Tensor]:
+        """Parameters of decoder layer `index` as the weight quantiser takes them."""
+        return self.weights.layer(index) if self.recipe is None else self.recipe.to_round(index)
+
+
+def variant(config: RunConfig, files: ModelFiles, name: str, device: torch.device) -> Variant:
+    """The rotations of a variant, its sites and its merged weights.
+
+    name: "none", LEARNED, or a kind of `model.rotation.initial`; "quarot" also has QuaRot's Hadamard across heads.
+
+    Raises:
+        UserError: the learned rotations are not there yet, or belong to another model.
+    """
+    shape = files.shape
+    transforms: dict[str, Tensor] = {}
+    if name == "none":
+        rotations = None
+    elif name == LEARNED:
+        if config.optimize.steps == 0:
+            keep_given(config, shape)
+        path = run_dir(config).rotations / "final.safetensors"
+        if not path.exists():
+            raise UserError(f"{path} does not exist", "run `dist-spin optimize` first")
+        rotations = load_rotations(path, shape.hidden, shape.head_dim, shape.layers)
+        transforms = learned_transforms(path, config)
+    else:
+        rotations = initial(name, shape, config.rotation.seed)
+    sites = sites_for(config, shape, rotated=rotations is not None, heads=name == "quarot")
+    sites = dataclasses.replace(sites, clips=transforms.get("clip"))
+    scales = {key.removeprefix("scale."): t for key, t in transforms.items() if key.startswith("scale.")}
+    weights = RotatedWeights(
+        files.weights, shape, rotations, sites.r4, device, model_dtype(config), sites.heads, scales
+    )
+    return Variant(name, rotations, sites, weights, transforms)
+
+
+def calibration_tokens(config: RunConfig, files: ModelFiles) -> Tensor:
+    """The calibration sequences [n, T] of a configuration."""
+    q = config.quantize
+    if q.source == SELF:
+        return on_leader(lambda: self_text(config, files, q.n_sequences, q.seq_len, q.seed))
+    tokenizer = None if q.source.startswith("tokens:") else files.tokenizer()
+    tokens = on_leader(lambda: calibration_windows(q.source, q.split, q.n_sequences, q.seq_len, q.seed, tokenizer))
+    return check_vocabulary(tokens, files.shape, q.source)
+
+
+def unquantized(sites: Sites) -> Sites:
+    """The same network with every activation quantiser off; R3 goes too, since queries and keys without it cancel it."""
+    off = QuantSpec()
+    return dataclasses.replace(sites, a=off, o=off, k=off, v=off, mlp=None, down=None, r3=())

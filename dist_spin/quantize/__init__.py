@@ -1,0 +1,1 @@
+"""Rounding the merged weights layer by layer, in this process or in many jobs."""

@@ -1,0 +1,116 @@
+"""The pass that stores the hidden states entering the first layer of each job, and the way back in.
+
+    dist-spin quantize CONFIG.yaml --boundaries quantize.layers_per_job=10
+
+The 16-bit rotated model is run layer by layer; what a job then adds is the rounding error of its own layers only. A job
+that finds its states missing or damaged makes them itself, so every job can be started alone.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dist_spin.errors import Interrupted, UserError
+from dist_spin.model.layers import LayerRunner
+from dist_spin.model.rotated_weights import RotatedWeights
+from dist_spin.runtime.distributed import World, any_rank, on_leader, together
+from dist_spin.runtime.progress import Progress, say
+from dist_spin.runtime.signals import StopRequest
+from dist_spin.storage.hidden_states import BoundaryFiles
+
+
+class Boundaries:
+    """Hidden states of one variant at any layer. Every method is called by all ranks together."""
+
+    def __init__(
+        self,
+        stored: BoundaryFiles,
+        runner: LayerRunner,
+        weights: RotatedWeights,
+        tokens: Tensor,
+        world: World,
+        stop: StopRequest,
+        note: Callable[[int], None],
+    ) -> None:
+        """tokens: [n, T]. note: told of every layer whose states are complete, by rank 0."""
+        self.stored, self.runner, self.weights, self.tokens = stored, runner, weights, tokens
+        self.world, self.stop, self.note = world, stop, note
+
+    def entering(self, layer: int) -> list[Tensor]:
+        """What enters `layer`, each [1, T, h] on the device: every size-th sequence, from this rank's number on.
+
+        Raises:
+            Interrupted: a signal came while they were made.
+            UserError: no room for them, or they cannot be read back.
+        """
+        mine = range(self.world.rank, len(self.tokens), self.world.size)
+        if layer == 0:
+            return self._embedded(list(mine))
+        hidden = self._loaded(layer, mine)
+        if hidden is None:
+            self.make([layer])
+            hidden = self._loaded(layer, mine)
+        if hidden is None:
+            raise UserError(f"{self.stored.directory} does not give back what was written", "check the disk")
+        return hidden
+
+    def make(self, layers: list[int]) -> None:
+        """Store what enters each of `layers`, except where it is there; chunks are shared out over ranks.
+
+        Raises:
+            Interrupted: a signal came; finished layers are kept.
+            UserError: the disk has no room for them.
+        """
+        missing = on_leader(lambda: [layer for layer in sorted(layers) if layer and not self.stored.present(layer)])
+        if not missing:
+            return
+        on_leader(lambda: self.stored.check_space(missing, say))
+        start, hidden = self._nearest(missing[0])
+        progress = Progress("hidden states: layer", missing[-1], start, show=self.world.leads)
+        for index in range(start, missing[-1]):
+            module = self.runner.build(index, self.weights.layer(index))
+            hidden = {c: [self.runner.run(module, index, h) for h in states] for c, states in hidden.items()}
+            if index + 1 in missing:
+                self._save(index + 1, hidden)
+            progress.advance()
+            if index + 1 < missing[-1] and any_rank(bool(self.stop)):
+                raise Interrupted(f"stopped by a signal before layer {index + 1}", "the same command continues")
+
+    def _save(self, layer: int, hidden: dict[int, list[Tensor]]) -> None:
+        def write() -> None:
+            for chunk, states in hidden.items():
+                self.stored.save(layer, chunk, torch.cat(states))
+
+        together(write)
+        if self.world.leads:
+            self.note(layer)
+
+    def _nearest(self, below: int) -> tuple[int, dict[int, list[Tensor]]]:
+        """The last layer before `below` whose states are stored and whole, with this rank's chunks of them."""
+        numbers = range(self.world.rank, len(self.stored.chunks()), self.world.size)
+        for layer in on_leader(lambda: [i for i in range(below - 1, 0, -1) if self.stored.present(i)]):
+            parts = {c: self.stored.load(layer, c, say) for c in numbers}
+            if not any_rank(any(part is None for part in parts.values())):
+                return layer, {c: self._split(part) for c, part in parts.items() if part is not None}
+        chunks = self.stored.chunks()
+        return 0, {c: self._embedded(list(chunks[c])) for c in numbers}
+
+    def _loaded(self, layer: int, wanted: range) -> list[Tensor] | None:
+        """The wanted sequences, or None on every rank if one of them misses a chunk."""
+        out: list[Tensor] = []
+        complete = True
+        for number, chunk in enumerate(self.stored.chunks()):
+            rows = [i - chunk.start for i in chunk if i in wanted]
+            part = self.stored.load(layer, number, say) if rows and complete else None
+            if part is not None:
+                out += self._split(part[rows])
+            complete = complete and (part is not None or not rows)
+        return None if any_rank(not complete) else out
+
+    def _split(self, part: Tensor) -> list[Tensor]:
+        return list(part.to(self.world.device).split(1))
+
+    def _embedded(self, sequences: list[int]) -> list[Tensor]:
+        embedding = self.weights.embedding()
+        return [embedding[self.tokens[i].to(embedding.device)][None] for i in sequences]

@@ -1,0 +1,214 @@
+"""Quantise one decoder layer from the hidden states that enter it; under several ranks each holds some sequences.
+
+Input statistics are shared per site (q, k, v see one input; gate and up one), and every later site sees the earlier ones
+already quantised (Frantar et al. 2022). Each part of the layer runs once per sequence.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dist_spin.model.architecture import ATTENTION_NORM, LAYER_LINEARS, MLP_NORM
+from dist_spin.model.layers import LayerRunner
+from dist_spin.numerics.coordinate_descent import refine
+from dist_spin.numerics.gptq import GPTQOptions, Solution, fitted_grid, output_errors, prepare, solve, split_rows
+from dist_spin.numerics.hessian import TOKEN_CHUNK, Hessian
+from dist_spin.numerics.outlier_columns import condense
+from dist_spin.numerics.quantizer import ROW_TILE, dequantize_weight, quantize_weight
+from dist_spin.runtime.distributed import World, gather_parts, sum_over_ranks_
+from dist_spin.storage.quantized_layers import QuantizedLayer
+
+PARTS = ("forward", "hessian", "factor", "solve", "errors")  # what a clock is asked to time
+
+
+class LayerQuantizer:
+    """Quantises layers with one set of options, but for the bits of down_proj if `down_bits` gives it its own.
+
+    hessian_dtype: fp32, or fp64 where results must not depend on how sequences are split over ranks. clock: entered
+    around each of `PARTS`, for benchmarks. kept: columns of a layer's linears that stay exact; those of one site are the same.
+    sweeps: passes over the columns after GPTQ that make its codes better (`refine`).
+    """
+
+    def __init__(
+        self,
+        runner: LayerRunner,
+        world: World,
+        method: str,
+        options: GPTQOptions,
+        hessian_dtype: torch.dtype,
+        clock: Callable[[str], AbstractContextManager[object]] = lambda part: nullcontext(),
+        down_bits: int = 0,
+        kept: Callable[[int], dict[str, Tensor]] = lambda index: {},
+        sweeps: int = 0,
+    ) -> None:
+        self.runner, self.world, self.method, self.options = runner, world, method, options
+        self.hessian_dtype, self.clock = hessian_dtype, clock
+        self.kept, self.sweeps = kept, sweeps
+        self.down_options = dataclasses.replace(options, bits=down_bits or options.bits)
+
+    @torch.no_grad()
+    def quantize(self, index: int, weights: dict[str, Tensor], hidden: list[Tensor]) -> QuantizedLayer:
+        """Quantise layer `index` and move `hidden` (this rank's sequences, each [1, T, h]) through it, in place.
+
+        weights: the layer's parameters by their names within it, rotations merged.
+        """
+        self._layer = self.runner.build(index, weights)
+        self._kept = self.kept(index)
+        self._result = QuantizedLayer(
+            {},
+            {k: w for k, w in weights.items() if not (k.endswith(".weight") and k[: -len(".weight")] in LAYER_LINEARS)},
+            {},
+            {},
+            self.options.symmetric,
+            self.options.group_size,
+        )
+        attention: Any = self._layer.self_attn
+        mlp: Any = self._layer.mlp
+        attention_norm, mlp_norm = getattr(self._layer, ATTENTION_NORM), getattr(self._layer, MLP_NORM)
+
+        linears = ("q_proj", "k_proj", "v_proj")
+        self._solve([f"self_attn.{n}" for n in linears], (attention_norm(h) for h in hidden), self.options)
+        output, attention.o_proj = attention.o_proj, attention.o_proj.front
+        with self.clock("forward"):
+            inputs = [self._attend(index, attention_norm(h)) for h in hidden]  # what o_proj reads
+        attention.o_proj = output
+        self._solve(["self_attn.o_proj"], inputs, self.options)
+        self._leave(hidden, inputs, output.linear)
+
+        self._solve(["mlp.gate_proj", "mlp.up_proj"], (mlp_norm(h) for h in hidden), self.options)
+        down, mlp.down_proj = mlp.down_proj, mlp.down_proj.front
+        with self.clock("forward"):
+            inputs = [mlp(mlp_norm(h)) for h in hidden]  # what down_proj reads
+        mlp.down_proj = down
+        self._solve(["mlp.down_proj"], inputs, self.down_options)
+        self._leave(hidden, inputs, down.linear)
+        return self._result
+
+    def _leave(self, hidden: list[Tensor], inputs: list[Tensor], linear: nn.Module) -> None:
+        """Add what `linear` makes of its inputs to the residual stream, giving the inputs' memory back one by one."""
+        with self.clock("forward"):
+            for i in reversed(range(len(hidden))):
+                hidden[i] = hidden[i] + linear(inputs.pop())
+
+    def _attend(self, index: int, normed: Tensor) -> Tensor:
+        attention: Any = self._layer.self_attn
+        return attention(hidden_states=normed, **self.runner.context(index, normed))[0]
+
+    def _solve(self, roles: list[str], inputs: Iterable[Tensor], options: GPTQOptions) -> None:
+        """Quantise the linears of one site and put their dequantised weights into the layer."""
+        linears = {role: _linear(self._layer, role) for role in roles}
+        mean = self._mean_hessian(inputs, next(iter(linears.values())).weight)
+        kept, carry = self._kept.get(roles[0]), None
+        if kept is not None:
+            kept = kept.to(mean.device)
+            if self.method == "gptq":
+                with self.clock("factor"):
+                    mean, carry = condense(mean, kept, options.percdamp)
+        with self.clock("factor"):
+            factor = prepare(mean, options) if self.method == "gptq" else None
+        # Rows do not know one another, so all linears of the site are solved as one; tiles belong to one linear each.
+        tiled = [_whole_tiles(linear.weight) for linear in linears.values()]
+        stacked = torch.cat(tiled)
+        start, stop = split_rows(len(stacked), self.world.size)[self.world.rank]
+        rows = whole_rows = stacked[start:stop]
+        if kept is not None:
+            rows = rows.index_fill(1, kept, 0)
+        with self.clock("solve"):
+            mine = self._round(rows, options) if factor is None else solve(rows, factor, options)
+            if factor is not None and self.sweeps:
+                mine = refine(rows, mine, mean, factor, options, self.sweeps)
+        damping = factor.damping if factor is not None else 0.0
+        del factor
+        with self.clock("errors"):
+            errors = output_errors(rows, mine, mean, options)  # [rows, 3]
+        columns = None
+        if kept is not None:
+            columns = whole_rows[:, kept]
+            if carry is not None:
+                moved = rows.to(carry.dtype) - dequantize_weight(*mine, options.group_size, carry.dtype)
+                columns = (columns + moved @ carry).to(columns.dtype)
+            columns = _gather(columns, len(stacked), self.world)
+        whole = Solution(*(_gather(part, len(stacked), self.world) for part in mine))
+        errors = _gather(errors, len(stacked), self.world)
+        first = 0
+        for (role, linear), tiles in zip(linears.items(), tiled, strict=True):
+            span = slice(first, first + len(linear.weight))
+            first += len(tiles)
+            solution = Solution(*(part[span] for part in whole))
+            error, rtn_error, size = errors[span].sum(0).tolist()
+            self._result.solutions[role] = solution
+            self._result.bits[role] = options.bits
+            self._result.figures[role] = {
+                "error": error / size if size else 0.0,
+                "rtn_error": rtn_error / size if size else 0.0,
+                "damping": damping,
+            }
+            dtype = linear.weight.dtype
+            dequantized = dequantize_weight(*solution, options.group_size, dtype)
+            if kept is not None and columns is not None:
+                self._result.others |= {f"{role}.kept": kept.clone(), f"{role}.columns": columns[span]}
+                dequantized[:, kept] = columns[span]
+            linear.weight = nn.Parameter(dequantized, False)
+
+    def _mean_hessian(self, inputs: Iterable[Tensor], weight: Tensor) -> Tensor:
+        """H over the sequences of all ranks, [in, in]."""
+        hessian = Hessian(weight.shape[1], self.hessian_dtype, weight.device)
+        for x in _joined(self._timed(inputs), TOKEN_CHUNK if weight.is_cuda else 1):
+            with self.clock("hessian"):
+                hessian.add(x)
+        sum_over_ranks_(hessian.total)
+        hessian.count = int(sum_over_ranks_(torch.tensor([float(hessian.count)], dtype=torch.float64)))
+        with self.clock("hessian"):
+            return hessian.mean()
+
+    def _timed(self, inputs: Iterable[Tensor]) -> Iterator[Tensor]:
+        source = iter(inputs)
+        while True:
+            with self.clock("forward"):
+                x = next(source, None)
+            if x is None:
+                return
+            yield x
+
+    def _round(self, rows: Tensor, o: GPTQOptions) -> Solution:
+        wide = rows.to(self.hessian_dtype)
+        scale, zero = fitted_grid(wide, o, o.group_size)
+        return Solution(quantize_weight(wide, scale, zero, o.bits, o.symmetric, o.group_size), scale, zero)
+
+
+def _linear(layer: nn.Module, role: str) -> nn.Linear:
+    module = layer.get_submodule(role)
+    return cast(nn.Linear, getattr(module, "linear", module))
+
+
+def _whole_tiles(weight: Tensor) -> Tensor:
+    """weight [rows, in] with rows of zeros up to a multiple of ROW_TILE."""
+    return nn.functional.pad(weight, (0, 0, 0, -len(weight) % ROW_TILE))
+
+
+def _joined(inputs: Iterator[Tensor], tokens: int) -> Iterator[Tensor]:
+    """Sequences [1, T, h] put together until there are `tokens` of them: large products keep a GPU busy."""
+    waiting: list[Tensor] = []
+    for x in inputs:
+        waiting.append(x)
+        if sum(w.shape[1] for w in waiting) >= tokens:
+            yield torch.cat(waiting)
+            waiting = []
+    if waiting:
+        yield torch.cat(waiting)
+
+
+def _gather(part: Tensor, rows: int, world: World) -> Tensor:
+    """The rows of all ranks, in order, on every rank."""
+    if world.size == 1:
+        return part
+    spans = split_rows(rows, world.size)
+    longest = max(stop - start for start, stop in spans)
+    padded = part.new_zeros(longest, *part.shape[1:])
+    padded[: len(part)] = part
+    parts = gather_parts(padded)
+    return torch.cat([part[: stop - start] for part, (start, stop) in zip(parts, spans, strict=True)])

@@ -1,0 +1,53 @@
+"""Write report.html and report.md of a run, finished or not.
+
+dist-spin report CONFIG.yaml        measures the activations first, where that is not done; for this it reads the model
+dist-spin report runs/NAME          from the files of the run alone, on any machine that sees them
+"""
+
+from pathlib import Path
+
+from dist_spin.config.run import RunConfig
+from dist_spin.errors import Interrupted, UserError
+from dist_spin.report.facts import gather
+from dist_spin.report.measure_activations import measure_activations
+from dist_spin.report.page import html_page, markdown_page
+from dist_spin.runtime.distributed import World
+from dist_spin.runtime.progress import say
+from dist_spin.storage.atomic import write_text
+from dist_spin.storage.run_directory import run_dir
+
+
+def report(config: RunConfig, world: World) -> None:
+    """The stage: measure the activations of a run, then write its report.
+
+    Raises:
+        Interrupted: a signal came; what is measured is kept.
+        UserError: the run has not begun, or several ranks were started.
+    """
+    path = run_dir(config).path
+    if world.size > 1:
+        raise UserError("a report is the work of one process", "start it without torchrun, or with RANKS=1")
+    if not (path / "config.yaml").exists():
+        raise UserError(f"{path} has no run to report on", "dist-spin run CONFIG.yaml")
+    if config.report.sequences:
+        try:
+            measure_activations(config, world)
+        except Interrupted:
+            raise
+        except UserError as error:  # such as a text that only GPTQ would have needed; the rest can be shown
+            say(f"activations are not measured: {error}")
+    write_report(path)
+
+
+def write_report(path: Path) -> None:
+    """Write report.html and report.md of the run directory `path`.
+
+    Raises:
+        UserError: it is no run directory.
+    """
+    facts = gather(path)
+    write_text(path / "report.html", html_page(facts))
+    write_text(path / "report.md", markdown_page(facts))
+    for line in facts.missing:
+        say(f"not in the report yet: {line}")
+    say(f"wrote {path / 'report.html'} and report.md")

@@ -1,0 +1,1 @@
+"""The machine and the process group: ranks, signals, progress, memory, Slurm."""

@@ -1,1 +1,0 @@
-"""The resumable stages of the pipeline; each is one verb of the command line."""

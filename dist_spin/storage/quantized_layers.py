@@ -1,0 +1,147 @@
+"""One file per quantised decoder layer: codes, scales, what was left alone, where it came from and how good it is.
+
+The embedding and lm_head, where they are quantised, share a file beside them.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from dist_spin.numerics.gptq import Solution
+from dist_spin.numerics.quantizer import dequantize_weight, pack_int4, unpack_int4
+from dist_spin.storage.tensor_file import FOREIGN, CorruptFile, load_tensors, save_tensors, set_aside
+
+T = TypeVar("T")
+
+
+@dataclass
+class QuantizedLayer:
+    """A decoder layer after quantisation.
+
+    solutions: linear (`self_attn.q_proj`, ...) -> codes and scales. others: remaining parameters (biases, q/k norms, and the
+    layer norms of a model that was not rotated) by their names within the layer, and for a linear some of whose columns are
+    exact, ROLE.kept (their indices) and ROLE.columns [out, n]. figures: per linear, `error` (relative
+    output error), `rtn_error` (the same for rounding to nearest) and `damping`. bits: of each linear's codes.
+    """
+
+    solutions: dict[str, Solution]
+    others: dict[str, Tensor]
+    figures: dict[str, dict[str, float]]
+    bits: dict[str, int]
+    symmetric: bool
+    group_size: int
+
+    def weights(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """All parameters by their names within the layer, dequantised."""
+        exact = {name for role in self.solutions for name in (f"{role}.kept", f"{role}.columns")}
+        out = {name: tensor.to(device, dtype) for name, tensor in self.others.items() if name not in exact}
+        for role, solution in self.solutions.items():
+            codes, scale, zero = (t.to(device) for t in solution)
+            out[f"{role}.weight"] = dequantize_weight(codes, scale, zero, self.group_size, dtype)
+            if f"{role}.kept" in self.others:
+                kept, columns = (self.others[f"{role}.{kind}"].to(device) for kind in ("kept", "columns"))
+                out[f"{role}.weight"][:, kept] = columns.to(dtype)
+        return out
+
+
+def layer_path(directory: Path, index: int) -> Path:
+    """Where layer `index` is kept."""
+    return directory / f"{index:03d}.safetensors"
+
+
+def save_layer(path: Path, layer: QuantizedLayer, fingerprint: str) -> None:
+    """Write one layer, atomically and with a checksum; 4-bit codes are packed two to a byte."""
+    tensors = dict(layer.others)
+    for role, solution in layer.solutions.items():
+        packed = layer.bits[role] == 4 and solution.codes.shape[-1] % 2 == 0
+        tensors[f"{role}.packed" if packed else f"{role}.codes"] = (
+            pack_int4(solution.codes) if packed else solution.codes
+        )
+        tensors[f"{role}.scale"] = solution.scale
+        if not layer.symmetric:
+            tensors[f"{role}.zero"] = solution.zero
+    about = {"bits": layer.bits, "symmetric": layer.symmetric, "group_size": layer.group_size, "figures": layer.figures}
+    save_tensors(path, tensors, {"fingerprint": fingerprint, "name": path.name, "layer": json.dumps(about)})
+
+
+def load_layer(path: Path) -> tuple[QuantizedLayer, str]:
+    """A layer and the fingerprint it was made under.
+
+    Raises:
+        CorruptFile: see `rundir.load_tensors`; or it is no layer file.
+    """
+    tensors, metadata = load_tensors(path)
+    if "layer" not in metadata or metadata["name"] != path.name:
+        raise CorruptFile(f"{path}: is the file {metadata.get('name')} of something else")
+    about = json.loads(metadata["layer"])
+    solutions, others = {}, {}
+    for name, tensor in tensors.items():
+        role, _, kind = name.rpartition(".")
+        if kind in ("packed", "codes"):
+            codes = unpack_int4(tensor, about["symmetric"]) if kind == "packed" else tensor
+            scale = tensors[f"{role}.scale"]
+            solutions[role] = Solution(codes, scale, tensors.get(f"{role}.zero", torch.zeros_like(scale)))
+        elif kind in ("weight", "bias", "kept", "columns"):
+            others[name] = tensor
+    return QuantizedLayer(solutions, others, **{k: about[k] for k in ("figures", "bits", "symmetric", "group_size")}), (
+        metadata["fingerprint"]
+    )
+
+
+def finished_layer(path: Path, fingerprint: str, warn: Callable[[str], None]) -> QuantizedLayer | None:
+    """The layer at `path` if it is whole and was made under `fingerprint`; anything else is set aside, saying so."""
+    return _finished(path, fingerprint, load_layer, "doing the layer again", warn)
+
+
+def _finished(
+    path: Path, fingerprint: str, load: Callable[[Path], tuple[T, str]], remedy: str, warn: Callable[[str], None]
+) -> T | None:
+    if not path.exists():
+        return None
+    try:
+        content, made_under = load(path)
+        problem = "" if made_under == fingerprint else FOREIGN
+    except CorruptFile as error:
+        problem = str(error).removeprefix(f"{path}: ")
+    if not problem:
+        return content
+    set_aside(path, problem, remedy, warn)
+    return None
+
+
+def ends_path(directory: Path) -> Path:
+    """Where the quantised embedding and lm_head are kept."""
+    return directory / "ends.safetensors"
+
+
+def save_ends(path: Path, ends: dict[str, Solution], bits: dict[str, int], fingerprint: str) -> None:
+    """Write `embedding` and `head`, those there are, atomically and with a checksum; codes are symmetric, one per byte."""
+    tensors = {f"{end}.codes": solution.codes for end, solution in ends.items()}
+    tensors |= {f"{end}.scale": solution.scale for end, solution in ends.items()}
+    save_tensors(path, tensors, {"fingerprint": fingerprint, "name": path.name, "bits": json.dumps(bits)})
+
+
+def load_ends(path: Path) -> tuple[dict[str, Solution], str]:
+    """The ends and the fingerprint they were made under.
+
+    Raises:
+        CorruptFile: see `rundir.load_tensors`; or it is another kind of file.
+    """
+    tensors, metadata = load_tensors(path)
+    if "bits" not in metadata or metadata["name"] != path.name:
+        raise CorruptFile(f"{path}: is the file {metadata.get('name')} of something else")
+    ends = {}
+    for end in json.loads(metadata["bits"]):
+        scale = tensors[f"{end}.scale"]
+        ends[end] = Solution(tensors[f"{end}.codes"], scale, torch.zeros_like(scale))
+    return ends, metadata["fingerprint"]
+
+
+def finished_ends(path: Path, fingerprint: str, warn: Callable[[str], None]) -> dict[str, Solution] | None:
+    """The ends at `path` if they are whole and made under `fingerprint`; anything else is set aside, saying so."""
+    return _finished(path, fingerprint, load_ends, "making it again", warn)

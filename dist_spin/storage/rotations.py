@@ -1,0 +1,97 @@
+"""Rotation files that people exchange: ours (safetensors) and the published `R.bin` naming."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dist_spin.errors import UserError
+from dist_spin.storage.atomic import atomic
+from dist_spin.storage.run_directory import RunDir
+from dist_spin.storage.tensor_file import HEADER, load_tensors, read_metadata, save_tensors
+
+R2_NAME = "model.layers.{}.self_attn.R2"
+CLIP_BITS = "clip_bits"  # in the metadata, as JSON
+
+
+def save_final(
+    run: RunDir,
+    r1: Tensor,
+    r2: Tensor,
+    metadata: dict[str, str],
+    transforms: dict[str, Tensor] | None = None,
+    bits: dict[str, int] | None = None,
+) -> None:
+    """Write rotations/final.safetensors (R1 [h, h], R2 [layers, d, d], learned `transforms`) and R1, R2 as R.bin (fp32).
+
+    bits: of activations ("a"), keys ("k") and values ("v") that clips among the transforms were learned at, if known.
+    """
+    if bits:
+        metadata = {**metadata, CLIP_BITS: json.dumps(bits)}
+    named = {"R1": r1.float().cpu(), **{R2_NAME.format(i): r.float().cpu().clone() for i, r in enumerate(r2)}}
+    with atomic(run.rotations / "R.bin") as temporary:
+        torch.save(named, temporary)
+    # Last, because its presence says that learning is complete.
+    save_tensors(run.rotations / "final.safetensors", {"R1": r1, "R2": r2, **(transforms or {})}, metadata)
+
+
+def _read(path: Path) -> Any:
+    """What a file holds; one that carries our checksum is held to it."""
+    if path.suffix != ".safetensors":
+        return torch.load(path, map_location="cpu", weights_only=True)
+    with safe_open(path, framework="pt") as file:
+        ours = HEADER in (file.metadata() or {})
+    return load_tensors(path)[0] if ours else load_file(path)
+
+
+def load_rotations(path: Path, hidden: int, head_dim: int, layers: int) -> tuple[Tensor, Tensor]:
+    """R1 [hidden, hidden] and R2 [layers, head_dim, head_dim], fp64, from a .safetensors file of ours or an `R.bin`.
+
+    Raises:
+        UserError: the file is missing, unreadable, not orthogonal, or belongs to a model of another size.
+    """
+    if not path.is_file():
+        raise UserError(f"rotation file {path} does not exist", "check rotation.load")
+    try:
+        tensors = _read(path)
+        if not isinstance(tensors, dict):
+            raise TypeError(f"it holds a {type(tensors).__name__}")
+        r1 = tensors["R1"]
+        r2 = tensors["R2"] if "R2" in tensors else torch.stack([tensors[R2_NAME.format(i)] for i in range(layers)])
+        found = sum(name.endswith(".R2") for name in tensors) or len(r2)
+        shapes = tuple(r1.shape), tuple(r2.shape)
+    except Exception as error:  # a file of somebody else may hold anything
+        problem = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise UserError(
+            f"{path} is not a rotation file for {layers} layers ({problem})", "check rotation.load"
+        ) from error
+    wanted = (hidden, hidden), (layers, head_dim, head_dim)
+    if shapes != wanted or found != layers:
+        raise UserError(
+            f"{path} holds R1 {shapes[0]} and {found} R2 {shapes[1][1:]}, "
+            f"but this model needs R1 {wanted[0]} and {layers} R2 {wanted[1][1:]}",
+            "it was made for another model",
+        )
+    r1, r2 = r1.detach().double(), r2.detach().double()
+    for name, r in (("R1", r1), ("R2", r2)):
+        off = float((r @ r.mT - torch.eye(r.shape[-1], dtype=r.dtype)).abs().max())
+        if not off < 1e-2:
+            raise UserError(f"{path}: {name} is not orthogonal (error {off:.1e})", "check rotation.load")
+    return r1, r2
+
+
+def load_transforms(path: Path) -> dict[str, Tensor]:
+    """Learned scales (`scale.NAME`) and clip ratios (`clip`) of a rotation file of ours, each [layers, ...], fp64."""
+    if path.suffix != ".safetensors":
+        return {}
+    return {name: t.double() for name, t in _read(path).items() if name == "clip" or name.startswith("scale.")}
+
+
+def clip_bits(path: Path) -> dict[str, int] | None:
+    """The bits that the clips of a rotation file were learned at (see `save_final`); None if it does not say."""
+    found = (read_metadata(path) or {}).get(CLIP_BITS)
+    return json.loads(found) if found else None

@@ -1,0 +1,74 @@
+"""The run directory: the only state of a run. Every file in it appears whole or not at all.
+
+config.yaml fingerprint.json metrics.jsonl events.jsonl results.json
+rotations/step_000042.safetensors rotations/latest.json rotations/final.safetensors rotations/R.bin
+layers/000.safetensors ... layers/ends.safetensors boundaries/010/0000.safetensors ...
+baselines/NAME/layers/... evaluations/ compare/NAME/... logs/ export/FORMAT/ statistics/ tensorboard/
+report.html report.md
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from dist_spin.config.run import RunConfig
+from dist_spin.errors import UserError
+from dist_spin.storage.atomic import append_line, write_json
+
+
+class RunDir:
+    """Paths of one run and the ways to write into it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def rotations(self) -> Path:
+        """Checkpoints and the finished rotations."""
+        return self.path / "rotations"
+
+    def layers(self, baseline: str = "") -> Path:
+        """Quantised layers, of the learned rotations or of a named baseline."""
+        return self.path / "baselines" / baseline / "layers" if baseline else self.path / "layers"
+
+    def boundaries(self, baseline: str = "") -> Path:
+        """Hidden states that enter the first layer of each job, beside the layers of the same variant."""
+        return self.layers(baseline).with_name("boundaries")
+
+    @property
+    def export(self) -> Path:
+        """Exported models, a directory per format."""
+        return self.path / "export"
+
+    @property
+    def logs(self) -> Path:
+        """What the jobs of a fan-out print, one file each."""
+        return self.path / "logs"
+
+    def event(self, kind: str, **details: Any) -> None:
+        """Append one line to events.jsonl: what happened, when (Unix seconds), and any details."""
+        append_line(self.path / "events.jsonl", {"event": kind, "time": round(time.time(), 3), **details})
+
+
+def check_fingerprint(path: Path, current: dict[str, Any], what: str) -> None:
+    """Compare with the fingerprint of an earlier start, or write it if this is the first.
+
+    Raises:
+        UserError: a field differs; the message names it and both values.
+    """
+    if not path.exists():
+        write_json(path, current)
+        return
+    before = json.loads(path.read_text())
+    for field in sorted({*before, *current}):
+        if before.get(field) != current.get(field):
+            raise UserError(
+                f"{what} was started with {field} = {before.get(field)!r} and now has {current.get(field)!r}",
+                f"use another name= for a new run, or set {field} back",
+            )
+
+
+def run_dir(config: RunConfig) -> RunDir:
+    """The run directory that a configuration names."""
+    return RunDir(Path(config.output_dir) / config.name)

@@ -1,0 +1,74 @@
+"""Jobs of a fan-out as processes of this machine."""
+
+import multiprocessing
+import os
+from collections.abc import Iterable
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_spin.config.run import RunConfig
+from dist_spin.errors import UserError
+
+from .jobs import Task
+from .worker import work
+
+
+class LocalExecutor:
+    """Jobs as processes of this machine, one per GPU, or one per core where there is no GPU."""
+
+    def __init__(self, arguments: list[str], config: RunConfig, logs: Path, workers: int) -> None:
+        """workers: jobs at a time; 0 for as many as there are GPUs or cores.
+
+        Raises:
+            UserError: more workers than GPUs.
+        """
+        self._arguments, self._logs = arguments, logs
+        gpus = visible_gpus() if config.distributed.device != "cpu" else []
+        cores = len(os.sched_getaffinity(0))
+        self.slots = workers or len(gpus) or cores
+        if gpus and self.slots > len(gpus):
+            raise UserError(f"--workers is {self.slots}, but this machine shows {len(gpus)} GPUs", "use at most that")
+        # A child of the fork server must not inherit a CUDA context, so with GPUs every job starts afresh.
+        self._context: Any = multiprocessing.get_context("spawn" if gpus else "forkserver")
+        if not gpus:
+            self._context.set_forkserver_preload(["dist_spin.launch.worker"])
+        self._environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[: self.slots]] or [{}] * self.slots
+        self._threads = config.distributed.threads or max(1, cores // self.slots)
+        self._running: dict[int, tuple[Task, BaseProcess]] = {}  # by slot
+
+    def start(self, task: Task) -> None:
+        """Begin a job in a free slot."""
+        slot = next(i for i in range(self.slots) if i not in self._running)
+        self._logs.mkdir(parents=True, exist_ok=True)
+        words = ["quantize", *self._arguments, f"distributed.threads={self._threads}", *task.words]
+        log = str(self._logs / f"quantize_{task.name}.log")
+        process = self._context.Process(target=work, args=(words, log))
+        os.environ.update(self._environments[slot])  # inherited, so that it holds before anything can ask for a GPU
+        process.start()
+        self._running[slot] = (task, process)
+
+    def wait(self, seconds: float) -> Iterable[tuple[Task, int]]:
+        """Jobs that ended, with their exit codes (negative: killed by that signal)."""
+        wait([process.sentinel for _, process in self._running.values()], seconds)
+        for slot, (task, process) in list(self._running.items()):
+            if process.exitcode is not None:
+                del self._running[slot]
+                yield task, process.exitcode
+
+    def stop(self) -> None:
+        """Ask every running job to finish its layer and leave."""
+        for _, process in self._running.values():
+            process.terminate()
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs jobs may use, as CUDA_VISIBLE_DEVICES names them; asked without making a CUDA context."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name.strip() not in ("", "-1")]
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    return [str(i) for i in range(torch.cuda.device_count())]
