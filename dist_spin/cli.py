@@ -147,7 +147,7 @@ def _quantize(rest: list[str]) -> int:
         for name, given in (("--workers", workers), ("--retries", retries), ("--slurm", scheduler)):
             if given:
                 raise UserError(f"{name} is for a fan-out", "add --cluster local (or slurm)")
-        return _stage("quantize", config, layers=_range(layers), boundaries_only=boundaries)
+        return _stage("quantize", config, layers=_range(layers), hidden_states_only=boundaries)
     if layers or boundaries:
         raise UserError("--layers and --boundaries are single jobs, which --cluster starts itself", "leave one out")
     quieten_libraries()
@@ -221,7 +221,7 @@ def _stage(verb: str, config: RunConfig, **options: Any) -> int:
     alone = verb == "compare" and config.compare.parallel == "rows"
     world = start(config.distributed.device, timeout, config.distributed.threads, alone=alone)
     layers = options.get("layers")
-    part = "boundaries" if options.get("boundaries_only") else options.get("target", "")
+    part = "boundaries" if options.get("hidden_states_only") else options.get("target", "")
     part = f"{layers[0]}-{layers[1]}" if layers else part
     part = f"{socket.gethostname()}-{os.getpid()}" if alone else part
     try:

@@ -112,7 +112,7 @@ def rank_share(indices: list[int], rank: int, world: int) -> list[int]:
     return indices[rank::world]
 
 
-def fingerprint(tokens: Tensor) -> str:
+def tokens_fingerprint(tokens: Tensor) -> str:
     """SHA-256 (hex) of shape, dtype and values: equal exactly for equal data, wherever it came from."""
     digest = hashlib.sha256(f"{tuple(tokens.shape)} {tokens.dtype} ".encode())
     digest.update(tokens.cpu().contiguous().numpy().data)

@@ -12,7 +12,7 @@ from types import FrameType
 
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import EXIT_INTERRUPTED, EXIT_NUMERICS, EXIT_OK, EXIT_USER, UserError
-from dist_spin.quantize.stage import Work, prepare_works
+from dist_spin.quantize.stage import QuantizeJob, prepare_jobs
 from dist_spin.runtime import distributed
 from dist_spin.runtime.progress import Progress, say
 from dist_spin.runtime.signals import STOPPING
@@ -20,7 +20,7 @@ from dist_spin.storage.run_directory import RunDir, run_dir
 
 from .jobs import Executor, Task
 
-HOPELESS = (EXIT_USER, EXIT_NUMERICS)  # the same again would end the same way
+NON_RETRYABLE = (EXIT_USER, EXIT_NUMERICS)  # the same again would end the same way
 
 
 @dataclass
@@ -62,20 +62,24 @@ def fan_out(
     executor = make_executor(cluster, arguments, config, workers, scheduler)
     world = distributed.start("cpu", threads=1)
     try:
-        works = prepare_works(config, world)
+        quantize_jobs = prepare_jobs(config, world)
         with Stopper(executor) as stopper:
-            tasks = open_tasks(works)
+            tasks = open_tasks(quantize_jobs)
             if any(task.layers.start for task in tasks):
-                run_tasks([Task(["--boundaries"], range(0))], executor, works, retries, stopper)
-            run_tasks(tasks, executor, works, retries, stopper)
+                run_tasks([Task(["--boundaries"], range(0))], executor, quantize_jobs, retries, stopper)
+            run_tasks(tasks, executor, quantize_jobs, retries, stopper)
         if stopper.name:
             say(f"dist-spin: stopped by {stopper.name}; the same command continues")
             return EXIT_INTERRUPTED
-        if left := [task.name for task in tasks if finished_count(works, task.layers) < len(works) * len(task.layers)]:
+        if left := [
+            task.name
+            for task in tasks
+            if finished_count(quantize_jobs, task.layers) < len(quantize_jobs) * len(task.layers)
+        ]:
             raise UserError(f"layers {', '.join(left)} are not all there", "the same command continues")
-        for work in works:
-            work.make_ends()  # where a finished run was only given bits for them
-            work.stored.remove()
+        for job in quantize_jobs:
+            job.make_embeddings()  # where a finished run was only given bits for them
+            job.stored.remove()
     finally:
         distributed.stop()
     return EXIT_OK
@@ -105,18 +109,22 @@ def make_executor(
     raise UserError(f"there is no cluster '{cluster}'", "use local, slurm, submitit-local or debug")
 
 
-def open_tasks(works: list[Work]) -> list[Task]:
+def open_tasks(quantize_jobs: list[QuantizeJob]) -> list[Task]:
     """A task for each span of layers with something missing in any variant; damaged files are set aside."""
-    spans = {span for work in works for span in work.spans if not all(work.finished(*span))}
-    return [Task(["--layers", f"{start}:{stop}"], range(start, stop)) for start, stop in sorted(spans)]
+    layer_ranges = {
+        layer_range for job in quantize_jobs for layer_range in job.layer_ranges if not all(job.finished(*layer_range))
+    }
+    return [Task(["--layers", f"{start}:{stop}"], range(start, stop)) for start, stop in sorted(layer_ranges)]
 
 
-def finished_count(works: list[Work], layers: range) -> int:
+def finished_count(quantize_jobs: list[QuantizeJob], layers: range) -> int:
     """How many of these layers have files, over all variants; their content was checked when they were written."""
-    return sum(work.path(index).exists() for work in works for index in layers)
+    return sum(job.path(index).exists() for job in quantize_jobs for index in layers)
 
 
-def run_tasks(tasks: list[Task], executor: Executor, works: list[Work], retries: int, stopper: Stopper) -> None:
+def run_tasks(
+    tasks: list[Task], executor: Executor, quantize_jobs: list[QuantizeJob], retries: int, stopper: Stopper
+) -> None:
     """Run tasks, at most `executor.slots` at a time, those that fail again; returns when all are done or stopped.
 
     Raises:
@@ -124,15 +132,15 @@ def run_tasks(tasks: list[Task], executor: Executor, works: list[Work], retries:
     """
     if not tasks:
         return
-    run = works[0].run
-    every = range(works[0].files.shape.layers)
-    total, done = len(works) * len(every), finished_count(works, every)
+    run = quantize_jobs[0].run
+    every = range(quantize_jobs[0].files.shape.layers)
+    total, done = len(quantize_jobs) * len(every), finished_count(quantize_jobs, every)
     progress = Progress("quantise: layer", total, done)
     waiting, running, given_up = list(tasks), 0, ""
     while running or (waiting and not stopper.name and not given_up):
         while waiting and running < executor.slots and not stopper.name and not given_up:
             task = waiting.pop(0)
-            task.done_before = finished_count(works, task.layers)
+            task.done_before = finished_count(quantize_jobs, task.layers)
             run.event("job_start", job=task.name, layers=[task.layers.start, task.layers.stop])
             executor.start(task)
             running += 1
@@ -141,15 +149,15 @@ def run_tasks(tasks: list[Task], executor: Executor, works: list[Work], retries:
             note_end(run, task, code)
             if code == EXIT_OK or (stopper.name and code == EXIT_INTERRUPTED):
                 continue
-            task.failures = task.failures + 1 if finished_count(works, task.layers) == task.done_before else 0
+            task.failures = task.failures + 1 if finished_count(quantize_jobs, task.layers) == task.done_before else 0
             why = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-            if code in HOPELESS or task.failures > retries:
+            if code in NON_RETRYABLE or task.failures > retries:
                 given_up = given_up or f"job {task.name} {why}"
                 executor.stop()
             elif not stopper.name:
                 say(f"job {task.name} {why}; starting it again")
                 waiting.insert(0, task)
-        now = finished_count(works, every)
+        now = finished_count(quantize_jobs, every)
         while done < now:
             done += 1
             progress.advance(f"{running} jobs running")

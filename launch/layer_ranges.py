@@ -8,7 +8,7 @@ import sys
 from dist_spin.config.loader import load_config
 from dist_spin.errors import UserError
 from dist_spin.pipeline.model import open_configured_model
-from dist_spin.quantize.stage import spans_of
+from dist_spin.quantize.stage import layer_ranges_of
 from dist_spin.runtime import distributed
 
 
@@ -26,7 +26,7 @@ def main(words: list[str]) -> int:
         return error.exit_code
     finally:
         distributed.stop()
-    print(" ".join(f"{start}:{stop}" for start, stop in spans_of(layers, config.quantize.layers_per_job)))
+    print(" ".join(f"{start}:{stop}" for start, stop in layer_ranges_of(layers, config.quantize.layers_per_job)))
     return 0
 
 

@@ -18,7 +18,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.pipeline.model import open_configured_model
-from dist_spin.quantize.stage import prepare_works, spans_of
+from dist_spin.quantize.stage import layer_ranges_of, prepare_jobs
 from dist_spin.runtime import distributed
 from dist_spin.runtime.progress import say
 from dist_spin.runtime.slurm import JobState, cancel_jobs, job_states
@@ -135,7 +135,7 @@ def _submit_slurm(arguments: list[str], config: RunConfig, run: RunDir, schedule
     quantize = living.get("quantize", []) if not submitter.submitted else []
     missing = missing_spans(config, learned)
     covered = {part for job in quantize for part in _parts(run, job)}
-    wanted = [span for span in missing if f"{span[0]}:{span[1]}" not in covered]
+    wanted = [layer_range for layer_range in missing if f"{layer_range[0]}:{layer_range[1]}" not in covered]
     if wanted:
         before = optimize
         if wanted[-1][0] > 0:  # spans that begin inside the model start from stored hidden states
@@ -184,9 +184,16 @@ def missing_spans(config: RunConfig, learned: bool) -> list[tuple[int, int]]:
     world = distributed.start("cpu", threads=1)
     try:
         if not learned:
-            return spans_of(open_configured_model(config).shape.layers, config.quantize.layers_per_job)
-        works = prepare_works(config, world)
-        return sorted({span for work in works for span in work.spans if not all(work.finished(*span))})
+            return layer_ranges_of(open_configured_model(config).shape.layers, config.quantize.layers_per_job)
+        quantize_jobs = prepare_jobs(config, world)
+        return sorted(
+            {
+                layer_range
+                for job in quantize_jobs
+                for layer_range in job.layer_ranges
+                if not all(job.finished(*layer_range))
+            }
+        )
     finally:
         distributed.stop()
 

@@ -15,8 +15,8 @@ from dist_spin.runtime.slurm import job_states
 
 from .local_pipeline import run_stages
 
-LOSSES = 5  # restarts after which a rank that hangs or dies ends the job for good
-PATIENCE = 45  # seconds that the other nodes wait for the first one to queue the job again
+MAX_REQUEUES = 5  # restarts after which a rank that hangs or dies ends the job for good
+REQUEUE_TIMEOUT_S = 45  # seconds that the other nodes wait for the first one to queue the job again
 # Where submitit's own variables would make a plain command think that it is one rank of several.
 NOT_INHERITED = ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
 PREEMPTION = getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"))
@@ -47,10 +47,10 @@ class StageJob:
         code = self.process.wait()
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         lost = code == EXIT_HANG or code > 128  # a rank did not answer, or was killed
-        if (code == EXIT_INTERRUPTED or (lost and restarts < LOSSES)) and not being_cancelled():
+        if (code == EXIT_INTERRUPTED or (lost and restarts < MAX_REQUEUES)) and not being_cancelled():
             if os.environ.get("SLURM_PROCID", "0") == "0":
                 os.kill(os.getpid(), PREEMPTION)  # submitit's handler calls checkpoint() and queues the job again
-            time.sleep(PATIENCE)  # Slurm ends this job, unless the first node is the one that hangs
+            time.sleep(REQUEUE_TIMEOUT_S)  # Slurm ends this job, unless the first node is the one that hangs
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
             signal.pause()
         if code != EXIT_OK:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from dist_spin.cli import main
 from dist_spin.config.loader import load_config
-from dist_spin.evaluate.cells import Cell
-from dist_spin.evaluate.layerwise_model import assembled
+from dist_spin.evaluate.layerwise_model import load_full_model
+from dist_spin.evaluate.targets import EvalTarget
 from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.pipeline.fingerprints import layer_identity
 from dist_spin.pipeline.model import open_configured_model
-from dist_spin.pipeline.variants import calibration_tokens, variant
+from dist_spin.pipeline.variants import build_variant, calibration_tokens
 from dist_spin.runtime.distributed import start, stop
 from dist_spin.storage.run_directory import run_dir
 from dist_spin.storage.tensor_file import identity_hash
@@ -69,12 +69,12 @@ def pipeline_cell(words: list[str], weights: str, off: str = "") -> Any:
     world = start("cpu", 60, 1)
     try:
         files = open_configured_model(config)
-        cell = Cell(variant(config, files, "learned", world.device), weights)
-        cell.chosen.sites = replace(cell.chosen.sites, **{site: QuantSpec() for site in off})
+        cell = EvalTarget(build_variant(config, files, "learned", world.device), weights)
+        cell.variant.sites = replace(cell.variant.sites, **{site: QuantSpec() for site in off})
         if weights != "none":
             tokens = calibration_tokens(config, files)
-            cell.made_under = identity_hash(layer_identity(config, files, cell.chosen, tokens))
-        return assembled(config, world, files, run_dir(config), cell)
+            cell.fingerprint = identity_hash(layer_identity(config, files, cell.variant, tokens))
+        return load_full_model(config, world, files, run_dir(config), cell)
     finally:
         stop()
 

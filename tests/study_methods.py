@@ -17,14 +17,14 @@ from dist_spin.cli import quieten_libraries
 from dist_spin.compare.method_variants import METHODS, learn, method_variant
 from dist_spin.config.loader import load_config
 from dist_spin.config.run import RunConfig
-from dist_spin.evaluate.cells import Cell
 from dist_spin.evaluate.perplexity import measuring_tokens, window_losses
+from dist_spin.evaluate.targets import EvalTarget
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
 from dist_spin.pipeline.fingerprints import layer_identity
 from dist_spin.pipeline.model import open_configured_model
-from dist_spin.pipeline.variants import Variant, calibration_tokens, variant
-from dist_spin.quantize.stage import Work, quantize_span
+from dist_spin.pipeline.variants import Variant, build_variant, calibration_tokens
+from dist_spin.quantize.stage import QuantizeJob, quantize_range
 from dist_spin.runtime.distributed import World, start, stop
 from dist_spin.runtime.progress import say
 from dist_spin.runtime.signals import StopRequest
@@ -45,8 +45,8 @@ def main() -> None:
     files = open_configured_model(config)
     tokens = calibration_tokens(config, files)
     texts = {source: measuring_tokens(config, files, source) for source in config.evaluate.sources}
-    unrotated = variant(config, files, "none", world.device)
-    plain = Cell(dataclasses.replace(unrotated, sites=Sites()), "none", full_precision=True)
+    unrotated = build_variant(config, files, "none", world.device)
+    plain = EvalTarget(dataclasses.replace(unrotated, sites=Sites()), "none", full_precision=True)
     rows = [("full precision", "16-bit", 0.0, perplexities(config, world, files, plain, texts))]
     show(rows[-1])
     for name in options.methods.split(","):
@@ -55,7 +55,7 @@ def main() -> None:
             learn(config, world, files, name)
             chosen = method_variant(config, files, name, world.device, tokens)
         else:
-            chosen = variant(config, files, name, world.device)
+            chosen = build_variant(config, files, name, world.device)
         seconds = time.monotonic() - began
         for weights in options.weights.split(","):
             found = rounded(config, world, files, chosen, weights, tokens)
@@ -73,21 +73,21 @@ def main() -> None:
 
 def rounded(
     config: RunConfig, world: World, files: ModelFiles, chosen: Variant, weights: str, tokens: torch.Tensor
-) -> tuple[RunConfig, Cell]:
+) -> tuple[RunConfig, EvalTarget]:
     """The variant with its weights rounded, under a name of its own, and the configuration that says so."""
     if weights == "none":
-        return config, Cell(chosen, "none")
+        return config, EvalTarget(chosen, "none")
     config = dataclasses.replace(config, quantize=dataclasses.replace(config.quantize, method=weights))
     chosen = dataclasses.replace(chosen, name=f"{chosen.name}-{weights}")
-    quantize_span(Work(config, world, files, chosen, tokens, StopRequest()), 0, files.shape.layers)
-    return config, Cell(chosen, weights, made_under=identity_hash(layer_identity(config, files, chosen, tokens)))
+    quantize_range(QuantizeJob(config, world, files, chosen, tokens, StopRequest()), 0, files.shape.layers)
+    return config, EvalTarget(chosen, weights, fingerprint=identity_hash(layer_identity(config, files, chosen, tokens)))
 
 
 def perplexities(
-    config: RunConfig, world: World, files: ModelFiles, cell: Cell, texts: dict[str, torch.Tensor]
+    config: RunConfig, world: World, files: ModelFiles, cell: EvalTarget, texts: dict[str, torch.Tensor]
 ) -> list[float]:
     """Of every text."""
-    losses = window_losses(config, world, files, cell, [(cell.chosen.sites, t) for t in texts.values()], "measure")
+    losses = window_losses(config, world, files, cell, [(cell.variant.sites, t) for t in texts.values()], "measure")
     return [math.exp(float(loss.mean())) for loss in losses]
 
 

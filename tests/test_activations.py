@@ -13,7 +13,7 @@ from dist_spin.config.loader import load_config
 from dist_spin.errors import Interrupted
 from dist_spin.numerics.activations import SUMMARY, kurtosis, peak_over_rms, pooled, summary
 from dist_spin.pipeline.model import open_configured_model
-from dist_spin.pipeline.variants import calibration_tokens, variant
+from dist_spin.pipeline.variants import build_variant, calibration_tokens
 from dist_spin.report.measure_activations import _measure
 from dist_spin.runtime.distributed import start, stop
 from dist_spin.runtime.signals import StopRequest
@@ -108,7 +108,7 @@ def test_the_pass_sees_what_transformers_computes_and_continues_where_it_was_sto
     path = statistics_path(run, "learned")
     whole = load_tensors(path)
     path.unlink()
-    chosen = variant(config, files, "learned", torch.device("cpu"))
+    chosen = build_variant(config, files, "learned", torch.device("cpu"))
     stop_request = StopRequest()
     stop_request.name = "SIGTERM"
     for layers in (1, 2):

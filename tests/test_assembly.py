@@ -6,7 +6,7 @@ from tiny import write_model
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from dist_spin.model.full_model import assemble
+from dist_spin.model.full_model import build_full_model
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.rotation import initial
@@ -32,9 +32,9 @@ def parts(files: ModelFiles, rotated: bool, dtype: torch.dtype) -> tuple[Sites, 
     return sites, RotatedWeights(files.weights, files.shape, rotations, sites.r4, CPU, dtype)
 
 
-def assembled(files: ModelFiles, rotated: bool, dtype: torch.dtype):
+def load_full_model(files: ModelFiles, rotated: bool, dtype: torch.dtype):
     sites, weights = parts(files, rotated, dtype)
-    return assemble(
+    return build_full_model(
         files.config,
         sites,
         layer=weights.layer,
@@ -63,7 +63,7 @@ def test_the_assembled_model_has_the_bits_of_the_layer_wise_one(tmp_path, ids, k
     for i in range(files.shape.layers):
         hidden = runner.run(runner.build(i, weights.layer(i)), i, hidden)
     expected = weights.head(files.config.rms_norm_eps).logits(hidden)
-    model = assembled(files, rotated, dtype)
+    model = load_full_model(files, rotated, dtype)
     with torch.no_grad():
         torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=0, atol=0)
         torch.testing.assert_close(model(ids, use_cache=True).logits, expected, rtol=0, atol=0)
@@ -73,7 +73,7 @@ def test_the_assembled_model_has_the_bits_of_the_layer_wise_one(tmp_path, ids, k
 @pytest.mark.parametrize("kind", ["gqa_tied", "mistral_window", "qwen3"])
 def test_logits_and_generation_do_not_depend_on_the_cache(tmp_path, ids, kind):
     files = open_model(str(write_model(kind, tmp_path)), dtype=torch.float64)
-    model = assembled(files, True, torch.float64)
+    model = load_full_model(files, True, torch.float64)
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
         for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=24)):

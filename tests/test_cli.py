@@ -13,7 +13,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from dist_spin.launch.fanout import HOPELESS
+from dist_spin.launch.fanout import NON_RETRYABLE
 from safetensors.torch import load_file, save_file
 from tiny import SHAPES, write_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -167,7 +167,7 @@ def test_what_torch_says_of_a_full_gpu_becomes_one_line():
     assert line is not None
     assert str(line).startswith("a GPU ran out of memory when 896.00 MiB more were needed; ")
     assert line.exit_code == EXIT_MEMORY
-    assert EXIT_MEMORY not in HOPELESS  # other jobs may have taken it
+    assert EXIT_MEMORY not in NON_RETRYABLE  # other jobs may have taken it
     assert out_of_memory(RuntimeError(said)) is None
 
 

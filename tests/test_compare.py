@@ -16,7 +16,7 @@ from tiny import write_model
 
 from dist_spin.cli import main
 from dist_spin.compare.plan import Entry, group, parts_of, planned, settings_of
-from dist_spin.config.checks import bits_of
+from dist_spin.config.checks import parse_bits
 from dist_spin.config.compare import CompareConfig
 from dist_spin.config.loader import load_config
 from dist_spin.config.optimize import OptimizeConfig
@@ -67,8 +67,8 @@ def rows_of(run: Path) -> list[dict]:
 
 
 def test_bits_are_read_from_text():
-    assert [bits_of(t) for t in ("W4A4KV4", "W4A16", "W16A4KV8")] == [(4, 4, 4), (4, 16, 16), (16, 4, 8)]
-    assert [bits_of(t) for t in ("W4", "A4W4", "W4A4KV9", "W1A4", "w4a4", "W4A4KV4 ")] == [None] * 6
+    assert [parse_bits(t) for t in ("W4A4KV4", "W4A16", "W16A4KV8")] == [(4, 4, 4), (4, 16, 16), (16, 4, 8)]
+    assert [parse_bits(t) for t in ("W4", "A4W4", "W4A4KV9", "W1A4", "w4a4", "W4A4KV4 ")] == [None] * 6
     for wrong in ({"bits": ["W4A4KV9"]}, {"methods": ["rtn", "rtn"]}, {"seeds": []}):
         with pytest.raises(UserError, match=f"compare.{next(iter(wrong))}"):
             CompareConfig(**wrong)
@@ -135,7 +135,7 @@ def test_what_each_method_changes_of_the_run(words):
     other = settings_of(config, "ours", 5, "gptq")
     assert (other.rotation.seed, other.optimize.seed) == (5, 5)
     assert (other.optimize.optimizer, other.quant, other.quantize) == ("cayley_adam", config.quant, config.quantize)
-    rounding = dataclasses.replace(config.quantize, sweeps=0, clip_norm=2.4)
+    rounding = dataclasses.replace(config.quantize, cd_passes=0, clip_norm=2.4)
     assert settings_of(config, "gptq", 0, "gptq").quantize == rounding
     for method, online in (("spinquant_had", True), ("spinquant_no_had", False)):
         published = settings_of(config, method, 0, "gptq")

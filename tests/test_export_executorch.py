@@ -18,7 +18,7 @@ from dist_spin.export.executorch import META_NAMES, interleaved
 from dist_spin.model import sites
 from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.pipeline.export_limits import check_target, model_params
-from dist_spin.storage.quantized_layers import layer_path, load_ends, load_layer
+from dist_spin.storage.quantized_layers import layer_path, load_embeddings, load_layer
 from dist_spin.storage.run_directory import RunDir
 
 RECIPE = "configs/recipes/llama-3.2-1b-executorch.yaml"
@@ -77,7 +77,10 @@ def test_the_file_holds_the_codes_and_scales_of_the_run(words, export):
     for index in range(2):
         layer, _ = load_layer(layer_path(run.layers(), index))
         for role, name in META_NAMES.items():
-            for kind, wanted in (("weight", layer.solutions[role].codes), ("scales", layer.solutions[role].scale)):
+            for kind, wanted in (
+                ("weight", layer.quantized_weights[role].codes),
+                ("scales", layer.quantized_weights[role].scale),
+            ):
                 found = held[f"layers.{index}.{name}.{kind}"]
                 seen.add(f"layers.{index}.{name}.{kind}")
                 if role in ("self_attn.q_proj", "self_attn.k_proj"):  # pairs 0 1, 2 3, … back to halves
@@ -87,7 +90,7 @@ def test_the_file_holds_the_codes_and_scales_of_the_run(words, export):
         for norm in ("attention_norm", "ffn_norm"):
             assert torch.equal(held[f"layers.{index}.{norm}.weight"], torch.ones(64))
             seen.add(f"layers.{index}.{norm}.weight")
-    ends, _ = load_ends(run.layers() / "ends.safetensors")
+    ends, _ = load_embeddings(run.layers() / "ends.safetensors")
     for end, name in (("embedding", "tok_embeddings"), ("head", "output")):
         assert torch.equal(held[f"{name}.weight"], ends[end].codes)
         assert torch.equal(held[f"{name}.scales"], ends[end].scale)

@@ -69,9 +69,9 @@ def test_attached_rotations_are_the_merged_ones_and_so_are_their_gradients(files
     torch.testing.assert_close(losses, merged.view(2, -1).mean(-1), rtol=1e-9, atol=0)
     oracle = WeightSide(files, sites, r1, r2)
     oracle(IDS).backward()
-    assert relative(tangent(rotations.tilt1), tangent(oracle.r1.grad @ r1.T)) < 1e-9
-    assert relative(tangent(rotations.tilt2), tangent(oracle.r2.grad @ r2.mT)) < 1e-9
-    assert float(tangent(rotations.tilt1).norm()) > 1e-3
+    assert relative(tangent(rotations.lie_grad1), tangent(oracle.r1.grad @ r1.T)) < 1e-9
+    assert relative(tangent(rotations.lie_grad2), tangent(oracle.r2.grad @ r2.mT)) < 1e-9
+    assert float(tangent(rotations.lie_grad1).norm()) > 1e-3
 
 
 def test_layers_are_quantised_and_reload_as_they_were(files, alone, tmp_path):
@@ -85,7 +85,7 @@ def test_layers_are_quantised_and_reload_as_they_were(files, alone, tmp_path):
     hidden = [torch.randn(1, 20, files.shape.hidden, generator=generator, dtype=WIDE) for _ in range(6)]
     entered = list(hidden)
     made = quantizer.quantize(last, source.layer(last), hidden)
-    assert set(made.solutions) == set(LAYER_LINEARS)
+    assert set(made.quantized_weights) == set(LAYER_LINEARS)
     assert all(0 < f["error"] < f["rtn_error"] < 1 for f in made.figures.values())
     save_layer(tmp_path / "layer.safetensors", made, "a fingerprint")
     loaded = finished_layer(tmp_path / "layer.safetensors", "a fingerprint", pytest.fail)

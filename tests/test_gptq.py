@@ -267,8 +267,8 @@ def test_rows_solved_apart_are_bit_identical(options: GPTQOptions, device: str) 
     for parts in (2, 3):
         ranges = split_rows(len(w), parts)
         pieces = [solve(w[start:stop], factor, options) for start, stop in ranges]
-        for together, apart in zip(whole, zip(*pieces, strict=True), strict=True):
-            assert torch.equal(together, torch.cat(apart))
+        for raise_on_any_failure, apart in zip(whole, zip(*pieces, strict=True), strict=True):
+            assert torch.equal(raise_on_any_failure, torch.cat(apart))
         sums = [output_errors(w[a:b], piece, hessian, options) for (a, b), piece in zip(ranges, pieces, strict=True)]
         torch.testing.assert_close(torch.cat(sums), output_errors(w, whole, hessian, options), rtol=1e-4, atol=0)
 
@@ -285,9 +285,9 @@ def test_split_rows_covers_every_row_once(rows: int, parts: int) -> None:
 def test_a_rank_without_rows_gets_an_empty_solution() -> None:
     w, hessian = problem(4, 16)
     for options in (GPTQOptions(), GPTQOptions(group_size=8, mse_clip=True)):
-        solution = solve(w[:0], prepare(hessian, options), options)
-        assert solution.codes.shape == (0, 16)
-        assert len(solution.scale) == len(solution.zero) == 0
+        quantized = solve(w[:0], prepare(hessian, options), options)
+        assert quantized.codes.shape == (0, 16)
+        assert len(quantized.scale) == len(quantized.zero) == 0
 
 
 def test_samples_summed_apart_give_the_same_codes() -> None:

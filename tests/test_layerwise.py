@@ -20,11 +20,11 @@ from dist_spin.model.weights import open_model
 from dist_spin.numerics.gptq import GPTQOptions, prepare, solve
 from dist_spin.numerics.hessian import Hessian
 from dist_spin.quantize.layer_quantizer import LayerQuantizer
-from dist_spin.quantize.stage import spans_of, spans_within
+from dist_spin.quantize.stage import layer_ranges_of, ranges_within
 from dist_spin.report.status import ranges
 from dist_spin.runtime.distributed import World
 from dist_spin.storage import hidden_states as boundary_files
-from dist_spin.storage.hidden_states import BoundaryFiles
+from dist_spin.storage.hidden_states import HiddenStateFiles
 from dist_spin.storage.quantized_layers import finished_layer, save_layer
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -64,7 +64,7 @@ def test_linears_of_a_site_solved_together_are_those_solved_apart(tmp_path, opti
     layer = LayerQuantizer(runner, ALONE, "gptq", options, torch.float64).quantize(0, weights, hidden)
     for role in ("q_proj", "k_proj", "v_proj"):
         apart = solve(weights[f"self_attn.{role}.weight"], factor, options)
-        for mine, theirs in zip(layer.solutions[f"self_attn.{role}"], apart, strict=True):
+        for mine, theirs in zip(layer.quantized_weights[f"self_attn.{role}"], apart, strict=True):
             assert torch.equal(mine, theirs)
 
 
@@ -114,7 +114,9 @@ def test_any_damage_to_a_layer_file_is_noticed(tmp_path):
     path.write_bytes(whole)
     found = finished_layer(path, "made so", lines.append)
     assert found is not None
-    assert all(torch.equal(found.solutions[r].codes, layer.solutions[r].codes) for r in layer.solutions)
+    assert all(
+        torch.equal(found.quantized_weights[r].codes, layer.quantized_weights[r].codes) for r in layer.quantized_weights
+    )
 
 
 def test_equal_layers_are_equal_files(tmp_path):
@@ -129,8 +131,8 @@ def test_equal_layers_are_equal_files(tmp_path):
     assert files[0] == files[1]
 
 
-def stored(place: Path) -> BoundaryFiles:
-    return BoundaryFiles(place / "boundaries", "made so", sequences=35, tokens=6, hidden=8, dtype=torch.float32)
+def stored(place: Path) -> HiddenStateFiles:
+    return HiddenStateFiles(place / "boundaries", "made so", sequences=35, tokens=6, hidden=8, dtype=torch.float32)
 
 
 def test_hidden_states_come_back_or_are_missed(tmp_path):
@@ -168,12 +170,12 @@ def test_hidden_states_that_do_not_fit_are_refused(tmp_path, monkeypatch):
 
 
 def test_spans():
-    assert spans_of(7, 0) == spans_of(7, 7) == spans_of(7, 9) == [(0, 7)]
-    assert spans_of(7, 3) == [(0, 3), (3, 6), (6, 7)]
-    assert spans_within(spans_of(7, 3), (3, 7)) == [(3, 6), (6, 7)]
+    assert layer_ranges_of(7, 0) == layer_ranges_of(7, 7) == layer_ranges_of(7, 9) == [(0, 7)]
+    assert layer_ranges_of(7, 3) == [(0, 3), (3, 6), (6, 7)]
+    assert ranges_within(layer_ranges_of(7, 3), (3, 7)) == [(3, 6), (6, 7)]
     for wrong in ((0, 2), (1, 6), (3, 8), (6, 6), (9, 12)):
         with pytest.raises(UserError, match=f"{wrong[0]}:{wrong[1]}"):
-            spans_within(spans_of(7, 3), wrong)
+            ranges_within(layer_ranges_of(7, 3), wrong)
 
 
 def test_ranges():

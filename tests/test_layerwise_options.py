@@ -17,7 +17,7 @@ from dist_spin.errors import UserError
 from dist_spin.model.architecture import EMBEDDING, LAYER_LINEARS
 from dist_spin.model.weights import open_model
 from dist_spin.numerics.quantizer import dequantize_weight
-from dist_spin.storage.quantized_layers import layer_path, load_ends, load_layer
+from dist_spin.storage.quantized_layers import layer_path, load_embeddings, load_layer
 from dist_spin.storage.run_directory import RunDir
 from dist_spin.storage.tensor_file import load_tensors, save_tensors
 
@@ -80,11 +80,11 @@ def test_down_proj_has_its_own_bits(words, tmp_path, method):
     for variant in ("", "none"):
         layer, _ = load_layer(layer_path(run.layers(variant), 0))
         assert layer.bits == {role: 8 if role == DOWN else 4 for role in LAYER_LINEARS}
-        for role, solution in layer.solutions.items():
-            widest = int(solution.codes.abs().max())
+        for role, quantized in layer.quantized_weights.items():
+            widest = int(quantized.codes.abs().max())
             assert 100 < widest <= 128 if role == DOWN else 7 <= widest <= 8, role
             if role != DOWN:  # nothing before down_proj knows of its bits
-                torch.testing.assert_close(solution.codes, four[variant].solutions[role].codes, rtol=0, atol=0)
+                torch.testing.assert_close(quantized.codes, four[variant].quantized_weights[role].codes, rtol=0, atol=0)
         assert layer.figures[DOWN]["error"] < four[variant].figures[DOWN]["error"] / 50  # 16 times finer, squared
     before = stamps(run)
     assert main(["quantize", *words, "quant.down_bits=8"]) == 0
@@ -102,9 +102,9 @@ def test_sweeps_and_norm_of_the_clip_search_decide_layers(words, tmp_path):
         assert stamps(run) == before
     plain, swept, clipped = found
     for role in ("self_attn.q_proj", "self_attn.v_proj"):  # what later linears meet depends on these
-        assert torch.equal(swept.solutions[role].scale, plain.solutions[role].scale)
+        assert torch.equal(swept.quantized_weights[role].scale, plain.quantized_weights[role].scale)
         assert swept.figures[role]["error"] < plain.figures[role]["error"]
-        assert not torch.equal(clipped.solutions[role].scale, plain.solutions[role].scale)
+        assert not torch.equal(clipped.quantized_weights[role].scale, plain.quantized_weights[role].scale)
 
 
 def test_learned_rotations_do_not_depend_on_bits_of_weights(words, tmp_path):
@@ -138,7 +138,7 @@ def test_evaluation_measures_what_the_files_hold(words, tmp_path, model, capfd):
     for index, layer in enumerate(reference.model.layers):
         held, _ = load_layer(layer_path(run.layers("none"), index))
         layer.load_state_dict(held.weights(torch.float64, torch.device("cpu")), strict=False)
-    held_ends, _ = load_ends(run.layers("none") / "ends.safetensors")
+    held_ends, _ = load_embeddings(run.layers("none") / "ends.safetensors")
     for end, module in (("embedding", reference.model.embed_tokens), ("head", reference.lm_head)):
         module.weight = torch.nn.Parameter(dequantize_weight(*held_ends[end], dtype=torch.float64))
     assert measured["none", "gptq"] == pytest.approx(perplexity(reference, tokens), rel=1e-5)
@@ -156,18 +156,18 @@ def test_ends_are_rounded_to_the_nearest_code(words, tmp_path, model):
     path = RunDir(tmp_path / "run").layers("none") / "ends.safetensors"
     assert main(["quantize", *words]) == 0
     source = open_model(str(model), revision=None, dtype=torch.float64).weights
-    ends, _ = load_ends(path)
+    ends, _ = load_embeddings(path)
     weight = source.rows(f"{EMBEDDING}.weight")  # lm_head is tied to it
     for end, highest in (("embedding", 3), ("head", 127)):
-        solution = ends[end]
-        assert solution.codes.shape == weight.shape
-        assert solution.scale.shape == (len(weight), 1)
-        assert int(solution.codes.max()) == highest
-        error = (dequantize_weight(*solution, dtype=torch.float64) - weight).abs()
-        assert (error <= solution.scale * (0.5 + 1e-9)).all()
-        assert error.max() > 0.4 * solution.scale.min()
+        quantized = ends[end]
+        assert quantized.codes.shape == weight.shape
+        assert quantized.scale.shape == (len(weight), 1)
+        assert int(quantized.codes.max()) == highest
+        error = (dequantize_weight(*quantized, dtype=torch.float64) - weight).abs()
+        assert (error <= quantized.scale * (0.5 + 1e-9)).all()
+        assert error.max() > 0.4 * quantized.scale.min()
     assert main(["quantize", *words, "quant.w_mse_clip=true"]) == 0
-    clipped, _ = load_ends(path)
+    clipped, _ = load_embeddings(path)
     assert (clipped["embedding"].scale <= ends["embedding"].scale).all()
     assert (clipped["embedding"].scale < ends["embedding"].scale).any()
 

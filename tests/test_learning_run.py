@@ -13,11 +13,11 @@ from dist_spin.compare.stage import Comparison
 from dist_spin.config.loader import load_config
 from dist_spin.errors import NumericsError, UserError
 from dist_spin.evaluate.stage import evaluate
-from dist_spin.model.sites_config import CLIPS
-from dist_spin.optimize.best_state import Guard
+from dist_spin.model.sites_config import CLIP_SITES
+from dist_spin.optimize.best_state import BestState
 from dist_spin.optimize.train import optimize
 from dist_spin.pipeline.model import open_configured_model
-from dist_spin.pipeline.variants import LEARNED, variant
+from dist_spin.pipeline.variants import LEARNED, build_variant
 from dist_spin.quantize.stage import quantize
 from dist_spin.runtime.distributed import start, stop
 from dist_spin.runtime.signals import StopRequest
@@ -148,14 +148,16 @@ def test_a_comparison_applies_clips_at_the_bits_they_were_learned_at(place, worl
     config = load_config(None, settings(place))
     optimize(config, world)
     files = open_configured_model(config)
-    learned = variant(config, files, LEARNED, world.device)
+    learned = build_variant(config, files, LEARNED, world.device)
     work = Comparison(config, world, files, StopRequest(), {})
     clips = learned.sites.clips
     assert clips is not None
     assert bool((clips < 1).all())
-    for bits, kept in (((4, 4, 4), CLIPS), ((4, 8, 8), ()), ((4, 16, 16), ()), ((4, 4, 8), CLIPS[:4])):
+    for bits, kept in (((4, 4, 4), CLIP_SITES), ((4, 8, 8), ()), ((4, 16, 16), ()), ((4, 4, 8), CLIP_SITES[:4])):
         sites = work.at_sites(learned, at_bits(config, "gptq", bits), config).sites
-        expected = torch.stack([clips[:, i] if site in kept else torch.ones(2) for i, site in enumerate(CLIPS)], -1)
+        expected = torch.stack(
+            [clips[:, i] if site in kept else torch.ones(2) for i, site in enumerate(CLIP_SITES)], -1
+        )
         assert torch.equal(sites.clips, expected)
         assert sites.layer(1).a.bits == bits[1]
 
@@ -164,15 +166,15 @@ def test_a_file_of_learned_rotations_gives_its_clips_to_the_bits_they_were_learn
     config = load_config(None, settings(place))
     optimize(config, world)
     final = run_dir(config).rotations / "final.safetensors"
-    for name, bits, kept in (("same", 4, CLIPS), ("keys", 8, ("v",))):
+    for name, bits, kept in (("same", 4, CLIP_SITES), ("keys", 8, ("v",))):
         more = [f"name={name}", f"rotation.load={final}", "optimize.steps=0", f"quant.k_bits={bits}"]
         more += [f"quant.a_bits={bits}"]
         given = load_config(None, settings(place, *more))
         optimize(given, world)
-        clips = variant(given, open_configured_model(given), LEARNED, world.device).sites.clips
+        clips = build_variant(given, open_configured_model(given), LEARNED, world.device).sites.clips
         learned = load_transforms(final)["clip"]
         assert clips is not None
-        for i, site in enumerate(CLIPS):
+        for i, site in enumerate(CLIP_SITES):
             assert torch.equal(clips[:, i], learned[:, i] if site in kept else torch.ones(2, dtype=learned.dtype))
 
 
@@ -196,14 +198,14 @@ def test_groups_that_do_not_fit_the_model_are_refused_in_one_line(place, world):
 
 def test_a_guard_keeps_the_best_and_returns_to_it():
     masters = {"R1": torch.zeros(3)}
-    guard = Guard(masters)
+    best_state = BestState(masters)
     losses = [(1.0, 2.0, False), (2.0, 1.0, False), (3.0, 1.02, False), (4.0, 1.2, True), (5.0, math.nan, True)]
     for value, loss, jumped in losses:
         masters["R1"].fill_(value)
-        guard.moved()
-        assert guard.judge(loss) is jumped
+        best_state.moved()
+        assert best_state.update(loss) is jumped
         assert float(masters["R1"][0]) == (2.0 if jumped else value)
-    assert (guard.best_loss, guard.factor, guard.at_best) == (1.0, 0.25, True)
-    later = Guard({"R1": torch.zeros(3)})
-    later.load({name: tensor.clone() for name, tensor in guard.state().items()})
+    assert (best_state.best_loss, best_state.factor, best_state.at_best) == (1.0, 0.25, True)
+    later = BestState({"R1": torch.zeros(3)})
+    later.load({name: tensor.clone() for name, tensor in best_state.state().items()})
     assert (later.best_loss, later.factor, later.at_best) == (1.0, 0.25, True)

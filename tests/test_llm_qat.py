@@ -14,8 +14,8 @@ from dist_spin.compare.method_variants import learn, method_variant
 from dist_spin.compare.methods.llm_qat import Student, divergence, predictions, symmetric
 from dist_spin.config.loader import load_config
 from dist_spin.errors import Interrupted, UserError
-from dist_spin.evaluate.cells import Cell
 from dist_spin.evaluate.perplexity import window_losses
+from dist_spin.evaluate.targets import EvalTarget
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.sites_config import Sites
@@ -23,8 +23,8 @@ from dist_spin.pipeline.fingerprints import layer_identity
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.pipeline.quant_sites import sites_for
 from dist_spin.pipeline.self_generated_text import self_text
-from dist_spin.pipeline.variants import variant
-from dist_spin.quantize.stage import Work, quantize_span
+from dist_spin.pipeline.variants import build_variant
+from dist_spin.quantize.stage import QuantizeJob, quantize_range
 from dist_spin.runtime import distributed
 from dist_spin.runtime.distributed import World
 from dist_spin.runtime.signals import StopRequest
@@ -128,7 +128,7 @@ def test_what_is_rounded_and_measured_is_what_training_saw(tmp_path):
     """The product's own rounding gives the weights that the student last saw, and the same loss."""
     config, files, tokens = prepared(tmp_path, "methods.qat_steps=5", kind="biases")
     chosen = trained(config, files, tokens)
-    quantize_span(Work(config, ALONE, files, chosen, tokens, StopRequest()), 0, files.shape.layers)
+    quantize_range(QuantizeJob(config, ALONE, files, chosen, tokens, StopRequest()), 0, files.shape.layers)
     student, _ = student_of(config, files, chosen.sites, chosen.recipe.options)
     for index in range(files.shape.layers + 1):
         prefix = "" if index == files.shape.layers else f"{index}."
@@ -141,7 +141,7 @@ def test_what_is_rounded_and_measured_is_what_training_saw(tmp_path):
         for name, w in layer.weights(torch.float64, CPU).items():
             assert torch.equal(w, student.seen[f"{index}.{name}"]), name
         assert len(student.seen[f"{index}.self_attn.q_proj.weight"][0].unique()) <= 15
-    cell = Cell(chosen, "rtn", made_under=identity_hash(layer_identity(config, files, chosen, tokens)))
+    cell = EvalTarget(chosen, "rtn", fingerprint=identity_hash(layer_identity(config, files, chosen, tokens)))
     (losses,) = window_losses(config, ALONE, files, cell, [(chosen.sites, tokens)], "text")
     with torch.no_grad():
         hidden = torch.nn.functional.embedding(tokens, student.seen["embedding"])
@@ -156,11 +156,11 @@ def test_it_comes_nearer_to_the_model_than_rounding_alone(tmp_path):
     more = ("quantize.n_sequences=256", "methods.qat_steps=100", "methods.qat_batch_size=8", "methods.qat_lr=1e-3")
     config, files, tokens = prepared(tmp_path, *more)
     chosen = trained(config, files, tokens)
-    untrained = variant(config, files, "none", CPU)
+    untrained = build_variant(config, files, "none", CPU)
     untrained = dataclasses.replace(untrained, sites=symmetric(untrained.sites))
     apart = {}
     for each in (chosen, untrained):
-        quantize_span(Work(config, ALONE, files, each, tokens, StopRequest()), 0, files.shape.layers)
+        quantize_range(QuantizeJob(config, ALONE, files, each, tokens, StopRequest()), 0, files.shape.layers)
         student, teacher = student_of(config, files, each.sites)
         for index in range(files.shape.layers):
             layer = load_layer(run_dir(config).layers(each.name) / f"{index:03d}.safetensors")[0]

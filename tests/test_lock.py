@@ -95,20 +95,20 @@ def test_of_many_that_want_a_dead_owners_lock_one_at_a_time_holds_it(tmp_path: P
     path = tmp_path / "a.lock"
     strange(path)
     inside, most, entered, refused = 0, 0, 0, 0
-    guard = threading.Lock()
+    best_state = threading.Lock()
 
     def want() -> None:
         nonlocal inside, most, entered, refused
         try:
             with Lock(path, "mine", **QUICK):
-                with guard:
+                with best_state:
                     inside, entered = inside + 1, entered + 1
                     most = max(most, inside)
                 time.sleep(0.3)
-                with guard:
+                with best_state:
                     inside -= 1
         except Held:
-            with guard:
+            with best_state:
                 refused += 1
 
     threads = [threading.Thread(target=want) for _ in range(8)]

@@ -64,7 +64,7 @@ def test_70b_on_one_gpu_of_141_gb():
 
 
 def test_learning_with_rounded_weights_keeps_more():
-    per = [kept_bytes(L70, T, 2, "none", True, gridded) for gridded in (False, True)]
+    per = [kept_bytes(L70, T, 2, "none", True, fake_quant_linears) for fake_quant_linears in (False, True)]
     assert per[1] - per[0] == T * 2 * (8192 + 28672)  # inputs of o_proj and down_proj
     levels = [chosen(L70, 60 * GIB, 2, micro=2, w_bits=bits)[1] for bits in (16, 4)]
     assert levels[0].count("none") > levels[1].count("none")

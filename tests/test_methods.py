@@ -14,8 +14,8 @@ from dist_spin.compare.methods.smoothquant import quantized_layer, smoothing
 from dist_spin.compare.methods.transformed_layer import INVERSE, TransformedRunner, clamp, merged
 from dist_spin.config.loader import load_config
 from dist_spin.errors import Interrupted
-from dist_spin.evaluate.cells import Cell
 from dist_spin.evaluate.perplexity import window_losses
+from dist_spin.evaluate.targets import EvalTarget
 from dist_spin.model.layer_inputs import LayerTask, maxima, observe
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.rotated_weights import RotatedWeights
@@ -29,8 +29,8 @@ from dist_spin.numerics.quantizer import QuantSpec, dequantize_weight, fake_quan
 from dist_spin.pipeline.fingerprints import layer_identity
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.pipeline.quant_sites import sites_for
-from dist_spin.pipeline.variants import calibration_tokens, variant
-from dist_spin.quantize.stage import Work, quantize_span
+from dist_spin.pipeline.variants import build_variant, calibration_tokens
+from dist_spin.quantize.stage import QuantizeJob, quantize_range
 from dist_spin.runtime import distributed
 from dist_spin.runtime.distributed import World
 from dist_spin.runtime.signals import StopRequest
@@ -150,8 +150,8 @@ def test_exact_columns_are_those_of_gptq_taken_last():
     quiet = w.index_fill(1, kept, 0)
     options = GPTQOptions(percdamp=0.0)
     condensed = condense(hessian, kept, 1e-12)
-    solution = solve(quiet, prepare(condensed.hessian, options), options)
-    rounded = dequantize_weight(*solution, 0, torch.float64)
+    quantized = solve(quiet, prepare(condensed.hessian, options), options)
+    rounded = dequantize_weight(*quantized, 0, torch.float64)
     columns = w[:, kept] + (quiet - rounded) @ condensed.carry
 
     others = [i for i in range(24) if i not in kept.tolist()]
@@ -162,7 +162,7 @@ def test_exact_columns_are_those_of_gptq_taken_last():
         q = (
             left[:, j]
             if j >= len(others)
-            else (left[:, j] / solution.scale[:, 0]).round().clamp(-8, 7) * solution.scale[:, 0]
+            else (left[:, j] / quantized.scale[:, 0]).round().clamp(-8, 7) * quantized.scale[:, 0]
         )
         left[:, j:] -= ((left[:, j] - q) / upper[j, j])[:, None] * upper[j, j:]
         out[:, order[j]] = q
@@ -267,7 +267,7 @@ def prepared(place, *more, kind="gqa_tied"):
 
 def measured_losses(config, files, cell, tokens):
     """Mean loss of every window [n]."""
-    (losses,) = window_losses(config, ALONE, files, cell, [(cell.chosen.sites, tokens)], "text")
+    (losses,) = window_losses(config, ALONE, files, cell, [(cell.variant.sites, tokens)], "text")
     return losses
 
 
@@ -277,9 +277,9 @@ def test_sixteen_bits_preserve_the_model(name, tmp_path):
     learn(config, ALONE, files, name)
     chosen = method_variant(config, files, name, CPU, tokens)
     chosen.sites = Sites(r3=chosen.sites.r3, r4=chosen.sites.r4)
-    unrotated = variant(config, files, "none", CPU)
-    plain = Cell(dataclasses.replace(unrotated, sites=Sites()), "none", full_precision=True)
-    losses = [measured_losses(config, files, cell, tokens) for cell in (plain, Cell(chosen, "none"))]
+    unrotated = build_variant(config, files, "none", CPU)
+    plain = EvalTarget(dataclasses.replace(unrotated, sites=Sites()), "none", full_precision=True)
+    losses = [measured_losses(config, files, cell, tokens) for cell in (plain, EvalTarget(chosen, "none"))]
     torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-9)
 
 
@@ -308,9 +308,9 @@ def test_learning_is_stopped_and_resumed_layer_by_layer(tmp_path):
 
 def error_after(config, files, tokens, chosen, exact):
     """How far the window losses are from those of the full-precision model after rounding as the configuration says."""
-    quantize_span(Work(config, ALONE, files, chosen, tokens, StopRequest()), 0, files.shape.layers)
-    cell = Cell(chosen, config.quantize.method)
-    cell.made_under = identity_hash(layer_identity(config, files, chosen, tokens))
+    quantize_range(QuantizeJob(config, ALONE, files, chosen, tokens, StopRequest()), 0, files.shape.layers)
+    cell = EvalTarget(chosen, config.quantize.method)
+    cell.fingerprint = identity_hash(layer_identity(config, files, chosen, tokens))
     losses = measured_losses(config, files, cell, tokens)
     return float((losses - exact).abs().mean())
 
@@ -334,8 +334,8 @@ def test_methods_are_better_than_rounding_alone(rounding, tmp_path):
     config = settings(tmp_path, f"quantize.method={rounding}", "methods.flat_epochs=12")
     files = open_configured_model(config)
     tokens = calibration_tokens(config, files)
-    reference = variant(config, files, "none", CPU)
-    plain = Cell(dataclasses.replace(reference, sites=Sites()), "none", full_precision=True)
+    reference = build_variant(config, files, "none", CPU)
+    plain = EvalTarget(dataclasses.replace(reference, sites=Sites()), "none", full_precision=True)
     exact = measured_losses(config, files, plain, tokens)
     off = {"none": error_after(config, files, tokens, reference, exact)}
     for name in LAYERWISE:

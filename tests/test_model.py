@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from dist_spin.errors import UserError
 from dist_spin.model.activation_checkpoint import LEVELS
-from dist_spin.model.fake_quant_model import LearningModel, parameter_source
+from dist_spin.model.fake_quant_model import FakeQuantModel, parameter_source
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.merge import folded_rows
-from dist_spin.model.rotate_quantize import Basis, rotate_quantize
+from dist_spin.model.rotate_quantize import RotationParam, rotate_quantize
 from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.rotation import Rotations, initial
 from dist_spin.model.sites import WideRMSNorm
@@ -62,8 +62,8 @@ def merged_logits(
 
 def learning_model(
     files: ModelFiles, rotations: Rotations, sites: Sites, dtype: torch.dtype, **kwargs
-) -> LearningModel:
-    model = LearningModel(files.config, rotations, sites, device=CPU, dtype=dtype, **kwargs)
+) -> FakeQuantModel:
+    model = FakeQuantModel(files.config, rotations, sites, device=CPU, dtype=dtype, **kwargs)
     model.to_empty(device="cpu")
     for name, parameter in model.named_parameters():
         stored = parameter_source(name)
@@ -181,9 +181,9 @@ def test_gradients_equal_those_of_rotating_the_weights(files, ids):
     oracle_loss.backward()
     torch.testing.assert_close(loss, oracle_loss, rtol=1e-9, atol=0)
     # The two formulations extend the network differently off the manifold, so what must agree is the gradient along it.
-    assert relative(tangent(rotations.tilt1), tangent(oracle.r1.grad @ r1.T)) < 1e-9
-    assert relative(tangent(rotations.tilt2), tangent(oracle.r2.grad @ r2.mT)) < 1e-9
-    assert float(tangent(rotations.tilt1).norm()) > 1e-3
+    assert relative(tangent(rotations.lie_grad1), tangent(oracle.r1.grad @ r1.T)) < 1e-9
+    assert relative(tangent(rotations.lie_grad2), tangent(oracle.r2.grad @ r2.mT)) < 1e-9
+    assert float(tangent(rotations.lie_grad1).norm()) > 1e-3
 
 
 def test_site_gradient_is_the_plain_autograd_of_one_quantised_linear():
@@ -194,12 +194,12 @@ def test_site_gradient_is_the_plain_autograd_of_one_quantised_linear():
     plain_x, plain_r = x.clone().requires_grad_(), r.clone().requires_grad_()
     plain = fake_quantize(plain_x @ plain_r, spec) @ (w @ plain_r).T
     plain.backward(out_gradient)
-    tilt, site_x = torch.zeros_like(r).requires_grad_(), x.clone().requires_grad_()
-    site = rotate_quantize(site_x, Basis(r, tilt), spec) @ w.T
+    lie_grad, site_x = torch.zeros_like(r).requires_grad_(), x.clone().requires_grad_()
+    site = rotate_quantize(site_x, RotationParam(r, lie_grad), spec) @ w.T
     site.backward(out_gradient)
     torch.testing.assert_close(site, plain, rtol=1e-12, atol=1e-12)
     assert relative(site_x.grad, plain_x.grad) < 1e-12
-    assert relative(tangent(tilt.grad), tangent(plain_r.grad @ r.T)) < 1e-9
+    assert relative(tangent(lie_grad.grad), tangent(plain_r.grad @ r.T)) < 1e-9
 
 
 def test_what_is_recomputed_changes_no_gradient(tmp_path, ids):

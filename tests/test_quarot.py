@@ -9,13 +9,13 @@ from dist_spin.config.model import ModelConfig, QuantConfig, RotationConfig
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.model.layers import LayerRunner
-from dist_spin.model.sites import OutputFront, across_heads
+from dist_spin.model.sites import OProjInputQuant, across_heads
 from dist_spin.model.weights import ModelFiles, open_model
 from dist_spin.numerics.hadamard import hadamard_matrix
 from dist_spin.numerics.hadamard_transform import kronecker_factors
 from dist_spin.numerics.quantizer import QuantSpec, fake_quantize
 from dist_spin.pipeline.quant_sites import sites_for
-from dist_spin.pipeline.variants import Variant, variant
+from dist_spin.pipeline.variants import Variant, build_variant
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 def quarot(files: ModelFiles, bits: int = 16, clips: str = "none", seed: int = 3) -> Variant:
     quant = QuantConfig(a_bits=bits, k_bits=bits, v_bits=bits, clips=clips)
     config = RunConfig(model=ModelConfig("unused", dtype="float64"), rotation=RotationConfig(seed=seed), quant=quant)
-    return variant(config, files, "quarot", CPU)
+    return build_variant(config, files, "quarot", CPU)
 
 
 def logits(files: ModelFiles, chosen: Variant, ids: torch.Tensor) -> torch.Tensor:
@@ -76,9 +76,9 @@ def test_the_step_across_heads_by_hand():
     h4 = kronecker_factors(4, dtype=torch.float64)
     assert torch.equal(across_heads(x, h4, 3), wanted.view(1, 12))
     # Quantised after the step, in one range per token: 2 bits symmetric, codes -2 ... 1, scale 3.
-    front = OutputFront(QuantSpec(2, symmetric=True), 3, None, h4)
-    assert torch.equal(front(x), wanted.view(1, 12))
-    assert OutputFront(QuantSpec(2, symmetric=True), 3, None)(x)[0, 5] == 6
+    input_quant = OProjInputQuant(QuantSpec(2, symmetric=True), 3, None, h4)
+    assert torch.equal(input_quant(x), wanted.view(1, 12))
+    assert OProjInputQuant(QuantSpec(2, symmetric=True), 3, None)(x)[0, 5] == 6
 
 
 def test_heads_without_a_hadamard_are_mixed_in_blocks(tmp_path, monkeypatch):

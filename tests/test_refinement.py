@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dist_spin.numerics import coordinate_descent as refinement
-from dist_spin.numerics.coordinate_descent import refine
-from dist_spin.numerics.gptq import Factor, GPTQOptions, Solution, output_errors, prepare, solve, split_rows
+from dist_spin.numerics.coordinate_descent import coordinate_descent
+from dist_spin.numerics.gptq import Factor, GPTQOptions, QuantizedWeight, output_errors, prepare, solve, split_rows
 from dist_spin.numerics.hessian import Hessian
 from dist_spin.numerics.quantizer import ROW_TILE, code_range, dequantize_weight
 
@@ -35,21 +35,25 @@ def problem(
     return random(rows, columns).to(dtype), hessian.mean()
 
 
-def damped_error(w: Tensor, solution: Solution, hessian: Tensor, factor: Factor, options: GPTQOptions) -> Tensor:
+def damped_error(
+    w: Tensor, quantized: QuantizedWeight, hessian: Tensor, factor: Factor, options: GPTQOptions
+) -> Tensor:
     """e (H + damping) eᵀ of each row, which is what both GPTQ and its refinement make small."""
     mean = hessian.diagonal().sum() / (~factor.dead).sum()
     whole = hessian + factor.damping * mean * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    return output_errors(torch.where(factor.dead, 0, w), solution, whole, options)[:, 0]
+    return output_errors(torch.where(factor.dead, 0, w), quantized, whole, options)[:, 0]
 
 
-def descended(w: Tensor, solution: Solution, hessian: Tensor, options: GPTQOptions, sweeps: int) -> np.ndarray:
+def descended(
+    w: Tensor, quantized: QuantizedWeight, hessian: Tensor, options: GPTQOptions, cd_passes: int
+) -> np.ndarray:
     """The oracle: the best of all codes of one column, others held, column after column."""
     lowest, highest = code_range(options.bits, options.symmetric)
     group = options.group_size or w.shape[1]
     h = hessian.numpy() + options.percdamp * np.diag(hessian.numpy()).mean() * np.eye(len(hessian))
-    weight, codes = w.numpy(), solution.codes.numpy().astype(int)
-    scale, zero = (t.numpy().repeat(group, 1) for t in solution[1:])
-    for _ in range(sweeps):
+    weight, codes = w.numpy(), quantized.codes.numpy().astype(int)
+    scale, zero = (t.numpy().repeat(group, 1) for t in quantized[1:])
+    for _ in range(cd_passes):
         for j in range(weight.shape[1]):
             tried = np.arange(lowest, highest + 1)
             errors = np.repeat((weight - (codes - zero) * scale)[:, None], len(tried), 1)  # [rows, tried, in]
@@ -71,9 +75,9 @@ def test_codes_are_the_oracles(
     options = GPTQOptions(3, symmetric, group_size, block_size=block_size, act_order=act_order)
     factor = prepare(hessian, options)
     found = solve(w, factor, options)
-    for sweeps in (1, 3):
-        refined = refine(w, found, hessian, factor, options, sweeps)
-        assert np.array_equal(refined.codes.numpy(), descended(w, found, hessian, options, sweeps))
+    for cd_passes in (1, 3):
+        refined = coordinate_descent(w, found, hessian, factor, options, cd_passes)
+        assert np.array_equal(refined.codes.numpy(), descended(w, found, hessian, options, cd_passes))
         assert not torch.equal(refined.codes, found.codes)
         assert torch.equal(refined.scale, found.scale)
         assert torch.equal(refined.zero, found.zero)
@@ -103,12 +107,12 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, GPTQOptions]:
 @unhurried
 @given(problems(), st.integers(1, 3))
 def test_no_row_gets_worse_and_codes_stay_in_range(
-    given_problem: tuple[Tensor, Tensor, GPTQOptions], sweeps: int
+    given_problem: tuple[Tensor, Tensor, GPTQOptions], cd_passes: int
 ) -> None:
     w, hessian, options = given_problem
     factor = prepare(hessian, options)
     found = solve(w, factor, options)
-    refined = refine(w, found, hessian, factor, options, sweeps)
+    refined = coordinate_descent(w, found, hessian, factor, options, cd_passes)
     lowest, highest = code_range(options.bits, options.symmetric)
     assert refined.codes.dtype == found.codes.dtype
     assert lowest <= int(refined.codes.min()) <= int(refined.codes.max()) <= highest
@@ -127,12 +131,13 @@ def test_a_fixed_point_is_left_alone_and_sweeps_add_up() -> None:
     options = GPTQOptions(mse_clip=True)
     factor = prepare(hessian, options)
     found = solve(w, factor, options)
-    one = refine(w, found, hessian, factor, options, 1)
+    one = coordinate_descent(w, found, hessian, factor, options, 1)
     assert torch.equal(
-        refine(w, one, hessian, factor, options, 2).codes, refine(w, found, hessian, factor, options, 3).codes
+        coordinate_descent(w, one, hessian, factor, options, 2).codes,
+        coordinate_descent(w, found, hessian, factor, options, 3).codes,
     )
-    last = refine(w, found, hessian, factor, options, 40)
-    assert torch.equal(refine(w, last, hessian, factor, options, 1).codes, last.codes)
+    last = coordinate_descent(w, found, hessian, factor, options, 40)
+    assert torch.equal(coordinate_descent(w, last, hessian, factor, options, 1).codes, last.codes)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(4, 16), (ROW_TILE, 1)])
@@ -142,7 +147,7 @@ def test_inputs_are_left_alone(rows: int, columns: int) -> None:
     factor = prepare(hessian, options)
     found = solve(w, factor, options)
     before = [t.clone() for t in (w, hessian, *found)]
-    refine(w, found, hessian, factor, options, 2)
+    coordinate_descent(w, found, hessian, factor, options, 2)
     assert all(torch.equal(t, b) for t, b in zip((w, hessian, *found), before, strict=True))
 
 
@@ -153,7 +158,7 @@ def test_what_does_not_fit_is_refused() -> None:
     found = solve(w, factor, options)
     for arguments in ((w[:3], found, hessian), (w, found, hessian[:8, :8]), (w[:, :8], found, hessian)):
         with pytest.raises(ValueError, match="do not fit"):
-            refine(*arguments, factor, options, 1)
+            coordinate_descent(*arguments, factor, options, 1)
 
 
 OPTIONS = [
@@ -169,15 +174,15 @@ def test_rows_refined_apart_are_bit_identical(options: GPTQOptions, device: str)
     w, hessian = (t.to(device) for t in problem(2 * ROW_TILE + 45, 192, torch.float32))
     factor = prepare(hessian, options)
     found = solve(w, factor, options)
-    whole = refine(w, found, hessian, factor, options, 2)
+    whole = coordinate_descent(w, found, hessian, factor, options, 2)
     assert int((whole.codes != found.codes).sum()) > 100
     for parts in (2, 3, 8):
         pieces = []
         for a, b in split_rows(len(w), parts):
-            piece = Solution(*(part[a:b] for part in found))
-            pieces.append(refine(w[a:b], piece, hessian, factor, options, 2))
-        for together, apart in zip(whole, zip(*pieces, strict=True), strict=True):
-            assert torch.equal(together, torch.cat(apart))
+            piece = QuantizedWeight(*(part[a:b] for part in found))
+            pieces.append(coordinate_descent(w[a:b], piece, hessian, factor, options, 2))
+        for raise_on_any_failure, apart in zip(whole, zip(*pieces, strict=True), strict=True):
+            assert torch.equal(raise_on_any_failure, torch.cat(apart))
 
 
 @pytest.mark.gpu
@@ -188,13 +193,15 @@ def test_device_refines_as_the_cpu_without_waiting(forbid_waits: Callable[[Modul
             w, hessian = problem(200, 192, dtype)
             factor = prepare(hessian, options)
             found = solve(w, factor, options)
-            expected = refine(w, found, hessian, factor, options, 2)
+            expected = coordinate_descent(w, found, hessian, factor, options, 2)
             there = factor._replace(feedback=factor.feedback.cuda(), dead=factor.dead.cuda())
-            refined = refine(w.cuda(), Solution(*(t.cuda() for t in found)), hessian.cuda(), there, options, 2)
+            refined = coordinate_descent(
+                w.cuda(), QuantizedWeight(*(t.cuda() for t in found)), hessian.cuda(), there, options, 2
+            )
             assert (refined.codes.cpu() == expected.codes).float().mean() >= least
             errors = (damped_error(w, s, hessian, factor, options).sum() for s in (expected, found))
             best, first = (float(e) for e in errors)
-            on_device = Solution(refined.codes.cpu(), expected.scale, expected.zero)
+            on_device = QuantizedWeight(refined.codes.cpu(), expected.scale, expected.zero)
             error = float(damped_error(w, on_device, hessian, factor, options).sum())
             assert error == pytest.approx(best, rel=1e-2)
             assert error < first
@@ -224,7 +231,7 @@ def test_a_real_layer_gets_better_on_text_it_was_not_calibrated_on() -> None:
         for role in ("q_proj", "v_proj"):
             w = layer[f"self_attn.{role}.weight"]
             found = solve(w, factor, options)
-            refined = refine(w, found, hessians[0], factor, options, 2)
+            refined = coordinate_descent(w, found, hessians[0], factor, options, 2)
             for hessian in hessians:
                 before, after = (output_errors(w, s, hessian, options)[:, 0].sum() for s in (found, refined))
                 assert after < 0.99 * before, (role, options, after / before)

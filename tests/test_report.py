@@ -17,10 +17,10 @@ from tiny import write_model
 
 from dist_spin.cli import main
 from dist_spin.errors import UserError
-from dist_spin.report.facts import gather
 from dist_spin.report.figures import drawings
 from dist_spin.report.page import html_page, markdown_page
 from dist_spin.report.published import known_model, published
+from dist_spin.report.run_summary import load_run_summary
 from dist_spin.report.tables import result_tables
 from dist_spin.storage.atomic import read_lines
 from dist_spin.storage.checkpoints import checkpoints
@@ -139,25 +139,25 @@ def test_page_in_a_browser(browser, finished, scheme, width):
 
 def test_report_holds_results_memory_and_how_to_reproduce(finished):
     html, text = (finished / "report.html").read_text(), (finished / "report.md").read_text()
-    facts = gather(finished)
-    assert facts.missing == []
+    run_summary = load_run_summary(finished)
+    assert run_summary.missing == []
     for content in (html, text):
         assert "Not there yet" not in content
-        for row in facts.rows:
+        for row in run_summary.rows:
             assert f"{row['ppl']:.3f}" in content
         assert "dist-spin run tiny.yaml" in content
-        assert facts.job["versions"]["torch"] in content
+        assert run_summary.job["versions"]["torch"] in content
         assert "optimizer: cayley_sgd" in content
         assert " GiB" in content
-    quantised = [row["ppl"] for row in facts.rows if row["weights"] == "gptq"]
+    quantised = [row["ppl"] for row in run_summary.rows if row["weights"] == "gptq"]
     assert f"**{min(quantised):.3f}**" in text
     assert f"<strong>{min(quantised):.3f}</strong>" in html
     assert text.count("**") == 2
     assert "<script" not in html
-    ends = [event for event in facts.events if event["event"] == "stage_end"]
+    ends = [event for event in run_summary.events if event["event"] == "stage_end"]
     assert [event["stage"] for event in ends] == ["optimize", "quantize", "evaluate", "report"]
     assert all(event["seconds"] > 0 and event["peak_host_bytes"] > 50e6 for event in ends)
-    assert 0 < facts.orthogonality["r1"] < 1e-5
+    assert 0 < run_summary.orthogonality["r1"] < 1e-5
 
 
 def test_runs_in_progress(capsys, tmp_path, model):
@@ -244,8 +244,8 @@ def rows_of_other_stages() -> list[dict]:
 
 def test_tables_of_other_stages_and_what_was_published(finished):
     config = {"model": {"path": "meta-llama/Meta-Llama-3-8B"}}
-    facts = dataclasses.replace(gather(finished), rows=rows_of_other_stages(), config=config)
-    compared, tasks, theirs = result_tables(facts)
+    run_summary = dataclasses.replace(load_run_summary(finished), rows=rows_of_other_stages(), config=config)
+    compared, tasks, theirs = result_tables(run_summary)
     rows = {row[0].text: [cell.text for cell in row] for row in compared.rows}
     assert rows["random Hadamard"][2] == "11.500 ± 1.291 (n=4)"  # sample standard deviation of 10, 11, 12, 13
     assert rows["QuaRot, clipped"] == ["QuaRot, clipped", "rtn", "9.750", "10.60"]
@@ -260,9 +260,9 @@ def test_tables_of_other_stages_and_what_was_published(finished):
     assert [any(cell.best for cell in row) for row in tasks.rows] == [True, False]
     assert ["FlatQuant", "gptq", "6.90"] in [[cell.text for cell in row] for row in theirs.rows]
     # Windows of another length do not compare.
-    shorter = dataclasses.replace(facts, rows=[{**row, "seq_len": 512} for row in facts.rows])
+    shorter = dataclasses.replace(run_summary, rows=[{**row, "seq_len": 512} for row in run_summary.rows])
     assert not any("published" in head for table in result_tables(shorter)[:2] for head in table.heads)
-    (seeds,) = [drawing for drawing in drawings(facts) if drawing.section == "seeds"]
+    (seeds,) = [drawing for drawing in drawings(run_summary) if drawing.section == "seeds"]
     assert seeds.title == "W4A4KV4, weights by RTN, wikitext2"
     assert "random orthogonal, 4 seeds: 20.000 to 23.000" in seeds.words
     assert "learned: 7.500" in seeds.words
@@ -290,10 +290,10 @@ def test_which_models_have_published_rows(path, model):
 def test_names_from_outside_are_text_on_the_page(finished):
     evil = "text:<img src=x onerror=alert(1)>|"
     rows = [{**row, "dataset": evil} for row in rows_of_other_stages()]
-    facts = dataclasses.replace(
-        gather(finished), rows=rows, config_text=evil, missing=[evil], layers={}, activations={}
+    run_summary = dataclasses.replace(
+        load_run_summary(finished), rows=rows, config_text=evil, missing=[evil], layers={}, activations={}
     )
-    page, text = html_page(facts), markdown_page(facts)
+    page, text = html_page(run_summary), markdown_page(run_summary)
     assert "<img" not in page
     assert "&lt;img" in page
     assert "<script" not in page
@@ -343,4 +343,4 @@ def test_status_names_the_report(capsys, finished):
     assert main(["status", str(finished), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["report"] is True
     with pytest.raises(UserError):
-        gather(finished / "layers")
+        load_run_summary(finished / "layers")

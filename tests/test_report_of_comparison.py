@@ -9,8 +9,8 @@ import pytest
 from tiny import write_model
 
 from dist_spin.cli import main
-from dist_spin.report.facts import gather
 from dist_spin.report.figures import drawings
+from dist_spin.report.run_summary import load_run_summary
 from dist_spin.report.tables import result_tables
 from dist_spin.storage.atomic import read_lines, write_json
 
@@ -37,15 +37,17 @@ def test_tables_and_spread(browser, tmp_path, words):
     words += ["compare.seeds=[0, 1]", "compare.spread_seeds=3"]
     assert main(["compare", *words]) == 0
     assert main(["report", str(tmp_path / "tiny")]) == 0
-    facts = gather(tmp_path / "tiny")
-    assert facts.missing == [f"activation statistics: not measured yet (dist-spin report {tmp_path}/tiny/config.yaml)"]
-    (table, unrounded) = result_tables(facts)
+    run_summary = load_run_summary(tmp_path / "tiny")
+    assert run_summary.missing == [
+        f"activation statistics: not measured yet (dist-spin report {tmp_path}/tiny/config.yaml)"
+    ]
+    (table, unrounded) = result_tables(run_summary)
     rows = {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
     assert table.heads[1:] == ["weights", "W4A8KV16", "W4A4KV4"]
     assert set(rows) == {"RTN", "QuaRot, clipped", "random Hadamard", "random orthogonal", "ours"}
 
     def measured(system: str, bits: tuple[int, int]) -> list[float]:
-        return [r["ppl"] for r in facts.rows if r["system"] == system and (r["w_bits"], r["k_bits"]) == bits]
+        return [r["ppl"] for r in run_summary.rows if r["system"] == system and (r["w_bits"], r["k_bits"]) == bits]
 
     for system, count in (("QuaRot, clipped", 2), ("random Hadamard", 3), ("ours", 2)):
         values = measured(system.removesuffix(", clipped"), (4, 4))
@@ -60,7 +62,7 @@ def test_tables_and_spread(browser, tmp_path, words):
     assert unrounded.heads[2:] == ["W16A4KV4"]
     assert {row[0].text for row in unrounded.rows} == {"random Hadamard", "random orthogonal", "ours"}
 
-    figures = [drawing for drawing in drawings(facts) if drawing.section == "seeds"]
+    figures = [drawing for drawing in drawings(run_summary) if drawing.section == "seeds"]
     assert [figure.title.split(",")[0] for figure in figures] == ["W16A4KV4", "W4A4KV4"]
     for figure, bits in zip(figures, ((16, 4), (4, 4)), strict=True):
         ours = [f"{value:.3f}" for value in measured("ours", bits)]
@@ -115,7 +117,7 @@ def test_a_comparison_that_learns_nothing_or_is_not_done(capsys, tmp_path, words
     assert [e["rows"] for e in read_lines(run / "events.jsonl") if e["event"] == "compare"] == [3]
     assert main(["report", str(run)]) == 0
     assert "comparison complete" in (run / "report.html").read_text()
-    assert not any("loss" in line or "rounding" in line for line in gather(run).missing)
+    assert not any("loss" in line or "rounding" in line for line in load_run_summary(run).missing)
     write_json(run / "results.json", json.loads((run / "results.json").read_text())[:2])  # as while it goes on
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import write_model
 
-from dist_spin.model.fake_quant_model import LearningModel, parameter_source
+from dist_spin.model.fake_quant_model import FakeQuantModel, parameter_source
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.merge import folded_rows
 from dist_spin.model.rotated_weights import RotatedWeights
@@ -27,7 +27,7 @@ def test_every_site_is_equal_on_equal_inputs_in_fp32(kind, tmp_path):
     sites = Sites(QuantSpec(4), QuantSpec(4), head, head, r3, r4)
     r1, r2 = initial("hadamard", shape, seed=1)
 
-    learning = LearningModel(
+    learning = FakeQuantModel(
         files.config, Rotations(r1, r2, CPU, torch.float32), sites, device=CPU, dtype=torch.float32
     )
     learning.to_empty(device="cpu")

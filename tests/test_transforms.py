@@ -8,31 +8,35 @@ from test_model import CPU, ids, merged_logits, online_sites, relative  # noqa: 
 from tiny import SHAPES, write_model
 from torch import Tensor, nn
 
-from dist_spin.model.fake_quant_model import LearningModel, parameter_source
+from dist_spin.model.fake_quant_model import FakeQuantModel, parameter_source
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.merge import folded_rows
-from dist_spin.model.rotate_quantize import Basis, Learned, rotate_quantize
+from dist_spin.model.rotate_quantize import RotationParam, ScaleAndClip, rotate_quantize
 from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.rotation import Rotations, initial
-from dist_spin.model.scales_and_clips import Transforms, first_clip
-from dist_spin.model.sites_config import CLIPS, Sites
+from dist_spin.model.scales_and_clips import ScalesAndClips, first_clip
+from dist_spin.model.sites_config import CLIP_SITES, Sites
 from dist_spin.model.weights import ModelFiles, open_model
 from dist_spin.numerics.cayley import tangent
 from dist_spin.numerics.quantizer import QuantSpec, range_quantize
 
 
-def learned_transforms(files: ModelFiles, *, scales: bool = True, clips: bool = True) -> Transforms:
+def learned_transforms(files: ModelFiles, *, scales: bool = True, clips: bool = True) -> ScalesAndClips:
     """Scales between about 0.5 and 2 and clips between about 0.6 and 1."""
     shared = files.weights.has("model.layers.0.self_attn.k_norm.weight")
-    bits = dict.fromkeys(CLIPS, 4)
-    transforms = Transforms(files.shape, CPU, torch.float64, scales=scales, clips=clips, shared_keys=shared, bits=bits)
+    bits = dict.fromkeys(CLIP_SITES, 4)
+    transforms = ScalesAndClips(
+        files.shape, CPU, torch.float64, scales=scales, clips=clips, shared_keys=shared, bits=bits
+    )
     generator = torch.Generator().manual_seed(0)
     transforms.parameters += 0.4 * torch.randn(transforms.parameters.shape, generator=generator, dtype=torch.float64)
     return transforms
 
 
-def build(files: ModelFiles, rotations: Rotations, sites: Sites, transforms: Transforms, **kwargs) -> LearningModel:
-    model = LearningModel(
+def build(
+    files: ModelFiles, rotations: Rotations, sites: Sites, transforms: ScalesAndClips, **kwargs
+) -> FakeQuantModel:
+    model = FakeQuantModel(
         files.config, rotations, sites, device=CPU, dtype=torch.float64, transforms=transforms, **kwargs
     )
     model.to_empty(device="cpu")
@@ -89,8 +93,8 @@ def test_site_gradients_are_those_of_plain_autograd(symmetric):
     scale = (0.3 * torch.randn(n, generator=g, dtype=torch.float64)).requires_grad_()
     clip = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
     out_gradient, spec = torch.randn(40, 16, generator=g, dtype=torch.float64), QuantSpec(4, symmetric)
-    tilt, site_x = torch.zeros_like(r).requires_grad_(), x.clone().requires_grad_()
-    site = rotate_quantize(site_x, Basis(r, tilt), spec, Learned(scale, clip)) @ w.T
+    lie_grad, site_x = torch.zeros_like(r).requires_grad_(), x.clone().requires_grad_()
+    site = rotate_quantize(site_x, RotationParam(r, lie_grad), spec, ScaleAndClip(scale, clip)) @ w.T
     site.backward(out_gradient)
     oracle_scale, oracle_clip = scale.detach().clone().requires_grad_(), clip.detach().clone().requires_grad_()
     oracle = plain_quantize((x @ r) * oracle_scale.exp(), oracle_clip.sigmoid(), symmetric) / oracle_scale.exp()
@@ -102,7 +106,7 @@ def test_site_gradients_are_those_of_plain_autograd(symmetric):
     assert torch.equal(site_x.grad, out_gradient @ w)  # straight-through
     # What the rotation gets: e = Q(z)/s - x R held constant.
     moved = (oracle.detach() @ r.T) - x
-    torch.testing.assert_close(tangent(tilt.grad), tangent((out_gradient @ w).T @ moved), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(tangent(lie_grad.grad), tangent((out_gradient @ w).T @ moved), rtol=1e-9, atol=1e-12)
 
 
 def plain_quantize(z: Tensor, ratio: Tensor, symmetric: bool, steps: float = 7) -> Tensor:
@@ -175,7 +179,7 @@ def test_two_compiled_graphs_serve_all_layers_and_their_teacher(tmp_path, ids): 
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         model(ids).sum().backward()
-        gradients.append(torch.cat((tangent(rotations.tilt1).flatten(), transforms.gradient)))
+        gradients.append(torch.cat((tangent(rotations.lie_grad1).flatten(), transforms.gradient)))
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
@@ -196,7 +200,7 @@ def test_clips_start_where_they_hardly_cost_anything_at_their_bits(tmp_path):
     """Against quantisers that clip nothing: at 4 bits the start is better on heavy tails, at 8 it is no worse."""
     files = open_model(str(write_model("gqa_tied", tmp_path)))
     bits = {"attention": 4, "o": 4, "mlp": 8, "down": 16, "k": 3, "v": 6}
-    transforms = Transforms(files.shape, CPU, torch.float64, scales=False, clips=True, shared_keys=False, bits=bits)
+    transforms = ScalesAndClips(files.shape, CPU, torch.float64, scales=False, clips=True, shared_keys=False, bits=bits)
     expected = torch.tensor([0.95, 0.95, 1 - 0.05 / 256, 1 - 0.05 / 256, 0.95, 1 - 0.05 / 16], dtype=torch.float64)
     torch.testing.assert_close(transforms.values()["clip"], expected.expand(2, 6))
     x = torch.randn(2000, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -6,23 +6,23 @@ from test_model import CPU, WeightSide, learning_model, online_sites, relative
 from tiny import SHAPES, write_model
 from torch import Tensor, nn
 
-from dist_spin.model.fake_quant_model import LearningModel
+from dist_spin.model.fake_quant_model import FakeQuantModel
 from dist_spin.model.rotation import Rotations, initial
 from dist_spin.model.sites_config import Sites
-from dist_spin.model.weight_quant import WeightGrid, merged_rows
+from dist_spin.model.weight_quant import WeightQuantizer, merged_rows
 from dist_spin.model.weights import ModelFiles, open_model
 from dist_spin.numerics.cayley import tangent
 from dist_spin.numerics.quantizer import STAGED_CLIP, dequantize_weight, quantize_weight, weight_scales
 
 GRIDS = (
-    WeightGrid(4),
-    WeightGrid(4, mse_clip=True),
-    WeightGrid(3, symmetric=False, group_size=8),
-    WeightGrid(8, symmetric=False),
+    WeightQuantizer(4),
+    WeightQuantizer(4, mse_clip=True),
+    WeightQuantizer(3, symmetric=False, group_size=8),
+    WeightQuantizer(8, symmetric=False),
 )
 
 
-def rounded(w: Tensor, grid: WeightGrid) -> Tensor:
+def rounded(w: Tensor, grid: WeightQuantizer) -> Tensor:
     """Q(w) by the quantiser's own functions, without packing."""
     o = (grid.bits, grid.symmetric, grid.group_size)
     scale, zero = weight_scales(w, *o, grid.mse_clip, STAGED_CLIP)
@@ -32,7 +32,7 @@ def rounded(w: Tensor, grid: WeightGrid) -> Tensor:
 class StraightThrough(WeightSide):
     """The release's `4 4 4`: every weight rotated and rounded in every forward pass, plain autograd around the rounding."""
 
-    def __init__(self, files: ModelFiles, sites: Sites, r1: Tensor, r2: Tensor, grid: WeightGrid) -> None:
+    def __init__(self, files: ModelFiles, sites: Sites, r1: Tensor, r2: Tensor, grid: WeightQuantizer) -> None:
         super().__init__(files, sites, r1, r2)
         self.grid = grid
 
@@ -43,10 +43,10 @@ class StraightThrough(WeightSide):
         return {name: through(name, w) for name, w in super().weights(i).items()}
 
 
-def fit(model: LearningModel, rotations: Rotations) -> None:
+def fit(model: FakeQuantModel, rotations: Rotations) -> None:
     """What an engine does with shards, on a whole model."""
-    for index, role, linear in model.gridded():
-        r1, r2 = rotations.basis1.value, rotations.basis2[index].value
+    for index, role, linear in model.fake_quant_linears():
+        r1, r2 = rotations.r1_param.value, rotations.r2_params[index].value
         rows = slice(0, len(linear.weight))
         merged = merged_rows(role.rpartition(".")[2], linear.weight, rows, r1, r2, torch.float64)
         for parameter, found in zip((linear.codes, linear.scale, linear.zero), linear.spec.fit(merged), strict=True):
@@ -54,8 +54,10 @@ def fit(model: LearningModel, rotations: Rotations) -> None:
                 parameter.data.view(found.dtype).copy_(found)
 
 
-def gridded_model(files: ModelFiles, rotations: Rotations, sites: Sites, grid: WeightGrid, **more) -> LearningModel:
-    model = learning_model(files, rotations, sites, torch.float64, grid=grid, **more)
+def gridded_model(
+    files: ModelFiles, rotations: Rotations, sites: Sites, grid: WeightQuantizer, **more
+) -> FakeQuantModel:
+    model = learning_model(files, rotations, sites, torch.float64, weight_quantizer=grid, **more)
     fit(model, rotations)
     return model
 
@@ -78,10 +80,10 @@ def test_gradients_equal_plain_autograd_of_the_straight_through_network(kind, gr
     oracle_loss = oracle(ids)
     oracle_loss.backward()
     torch.testing.assert_close(loss, oracle_loss, rtol=1e-9, atol=0)
-    rotations.to_tilt()
+    rotations.to_lie_grad()
     # Off the manifold the final norm sees another network, so what must agree is the gradient along it.
-    assert relative(tangent(rotations.tilt1), tangent(oracle.r1.grad @ r1.T)) < 1e-9
-    assert relative(tangent(rotations.tilt2), tangent(oracle.r2.grad @ r2.mT)) < 1e-9
+    assert relative(tangent(rotations.lie_grad1), tangent(oracle.r1.grad @ r1.T)) < 1e-9
+    assert relative(tangent(rotations.lie_grad2), tangent(oracle.r2.grad @ r2.mT)) < 1e-9
     unrounded = WeightSide(files, sites, r1, r2)(ids)
     assert abs(float(loss - unrounded)) > 1e-4  # the grid really is on
 
@@ -115,7 +117,7 @@ def test_one_compiled_graph_serves_all_layers_and_changes_no_gradient(tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("grid", [WeightGrid(4), WeightGrid(8, symmetric=False)], ids=str)
+@pytest.mark.parametrize("grid", [WeightQuantizer(4), WeightQuantizer(8, symmetric=False)], ids=str)
 def test_a_compiled_layer_keeps_no_rounded_weight_for_its_backward_pass(grid, tmp_path, ids):
     """What is kept beside parameters must not have the size of a linear: at 70B that was 1.7 GB a layer."""
     files = open_model(str(write_model("mha", tmp_path)))
@@ -123,11 +125,11 @@ def test_a_compiled_layer_keeps_no_rounded_weight_for_its_backward_pass(grid, tm
     model = gridded_model(files, rotations, online_sites(files, 4), grid, compile=True)
     model.set_levels(["none"] * files.shape.layers)
     torch._dynamo.reset()
-    linears = {(len(linear.weight), linear.weight.shape[1]) for _, _, linear in model.gridded()}
+    linears = {(len(linear.weight), linear.weight.shape[1]) for _, _, linear in model.fake_quant_linears()}
     stacked = {
         (rows, h) for h in {i for _, i in linears} for rows in (3 * files.shape.hidden, 2 * files.shape.intermediate)
     }
-    bases = [rotations.basis1.value, *(rotations.basis2[i].value for i in range(files.shape.layers))]
+    bases = [rotations.r1_param.value, *(rotations.r2_params[i].value for i in range(files.shape.layers))]
     own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *bases)}
     kept = []
 
@@ -146,16 +148,16 @@ def test_a_compiled_layer_keeps_no_rounded_weight_for_its_backward_pass(grid, tm
 def test_learning_with_rounded_weights_lowers_their_loss(tmp_path, ids):
     files = open_model(str(write_model("mha", tmp_path)))
     rotations = Rotations(*initial("hadamard", files.shape, 0), CPU, torch.float64, learn=True, euclidean=True)
-    model = gridded_model(files, rotations, online_sites(files, 4), WeightGrid(3))
+    model = gridded_model(files, rotations, online_sites(files, 4), WeightQuantizer(3))
     losses = []
     for _ in range(12):
         fit(model, rotations)
         loss = model(ids).mean()
         losses.append(float(loss))
         loss.backward()
-        rotations.to_tilt()
-        for master, tilt in ((rotations.r1, rotations.tilt1), (rotations.r2, rotations.tilt2)):
-            direction = tangent(tilt)
+        rotations.to_lie_grad()
+        for master, lie_grad in ((rotations.r1, rotations.lie_grad1), (rotations.r2, rotations.lie_grad2)):
+            direction = tangent(lie_grad)
             master.copy_(torch.linalg.matrix_exp(-0.02 * direction / direction.abs().amax()) @ master)
         rotations.gradient.zero_()
         rotations.refresh()

@@ -18,12 +18,12 @@ from dist_spin.config.checks import TASKS
 from dist_spin.config.loader import load_config
 from dist_spin.config.run import RunConfig
 from dist_spin.evaluate import loglikelihood as scoring
-from dist_spin.evaluate.cells import Cell
+from dist_spin.evaluate.targets import EvalTarget
 from dist_spin.evaluate.zero_shot import SOURCES, LayerwiseLM, hushed, load_tasks, run_harness
 from dist_spin.model.sites_config import Sites
 from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.pipeline.model import open_configured_model
-from dist_spin.pipeline.variants import variant
+from dist_spin.pipeline.variants import build_variant
 from dist_spin.runtime.distributed import start
 from dist_spin.storage.run_directory import run_dir
 
@@ -65,8 +65,8 @@ def by_both(config: RunConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     world = start("cpu", 60, 1)
     files = open_configured_model(config)
     off = QuantSpec()
-    plain = dataclasses.replace(variant(config, files, "none", world.device), sites=Sites(off, off, off, off))
-    ours = LayerwiseLM(config, world, files, run_dir(config), Cell(plain, "none", full_precision=True))
+    plain = dataclasses.replace(build_variant(config, files, "none", world.device), sites=Sites(off, off, off, off))
+    ours = LayerwiseLM(config, world, files, run_dir(config), EvalTarget(plain, "none", full_precision=True))
     whole = AutoModelForCausalLM.from_pretrained(files.directory, dtype=torch.float32)
     theirs = HFLM(pretrained=whole, tokenizer=files.tokenizer(), batch_size=16, device="cpu")
     tasks = {task.task_name: task for task in load_tasks(config).values()}

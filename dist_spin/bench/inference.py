@@ -31,6 +31,7 @@ from dist_spin.model.architecture import Shape
 from dist_spin.numerics.hadamard import NoHadamard
 from dist_spin.numerics.hadamard_transform import kronecker_apply, kronecker_factors
 from dist_spin.runtime.progress import Progress, say
+from dist_spin.runtime.text_table import aligned
 from dist_spin.storage.atomic import write_json
 
 PLAIN = "none"
@@ -342,7 +343,7 @@ def table(figures: dict[str, Any]) -> str:
     out += [
         "",
         "With: what R3 and R4 add to a layer, and the whole model's speed over bf16 without them.",
-        *columns(lines),
+        *aligned(lines),
     ]
     found = figures["hadamard"]
     names = list(dict.fromkeys(h["route"] for h in found))
@@ -350,7 +351,7 @@ def table(figures: dict[str, Any]) -> str:
     for site, width, tokens in dict.fromkeys((h["site"], h["width"], h["tokens"]) for h in found):
         us = {h["route"]: f"{h['us']:.1f}" for h in found if (h["site"], h["tokens"]) == (site, tokens)}
         lines.append((site, str(width), str(tokens), *(us.get(name, "") for name in names)))
-    out += ["", *columns(lines), ""]
+    out += ["", *aligned(lines), ""]
     for name, kernel in figures["kernels"].items():
         out.append(
             f"{name}: {kernel['gib_per_layer']:.4f} GiB a layer, relative error of a product {kernel['error']:.1e}"
@@ -371,9 +372,3 @@ def _cost(row: dict[str, Any] | None) -> str:
         return ""
     cost = f"{row['rotation_cost']:+.1%}" if "rotation_cost" in row else f"{row['layer_ms']:.4f} ms"
     return f"{cost}  {_gain(row)}".rstrip()
-
-
-def columns(lines: list[tuple[str, ...]]) -> list[str]:
-    """Rows of words as lines of aligned columns."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return ["  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines]

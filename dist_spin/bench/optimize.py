@@ -26,11 +26,11 @@ from dist_spin.bench.device import describe, matmul_ceiling, synchronize
 from dist_spin.config.loader import load_config
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
-from dist_spin.optimize.setup import Learning, set_up, write_checkpoint
+from dist_spin.optimize.setup import TrainState, build_training, write_checkpoint
 from dist_spin.optimize.train import backward, learning_rate
 from dist_spin.pipeline.model import model_dtype
 from dist_spin.pipeline.quant_sites import sites_for
-from dist_spin.runtime.distributed import World, on_leader, start, stop, together
+from dist_spin.runtime.distributed import World, on_rank0, raise_on_any_failure, start, stop
 from dist_spin.runtime.progress import say
 from dist_spin.storage.checkpoints import CheckpointWriter
 
@@ -86,12 +86,12 @@ def main(arguments: list[str]) -> int:
             if measured and sequences != options.sequences[0]:
                 torch._dynamo.reset()  # so that no graph is compiled for any number of sequences
             measured.append(measure(options, world, sequences, layers))
-            if world.leads and len(combinations) > 1:
+            if world.is_rank0 and len(combinations) > 1:
                 print(" | ".join(f"{name} {measured[-1][name]}" for name in ROW), flush=True)
             release(world.device)
     finally:
         stop()
-    if world.leads:
+    if world.is_rank0:
         if len(combinations) == 1:
             print("\n".join(f"{name:24} {value}" for name, value in measured[0].items()))
         if options.json:
@@ -117,36 +117,36 @@ def measure(options: argparse.Namespace, world: World, sequences: int = 0, layer
 
     sequences, layers: in place of what the settings and the shape say, unless 0.
     """
-    scratch = on_leader(lambda: tempfile.mkdtemp(prefix="dist-spin-bench-"))
-    directory = on_leader(lambda: _cut(Path(options.shape), Path(scratch), layers))
+    scratch = on_rank0(lambda: tempfile.mkdtemp(prefix="dist-spin-bench-"))
+    directory = on_rank0(lambda: _cut(Path(options.shape), Path(scratch), layers))
     blocks = f"{scratch}/tokens.npy"
     given = [f"model.path={directory}", "model.dummy_weights=true", f"output_dir={scratch}", *options.settings]
     given += [f"optimize.source=tokens:{blocks}", "optimize.split=all", f"optimize.steps={options.steps + 2}"]
     config = load_config(None, [*given, *([f"optimize.batch_size={sequences}"] if sequences else [])])
     vocab = json.loads((directory / "config.json").read_text())["vocab_size"]
     wanted = (config.optimize.batch_size, config.optimize.seq_len)
-    on_leader(lambda: np.save(blocks, np.random.default_rng(0).integers(0, vocab, wanted)))
+    on_rank0(lambda: np.save(blocks, np.random.default_rng(0).integers(0, vocab, wanted)))
 
     began = time.monotonic()
-    learning = set_up(config, world)
+    train_state = build_training(config, world)
     synchronize(world.device)
     loading = time.monotonic() - began
-    say(f"rank {world.rank}: built in {loading:.1f} s") if world.leads else None
-    writer = CheckpointWriter(lambda state, step: write_checkpoint(learning, state, step))
-    timed = [one_step(learning, writer) for _ in range(options.steps + 2)]
-    together(writer.close)  # its thread holds the model, on every rank
+    say(f"rank {world.rank}: built in {loading:.1f} s") if world.is_rank0 else None
+    writer = CheckpointWriter(lambda state, step: write_checkpoint(train_state, state, step))
+    timed = [one_step(train_state, writer) for _ in range(options.steps + 2)]
+    raise_on_any_failure(writer.close)  # its thread holds the model, on every rank
     parts = {name: statistics.median(t[name] for t in timed[2:]) for name in timed[0]}
     shape = Shape.of(json_config(directory))
     tokens = config.optimize.batch_size * config.optimize.seq_len
     flop = step_flop(shape, tokens, config.optimize.seq_len) / world.size
     ceiling = matmul_ceiling(world.device)
-    levels = [getattr(layer, "level", "") for layer in learning.model.layers]
+    levels = [getattr(layer, "level", "") for layer in train_state.model.layers]
     cuda = world.device.type == "cuda"
     figures = {
         "device": describe(world.device),
-        "engine": learning.engine.name,
+        "engine": train_state.engine.name,
         "ranks": world.size,
-        "shard_ranks": learning.engine.shards(world),
+        "shard_ranks": train_state.engine.shards(world),
         "layers": shape.layers,
         "w_bits": config.optimize.w_bits,
         "sequences": config.optimize.batch_size,
@@ -161,17 +161,17 @@ def measure(options: argparse.Namespace, world: World, sequences: int = 0, layer
         "overhead_share": round((parts["reduce"] + parts["cayley"] + parts["stall"]) / parts["step"], 4),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if cuda else 0.0,
         "recompute": {level: levels.count(level) for level in sorted(set(levels))},
-        "offloaded_layers": learning.offloaded,
-        "micro_batch_size": learning.micro_batch_size,
+        "offloaded_layers": train_state.offloaded,
+        "micro_batch_size": train_state.micro_batch_size,
     }
     if config.optimize.w_bits < 16:  # a part of forward_backward
         began = time.monotonic()
-        learning.engine.fit_grids(learning.model, learning.optimizer.rotations)
+        train_state.engine.requantize_weights(train_state.model, train_state.optimizer.rotations)
         synchronize(world.device)
         figures["fit_grids_s"] = round(time.monotonic() - began, 4)
     if options.baseline:
         sites, dtype = sites_for(config, shape), model_dtype(config)
-        del learning, writer
+        del train_state, writer
         gc.collect()
         baseline = weight_side.measure(
             json_config(directory), sites, world.device, dtype, config.optimize.seq_len, options.steps
@@ -180,26 +180,26 @@ def measure(options: argparse.Namespace, world: World, sequences: int = 0, layer
         ours = parts["forward_backward"]
         figures["times_faster_forward_backward"] = round((baseline["forward_s"] + baseline["backward_s"]) / ours, 2)
         figures["times_faster_step"] = round(sum(baseline.values()) / parts["step"], 2)
-    on_leader(lambda: shutil.rmtree(scratch))
+    on_rank0(lambda: shutil.rmtree(scratch))
     return figures
 
 
-def one_step(learning: Learning, writer: CheckpointWriter) -> dict[str, float]:
+def one_step(train_state: TrainState, writer: CheckpointWriter) -> dict[str, float]:
     """One step of the main loop, its parts timed with the device synchronised between them; seconds."""
-    device, marks = learning.world.device, [time.monotonic()]
+    device, marks = train_state.world.device, [time.monotonic()]
 
     def mark() -> None:
         synchronize(device)
         marks.append(time.monotonic())
 
-    backward(learning)
+    backward(train_state)
     mark()
-    norm = learning.optimizer.reduce_gradients()
+    norm = train_state.optimizer.reduce_gradients()
     mark()
-    learning.optimizer.step(learning_rate(learning.config, learning.step), norm)
-    learning.step += 1
+    train_state.optimizer.step(learning_rate(train_state.config, train_state.step), norm)
+    train_state.step += 1
     mark()
-    on_leader(lambda: writer.submit(learning.optimizer.state(), learning.step))
+    on_rank0(lambda: writer.submit(train_state.optimizer.state(), train_state.step))
     mark()
     names = ("forward_backward", "reduce", "cayley", "stall")
     parts = dict(zip(names, (b - a for a, b in itertools.pairwise(marks)), strict=True))

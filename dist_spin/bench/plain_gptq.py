@@ -6,12 +6,12 @@ Same scales, damping, blocks and arithmetic (fp32); no tiles, no fused kernels, 
 import torch
 from torch import Tensor
 
-from dist_spin.numerics.gptq import GPTQOptions, Solution
+from dist_spin.numerics.gptq import GPTQOptions, QuantizedWeight
 from dist_spin.numerics.quantizer import code_dtype, code_range, weight_scales
 
 
 @torch.no_grad()
-def plain_gptq(w: Tensor, hessian: Tensor, options: GPTQOptions) -> Solution:
+def plain_gptq(w: Tensor, hessian: Tensor, options: GPTQOptions) -> QuantizedWeight:
     """Quantise w [out, in] (Frantar et al. 2022, algorithm 1), columns from left to right, every input live."""
     lowest, highest = code_range(options.bits, options.symmetric)
     columns = w.shape[1]
@@ -42,4 +42,4 @@ def plain_gptq(w: Tensor, hessian: Tensor, options: GPTQOptions) -> Solution:
             errors[:, j] = (block[:, j] - (code - z) * s) / factor[j, j]
             block[:, j:] -= errors[:, j : j + 1] * factor[j, j:]
         w[:, stop:] -= errors @ upper[start:stop, stop:]
-    return Solution(codes, scale, zero)
+    return QuantizedWeight(codes, scale, zero)

@@ -82,7 +82,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--group-size", type=int, default=0, help="0: one scale per row")
     parser.add_argument("--no-mse-clip", action="store_true", help="scales from the largest weight")
     parser.add_argument(
-        "--sweeps", type=int, default=0, help="passes that make GPTQ's codes better; timed with the solve"
+        "--cd-passes",
+        "--sweeps",
+        type=int,
+        default=0,
+        help="passes that make GPTQ's codes better; timed with the solve",
     )
     parser.add_argument("--repeats", type=int, default=2, help="timed layers, after one that is not timed")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -120,7 +124,7 @@ def measure(args: argparse.Namespace, world: distributed.World) -> dict[str, Any
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         watch = Stopwatch(device)
-        quantizer = LayerQuantizer(runner, world, "gptq", options, torch.float32, watch, sweeps=args.sweeps)
+        quantizer = LayerQuantizer(runner, world, "gptq", options, torch.float32, watch, cd_passes=args.cd_passes)
         with watch(LAYER):
             with watch(MERGE):
                 merged = weights.layer(0)
@@ -133,7 +137,7 @@ def measure(args: argparse.Namespace, world: distributed.World) -> dict[str, Any
         "sequences": args.sequences,
         "seq_len": args.seq_len,
         "group_size": args.group_size,
-        "sweeps": args.sweeps,
+        "cd_passes": args.cd_passes,
         "mse_clip": options.mse_clip,
         "device": describe(device),
         "dtype": str(dtype),
@@ -199,16 +203,16 @@ def compare_solvers(
         return solve(w, prepare(mean, options), options)
 
     clocked(ours)
-    seconds, solution = clocked(ours)
+    seconds, quantized = clocked(ours)
     plain_seconds, plain = clocked(lambda: plain_gptq(w, mean, options))
-    errors, plain_errors = (output_errors(w, found, mean, options).sum(0).tolist() for found in (solution, plain))
+    errors, plain_errors = (output_errors(w, found, mean, options).sum(0).tolist() for found in (quantized, plain))
     return {
         "rows": shape.hidden,
         "columns": shape.intermediate,
         "seconds": seconds,
         "plain_seconds": plain_seconds,
         "speedup": plain_seconds / seconds,
-        "codes_equal": float((solution.codes == plain.codes).float().mean()),
+        "codes_equal": float((quantized.codes == plain.codes).float().mean()),
         "error": errors[0] / errors[2],
         "plain_error": plain_errors[0] / plain_errors[2],
     }

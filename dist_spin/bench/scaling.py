@@ -173,8 +173,8 @@ class Reference:
     def predict(self, point: model.Point) -> model.Prediction:
         """The model's answer, its memory shifted by what it missed where it was fitted."""
         last = self.last
-        grids = last.get("fit_grids_s", 0.0) * point.layers / last["layers"]
-        fixed = model.Fixed(last["ranks"], last["reduce_s"], last["cayley_s"], last["stall_s"], grids)
+        requantize = last.get("fit_grids_s", 0.0) * point.layers / last["layers"]
+        fixed = model.Fixed(last["ranks"], last["reduce_s"], last["cayley_s"], last["stall_s"], requantize)
         found = model.predict(self.shape, point, self.fit, fixed, self.machine)
         return dataclasses.replace(found, memory=found.memory + self.unaccounted)
 
@@ -241,13 +241,29 @@ class Reference:
 
     def _head(self, point: model.Point) -> list[str]:
         kept = ", ".join(f"{count} {level}" for level, count in sorted(point.levels.items()))
-        passes = f"{point.passes} x {point.micro} ({kept})"
-        words = (self.last["engine"], point.w_bits, point.layers, point.sequences, point.ranks, point.shards, passes)
+        micro_batches = f"{point.micro_batches} x {point.micro} ({kept})"
+        words = (
+            self.last["engine"],
+            point.w_bits,
+            point.layers,
+            point.sequences,
+            point.ranks,
+            point.shards,
+            micro_batches,
+        )
         return [str(word) for word in words]
 
     def _parts(self, found: model.Prediction, measured: float | None) -> list[str]:
         off = "" if measured is None else f"{100 * (found.step / measured - 1):+.1f}"
-        parts = (found.compute, found.copies, found.gather, found.grids, found.reduce, found.cayley, found.stall)
+        parts = (
+            found.compute,
+            found.copies,
+            found.gather,
+            found.requantize,
+            found.reduce,
+            found.cayley,
+            found.checkpoint_wait,
+        )
         sizes = (found.gathered, found.memory)
         return [f"{found.step:.4g}", off, *(f"{x:.4f}" for x in parts), *(f"{x / GIB:.1f}" for x in sizes)]
 

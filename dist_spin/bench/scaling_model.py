@@ -16,7 +16,7 @@ import torch
 
 from dist_spin.model.activation_checkpoint import kept_bytes
 from dist_spin.model.architecture import Shape
-from dist_spin.optimize.sharding.memory_planner import AGAIN, Workload, layer_bytes, within
+from dist_spin.optimize.sharding.memory_planner import RECOMPUTE_COST, Workload, layer_bytes, within
 
 DTYPE = torch.bfloat16  # of weights and activations
 GIB = 1 << 30
@@ -56,8 +56,8 @@ class Point:
     levels: dict[str, int]
 
     @property
-    def passes(self) -> int:
-        """Forward passes of one rank in a step; a rank with fewer sequences pads, as `optimize.train.passes` does."""
+    def micro_batches(self) -> int:
+        """Forward passes of one rank in a step; a rank with fewer sequences pads, as `optimize.train.micro_batches` does."""
         return -(-self.share // self.micro)
 
     @property
@@ -78,8 +78,8 @@ class Fixed:
     ranks: int
     reduce: float
     cayley: float
-    stall: float
-    grids: float
+    checkpoint_wait: float
+    requantize: float
 
 
 @dataclass(frozen=True)
@@ -97,17 +97,25 @@ class Prediction:
     compute: float
     copies: float
     gather: float
-    grids: float
+    requantize: float
     reduce: float
     cayley: float
-    stall: float
+    checkpoint_wait: float
     gathered: float
     memory: float
 
     @property
     def step(self) -> float:
         """Seconds of the whole step."""
-        return self.compute + self.copies + self.gather + self.grids + self.reduce + self.cayley + self.stall
+        return (
+            self.compute
+            + self.copies
+            + self.gather
+            + self.requantize
+            + self.reduce
+            + self.cayley
+            + self.checkpoint_wait
+        )
 
 
 def layer_flop(shape: Shape, seq_len: int, w_bits: int) -> tuple[float, float]:
@@ -143,11 +151,13 @@ def hidden_cost(gather: float, compute: float, contention: float) -> float:
 def layers_time(shape: Shape, point: Point, fit: Fit, machine: Machine) -> tuple[float, float, float, float]:
     """Forward and backward of one step: seconds of compute, copies and gathers in the open; bytes gathered by a rank.
 
-    What is computed twice counts with its measured share, `memory.AGAIN`. The embedding is gathered in the open, at the start
+    What is computed twice counts with its measured share, `memory.RECOMPUTE_COST`. The embedding is gathered in the open, at the start
     of a pass; the head behind the last layer.
     """
     forward, backward = layer_flop(shape, point.seq_len, point.w_bits)
-    backward += (forward + backward) * sum(AGAIN[kind] * count for kind, count in point.levels.items()) / point.layers
+    backward += (
+        (forward + backward) * sum(RECOMPUTE_COST[kind] * count for kind, count in point.levels.items()) / point.layers
+    )
     layer = layer_bytes(shape, DTYPE, point.w_bits)
     end = shape.vocab * shape.hidden * DTYPE.itemsize
     received = (point.shards - 1) / point.shards
@@ -163,7 +173,7 @@ def layers_time(shape: Shape, point: Point, fit: Fit, machine: Machine) -> tuple
     compute = point.layers * (seconds(forward) + seconds(backward)) + head
     # FSDP2 copies what it has gathered into the parameters, on the stream that computes: bytes are read and written.
     copies = 2 * moved / machine.copy
-    return tuple(point.passes * x for x in (compute, copies, open_, received * moved))  # type: ignore[return-value]
+    return tuple(point.micro_batches * x for x in (compute, copies, open_, received * moved))  # type: ignore[return-value]
 
 
 def fit(shape: Shape, measured: Sequence[tuple[Point, float]], machine: Machine) -> Fit:
@@ -179,7 +189,7 @@ def fit(shape: Shape, measured: Sequence[tuple[Point, float]], machine: Machine)
         for point, seconds in measured:
             _, copies, gather, _ = layers_time(shape, point, found, machine)
             unit = layers_time(shape, point, Fit(1.0, 0.0), machine)[0]  # FLOP
-            rows.append((unit / seconds, point.passes * point.layers / seconds, 1 - (copies + gather) / seconds))
+            rows.append((unit / seconds, point.micro_batches * point.layers / seconds, 1 - (copies + gather) / seconds))
         inverse, overhead = _least_squares(rows)
         if overhead <= 0 or len({point.tokens for point, _ in measured}) == 1:
             inverse, overhead = sum(a * y for a, _, y in rows) / sum(a * a for a, _, _ in rows), 0.0
@@ -229,7 +239,7 @@ def grids_time(shape: Shape, point: Point, measured: Fixed, machine: Machine) ->
     def gather(n: int) -> float:
         return (n - 1) / n * mixed / machine.link + (2 * mixed / machine.copy if n > 1 else 0.0)
 
-    return max(measured.grids - gather(measured.ranks), 0.0) * measured.ranks / point.shards + gather(point.shards)
+    return max(measured.requantize - gather(measured.ranks), 0.0) * measured.ranks / point.shards + gather(point.shards)
 
 
 def memory(shape: Shape, point: Point) -> float:
@@ -265,7 +275,7 @@ def predict(shape: Shape, point: Point, fitted: Fit, fixed: Fixed, machine: Mach
         grids_time(shape, point, fixed, machine) if point.w_bits < 16 else 0.0,
         reduce_time(shape, point.layers, point.ranks, fixed, machine),
         cayley_time(shape, point.ranks, fixed, machine),
-        fixed.stall,
+        fixed.checkpoint_wait,
         gathered,
         memory(shape, point),
     )

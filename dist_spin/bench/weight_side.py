@@ -75,15 +75,15 @@ class _WeightSide(nn.Module):
                 norm.weight = nn.Parameter(torch.ones(shape.hidden, device=device, dtype=dtype), requires_grad=False)
             layer.self_attn.key_site = KeySite(sites.k, sites.r3)
         self.layers = base.model.layers
-        self._ends = (random(shape.vocab, shape.hidden), random(shape.vocab, shape.hidden))
+        self._embeddings = (random(shape.vocab, shape.hidden), random(shape.vocab, shape.hidden))
         self._rotary = (rotary(base, device),)
 
     def forward(self, ids: Tensor) -> Tensor:
-        hidden = self._ends[0][ids].requires_grad_()
+        hidden = self._embeddings[0][ids].requires_grad_()
         places = self._rotary[0](hidden, torch.arange(ids.shape[1], device=ids.device)[None])
         for layer in self.layers:
             hidden = checkpoint(layer, hidden, use_reentrant=False, position_embeddings=places, use_cache=False)
-        return cross_entropy(hidden, self._ends[1], ids).mean()
+        return cross_entropy(hidden, self._embeddings[1], ids).mean()
 
 
 def measure(

@@ -33,7 +33,7 @@ from dist_spin.numerics.gptq import GPTQOptions
 from dist_spin.optimize.sharding.memory_planner import device_bytes_free, layer_bytes
 from dist_spin.pipeline.model import model_dtype
 from dist_spin.pipeline.self_generated_text import self_text
-from dist_spin.runtime.distributed import World, any_rank, on_leader, sum_over_ranks_, together
+from dist_spin.runtime.distributed import World, any_rank, on_rank0, raise_on_any_failure, sum_over_ranks_
 from dist_spin.runtime.host_memory import host_bytes_free
 from dist_spin.runtime.progress import Progress, say
 from dist_spin.runtime.signals import StopRequest
@@ -62,8 +62,10 @@ def train(
         UserError: the model does not fit on the device with what training needs.
     """
     q, m, dtype = config.quantize, config.methods, model_dtype(config)
-    together(lambda: check_room(files.shape, dtype, min(m.qat_batch_size * q.seq_len, TOKENS_AT_ONCE), world))
-    tokens = on_leader(lambda: self_text(config, files, q.n_sequences, q.seq_len, q.seed))
+    raise_on_any_failure(
+        lambda: check_room(files.shape, dtype, min(m.qat_batch_size * q.seq_len, TOKENS_AT_ONCE), world)
+    )
+    tokens = on_rank0(lambda: self_text(config, files, q.n_sequences, q.seq_len, q.seed))
     plain = RotatedWeights(files.weights, files.shape, None, (), world.device, dtype)
     exact, rounding = (
         LayerRunner(files.config, s, device=world.device, dtype=dtype, rotated=False) for s in (Sites(), sites)
@@ -72,7 +74,7 @@ def train(
     student = llm_qat.Student(rounding, plain, options, files.config.tie_word_embeddings)
     path = directory / "training.safetensors"
     done, losses = resume(student, path)
-    progress = Progress("LLM-QAT: step", m.qat_steps, done, show=world.leads)
+    progress = Progress("LLM-QAT: step", m.qat_steps, done, show=world.is_rank0)
     saved = time.monotonic()
     for step in range(done, m.qat_steps):
         indices = batch_indices(step, m.qat_batch_size, len(tokens), q.seed)
@@ -84,7 +86,7 @@ def train(
         asked = any_rank(bool(stop)) and step + 1 < m.qat_steps
         if asked or any_rank(time.monotonic() - saved > SAVE_EVERY):
             about = {"steps": str(step + 1), "losses": json.dumps(losses)}
-            on_leader(functools.partial(save_tensors, path, student.state(), about))
+            on_rank0(functools.partial(save_tensors, path, student.state(), about))
             saved = time.monotonic()
         if asked:
             raise Interrupted(f"stopped by a signal after step {step + 1} (llm_qat)", "the same command continues")
@@ -96,7 +98,7 @@ def train(
             save(index, student.trained(index), figures)
         path.unlink(missing_ok=True)
 
-    on_leader(finish)
+    on_rank0(finish)
 
 
 def backward(student: llm_qat.Student, world: World, tokens: Tensor, targets: Tensor, indices: list[int]) -> float:
@@ -124,7 +126,7 @@ def resume(student: llm_qat.Student, path: Path) -> tuple[int, list[float]]:
             say(f"{error}; training starts again")
             return None
 
-    found = on_leader(find)
+    found = on_rank0(find)
     if found is None:
         return 0, []
     state, about = found

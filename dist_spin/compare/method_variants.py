@@ -33,11 +33,11 @@ from dist_spin.model.rotation import initial
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.gptq import GPTQOptions
-from dist_spin.pipeline.fingerprints import ENDS_SETTINGS, flat, gptq_options, model_identity, states_identity
+from dist_spin.pipeline.fingerprints import EMBEDDING_SETTINGS, flat, gptq_options, model_identity, states_identity
 from dist_spin.pipeline.model import model_dtype, wide_dtype
 from dist_spin.pipeline.quant_sites import sites_for
-from dist_spin.pipeline.variants import Variant, calibration_tokens, variant
-from dist_spin.runtime.distributed import World, any_rank, on_leader, together
+from dist_spin.pipeline.variants import Variant, build_variant, calibration_tokens
+from dist_spin.runtime.distributed import World, any_rank, on_rank0, raise_on_any_failure
 from dist_spin.runtime.progress import Progress, say
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.quantized_layers import layer_path
@@ -87,7 +87,7 @@ def learn(
     first, end = layers or (0, files.shape.layers)
 
     def missing(layers: range) -> list[int]:
-        return on_leader(lambda: [] if recipe.rotations.exists() else [i for i in layers if recipe.finished(i) is None])
+        return on_rank0(lambda: [] if recipe.rotations.exists() else [i for i in layers if recipe.finished(i) is None])
 
     if name in WHOLE:
         if missing(range(files.shape.layers + 1)):
@@ -95,7 +95,7 @@ def learn(
         return
     if wanted := missing(range(first, end)):
         _learn_layers(recipe, world, wanted, stop)
-    learns_rotations = name == "dartquant" and not on_leader(recipe.rotations.exists)
+    learns_rotations = name == "dartquant" and not on_rank0(recipe.rotations.exists)
     if learns_rotations and not missing(range(files.shape.layers)):
         _learn_rotations(recipe, world)
 
@@ -107,7 +107,7 @@ def _learn_layers(recipe: "MethodRecipe", world: World, missing: list[int], stop
     runner = LayerRunner(files.config, off, device=world.device, dtype=wide, rotated=False)
     plain = RotatedWeights(files.weights, files.shape, None, (), world.device, model_dtype(config))
     hidden = plain.embedding()[recipe.tokens.to(world.device)].to(wide)  # [n, T, h]
-    progress = Progress(f"{METHODS[name]}: layer", missing[-1] + 1, show=world.leads)
+    progress = Progress(f"{METHODS[name]}: layer", missing[-1] + 1, show=world.is_rank0)
 
     def advance(start: int, end: int, mine: int | None) -> None:
         nonlocal hidden
@@ -126,7 +126,7 @@ def _learn_layers(recipe: "MethodRecipe", world: World, missing: list[int], stop
     for first in range(0, len(missing), world.size):  # a layer for each rank, then they meet
         taken = missing[first : first + world.size]
         mine = taken[world.rank] if world.rank < len(taken) else None
-        together(functools.partial(advance, start, taken[-1] + 1, mine))
+        raise_on_any_failure(functools.partial(advance, start, taken[-1] + 1, mine))
         start = taken[-1] + 1
         if start <= missing[-1] and any_rank(bool(stop)):
             raise Interrupted(f"stopped by a signal after layer {start - 1} ({name})", "the same command continues")
@@ -139,7 +139,7 @@ def _learn_rotations(recipe: "MethodRecipe", world: World) -> None:
     """
     m, seed, shape = recipe.config.methods, recipe.config.quantize.seed, recipe.files.shape
     start = initial("hadamard", shape, seed)[0].to(world.device, wide_dtype(recipe.config))
-    progress = Progress("DartQuant: R1, epoch", m.dart_epochs, show=world.leads)
+    progress = Progress("DartQuant: R1, epoch", m.dart_epochs, show=world.is_rank0)
 
     def batches(epoch: int) -> Iterator[Tensor]:
         order = np.random.default_rng((seed, epoch)).permutation(shape.layers)
@@ -151,7 +151,7 @@ def _learn_rotations(recipe: "MethodRecipe", world: World) -> None:
 
     r1, means = dartquant.fit(start, batches, m.dart_epochs, m.dart_lr)
     r2 = torch.stack([recipe.state(index)["R2"] for index in range(shape.layers)])
-    together(lambda: None)  # nobody reads a layer's file any more
+    raise_on_any_failure(lambda: None)  # nobody reads a layer's file any more
 
     def finish() -> None:
         figures = json.dumps({"first_whip": means[0], "last_whip": means[-1]})
@@ -159,7 +159,7 @@ def _learn_rotations(recipe: "MethodRecipe", world: World) -> None:
         for index in range(shape.layers):
             recipe.path(index).unlink(missing_ok=True)
 
-    on_leader(finish)
+    on_rank0(finish)
 
 
 def method_variant(config: RunConfig, files: ModelFiles, name: str, device: torch.device, tokens: Tensor) -> Variant:
@@ -190,8 +190,8 @@ class MethodRecipe:
     def fingerprint(self) -> str:
         """A hash of everything that decides the states."""
         config = self.config
-        unrotated = variant(config, self.files, "none", torch.device("cpu"))
-        quant = {k: v for k, v in flat(config.quant, "quant").items() if k not in ENDS_SETTINGS}
+        unrotated = build_variant(config, self.files, "none", torch.device("cpu"))
+        quant = {k: v for k, v in flat(config.quant, "quant").items() if k not in EMBEDDING_SETTINGS}
         settings = {k: v for k, v in vars(config.methods).items() if k.startswith(SETTINGS[self.name])}
         if self.name in WHOLE:
             q = config.quantize

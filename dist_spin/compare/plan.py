@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_spin.compare.method_variants import METHODS
-from dist_spin.config.checks import bits_of
+from dist_spin.config.checks import parse_bits
 from dist_spin.config.optimize import OptimizeConfig
 from dist_spin.config.quantize import QuantizeConfig
 from dist_spin.config.run import RunConfig
@@ -22,7 +22,7 @@ BUDGET = (
     *("source", "split", "seq_len", "steps", "batch_size", "seed", "a_bits"),
     *("micro_batch_size", "keep_checkpoints", "recompute", "compile"),
 )
-OURS = ("sweeps", "clip_norm")  # of rounding, where the published systems take the defaults
+OURS = ("cd_passes", "clip_norm")  # of rounding, where the published systems take the defaults
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def planned(config: RunConfig) -> list[Entry]:
         if system.rotation == "none":
             seed = config.rotation.seed
         for rounding in [system.weights] if system.weights else weights:
-            for bits in filter(None, map(bits_of, widths)):
+            for bits in filter(None, map(parse_bits, widths)):
                 yield Entry(method, seed, rounding if bits[0] < 16 else "none", bits)
 
     plan = [*entries(FULL, 0, [], ["W16A16"])]

@@ -26,24 +26,24 @@ from dist_spin.compare.plan import FULL, SYSTEMS, Entry, Group, at_bits, clips_t
 from dist_spin.config.loader import dump_config
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import Interrupted
-from dist_spin.evaluate.cells import Cell
 from dist_spin.evaluate.perplexity import described, measured_before, measuring_tokens, recorded, window_losses
 from dist_spin.evaluate.tables import comparison_table, row_key
+from dist_spin.evaluate.targets import EvalTarget
 from dist_spin.model.weights import ModelFiles
 from dist_spin.optimize.train import optimize
-from dist_spin.pipeline.embeddings import ends_of
+from dist_spin.pipeline.embeddings import embeddings_of
 from dist_spin.pipeline.fingerprints import layer_identity
 from dist_spin.pipeline.model import model_dtype, open_configured_model
 from dist_spin.pipeline.quant_sites import clips_at, site_bits, sites_for
 from dist_spin.pipeline.stage_context import writing
-from dist_spin.pipeline.variants import LEARNED, Variant, calibration_tokens, variant
-from dist_spin.quantize.stage import Work, quantize_variant
-from dist_spin.runtime.distributed import World, any_rank, on_leader
+from dist_spin.pipeline.variants import LEARNED, Variant, build_variant, calibration_tokens
+from dist_spin.quantize.stage import QuantizeJob, quantize_variant
+from dist_spin.runtime.distributed import World, any_rank, on_rank0
 from dist_spin.runtime.progress import say
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.atomic import write_text
 from dist_spin.storage.locks import Held, Lock
-from dist_spin.storage.quantized_layers import ends_path, layer_path
+from dist_spin.storage.quantized_layers import embeddings_path, layer_path
 from dist_spin.storage.results import merge_results, public, update_results
 from dist_spin.storage.run_directory import RunDir, run_dir
 from dist_spin.storage.tensor_file import identity_hash, read_metadata
@@ -57,7 +57,7 @@ class Candidate:
 
     entry: Entry
     config: RunConfig  # of the entry; its directory is where its layers are made
-    cell: Cell
+    target: EvalTarget
     rows: list[dict[str, Any]]  # one a source, without figures where it was not measured before
 
     def missing(self) -> list[int]:
@@ -109,10 +109,10 @@ class Comparison:
         """Measure what is missing of entries that share their rotations."""
         shared: dict[tuple[str, int], list[Candidate]] = {}
         for candidate in self.candidates(entries):
-            shared.setdefault((candidate.cell.made_under, candidate.entry.bits[0]), []).append(candidate)
-        for together in shared.values():
-            self.measure(together)
-            self.note({candidate.entry: [public(row) for row in candidate.rows] for candidate in together})
+            shared.setdefault((candidate.target.fingerprint, candidate.entry.bits[0]), []).append(candidate)
+        for sharing in shared.values():
+            self.measure(sharing)
+            self.note({candidate.entry: [public(row) for row in candidate.rows] for candidate in sharing})
             if any_rank(bool(self.stop)):
                 done = f"{len(self.rows)} rows of the table are there"
                 raise Interrupted(f"stopped by a signal; {done}", "the same command continues")
@@ -121,7 +121,7 @@ class Comparison:
         """Keep rows, and show them in results.json."""
         self.rows |= found
         rows = [row for some in found.values() for row in some]
-        on_leader(lambda: merge_results(self.run, "compare", rows, row_key))
+        on_rank0(lambda: merge_results(self.run, "compare", rows, row_key))
 
     def candidates(self, entries: Group) -> list[Candidate]:
         """Entries of one `group`; what is to be learned for them and missing is learned first."""
@@ -129,31 +129,31 @@ class Comparison:
         base = settings_of(self.config, entries[0].method, entries[0].seed, weights)
         if rotation == LEARNED:
             self.learn(base)
-        first = variant(base, self.files, rotation, self.world.device)
+        first = build_variant(base, self.files, rotation, self.world.device)
         out = []
         for entry in entries:
             system = SYSTEMS[entry.method]
             config = at_bits(settings_of(self.config, entry.method, entry.seed, weights), weights, entry.bits)
-            chosen = (
+            variant = (
                 self.own_way(config, entry.method) if entry.method in METHODS else self.at_sites(first, config, base)
             )
-            cell = Cell(chosen, weights, full_precision=entry.method == FULL)
+            target = EvalTarget(variant, weights, full_precision=entry.method == FULL)
             if weights != "none":
-                cell.made_under = identity_hash(layer_identity(config, self.files, cell.chosen, self.calibration))
-            online = config.rotation.online and chosen.rotations is not None
-            cell.about = {"system": system.label, "clips": clips_text(config), "online": online}
-            rows = [described(config, self.files, cell, source, tokens) for source, tokens in self.texts.items()]
+                target.fingerprint = identity_hash(layer_identity(config, self.files, target.variant, self.calibration))
+            online = config.rotation.online and variant.rotations is not None
+            target.about = {"system": system.label, "clips": clips_text(config), "online": online}
+            rows = [described(config, self.files, target, source, tokens) for source, tokens in self.texts.items()]
             rows = [measured_before(self.run, row) or row for row in rows]
-            out.append(Candidate(entry, config, cell, rows))
+            out.append(Candidate(entry, config, target, rows))
         return out
 
-    def at_sites(self, chosen: Variant, config: RunConfig, base: RunConfig) -> Variant:
+    def at_sites(self, variant: Variant, config: RunConfig, base: RunConfig) -> Variant:
         """A variant, learned under `base`, with the sites of `config`."""
-        rotated, heads = chosen.rotations is not None, bool(chosen.sites.heads)
+        rotated, heads = variant.rotations is not None, bool(variant.sites.heads)
         sites = sites_for(config, self.files.shape, rotated=rotated, heads=heads)
-        if (clips := chosen.sites.clips) is not None:
+        if (clips := variant.sites.clips) is not None:
             sites = dataclasses.replace(sites, clips=clips_at(config, site_bits(base), clips))
-        return dataclasses.replace(chosen, sites=sites)
+        return dataclasses.replace(variant, sites=sites)
 
     def own_way(self, config: RunConfig, method: str) -> Variant:
         """What one of `METHODS` makes for the bits of `config`, learned in the run's own directory unless it is there."""
@@ -163,35 +163,35 @@ class Comparison:
 
     def learn(self, base: RunConfig) -> None:
         """Learn the rotations of a configuration, unless they are there."""
-        if not on_leader((run_dir(base).rotations / "final.safetensors").exists):
+        if not on_rank0((run_dir(base).rotations / "final.safetensors").exists):
             with writing(base, self.world, "optimize"):
                 optimize(base, self.world, self.stop)
             gc.collect()  # sharded modules hold themselves in circles, and what comes next needs their memory
 
-    def measure(self, together: list[Candidate]) -> None:
+    def measure(self, candidates: list[Candidate]) -> None:
         """Measure what is missing of candidates that share their weights, and fill it into their rows."""
-        jobs = [(candidate, i) for candidate in together for i in candidate.missing()]
-        first = together[0]
+        jobs = [(candidate, i) for candidate in candidates for i in candidate.missing()]
+        first = candidates[0]
         if jobs:
-            config = first.config if first.cell.weights == "none" else self.rounded(first)
+            config = first.config if first.target.weights == "none" else self.rounded(first)
             texts = list(self.texts.values())
             for some in self.fitting(jobs):
                 began = time.monotonic()
-                what = f"measure {first.cell.label}, {first.cell.weights} weights, seed {first.entry.seed}, {len(some)} at once"
-                pairs = [(candidate.cell.chosen.sites, texts[i]) for candidate, i in some]
-                losses = window_losses(config, self.world, self.files, first.cell, pairs, what)
+                what = f"measure {first.target.label}, {first.target.weights} weights, seed {first.entry.seed}, {len(some)} at once"
+                pairs = [(candidate.target.variant.sites, texts[i]) for candidate, i in some]
+                losses = window_losses(config, self.world, self.files, first.target, pairs, what)
                 seconds = (time.monotonic() - began) / len(some)
                 for (candidate, i), mean in zip(some, losses, strict=True):
                     candidate.rows[i] = recorded(self.run, candidate.rows[i], mean, seconds)
-        if first.cell.weights != "none" and not self.config.compare.keep_layers:
+        if first.target.weights != "none" and not self.config.compare.keep_layers:
             # Also where nothing was missing: a process that was killed once it had measured left its layers.
             made = run_dir(self.for_rows(first)).path
-            on_leader(lambda: shutil.rmtree(made) if made.exists() else None)
+            on_rank0(lambda: shutil.rmtree(made) if made.exists() else None)
 
     def for_rows(self, candidate: Candidate) -> RunConfig:
         """The candidate's configuration in a directory of its own, for layers that only its rows need."""
-        entry, made_under = candidate.entry, candidate.cell.made_under
-        name = f"{entry.method}-seed{entry.seed}-{entry.weights}-{made_under[:12]}"
+        entry, fingerprint = candidate.entry, candidate.target.fingerprint
+        name = f"{entry.method}-seed{entry.seed}-{entry.weights}-{fingerprint[:12]}"
         return dataclasses.replace(candidate.config, output_dir=str(self.run.path / "compare"), name=name)
 
     def fitting(self, jobs: list[tuple[Candidate, int]]) -> Iterator[list[tuple[Candidate, int]]]:
@@ -209,21 +209,23 @@ class Comparison:
     def rounded(self, candidate: Candidate) -> RunConfig:
         """The candidate's configuration in the directory where its layers are: of the run itself, or made now."""
         own = dataclasses.replace(candidate.config, output_dir=self.config.output_dir, name=self.config.name)
-        if on_leader(lambda: self.finished(own, candidate)):
+        if on_rank0(lambda: self.finished(own, candidate)):
             return own
         config = self.for_rows(candidate)
-        quantize_variant(Work(config, self.world, self.files, candidate.cell.chosen, self.calibration, self.stop))
+        quantize_variant(
+            QuantizeJob(config, self.world, self.files, candidate.target.variant, self.calibration, self.stop)
+        )
         return config
 
     def finished(self, config: RunConfig, candidate: Candidate) -> bool:
         """Whether the candidate's layers lie in the directory of `config`."""
-        chosen = candidate.cell.chosen
-        directory = run_dir(config).layers("" if chosen.name == LEARNED else chosen.name)
-        paths = [(layer_path(directory, i), candidate.cell.made_under) for i in range(self.files.shape.layers)]
-        ends = ends_of(config, self.files, chosen)
-        if ends.bits:
-            paths.append((ends_path(directory), ends.made_under))
-        return all((read_metadata(path) or {}).get("fingerprint") == made_under for path, made_under in paths)
+        variant = candidate.target.variant
+        directory = run_dir(config).layers("" if variant.name == LEARNED else variant.name)
+        paths = [(layer_path(directory, i), candidate.target.fingerprint) for i in range(self.files.shape.layers)]
+        embeddings = embeddings_of(config, self.files, variant)
+        if embeddings.bits:
+            paths.append((embeddings_path(directory), embeddings.fingerprint))
+        return all((read_metadata(path) or {}).get("fingerprint") == fingerprint for path, fingerprint in paths)
 
 
 def compare(config: RunConfig, world: World) -> list[dict[str, Any]]:
@@ -237,16 +239,16 @@ def compare(config: RunConfig, world: World) -> list[dict[str, Any]]:
     """
     stop, files = StopRequest(), open_configured_model(config)
     texts = {source: measuring_tokens(config, files, source) for source in config.evaluate.sources}
-    work = Comparison(config, world, files, stop, texts)
-    plan, run = planned(config), work.run
-    on_leader(lambda: note_start(run, config, len(plan) * len(texts)))
+    comparison = Comparison(config, world, files, stop, texts)
+    plan, run = planned(config), comparison.run
+    on_rank0(lambda: note_start(run, config, len(plan) * len(texts)))
     parts = parts_of(config, plan)
-    if others := work.complete(work.complete(parts)):  # a second look at what others were at
+    if others := comparison.complete(comparison.complete(parts)):  # a second look at what others were at
         say(f"other processes are at {', '.join(others)}; the last one to end shows the table")
-        return [row for rows in work.rows.values() for row in rows]
-    found = [row for entry in plan for row in work.rows[entry]]
-    on_leader(lambda: update_results(run, "compare", found))
-    if world.leads:
+        return [row for rows in comparison.rows.values() for row in rows]
+    found = [row for entry in plan for row in comparison.rows[entry]]
+    on_rank0(lambda: update_results(run, "compare", found))
+    if world.is_rank0:
         print(comparison_table(found))
         say(f"wrote {run.path / 'results.json'}")
     return found

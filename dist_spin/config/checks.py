@@ -50,7 +50,7 @@ def check_source(key: str, source: str) -> None:
     raise UserError(f"{key} is {source!r}, which is no text source", f"{hint}use {choices}")
 
 
-def bits_of(text: str) -> tuple[int, int, int] | None:
+def parse_bits(text: str) -> tuple[int, int, int] | None:
     """Bits of weights, activations, and of keys and values, of a text such as W4A4KV4; None if it is no such text."""
     found = re.fullmatch(r"W(\d+)A(\d+)(?:KV(\d+))?", text)
     if found is None:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dist_spin.config.checks import _check, bits_of
+from dist_spin.config.checks import _check, parse_bits
 
 COMPARED = "rtn gptq smoothquant quarot spinquant_no_had spinquant_had ours"
 
@@ -81,7 +81,10 @@ class CompareConfig:
             _check(self, name, lambda values: len(set(values)) == len(values), "name each once")
         for name in ("bits", "spread_bits"):
             _check(
-                self, name, lambda texts: all(map(bits_of, texts)), "write each as W4A4KV4 or W4A8, 2 to 8 or 16 bits"
+                self,
+                name,
+                lambda texts: all(map(parse_bits, texts)),
+                "write each as W4A4KV4 or W4A8, 2 to 8 or 16 bits",
             )
         _check(self, "seeds", lambda seeds: min(seeds) >= 0, "use 0 or more")
         _check(self, "spread_seeds", lambda n: n >= 0, "use a number of seeds, or 0 for none")

@@ -7,6 +7,7 @@ is a word for `optimize.compile` and `12` is text for `name`. Unknown keys fail.
 import dataclasses
 import difflib
 import functools
+import logging
 import re
 import types
 import typing
@@ -20,6 +21,8 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
+
+RENAMED = {"quantize.sweeps": "quantize.cd_passes"}  # old names of settings, which still load
 
 
 def load_config(path: str | None, overrides: Sequence[str]) -> RunConfig:
@@ -136,7 +139,10 @@ def _read_overrides(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _collect(pairs: Iterator[tuple[str, Any]], where: str | None, kinds: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted settings by name; the last of a name wins, an unknown name is an error."""
     flat: dict[str, Any] = {}
-    for key, value in pairs:
+    for written, value in pairs:
+        key = RENAMED.get(written, written)
+        if key != written:
+            logging.getLogger(__name__).warning("%s is now called %s (in %s)", written, key, where)
         members = [name for name in kinds if name.startswith(f"{key}.")]
         if key in kinds:
             flat[key] = value

@@ -5,7 +5,7 @@ from typing import Literal
 
 from dist_spin.config.checks import BITS, _check
 
-CLIPS = {"quarot": {"a_clip_ratio": 0.9, "k_clip_ratio": 0.95, "v_clip_ratio": 0.95}}  # presets of QuantConfig
+CLIP_PRESETS = {"quarot": {"a_clip_ratio": 0.9, "k_clip_ratio": 0.95, "v_clip_ratio": 0.95}}  # presets of QuantConfig
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class QuantConfig:
     """Channels that share one value scale; 0 means the head dimension (one scale per head and token)."""
 
     def __post_init__(self) -> None:
-        for name, ratio in CLIPS.get(self.clips, {}).items():
+        for name, ratio in CLIP_PRESETS.get(self.clips, {}).items():
             whole = f"quant.clips={self.clips} sets it to {ratio}, so leave it out, or use quant.clips=none"
             _check(self, name, (1.0, ratio).__contains__, whole)
             object.__setattr__(self, name, ratio)  # before anything reads it

@@ -31,7 +31,7 @@ class QuantizeConfig:
     """Quantise the columns with the largest activations first; off as published."""
     clip_norm: float = 2.4
     """Exponent of the error that quant.w_mse_clip makes least: 2.4 as published; at 2 GPTQ loses less."""
-    sweeps: int = 0
+    cd_passes: int = 0
     """Passes after GPTQ that move each column's codes to where all other columns want them; 0: none, as published."""
     quantize_activations: bool = False
     """Keep activation, key and value quantisers on while calibrating; off as published."""
@@ -46,7 +46,7 @@ class QuantizeConfig:
         _check(self, "seed", lambda n: n >= 0, "use 0 or more")
         _check(self, "layers_per_job", lambda n: n >= 0, "use a number of layers, or 0 for all")
         _check(self, "clip_norm", lambda x: 0 < x < math.inf, "use a number above 0, such as 2")
-        _check(self, "sweeps", lambda n: n >= 0, "use 0 or more")
+        _check(self, "cd_passes", lambda n: n >= 0, "use 0 or more")
         _check(self, "percdamp", lambda x: 0 < x < math.inf, "use a fraction above 0, such as 0.01")
         _check(self, "baselines", lambda names: len(set(names)) == len(names), "name each rotation once")
 

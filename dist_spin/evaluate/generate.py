@@ -19,16 +19,16 @@ from transformers import GenerationConfig, TextStreamer
 from dist_spin.config.loader import load_config
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
-from dist_spin.evaluate.cells import Cell, cells
-from dist_spin.evaluate.layerwise_model import assembled
+from dist_spin.evaluate.layerwise_model import load_full_model
+from dist_spin.evaluate.targets import EvalTarget, eval_targets
 from dist_spin.model.weights import ModelFiles
 from dist_spin.pipeline.fingerprints import layer_identity
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.pipeline.variants import calibration_tokens
-from dist_spin.report.tables import bits_of
 from dist_spin.runtime import distributed
 from dist_spin.runtime.distributed import World
 from dist_spin.runtime.progress import say
+from dist_spin.storage.results import bits_label
 from dist_spin.storage.run_directory import RunDir
 from dist_spin.storage.tensor_file import identity_hash
 
@@ -38,14 +38,14 @@ TOKENS = 64  # of one answer, unless asked for otherwise
 class Speaker:
     """One model of a run that writes text to standard output as it is generated."""
 
-    def __init__(self, config: RunConfig, world: World, files: ModelFiles, run: RunDir, cell: Cell) -> None:
+    def __init__(self, config: RunConfig, world: World, files: ModelFiles, run: RunDir, target: EvalTarget) -> None:
         """Raises UserError if a quantised layer is not there."""
-        bits = bits_of({**vars(config.quant), **({"w_bits": 16} if cell.weights == "none" else {})})
-        self.name = cell.label if cell.full_precision else f"{cell.label}, {bits}, weights by {cell.weights}"
-        if cell.weights != "none":
+        bits = bits_label({**vars(config.quant), **({"w_bits": 16} if target.weights == "none" else {})})
+        self.name = target.label if target.full_precision else f"{target.label}, {bits}, weights by {target.weights}"
+        if target.weights != "none":
             tokens = calibration_tokens(config, files)
-            cell.made_under = identity_hash(layer_identity(config, files, cell.chosen, tokens))
-        self.model = assembled(config, world, files, run, cell)
+            target.fingerprint = identity_hash(layer_identity(config, files, target.variant, tokens))
+        self.model = load_full_model(config, world, files, run, target)
         self.device, self.tokenizer = world.device, files.tokenizer()
         self.conversation: list[dict[str, str]] = []
         self.ends: int | list[int] | None = self.tokenizer.eos_token_id
@@ -125,8 +125,8 @@ def _speakers(path: Path) -> Iterator[Speaker]:
     world = distributed.start(config.distributed.device, config.distributed.timeout_s, config.distributed.threads)
     try:
         files = open_configured_model(config)
-        chosen = cells(config, files, world.device)
-        for cell in (chosen[0], chosen[-1]):
-            yield Speaker(config, world, files, RunDir(place), cell)
+        targets = eval_targets(config, files, world.device)
+        for target in (targets[0], targets[-1]):
+            yield Speaker(config, world, files, RunDir(place), target)
     finally:
         distributed.stop()

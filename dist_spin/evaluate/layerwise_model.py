@@ -9,12 +9,12 @@ from torch import Tensor
 
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
-from dist_spin.evaluate.cells import Cell, cell_layer
-from dist_spin.model.full_model import assemble
+from dist_spin.evaluate.targets import EvalTarget, target_layer
+from dist_spin.model.full_model import build_full_model
 from dist_spin.model.rotated_weights import Head
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
-from dist_spin.pipeline.embeddings import ends_of
+from dist_spin.pipeline.embeddings import embeddings_of
 from dist_spin.pipeline.model import model_dtype
 from dist_spin.runtime.distributed import World
 from dist_spin.runtime.progress import Progress, say
@@ -22,56 +22,60 @@ from dist_spin.storage.quantized_layers import finished_layer
 from dist_spin.storage.run_directory import RunDir
 
 
-def assembled(config: RunConfig, world: World, files: ModelFiles, run: RunDir, cell: Cell) -> Any:
-    """The model of `cell` (one of `evaluate.cells`, with `made_under` set where its weights are quantised).
+def load_full_model(config: RunConfig, world: World, files: ModelFiles, run: RunDir, target: EvalTarget) -> Any:
+    """The model of `target` (one of `evaluate.targets`, with `fingerprint` set where its weights are quantised).
 
     On the rank's device, all of it, in the run's dtype: the same bits that `evaluate` measures layer by layer.
 
     Raises:
         UserError: a quantised layer, or a quantised end, is not there.
     """
-    dtype, weights = model_dtype(config), cell.chosen.weights
-    ends = ends_of(config, files, cell.chosen).load(dtype, world.device, say) if cell.weights != "none" else {}
-    return assemble(
+    dtype, weights = model_dtype(config), target.variant.weights
+    embeddings = (
+        embeddings_of(config, files, target.variant).load(dtype, world.device, say) if target.weights != "none" else {}
+    )
+    return build_full_model(
         files.config,
-        cell.chosen.sites,
-        layer=lambda index: quantized_weights(run, cell, index, dtype, world) or weights.layer(index),
-        embedding=ends["embedding"] if "embedding" in ends else weights.embedding(),
-        head=ends["head"] if "head" in ends else weights.head_weight(),
+        target.variant.sites,
+        layer=lambda index: quantized_weights(run, target, index, dtype, world) or weights.layer(index),
+        embedding=embeddings["embedding"] if "embedding" in embeddings else weights.embedding(),
+        head=embeddings["head"] if "head" in embeddings else weights.head_weight(),
         final_gain=weights.final_gain(),
-        rotated=cell.chosen.rotations is not None,
+        rotated=target.variant.rotations is not None,
         device=world.device,
         dtype=dtype,
     )
 
 
-class Walk:
+class LayerwiseModel:
     """A cell's model taken one layer at a time: embed, then every layer in order, then the head."""
 
-    def __init__(self, config: RunConfig, world: World, files: ModelFiles, run: RunDir, cell: Cell) -> None:
-        self._world, self._files, self._run, self._cell = world, files, run, cell
-        self._dtype, self._weights = model_dtype(config), cell.chosen.weights
-        self._runner = cell.chosen.runner(files.config, cell.chosen.sites, world.device, self._dtype)
-        quantised = cell.weights != "none"
-        self._ends = ends_of(config, files, cell.chosen).load(self._dtype, world.device, say) if quantised else {}
+    def __init__(self, config: RunConfig, world: World, files: ModelFiles, run: RunDir, target: EvalTarget) -> None:
+        self._world, self._files, self._run, self._target = world, files, run, target
+        self._dtype, self._weights = model_dtype(config), target.variant.weights
+        self._runner = target.variant.runner(files.config, target.variant.sites, world.device, self._dtype)
+        quantised = target.weights != "none"
+        self._embeddings = (
+            embeddings_of(config, files, target.variant).load(self._dtype, world.device, say) if quantised else {}
+        )
 
     def embed(self, batches: Iterable[Tensor], place: torch.device | None = None) -> list[Tensor]:
         """Hidden states [batch, T, h] of token ids, each [batch, T], kept on `place` (default: the rank's device)."""
-        embedding = self._ends.pop("embedding") if "embedding" in self._ends else self._weights.embedding()
+        embedding = self._embeddings.pop("embedding") if "embedding" in self._embeddings else self._weights.embedding()
         return [embedding[ids.to(embedding.device)].to(place or embedding.device) for ids in batches]
 
     def layers(self, what: str) -> Iterator[Callable[[Tensor], Tensor]]:
         """Each decoder layer in order, as a function of hidden states [batch, T, h] on the rank's device."""
-        for (layer,) in self.layers_at(what, [self._cell.chosen.sites]):
+        for (layer,) in self.layers_at(what, [self._target.variant.sites]):
             yield layer
 
     def layers_at(self, what: str, sites: Sequence[Sites]) -> Iterator[list[Callable[[Tensor], Tensor]]]:
         """Each decoder layer in order, once for each of `sites`, with the same weights."""
         placed = [each.to(self._world.device, self._dtype) for each in sites]
         count = self._files.shape.layers
-        progress = Progress(f"{what}: layer", count, show=self._world.leads)
+        progress = Progress(f"{what}: layer", count, show=self._world.is_rank0)
         for index in range(count):
-            quantised = quantized_weights(self._run, self._cell, index, self._dtype, self._world)
+            quantised = quantized_weights(self._run, self._target, index, self._dtype, self._world)
             weights = quantised or self._weights.layer(index)
             modules = [self._runner.build(index, weights, each) for each in placed]
             yield [functools.partial(self._runner.run, module, index) for module in modules]
@@ -79,17 +83,17 @@ class Walk:
 
     def head(self) -> Head:
         """Final norm and lm_head."""
-        return self._weights.head(self._files.config.rms_norm_eps, self._ends.get("head"))
+        return self._weights.head(self._files.config.rms_norm_eps, self._embeddings.get("head"))
 
 
 def quantized_weights(
-    run: RunDir, cell: Cell, index: int, dtype: torch.dtype, world: World
+    run: RunDir, target: EvalTarget, index: int, dtype: torch.dtype, world: World
 ) -> dict[str, Tensor] | None:
     """Dequantised parameters of a layer from its file; None where the cell keeps 16-bit weights."""
-    if cell.weights == "none":
+    if target.weights == "none":
         return None
-    path = cell_layer(run, cell, index)
-    layer = finished_layer(path, cell.made_under, say)
+    path = target_layer(run, target, index)
+    layer = finished_layer(path, target.fingerprint, say)
     if layer is None:
-        raise UserError(f"layer {index} of '{cell.chosen.name}' is not quantised", "run `dist-spin quantize` first")
+        raise UserError(f"layer {index} of '{target.variant.name}' is not quantised", "run `dist-spin quantize` first")
     return layer.weights(dtype, world.device)

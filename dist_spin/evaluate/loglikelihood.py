@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from dist_spin.errors import UserError
-from dist_spin.evaluate.layerwise_model import Walk
+from dist_spin.evaluate.layerwise_model import LayerwiseModel
 from dist_spin.model.loss import LOGITS_AT_ONCE
 from dist_spin.model.rotated_weights import Head
-from dist_spin.runtime.distributed import World, sum_over_ranks_, together
+from dist_spin.runtime.distributed import World, raise_on_any_failure, sum_over_ranks_
 
 CPU_TOKENS = 4096  # of one batch; caches are small, and an allocation that fails there cannot be caught
 GPU_TOKENS = 1 << 16  # to begin with; halved while memory does not take it
@@ -54,17 +54,17 @@ def batches_of(rows: list[Row], tokens: int) -> Iterator[list[Row]]:
 
 def passes_of(batches: Iterable[list[Row]], tokens: int) -> Iterator[list[list[Row]]]:
     """Batches that are carried through the model together: at most `tokens` of hidden states, at least one batch."""
-    together: list[list[Row]] = []
+    group: list[list[Row]] = []
     held = 0
     for batch in batches:
         size = len(batch) * len(batch[0].tokens)
-        if together and held + size > tokens:
-            yield together
-            together, held = [], 0
-        together.append(batch)
+        if group and held + size > tokens:
+            yield group
+            group, held = [], 0
+        group.append(batch)
         held += size
-    if together:
-        yield together
+    if group:
+        yield group
 
 
 class Fitting:
@@ -92,7 +92,7 @@ class Fitting:
 
 
 def log_likelihoods(
-    open_walk: Callable[[], Walk],
+    open_layerwise: Callable[[], LayerwiseModel],
     world: World,
     requests: list[tuple[list[int], list[int]]],
     *,
@@ -121,10 +121,10 @@ def log_likelihoods(
         place, room = resting_place(world, token_bytes * sum(len(b) * len(b[0].tokens) for b in batches))
         for number, part in enumerate(passes_of(batches, room // token_bytes), start=1):
             label = what if number == 1 else f"{what}, pass {number}"
-            for request, answer in _one_pass(open_walk(), part, world.device, place, fitting, label):
+            for request, answer in _one_pass(open_layerwise(), part, world.device, place, fitting, label):
                 answers[request] = torch.tensor(answer, dtype=torch.float64)
 
-    together(mine)
+    raise_on_any_failure(mine)
     return [(total, bool(greedy)) for total, greedy in sum_over_ranks_(answers).tolist()]
 
 
@@ -141,14 +141,19 @@ def resting_place(world: World, wanted: int) -> tuple[torch.device, int]:
 
 @torch.no_grad()
 def _one_pass(
-    walk: Walk, batches: list[list[Row]], device: torch.device, place: torch.device, fitting: Fitting, what: str
+    model: LayerwiseModel,
+    batches: list[list[Row]],
+    device: torch.device,
+    place: torch.device,
+    fitting: Fitting,
+    what: str,
 ) -> Iterator[tuple[int, tuple[float, bool]]]:
     """Carry batches through every layer; the number and answer of each request."""
-    hidden = walk.embed((padded(batch) for batch in batches), place)  # each [batch, T, h]
-    for layer in walk.layers(what):
+    hidden = model.embed((padded(batch) for batch in batches), place)  # each [batch, T, h]
+    for layer in model.layers(what):
         for i in range(len(hidden)):
             hidden[i] = fitting(layer, hidden[i].to(device)).to(place)
-    head = walk.head()
+    head = model.head()
     for i, batch in enumerate(batches):
         yield from _answers(head, hidden[i].to(device), batch)
 

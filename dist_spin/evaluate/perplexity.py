@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from dist_spin.config.run import RunConfig
-from dist_spin.data import fingerprint, load_tokens
+from dist_spin.data import load_tokens, tokens_fingerprint
 from dist_spin.errors import NumericsError
-from dist_spin.evaluate.cells import Cell, cell_identity, describe
-from dist_spin.evaluate.layerwise_model import Walk
+from dist_spin.evaluate.layerwise_model import LayerwiseModel
+from dist_spin.evaluate.targets import EvalTarget, describe, target_identity
 from dist_spin.model.architecture import Shape
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
 from dist_spin.pipeline.model import check_vocabulary
-from dist_spin.runtime.distributed import World, on_leader, sum_over_ranks_
+from dist_spin.runtime.distributed import World, on_rank0, sum_over_ranks_
 from dist_spin.storage.atomic import write_json
 from dist_spin.storage.run_directory import RunDir, run_dir
 from dist_spin.storage.tensor_file import identity_hash
@@ -32,7 +32,7 @@ def measuring_tokens(config: RunConfig, files: ModelFiles, source: str) -> Tenso
     """The windows [n, T] of one source."""
     e = config.evaluate
     tokenizer = None if source.startswith("tokens:") else files.tokenizer()
-    tokens = on_leader(lambda: load_tokens(source, e.split, e.seq_len, tokenizer))
+    tokens = on_rank0(lambda: load_tokens(source, e.split, e.seq_len, tokenizer))
     check_vocabulary(tokens, files.shape, source)
     return tokens[: e.max_sequences] if e.max_sequences else tokens
 
@@ -42,31 +42,36 @@ def measure(
     world: World,
     files: ModelFiles,
     run: RunDir,
-    cell: Cell,
+    target: EvalTarget,
     source: str,
     tokens: Tensor,
 ) -> dict[str, Any]:
     """One cell on one source, from its file if it was measured before."""
-    row = described(config, files, cell, source, tokens)
+    row = described(config, files, target, source, tokens)
     before = measured_before(run, row)
     if before is not None:
         return before
     began = time.monotonic()
-    what = f"measure {source}, {cell.label}, {cell.weights} weights"
-    (losses,) = window_losses(config, world, files, cell, [(cell.chosen.sites, tokens)], what)
+    what = f"measure {source}, {target.label}, {target.weights} weights"
+    (losses,) = window_losses(config, world, files, target, [(target.variant.sites, tokens)], what)
     return recorded(run, row, losses, time.monotonic() - began)
 
 
-def described(config: RunConfig, files: ModelFiles, cell: Cell, source: str, tokens: Tensor) -> dict[str, Any]:
+def described(config: RunConfig, files: ModelFiles, target: EvalTarget, source: str, tokens: Tensor) -> dict[str, Any]:
     """What is known of a row before it is measured, with the `identity` that names its file."""
-    row = {k: v for k, v in describe(config, cell).items() if k != "method"} | {
+    row = {k: v for k, v in describe(config, target).items() if k != "method"} | {
         "dataset": source,
         "seq_len": config.evaluate.seq_len,
     }
     identity = identity_hash(
-        {**row, "layers": cell.made_under, "tokens": fingerprint(tokens), **cell_identity(config, files, cell)}
+        {
+            **row,
+            "layers": target.fingerprint,
+            "tokens": tokens_fingerprint(tokens),
+            **target_identity(config, files, target),
+        }
     )
-    return {"method": cell.label, **row, "tokens": tokens.numel(), "identity": identity, **cell.about}
+    return {"method": target.label, **row, "tokens": tokens.numel(), "identity": identity, **target.about}
 
 
 def measurement_path(run: RunDir, row: dict[str, Any]) -> Path:
@@ -77,7 +82,7 @@ def measurement_path(run: RunDir, row: dict[str, Any]) -> Path:
 def measured_before(run: RunDir, row: dict[str, Any]) -> dict[str, Any] | None:
     """`row` with its figures if it was measured before, under whatever name."""
     path = measurement_path(run, row)
-    before = on_leader(lambda: json.loads(path.read_text()) if path.exists() else None)
+    before = on_rank0(lambda: json.loads(path.read_text()) if path.exists() else None)
     return None if before is None else before | row
 
 
@@ -93,7 +98,7 @@ def recorded(run: RunDir, row: dict[str, Any], losses: Tensor, seconds: float) -
             f"{row['method']} on {row['dataset']}: the loss is {mean}", "check the model's dtype and the quantisers"
         )
     row = row | {"ppl": math.exp(mean), "seconds": round(seconds, 2), "losses": losses.tolist()}
-    on_leader(lambda: write_json(measurement_path(run, row), row))
+    on_rank0(lambda: write_json(measurement_path(run, row), row))
     return row
 
 
@@ -101,7 +106,7 @@ def window_losses(
     config: RunConfig,
     world: World,
     files: ModelFiles,
-    cell: Cell,
+    target: EvalTarget,
     jobs: Sequence[tuple[Sites, Tensor]],
     what: str,
 ) -> list[Tensor]:
@@ -110,16 +115,16 @@ def window_losses(
     The jobs, (sites, tokens [n, T]), share the cell's weights, so that a layer is read or merged once for all of them.
     Windows are shared out over ranks. `what` is shown while it goes on.
     """
-    walk = Walk(config, world, files, run_dir(config), cell)
-    together = tokens_at_once(world.device, files.shape)
+    model = LayerwiseModel(config, world, files, run_dir(config), target)
+    tokens_per_batch = tokens_at_once(world.device, files.shape)
     mine = [tokens[world.rank :: world.size] for _, tokens in jobs]
-    batches = [ids.split(max(1, together // ids.shape[1])) if len(ids) else () for ids in mine]
-    states = iter(walk.embed(ids for parts in batches for ids in parts))
+    batches = [ids.split(max(1, tokens_per_batch // ids.shape[1])) if len(ids) else () for ids in mine]
+    states = iter(model.embed(ids for parts in batches for ids in parts))
     hidden = [[next(states) for _ in parts] for parts in batches]  # for each job: [batch, T, h], ...
-    for layers in walk.layers_at(what, [sites for sites, _ in jobs]):
+    for layers in model.layers_at(what, [sites for sites, _ in jobs]):
         for layer, parts in zip(layers, hidden, strict=True):
             parts[:] = [layer(h) for h in parts]
-    head = walk.head()
+    head = model.head()
     out = []
     for (_, tokens), ids, parts in zip(jobs, batches, hidden, strict=True):
         losses = torch.zeros(len(tokens), dtype=torch.float64)

@@ -12,13 +12,13 @@ import torch
 
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import Interrupted, UserError
-from dist_spin.evaluate.cells import cell_layer, cells
 from dist_spin.evaluate.perplexity import measure, measuring_tokens
 from dist_spin.evaluate.tables import table, task_table
+from dist_spin.evaluate.targets import eval_targets, target_layer
 from dist_spin.pipeline.fingerprints import layer_identity
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.pipeline.variants import calibration_tokens
-from dist_spin.runtime.distributed import World, any_rank, on_leader
+from dist_spin.runtime.distributed import World, any_rank, on_rank0
 from dist_spin.runtime.progress import say
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.results import public, update_results
@@ -35,20 +35,20 @@ def evaluate(config: RunConfig, world: World) -> list[dict[str, Any]]:
     """
     stop = StopRequest()
     run, files = run_dir(config), open_configured_model(config)
-    measured = cells(config, files, world.device)
-    quantised = [cell for cell in measured if cell.weights != "none"]
+    measured = eval_targets(config, files, world.device)
+    quantised = [target for target in measured if target.weights != "none"]
     calibration = calibration_tokens(config, files) if quantised else torch.empty(0)
-    for cell in quantised:
-        missing = [i for i in range(files.shape.layers) if not cell_layer(run, cell, i).exists()]
+    for target in quantised:
+        missing = [i for i in range(files.shape.layers) if not target_layer(run, target, i).exists()]
         if missing:
-            problem = f"layer {missing[0]} of '{cell.chosen.name}' is not quantised"
+            problem = f"layer {missing[0]} of '{target.variant.name}' is not quantised"
             raise UserError(problem, "run `dist-spin quantize` first")
-        cell.made_under = identity_hash(layer_identity(config, files, cell.chosen, calibration))
+        target.fingerprint = identity_hash(layer_identity(config, files, target.variant, calibration))
     rows = []
     for source in config.evaluate.sources:
         tokens = measuring_tokens(config, files, source)
-        for cell in measured:
-            row = measure(config, world, files, run, cell, source, tokens)
+        for target in measured:
+            row = measure(config, world, files, run, target, source, tokens)
             rows.append(row)
             if any_rank(bool(stop)):
                 raise Interrupted("stopped by a signal between two measurements", "the same command continues")
@@ -57,8 +57,8 @@ def evaluate(config: RunConfig, world: World) -> list[dict[str, Any]]:
 
         rows += zero_shot(config, world, files, run, measured, stop)
     shown = [public(row) for row in rows]
-    on_leader(lambda: update_results(run, "evaluate", shown))
-    if world.leads:
+    on_rank0(lambda: update_results(run, "evaluate", shown))
+    if world.is_rank0:
         print("\n".join(filter(None, [table(shown), task_table(shown)])))
         say(f"wrote {run.path / 'results.json'}")
     return shown

@@ -5,13 +5,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from dist_spin.runtime.text_table import aligned
+from dist_spin.storage.results import bits_label
+
 Key = tuple[Any, ...]
-
-
-def bits_text(row: dict[str, Any]) -> str:
-    """W4A4KV4 and the like."""
-    k, v = row["k_bits"], row["v_bits"]
-    return f"W{row['w_bits']}A{row['a_bits']}" + (f"KV{k}" if k == v else f"K{k}V{v}")
 
 
 def system_key(row: dict[str, Any]) -> Key:
@@ -21,7 +18,7 @@ def system_key(row: dict[str, Any]) -> Key:
 
 def row_key(row: dict[str, Any]) -> Key:
     """What tells one row of a comparison from all others."""
-    return *system_key(row), bits_text(row), row["seed"], row["dataset"]
+    return *system_key(row), bits_label(row), row["seed"], row["dataset"]
 
 
 def spread(values: list[float]) -> tuple[float, float, int]:
@@ -45,7 +42,7 @@ def _table(dataset: str, rows: list[dict[str, Any]]) -> str:
         if row["system"] == "full precision":
             title += f"; full precision {row['ppl']:.3f}"
         else:
-            cells.setdefault(system_key(row), {}).setdefault(bits_text(row), []).append(row["ppl"])
+            cells.setdefault(system_key(row), {}).setdefault(bits_label(row), []).append(row["ppl"])
     # A rounding of 16-bit weights is none: such figures stand in lines of their own.
     columns = list(dict.fromkeys(bits for found in cells.values() for bits in found))
     best = {bits: min(spread(found[bits])[0] for found in cells.values() if bits in found) for bits in columns}
@@ -53,9 +50,7 @@ def _table(dataset: str, rows: list[dict[str, Any]]) -> str:
     for (system, clips, weights), found in cells.items():
         name = system if clips == "none" else f"{system}, clipped" if clips == "quarot" else f"{system}, {clips}"
         lines.append([name, weights, *(_figure(found.get(bits), best[bits]) for bits in columns)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    shown = ["  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([title, *shown])
+    return "\n".join([title, *aligned(lines)])
 
 
 def _figure(values: list[float] | None, best: float) -> str:
@@ -65,12 +60,6 @@ def _figure(values: list[float] | None, best: float) -> str:
     digits = 3 if mean < 1000 else 0
     text = f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f} ({n})" if n > 1 else "")
     return text + (" *" if math.isclose(mean, best) else "")
-
-
-def bits_label(row: dict[str, Any]) -> str:
-    """Bits as tables name them: W4A4KV4, or W4A4K4V8 where keys and values differ."""
-    k, v = row["k_bits"], row["v_bits"]
-    return f"W{row['w_bits']}A{row['a_bits']}" + (f"KV{k}" if k == v else f"K{k}V{v}")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -98,6 +87,4 @@ def task_table(rows: list[dict[str, Any]]) -> str:
 
 def columns(lines: Sequence[tuple[str, ...]]) -> str:
     """Lines under a header line as aligned columns; nothing if there is only the header."""
-    widths = [max(len(text) for text in column) for column in zip(*lines, strict=True)]
-    aligned = ["  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join(aligned) if len(lines) > 1 else ""
+    return "\n".join(aligned(lines)) if len(lines) > 1 else ""

@@ -27,12 +27,12 @@ import yaml
 from dist_spin.config.run import RunConfig
 from dist_spin.data import require_hub
 from dist_spin.errors import Interrupted, NumericsError, UserError
-from dist_spin.evaluate.cells import Cell, cell_identity, describe
-from dist_spin.evaluate.layerwise_model import Walk
+from dist_spin.evaluate.layerwise_model import LayerwiseModel
 from dist_spin.evaluate.loglikelihood import log_likelihoods
+from dist_spin.evaluate.targets import EvalTarget, describe, target_identity
 from dist_spin.model.weights import ModelFiles
 from dist_spin.pipeline.model import model_dtype
-from dist_spin.runtime.distributed import World, agree, any_rank, on_leader, together
+from dist_spin.runtime.distributed import World, all_ranks_equal, any_rank, on_rank0, raise_on_any_failure
 from dist_spin.runtime.progress import say
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.atomic import write_json
@@ -82,9 +82,9 @@ class LayerwiseLM(TemplateLM):
     Under several ranks each runs the harness on the same requests; scoring them is shared out.
     """
 
-    def __init__(self, config: RunConfig, world: World, files: ModelFiles, run: RunDir, cell: Cell) -> None:
+    def __init__(self, config: RunConfig, world: World, files: ModelFiles, run: RunDir, target: EvalTarget) -> None:
         super().__init__()
-        self._parts = (config, world, files, run, cell)
+        self._parts = (config, world, files, run, target)
         self.tokenizer = files.tokenizer()
         self._terminal = sys.stderr
 
@@ -103,23 +103,23 @@ class LayerwiseLM(TemplateLM):
         """Token ids; the tokenizer decides on BOS, unless the text begins with it already."""
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
-        chosen = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer.encode(string, **chosen)
+        special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return self.tokenizer.encode(string, **special)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        config, world, files, run, cell = self._parts
-        if not agree(int(hashlib.sha256(json.dumps(requests).encode()).hexdigest()[:15], 16)):
+        config, world, files, run, target = self._parts
+        if not all_ranks_equal(int(hashlib.sha256(json.dumps(requests).encode()).hexdigest()[:15], 16)):
             raise UserError("ranks read different data for the same tasks", "give evaluate.tasks_dir one shared copy")
         with contextlib.redirect_stderr(self._terminal):
             return log_likelihoods(
-                lambda: Walk(config, world, files, run, cell),
+                lambda: LayerwiseModel(config, world, files, run, target),
                 world,
                 [(context, continuation) for _, context, continuation in requests],
                 max_length=resolve_max_length(files.config, self.tokenizer),
                 token_bytes=files.shape.hidden * model_dtype(config).itemsize,
-                what=f"zero-shot, {cell.label}, {cell.weights} weights",
+                what=f"zero-shot, {target.label}, {target.weights} weights",
             )
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
@@ -132,7 +132,7 @@ class LayerwiseLM(TemplateLM):
 
 
 def zero_shot(
-    config: RunConfig, world: World, files: ModelFiles, run: RunDir, cells: list[Cell], stop: StopRequest
+    config: RunConfig, world: World, files: ModelFiles, run: RunDir, eval_targets: list[EvalTarget], stop: StopRequest
 ) -> list[dict[str, Any]]:
     """Measure every cell on every task whose data can be had; a row per cell, task and metric.
 
@@ -142,8 +142,8 @@ def zero_shot(
     """
     tasks = load_tasks(config)
     rows: list[dict[str, Any]] = []
-    for cell in cells if tasks else ():
-        rows += measure(config, world, files, run, cell, tasks)
+    for target in eval_targets if tasks else ():
+        rows += measure(config, world, files, run, target, tasks)
         if any_rank(bool(stop)):
             raise Interrupted("stopped by a signal between two measurements", "the same command continues")
     return rows
@@ -163,9 +163,9 @@ def load_tasks(config: RunConfig) -> dict[str, Any]:
                 say(f"dist-spin: {name} is left out: {error}")
         return list(found)
 
-    names = on_leader(load_all)
+    names = on_rank0(load_all)
     # The others only afterwards, when the cache is filled.
-    together(lambda: None if found else found.update({name: load_task(name, folder) for name in names}))
+    raise_on_any_failure(lambda: None if found else found.update({name: load_task(name, folder) for name in names}))
     return found
 
 
@@ -232,8 +232,8 @@ def local_copy(folder: Path, source: Source) -> dict[str, Any]:
 def fingerprint_of(place: Path) -> str:
     """A hash that changes when a file below `place` does: of names, sizes and times."""
     files = ((path, path.stat()) for path in sorted(place.rglob("*")) if path.is_file())
-    facts = [(str(path.resolve()), about.st_size, about.st_mtime_ns) for path, about in files]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    run_summary = [(str(path.resolve()), about.st_size, about.st_mtime_ns) for path, about in files]
+    return hashlib.sha256(repr(run_summary).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -244,26 +244,26 @@ def hushed() -> Iterator[None]:
 
 
 def measure(
-    config: RunConfig, world: World, files: ModelFiles, run: RunDir, cell: Cell, tasks: dict[str, Any]
+    config: RunConfig, world: World, files: ModelFiles, run: RunDir, target: EvalTarget, tasks: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """One cell on all tasks, those of them from their files that were measured before; the others together."""
-    model = {**describe(config, cell), "layers": cell.made_under, **cell_identity(config, files, cell)}
+    model = {**describe(config, target), "layers": target.fingerprint, **target_identity(config, files, target)}
     limit = config.evaluate.task_limit
     paths: dict[str, Path] = {}
     for name, task in tasks.items():
         about = {"task": name, "limit": limit, "data": digest(task, limit), "lm_eval": lm_eval.__version__}
         paths[name] = run.path / "evaluations" / f"{identity_hash({**model, **about})}.json"
-    before = on_leader(lambda: {n: json.loads(path.read_text()) for n, path in paths.items() if path.exists()})
+    before = on_rank0(lambda: {n: json.loads(path.read_text()) for n, path in paths.items() if path.exists()})
     missing = {name: task for name, task in tasks.items() if name not in before}
     if missing:
-        lm = LayerwiseLM(config, world, files, run, cell)
+        lm = LayerwiseLM(config, world, files, run, target)
         began = time.monotonic()
         with hushed():
             results = run_harness(
                 lm,
                 {"tasks": {task.task_name: task for task in missing.values()}, "groups": {}, "group_map": {}},
                 limit=limit or None,
-                bootstrap_iters=BOOTSTRAP if world.leads else 0,
+                bootstrap_iters=BOOTSTRAP if world.is_rank0 else 0,
                 log_samples=False,
             )
         seconds = time.monotonic() - began
@@ -271,15 +271,15 @@ def measure(
         for name, task in missing.items():
             share = seconds * requests[name] / sum(requests.values())
             rows = [
-                {**describe(config, cell), "task": name, **figures, "seconds": round(share, 2)}
+                {**describe(config, target), "task": name, **figures, "seconds": round(share, 2)}
                 for figures in metrics(results["results"][task.task_name], results["n-samples"][task.task_name])
             ]
             if not all(math.isfinite(row["value"]) for row in rows):
-                problem = f"{cell.label} on {name}: the log-likelihoods are not finite"
+                problem = f"{target.label} on {name}: the log-likelihoods are not finite"
                 raise NumericsError(problem, "check the model's dtype and the quantisers")
-            on_leader(functools.partial(write_json, paths[name], rows))
+            on_rank0(functools.partial(write_json, paths[name], rows))
             before[name] = rows
-    return on_leader(lambda: [row for name in tasks for row in before[name]])
+    return on_rank0(lambda: [row for name in tasks for row in before[name]])
 
 
 def digest(task: Any, limit: int) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dist_spin.errors import UserError
 from dist_spin.model.sites_config import Sites
-from dist_spin.numerics.gptq import Solution
+from dist_spin.numerics.gptq import QuantizedWeight
 from dist_spin.numerics.quantizer import QuantSpec, dequantize_weight
 from dist_spin.storage.quantized_layers import QuantizedLayer
 
@@ -34,8 +34,8 @@ def packed_layer(layer: QuantizedLayer, dtype: torch.dtype) -> dict[str, Tensor]
     """
     out = {name: tensor.to(dtype) for name, tensor in layer.others.items()}
     weights = layer.weights(torch.float32, torch.device("cpu"))
-    for role, solution in layer.solutions.items():
-        if not torch.equal(weights.pop(f"{role}.weight"), dequantize_weight(*solution, layer.group_size)):
+    for role, quantized in layer.quantized_weights.items():
+        if not torch.equal(weights.pop(f"{role}.weight"), dequantize_weight(*quantized, layer.group_size)):
             raise UserError(
                 f"{role} is more than codes and scales, which compressed-tensors cannot hold", "export as hf"
             )
@@ -45,23 +45,23 @@ def packed_layer(layer: QuantizedLayer, dtype: torch.dtype) -> dict[str, Tensor]
         def signed(codes: Tensor, offset: int = offset) -> Tensor:
             return (codes.to(torch.int16) - offset).to(torch.int8)
 
-        out[f"{role}.{PACKED}"] = pack_to_int32(signed(solution.codes), bits)
-        out[f"{role}.{SCALE}"] = solution.scale
-        out[f"{role}.{SHAPE}"] = torch.tensor(solution.codes.shape)
+        out[f"{role}.{PACKED}"] = pack_to_int32(signed(quantized.codes), bits)
+        out[f"{role}.{SCALE}"] = quantized.scale
+        out[f"{role}.{SHAPE}"] = torch.tensor(quantized.codes.shape)
         if not layer.symmetric:
-            out[f"{role}.{ZERO}"] = pack_to_int32(signed(solution.zero), bits, packed_dim=0).contiguous()
+            out[f"{role}.{ZERO}"] = pack_to_int32(signed(quantized.zero), bits, packed_dim=0).contiguous()
     assert weights.keys() == layer.others.keys()
     return out
 
 
-def unpack(tensors: dict[str, Tensor], bits: int) -> Solution:
+def unpack(tensors: dict[str, Tensor], bits: int) -> QuantizedWeight:
     """Codes, scale and zero of a linear from its tensors (`weight_packed`, ...), signed; the inverse of `packed_layer`."""
     shape, scale = torch.Size(tensors[SHAPE].tolist()), tensors[SCALE]
     codes = unpack_from_int32(tensors[PACKED], bits, shape)
     if ZERO not in tensors:
-        return Solution(codes, scale, torch.zeros_like(scale))
+        return QuantizedWeight(codes, scale, torch.zeros_like(scale))
     zero = unpack_from_int32(tensors[ZERO], bits, torch.Size((shape[0], scale.shape[-1])), packed_dim=0)
-    return Solution(codes, scale, zero.to(scale.dtype))
+    return QuantizedWeight(codes, scale, zero.to(scale.dtype))
 
 
 def bits_in(quantization: dict[str, Any], role: str) -> tuple[int, int]:

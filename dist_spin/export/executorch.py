@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_spin.model.architecture import ATTENTION_NORM, MLP_NORM
-from dist_spin.numerics.gptq import Solution
+from dist_spin.numerics.gptq import QuantizedWeight
 from dist_spin.storage.atomic import atomic, write_json
 from dist_spin.storage.quantized_layers import QuantizedLayer
 
@@ -30,19 +30,19 @@ META_NAMES = {
 }
 META_NORMS = {ATTENTION_NORM: "attention_norm", MLP_NORM: "ffn_norm"}
 TURNED = ("self_attn.q_proj", "self_attn.k_proj")  # by the position embedding
-End = Solution | Tensor  # quantised, or [vocab, h] as it is
+EmbeddingWeight = QuantizedWeight | Tensor  # quantised, or [vocab, h] as it is
 
 
-def loader_settings(ends: set[str], group_size: int, r4: bool) -> dict[str, dict[str, Any]]:
+def loader_settings(embeddings: set[str], group_size: int, r4: bool) -> dict[str, dict[str, Any]]:
     """The entries of ExecuTorch's LlmConfig with which it loads the checkpoint; file names are the caller's.
 
     Args:
         ends: those of `embedding` and `head` that are quantised.
     """
     base: dict[str, Any] = {
-        "preq_mode": "8da4w_output_8da8w" if "head" in ends else "8da4w",
+        "preq_mode": "8da4w_output_8da8w" if "head" in embeddings else "8da4w",
         "preq_group_size": group_size,
-        "preq_embedding_quantize": "8,0" if "embedding" in ends else "",
+        "preq_embedding_quantize": "8,0" if "embedding" in embeddings else "",
     }
     # Either leads to the pre-quantised loader; the first also has R4 put in front of w2 when a program is exported.
     online = {"use_spin_quant": "native"} if r4 else {"use_qat": True}
@@ -54,8 +54,8 @@ def write_executorch(
     params: dict[str, Any],
     *,
     layer: Callable[[int], QuantizedLayer],
-    embedding: Callable[[], End],
-    head: Callable[[], End],
+    embedding: Callable[[], EmbeddingWeight],
+    head: Callable[[], EmbeddingWeight],
     between: Callable[[int], None],
 ) -> None:
     """Write `consolidated.00.pth` and `params.json`; no more than a layer is in memory, the rest lies in mapped files.
@@ -111,14 +111,14 @@ def _layer(layer: QuantizedLayer, head_dim: int, ones: Tensor) -> dict[str, Tens
     # Gains are folded into the linears; what a norm holds instead are learned scales.
     out = {f"{meta}.weight": layer.others.get(f"{norm}.weight", ones).float() for norm, meta in META_NORMS.items()}
     for role, name in META_NAMES.items():
-        solution = layer.solutions[role]
-        parts = {"weight": solution.codes, "scales": solution.scale.float()}
+        quantized = layer.quantized_weights[role]
+        parts = {"weight": quantized.codes, "scales": quantized.scale.float()}
         for kind, tensor in parts.items():
             out[f"{name}.{kind}"] = interleaved(tensor, head_dim) if role in TURNED else tensor
     return out
 
 
-def _end(name: str, end: End) -> dict[str, Tensor]:
+def _end(name: str, end: EmbeddingWeight) -> dict[str, Tensor]:
     if isinstance(end, Tensor):
         return {f"{name}.weight": end.float()}
     return {f"{name}.weight": end.codes, f"{name}.scales": end.scale.float()}

@@ -18,30 +18,30 @@ from dist_spin.export.sidecar import Sidecar, write_sidecar
 from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
-from dist_spin.numerics.gptq import Solution
+from dist_spin.numerics.gptq import QuantizedWeight
 from dist_spin.numerics.quantizer import dequantize_weight
-from dist_spin.pipeline.embeddings import ends_of
+from dist_spin.pipeline.embeddings import embeddings_of
 from dist_spin.pipeline.export_limits import QUANTISED
 from dist_spin.pipeline.fingerprints import WEIGHT_SETTINGS, flat, layer_identity
 from dist_spin.pipeline.variants import Variant, calibration_tokens
 from dist_spin.runtime.progress import Progress
 from dist_spin.runtime.signals import StopRequest
-from dist_spin.storage.quantized_layers import QuantizedLayer, layer_path, load_ends, load_layer
+from dist_spin.storage.quantized_layers import QuantizedLayer, layer_path, load_embeddings, load_layer
 from dist_spin.storage.run_directory import RunDir
 from dist_spin.storage.tensor_file import FOREIGN, CorruptFile, identity_hash, read_metadata
 from dist_spin.version import __version__
 
-AGAIN = "run `dist-spin quantize` with the settings of this export"
+REQUANTIZE = "run `dist-spin quantize` with the settings of this export"
 
 
 @dataclass
-class Export:
+class ExportJob:
     """One export: what is read of the run, and checked."""
 
     config: RunConfig
     run: RunDir
     files: ModelFiles
-    chosen: Variant
+    variant: Variant
     target: str
     stop: StopRequest
 
@@ -64,33 +64,33 @@ class Export:
     @property
     def sites(self) -> Sites:
         """What happens online in the exported model; nothing where R4 was learned with and is left out."""
-        return Sites() if self.config.rotation.online and not self.r4 else self.chosen.sites
+        return Sites() if self.config.rotation.online and not self.r4 else self.variant.sites
 
     @cached_property
     def weights(self) -> RotatedWeights:
         """The merged 16-bit weights, with or without R4."""
-        made = self.chosen.weights
+        made = self.variant.weights
         r4 = self.sites.r4
         return RotatedWeights(made.source, made.shape, made.rotations, r4, made.device, made.dtype, scales=made.scales)
 
     @cached_property
-    def layers_made_under(self) -> str:
+    def layers_fingerprint(self) -> str:
         """The fingerprint that every quantised layer must carry."""
         tokens = calibration_tokens(self.config, self.files)
-        return identity_hash(layer_identity(self.config, self.files, self.chosen, tokens))
+        return identity_hash(layer_identity(self.config, self.files, self.variant, tokens))
 
     @cached_property
-    def made_under(self) -> str:
+    def fingerprint(self) -> str:
         """A hash of everything that decides the export's content."""
         without_tokens = torch.zeros(1, 1, dtype=torch.long)
-        model = layer_identity(self.config, self.files, self.chosen, without_tokens)
-        ends = ends_of(self.config, self.files, self.chosen).made_under if self.quantised else ""
+        model = layer_identity(self.config, self.files, self.variant, without_tokens)
+        embeddings = embeddings_of(self.config, self.files, self.variant).fingerprint if self.quantised else ""
         ours = {
             "format": self.target,
             "profile": self.config.export.profile,
             "shard_gb": self.config.export.shard_gb,
-            "layers": self.quantised and self.layers_made_under,
-            "ends": ends,
+            "layers": self.quantised and self.layers_fingerprint,
+            "ends": embeddings,
             "results": self.results,  # the card tells them
             "dist_spin": __version__,
         }
@@ -115,9 +115,9 @@ class Export:
             metadata = read_metadata(path)
             if metadata is None:
                 what = "cannot be read" if path.exists() else "is missing"
-                raise UserError(f"{path} {what}", AGAIN)
-            if metadata.get("fingerprint") != self.layers_made_under:
-                raise UserError(f"{path} {FOREIGN}", AGAIN)
+                raise UserError(f"{path} {what}", REQUANTIZE)
+            if metadata.get("fingerprint") != self.layers_fingerprint:
+                raise UserError(f"{path} {FOREIGN}", REQUANTIZE)
 
     def quantised_layer(self, index: int) -> QuantizedLayer:
         """Layer `index` of the run, its checksum and fingerprint checked.
@@ -127,28 +127,28 @@ class Export:
         """
         path = layer_path(self.run.layers(), index)
         try:
-            layer, made_under = load_layer(path)
+            layer, fingerprint = load_layer(path)
         except CorruptFile as error:
-            raise UserError(str(error), AGAIN) from error
-        if made_under != self.layers_made_under:
-            raise UserError(f"{path} {FOREIGN}", AGAIN)
+            raise UserError(str(error), REQUANTIZE) from error
+        if fingerprint != self.layers_fingerprint:
+            raise UserError(f"{path} {FOREIGN}", REQUANTIZE)
         return layer
 
-    def quantised_ends(self) -> dict[str, Solution]:
+    def quantised_embeddings(self) -> dict[str, QuantizedWeight]:
         """The quantised ones of `embedding` and `head`, each [vocab, h].
 
         Raises:
             UserError: they should be there and are not, or cannot be used.
         """
-        ends = ends_of(self.config, self.files, self.chosen)
-        if not (self.quantised and ends.bits):
+        embeddings = embeddings_of(self.config, self.files, self.variant)
+        if not (self.quantised and embeddings.bits):
             return {}
         try:
-            found, made_under = load_ends(ends.path)
+            found, fingerprint = load_embeddings(embeddings.path)
         except CorruptFile as error:
-            raise UserError(str(error), AGAIN) from error
-        if made_under != ends.made_under:
-            raise UserError(f"{ends.path} {FOREIGN}", AGAIN)
+            raise UserError(str(error), REQUANTIZE) from error
+        if fingerprint != embeddings.fingerprint:
+            raise UserError(f"{embeddings.path} {FOREIGN}", REQUANTIZE)
         return found
 
     def between(self) -> Callable[[int], None]:
@@ -165,14 +165,16 @@ class Export:
     def checkpoint(self, directory: Path, layer: Callable[[int], dict[str, Tensor]], extra: dict[str, Any]) -> None:
         """Write weights, config and tokenizer to `directory`; see `write_checkpoint`."""
         dtype = self.weights.dtype
-        ends = {end: dequantize_weight(*solution, dtype=dtype) for end, solution in self.quantised_ends().items()}
+        embeddings = {
+            end: dequantize_weight(*quantized, dtype=dtype) for end, quantized in self.quantised_embeddings().items()
+        }
         write_checkpoint(
             directory,
             self.files,
             dtype,
             layer=layer,
-            embedding=lambda: ends["embedding"] if "embedding" in ends else self.weights.embedding(),
-            head=lambda: ends["head"] if "head" in ends else self.weights.head_weight(),
+            embedding=lambda: embeddings["embedding"] if "embedding" in embeddings else self.weights.embedding(),
+            head=lambda: embeddings["head"] if "head" in embeddings else self.weights.head_weight(),
             extra=extra,
             shard_bytes=self.config.export.shard_gb * 1e9,
             between=self.between(),
@@ -182,7 +184,7 @@ class Export:
         """Write what `dist_spin.load` needs beside the weights."""
         kind, dtype = self.files.config.model_type, self.config.model.dtype
         profile = self.config.export.profile
-        write_sidecar(directory, Sidecar(self.target, profile, kind, dtype, self.made_under, self.sites))
+        write_sidecar(directory, Sidecar(self.target, profile, kind, dtype, self.fingerprint, self.sites))
 
     def card(self) -> str:
         """The text of README.md."""

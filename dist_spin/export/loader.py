@@ -19,7 +19,7 @@ from dist_spin.export.checkpoint import DOWN, ROTATED_DOWN
 from dist_spin.export.compressed import PACKED, SCALE, SHAPE, ZERO, bits_in, unpack
 from dist_spin.export.sidecar import Sidecar, read_sidecar
 from dist_spin.model.architecture import ATTENTION_NORM, EMBEDDING, HEAD, LAYER_LINEARS, MLP_NORM, layer_name
-from dist_spin.model.full_model import assemble
+from dist_spin.model.full_model import build_full_model
 from dist_spin.model.weights import SafetensorsWeights
 from dist_spin.numerics.quantizer import dequantize_weight
 
@@ -52,7 +52,7 @@ def load(path: str | Path, device: str | torch.device = "auto") -> Any:
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     dtype = getattr(torch, sidecar.dtype)
     source = SafetensorsWeights(directory)
-    model = assemble(
+    model = build_full_model(
         AutoConfig.for_model(sidecar.model_type, **about),
         sidecar.sites,
         layer=lambda index: _layer(source, index, sidecar, quantization, dtype, place),

@@ -22,20 +22,20 @@ from dist_spin.storage.atomic import write_json
 from dist_spin.storage.tensor_file import CorruptFile, load_tensors, save_tensors, tensors_digest
 
 NAME, ONLINE = "dist_spin.json", "dist_spin/online.safetensors"
-SPECS, HADAMARDS, CLIPS = ("a", "o", "k", "v"), ("r3", "r4"), "clips"  # fields of Sites
-AGAIN = "copy the whole directory again, or export again"
+SPECS, HADAMARDS, CLIP_FIELD = ("a", "o", "k", "v"), ("r3", "r4"), "clips"  # fields of Sites
+EXPORT_AGAIN = "copy the whole directory again, or export again"
 
 
 @dataclass(frozen=True)
 class Sidecar:
-    """format: hf or compressed-tensors. model_type: the original family. dtype: of compute, a torch name. made_under: a hash
+    """format: hf or compressed-tensors. model_type: the original family. dtype: of compute, a torch name. fingerprint: a hash
     of everything that decided the export. sites: quantisers, clips and online Hadamards the weights were made for."""
 
     format: str
     profile: str
     model_type: str
     dtype: str
-    made_under: str
+    fingerprint: str
     sites: Sites
 
 
@@ -49,7 +49,7 @@ def write_sidecar(directory: Path, sidecar: Sidecar) -> None:
         **plain,
         "sites": {name: dataclasses.asdict(getattr(sidecar.sites, name)) for name in SPECS},
         "online": {name: [len(f) for f in getattr(sidecar.sites, name)] for name in HADAMARDS},
-        "clips": CLIPS in tensors,
+        "clips": CLIP_FIELD in tensors,
         "weights": SafetensorsWeights(directory).fingerprint(),
     }
     write_json(directory / NAME, {**about, "checksum": _checksum(about, tensors)})
@@ -67,25 +67,27 @@ def read_sidecar(directory: Path) -> Sidecar:
     except FileNotFoundError as error:
         raise UserError(f"{directory} has no {NAME}", "give a directory that `dist-spin export` wrote") from error
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{directory / NAME} cannot be read", AGAIN) from error
+        raise UserError(f"{directory / NAME} cannot be read", EXPORT_AGAIN) from error
     try:
         tensors = load_tensors(directory / ONLINE)[0] if any(online.values()) or clips else {}
     except CorruptFile as error:
-        raise UserError(str(error), AGAIN) from error
+        raise UserError(str(error), EXPORT_AGAIN) from error
     if checksum != _checksum(about, tensors):
-        raise UserError(f"{directory / NAME}: checksum does not match", AGAIN)
+        raise UserError(f"{directory / NAME}: checksum does not match", EXPORT_AGAIN)
     if about["weights"] != SafetensorsWeights(directory).fingerprint():
-        raise UserError(f"the weights in {directory} are not those that {NAME} was written for", AGAIN)
+        raise UserError(f"the weights in {directory} are not those that {NAME} was written for", EXPORT_AGAIN)
     fields: dict[str, Any] = {name: QuantSpec(**about["sites"][name]) for name in SPECS}
     fields |= {name: tuple(tensors[f"{name}.{i}"] for i in range(len(online[name]))) for name in HADAMARDS}
-    fields |= {CLIPS: tensors[CLIPS]} if clips else {}
+    fields |= {CLIP_FIELD: tensors[CLIP_FIELD]} if clips else {}
     plain = {key: value for key, value in about.items() if key not in ("sites", "online", "clips", "weights")}
+    if "made_under" in plain:  # as exports named it before version 0.2
+        plain["fingerprint"] = plain.pop("made_under")
     return Sidecar(**plain, sites=Sites(**fields))
 
 
 def _tensors(sites: Sites) -> dict[str, Tensor]:
     factors = {f"{name}.{i}": factor for name in HADAMARDS for i, factor in enumerate(getattr(sites, name))}
-    return factors if sites.clips is None else factors | {CLIPS: sites.clips}
+    return factors if sites.clips is None else factors | {CLIP_FIELD: sites.clips}
 
 
 def _checksum(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:

@@ -13,12 +13,12 @@ from pathlib import Path
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.export.directory import whole_directory
-from dist_spin.export.export_job import Export
+from dist_spin.export.export_job import ExportJob
 from dist_spin.export.formats import _compressed_tensors, _executorch, _gguf, _hf
 from dist_spin.export.sidecar import NAME, read_sidecar
 from dist_spin.pipeline.export_limits import check_clips, check_target
 from dist_spin.pipeline.model import open_configured_model
-from dist_spin.pipeline.variants import LEARNED, variant
+from dist_spin.pipeline.variants import LEARNED, build_variant
 from dist_spin.runtime.distributed import World
 from dist_spin.runtime.progress import say
 from dist_spin.runtime.signals import StopRequest
@@ -40,37 +40,37 @@ def export(config: RunConfig, world: World, target: str, output: Path | None = N
     check_target(target, config, files.config, starting=False)
     run = run_dir(config)
     place = output or run.export / target
-    learned = variant(config, files, LEARNED, world.device)
+    learned = build_variant(config, files, LEARNED, world.device)
     check_clips(target, config, learned.sites.clips is not None)
-    work = Export(config, run, files, learned, target, stop)
-    work.check_run()
-    if finished(place, work.made_under):
+    job = ExportJob(config, run, files, learned, target, stop)
+    job.check_run()
+    if finished(place, job.fingerprint):
         say(f"{place} is complete")
         return place
     if place.exists() and not (place / NAME).exists():
         raise UserError(f"{place} exists and is no export", "give another --output, or remove it")
     writers = {"hf": _hf, "compressed-tensors": _compressed_tensors, "gguf": _gguf, "executorch": _executorch}
-    write = writers[target](work)
+    write = writers[target](job)
     with whole_directory(place) as partial:
         write(partial)
         for name in ("final.safetensors", "R.bin"):
             (partial / "dist_spin").mkdir(exist_ok=True)
             shutil.copyfile(run.rotations / name, partial / "dist_spin" / name)
-        write_text(partial / "README.md", work.card())
+        write_text(partial / "README.md", job.card())
     run.event("export", format=target, path=str(place))
     say(f"wrote {place}")
-    if work.sites.r4:
+    if job.sites.r4:
         who = "ExecuTorch's use_spin_quant applies it" if target == "executorch" else "dist_spin.load applies it"
         say(f"R4 is online: {who}, transformers' from_pretrained stops with an error; README.md there says more")
     return place
 
 
-def finished(place: Path, made_under: str) -> bool:
+def finished(place: Path, fingerprint: str) -> bool:
     """Whether a whole export of the same content is there."""
     try:
         about = json.loads((place / NAME).read_text())
         if about["format"] not in ("gguf", "executorch"):
             read_sidecar(place)
-        return about["made_under"] == made_under
+        return about.get("fingerprint", about.get("made_under")) == fingerprint
     except (OSError, ValueError, KeyError, UserError):
         return False

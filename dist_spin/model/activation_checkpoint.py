@@ -46,7 +46,7 @@ def kept_bytes(
     element: int,
     level: str,
     compiled: bool = True,
-    gridded: bool = False,
+    fake_quant_linears: bool = False,
     transformed: bool = False,
 ) -> int:
     """Bytes that one layer keeps for `tokens` tokens of one pass, its input included.
@@ -61,7 +61,7 @@ def kept_bytes(
     h, i = shape.hidden, shape.intermediate
     most = (24 * h + 10 * i) if not compiled else (20 * h + 5 * i) if transformed else (8 * h + 2 * i)
     elements = {"layer": h, "sites": 4 * h, "none": most}[level]
-    if gridded and level == "none" and compiled:
+    if fake_quant_linears and level == "none" and compiled:
         elements += shape.heads * shape.head_dim + i
     return tokens * elements * element
 

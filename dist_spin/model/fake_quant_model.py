@@ -10,13 +10,13 @@ from dist_spin.model import activation_checkpoint as recompute
 from dist_spin.model.architecture import Shape, attention_masks, rotary, skeleton
 from dist_spin.model.loss import cross_entropy, distillation
 from dist_spin.model.rotation import Rotations
-from dist_spin.model.scales_and_clips import Transforms
+from dist_spin.model.scales_and_clips import ScalesAndClips
 from dist_spin.model.sites import WideRMSNorm, plain_sites
 from dist_spin.model.sites_config import Sites, attach, widen_norms
-from dist_spin.model.weight_quant import GRIDDED, GriddedLinear, WeightGrid, attach_gridded, rotate
+from dist_spin.model.weight_quant import LINEAR_ROLES, FakeQuantLinear, WeightQuantizer, attach_fake_quant, rotate
 
 
-class LearningLayer(nn.Module):
+class FakeQuantLayer(nn.Module):
     """One decoder layer with its sites. level: what it keeps for the backward pass (`recompute.LEVELS`)."""
 
     def __init__(self, layer: nn.Module, compile: bool) -> None:
@@ -58,13 +58,13 @@ class LossHead(nn.Module):
         return distillation(normed, teacher, weight, ids, self.teacher_share)
 
 
-class LearningModel(nn.Module):
+class FakeQuantModel(nn.Module):
     """Embedding, layers and loss of a model on the meta device; an engine shards it and gives it weights.
 
     Weights are expected folded (norm gains, R4) but not rotated: see `rotation.folded_rows` for what `parameter_source`
     names. `rotations` and `transforms` stay outside of the module tree, so that no engine touches them. With scales, R4 must
     not be folded. The teacher (`teacher_share` above 0) is the same network with its sites off, run along in one pass. With
-    `grid`, linears run on the grids of their merged weights (model/weight_learning.py), which an engine fits after every
+    `weight_quantizer`, linears run on the grids of their merged weights (model/weight_learning.py), which an engine fits after every
     step; neither transforms nor a teacher go with it.
     """
 
@@ -77,26 +77,28 @@ class LearningModel(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         compile: bool = False,
-        transforms: Transforms | None = None,
+        transforms: ScalesAndClips | None = None,
         teacher_share: float = 0.0,
-        grid: WeightGrid | None = None,
+        weight_quantizer: WeightQuantizer | None = None,
     ) -> None:
         super().__init__()
-        self.rotated = None if grid is None else rotations.basis1  # the basis of the residual stream, if not its own
+        self.rotated = (
+            None if weight_quantizer is None else rotations.r1_param
+        )  # the basis of the residual stream, if not its own
         base = skeleton(config).to(dtype)
         self.config, self.device = base.config, device
         shape = Shape.of(config)
         sites = sites.to(device, dtype)
         for i, layer in enumerate(base.model.layers):
             widen_norms(layer, folded=True)
-            if grid is None:
+            if weight_quantizer is None:
                 learned = None if transforms is None else transforms.layer(i)
                 unfold = transforms is not None and transforms.scales
-                attach(layer, shape, sites, rotations.basis1, rotations.basis2[i], learned, unfold)
+                attach(layer, shape, sites, rotations.r1_param, rotations.r2_params[i], learned, unfold)
             else:
-                attach_gridded(layer, shape, sites, grid, rotations.basis1, rotations.basis2[i])
+                attach_fake_quant(layer, shape, sites, weight_quantizer, rotations.r1_param, rotations.r2_params[i])
         self.embed = base.model.embed_tokens
-        self.layers = nn.ModuleList([LearningLayer(layer, compile) for layer in base.model.layers])
+        self.layers = nn.ModuleList([FakeQuantLayer(layer, compile) for layer in base.model.layers])
         self.head = LossHead(base.config.rms_norm_eps, base.lm_head, teacher_share)
         # In a tuple, because rotary frequencies are no parameters and must not be sharded or cast.
         self._rotary = (rotary(base, device),)
@@ -117,17 +119,17 @@ class LearningModel(nn.Module):
             hidden = rotate(hidden, self.rotated, back=True)  # here, where the norm commutes with it
         return self.head(hidden, teacher, ids)
 
-    def gridded(self) -> Iterator[tuple[int, str, GriddedLinear]]:
+    def fake_quant_linears(self) -> Iterator[tuple[int, str, FakeQuantLinear]]:
         """Layer index, role (such as q_proj) and module of every linear that runs on a grid."""
         for i, layer in enumerate(self.layers):
             for name, module in layer.named_modules():
-                if isinstance(module, GriddedLinear):
-                    yield i, GRIDDED[name.removeprefix("layer.")], module
+                if isinstance(module, FakeQuantLinear):
+                    yield i, LINEAR_ROLES[name.removeprefix("layer.")], module
 
     def set_levels(self, levels: list[str]) -> None:
         """What each layer keeps for the backward pass (`recompute.LEVELS`)."""
         for layer, level in zip(self.layers, levels, strict=True):
-            cast(LearningLayer, layer).level = level
+            cast(FakeQuantLayer, layer).level = level
 
     def _position_embeddings(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         T = hidden.shape[1]
@@ -137,7 +139,7 @@ class LearningModel(nn.Module):
 
 
 def parameter_source(name: str) -> str | None:
-    """The checkpoint name of a `LearningModel` parameter; None for grids, which are fitted, not read."""
+    """The checkpoint name of a `FakeQuantModel` parameter; None for grids, which are fitted, not read."""
     if name.endswith((".codes", ".scale", ".zero")):
         return None
     name = name.replace(".linear.", ".")
@@ -147,5 +149,5 @@ def parameter_source(name: str) -> str | None:
         return name.removeprefix("head.")
     _, index, _, rest = name.split(".", 3)
     module, _, kind = rest.rpartition(".")
-    rest = f"{GRIDDED.get(module, module)}.{kind}"
+    rest = f"{LINEAR_ROLES.get(module, module)}.{kind}"
     return f"model.layers.{index}.{rest}"

@@ -18,7 +18,7 @@ from dist_spin.model.sites import WideRMSNorm
 from dist_spin.model.sites_config import Sites
 
 
-def assemble(
+def build_full_model(
     config: Any,
     sites: Sites,
     *,

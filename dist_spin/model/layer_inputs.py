@@ -38,8 +38,8 @@ def observe(task: LayerTask, see: Callable[[str, Tensor], None] | None = None) -
         for site, module in (
             ("attention", getattr(layer, ATTENTION_NORM)),
             ("mlp", getattr(layer, MLP_NORM)),
-            ("o", layer.self_attn.o_proj.front),
-            ("down", layer.mlp.down_proj.front),
+            ("o", layer.self_attn.o_proj.input_quant),
+            ("down", layer.mlp.down_proj.input_quant),
         ):
             _watch(module, site, see)
         for site, norm in (("before attention", ATTENTION_NORM), ("before mlp", MLP_NORM)):

@@ -151,7 +151,7 @@ def _put(out: dict[str, Tensor], role: str, weight: Tensor, bias: Tensor | None)
         out[f"{role}.bias"] = bias
 
 
-def rotated_end(source: WeightSource, name: str, r1: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def rotated_embedding(source: WeightSource, name: str, r1: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The embedding E R1 or the head (W gain) R1, [vocab, h] in `dtype` on `device`; fp64 inside, in row chunks."""
     r1, gain = r1.to(device), _gain_before(source, f"{name}.weight")
     rows = source.rows(f"{name}.weight", device=device)

@@ -8,29 +8,29 @@ from torch import Tensor
 from dist_spin.numerics.quantizer import QuantSpec, fake_quantize, range_gradients, range_quantize
 
 
-class Basis:
+class RotationParam:
     """One learned rotation as the sites see it. Not a module, so that no engine shards, casts or moves it.
 
     value: R [n, n], orthonormal, in the dtype of compute; refreshed in place after every step; no gradient.
-    tilt:  the leaf that receives gradients [n, n], fp32 (fp64 for fp64 compute): the coordinates Omega of
+    lie_grad:  the leaf that receives gradients [n, n], fp32 (fp64 for fp64 compute): the coordinates Omega of
            R(Omega) = (I + Omega) R at Omega = 0. Its value is never read.
     """
 
-    def __init__(self, value: Tensor, tilt: Tensor | None = None) -> None:
-        self.value, self.tilt = value, tilt
+    def __init__(self, value: Tensor, lie_grad: Tensor | None = None) -> None:
+        self.value, self.lie_grad = value, lie_grad
 
 
-class Learned:
+class ScaleAndClip:
     """The scale and clip that are learned at one site, as leaves in the masters' dtype; None where there is none.
 
-    scale: log of the per-channel scale. clip: logit of the clip ratio, a scalar. Not a module, as `Basis`.
+    scale: log of the per-channel scale. clip: logit of the clip ratio, a scalar. Not a module, as `RotationParam`.
     """
 
     def __init__(self, scale: Tensor | None = None, clip: Tensor | None = None) -> None:
         self.scale, self.clip = scale, clip
 
 
-NOTHING = Learned()
+NO_SCALE_OR_CLIP = ScaleAndClip()
 
 
 @torch.library.custom_op("dist_spin::kept_matmul", mutates_args=())
@@ -54,7 +54,7 @@ def matmul_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _RotateQuantize(torch.autograd.Function):
-    """x_hat = Q(x R) R^T, with straight-through gradients for x and the tilt of R.
+    """x_hat = Q(x R) R^T, with straight-through gradients for x and the lie_grad of R.
 
     With e = Q(x R) - x R held constant (straight-through), x_hat = x R R^T + e R^T: on the manifold dx is the incoming
     gradient g itself, with no matmul. Turning R into (I + Omega) R changes x_hat by x (Omega + Omega^T) + e R^T Omega^T;
@@ -63,21 +63,21 @@ class _RotateQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tilt: Tensor, rotation: Tensor, spec: QuantSpec) -> Tensor:
+    def forward(ctx: Any, x: Tensor, lie_grad: Tensor, rotation: Tensor, spec: QuantSpec) -> Tensor:
         y = fake_quantize(x @ rotation, spec)
         x_hat = kept_matmul(y, rotation.T)
         ctx.save_for_backward(x, x_hat)
-        ctx.tilt_dtype = tilt.dtype
+        ctx.lie_grad_dtype = lie_grad.dtype
         return x_hat
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, x_hat = ctx.saved_tensors
-        return g, _tilt_gradient(x, x_hat, g, ctx.tilt_dtype), None, None
+        return g, _lie_gradient(x, x_hat, g, ctx.lie_grad_dtype), None, None
 
 
 class _RotateScaleQuantize(torch.autograd.Function):
-    """x_hat = Q_c((x R) * s) / s R^T: as `_RotateQuantize` for x and the tilt, which take e as it is.
+    """x_hat = Q_c((x R) * s) / s R^T: as `_RotateQuantize` for x and the lie_grad, which take e as it is.
 
     Log-scales and clip get the gradient through the range as well (`range_gradients`). With z = (x R) * s, g_u = g R the
     gradient of u = Q_c(z) / s, g_q = g_u / s and g_z that of z through Q_c, d log s = sum over tokens of g_z z - g_q Q_c(z).
@@ -87,7 +87,7 @@ class _RotateScaleQuantize(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        tilt: Tensor,
+        lie_grad: Tensor,
         rotation: Tensor,
         scale: Tensor | None,
         clip: Tensor | None,
@@ -95,7 +95,7 @@ class _RotateScaleQuantize(torch.autograd.Function):
     ) -> Tensor:
         x_hat = kept_matmul(_scale_quantize(x @ rotation, scale, clip, spec), rotation.T)
         ctx.save_for_backward(x, x_hat, rotation, scale, clip)
-        ctx.tilt_dtype, ctx.spec = tilt.dtype, spec
+        ctx.lie_grad_dtype, ctx.spec = lie_grad.dtype, spec
         return x_hat
 
     @staticmethod
@@ -114,10 +114,10 @@ class _RotateScaleQuantize(torch.autograd.Function):
             d_scale = (g_z * z - g_q * q).flatten(0, -2).sum(0).to(scale.dtype)
         if ratio is not None:
             d_clip = d_ratio.to(clip.dtype) * ratio * (1 - ratio)
-        return g, _tilt_gradient(x, x_hat, g, ctx.tilt_dtype), None, d_scale, d_clip, None
+        return g, _lie_gradient(x, x_hat, g, ctx.lie_grad_dtype), None, d_scale, d_clip, None
 
 
-def _tilt_gradient(x: Tensor, x_hat: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+def _lie_gradient(x: Tensor, x_hat: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     n = x.shape[-1]
     moved = (x_hat - x).reshape(-1, n)  # [tokens, n]
     return matmul_wide(g.reshape(-1, n).T, moved, dtype)  # [n, n]
@@ -133,21 +133,25 @@ def _scale_quantize(y: Tensor, scale: Tensor | None, clip: Tensor | None, spec: 
     return (range_quantize(y.to(wide) * s, spec, ratio) / s).to(y.dtype)
 
 
-def rotate_quantize(x: Tensor, basis: Basis, spec: QuantSpec, learned: Learned = NOTHING) -> Tensor:
-    """x_hat = Q(x R) R^T for x [..., n]; differentiable in x, in what is learned and, along the manifold, in the tilt of R.
+def rotate_quantize(
+    x: Tensor, rotation: RotationParam, spec: QuantSpec, learned: ScaleAndClip = NO_SCALE_OR_CLIP
+) -> Tensor:
+    """x_hat = Q(x R) R^T for x [..., n]; differentiable in x, in what is learned and, along the manifold, in the lie_grad of R.
 
-    Only the skew part of the tilt's gradient has a meaning; `Rotations` takes it. Without a tilt: plain straight-through.
+    Only the skew part of the lie_grad's gradient has a meaning; `Rotations` takes it. Without a lie_grad: plain straight-through.
     """
     if learned.scale is not None or learned.clip is not None:
-        assert basis.tilt is not None, "scales and clips are learned together with a rotation"
-        out: Tensor = _RotateScaleQuantize.apply(x, basis.tilt, basis.value, learned.scale, learned.clip, spec)
+        assert rotation.lie_grad is not None, "scales and clips are learned together with a rotation"
+        out: Tensor = _RotateScaleQuantize.apply(
+            x, rotation.lie_grad, rotation.value, learned.scale, learned.clip, spec
+        )
         return out
-    if basis.tilt is not None:
-        return _RotateQuantize.apply(x, basis.tilt, basis.value, spec)
-    return fake_quantize(x @ basis.value, spec) @ basis.value.T
+    if rotation.lie_grad is not None:
+        return _RotateQuantize.apply(x, rotation.lie_grad, rotation.value, spec)
+    return fake_quantize(x @ rotation.value, spec) @ rotation.value.T
 
 
-def clipped(x: Tensor, spec: QuantSpec, learned: Learned) -> Tensor:
+def clipped(x: Tensor, spec: QuantSpec, learned: ScaleAndClip) -> Tensor:
     """Q_c(x), its gradient through the range where a clip is learned, straight-through otherwise."""
     if learned.scale is None and learned.clip is None:
         return fake_quantize(x, spec)
@@ -159,23 +163,23 @@ def _times(x: Tensor, log_scale: Tensor, sign: int = 1) -> Tensor:
     return (x * (sign * log_scale).exp()).to(x.dtype)
 
 
-def _differentiable(basis: Basis, dtype: torch.dtype) -> Tensor:
-    """R with its gradient path: the value of (I + Omega) R at Omega = 0, differentiable in Omega in the tilt's dtype."""
-    if basis.tilt is None:
-        return basis.value.to(dtype)
-    return _Tilted.apply(basis.tilt, basis.value).to(dtype)
+def _differentiable(rotation: RotationParam, dtype: torch.dtype) -> Tensor:
+    """R with its gradient path: the value of (I + Omega) R at Omega = 0, differentiable in Omega in the lie_grad's dtype."""
+    if rotation.lie_grad is None:
+        return rotation.value.to(dtype)
+    return _AtIdentity.apply(rotation.lie_grad, rotation.value).to(dtype)
 
 
-class _Tilted(torch.autograd.Function):
+class _AtIdentity(torch.autograd.Function):
     """R(Omega) = (I + Omega) R at Omega = 0, so dOmega = G R^T; no matmul in the forward."""
 
     @staticmethod
-    def forward(ctx: Any, tilt: Tensor, rotation: Tensor) -> Tensor:
+    def forward(ctx: Any, lie_grad: Tensor, rotation: Tensor) -> Tensor:
         ctx.save_for_backward(rotation)
-        ctx.tilt_dtype = tilt.dtype
-        return rotation.to(tilt.dtype)
+        ctx.lie_grad_dtype = lie_grad.dtype
+        return rotation.to(lie_grad.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (rotation,) = ctx.saved_tensors
-        return g.to(ctx.tilt_dtype) @ rotation.to(ctx.tilt_dtype).T, None
+        return g.to(ctx.lie_grad_dtype) @ rotation.to(ctx.lie_grad_dtype).T, None

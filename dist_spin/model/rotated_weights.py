@@ -14,7 +14,7 @@ from dist_spin.model.architecture import (
     layer_name,
 )
 from dist_spin.model.loss import cross_entropy
-from dist_spin.model.merge import rotated_end, rotated_layer
+from dist_spin.model.merge import rotated_embedding, rotated_layer
 from dist_spin.model.sites import WideRMSNorm
 from dist_spin.model.weights import WeightSource
 
@@ -79,7 +79,7 @@ class RotatedWeights:
     def _end(self, name: str) -> Tensor:
         if self.rotations is None:
             return self.source.rows(f"{name}.weight", device=self.device).to(self.dtype)
-        return rotated_end(self.source, name, self.rotations[0], self.device, self.dtype)
+        return rotated_embedding(self.source, name, self.rotations[0], self.device, self.dtype)
 
 
 class Head:

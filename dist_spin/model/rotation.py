@@ -1,7 +1,7 @@
 """The rotations of a model: made, attached to its sites for learning, and merged into its weights.
 
 Row-vector convention, weights [out, in], d = head size, h = hidden size (Liu et al. 2024, SpinQuant):
-R1 [h, h] turns the residual stream, R2 [d, d] of each layer its values, R3 and R4 are fixed Hadamards on q, k and on the
+R1 [h, h] turns the residual stream, R2 [d, d] of each layer its values, R3 and R4 are fixed Heuclideanards on q, k and on the
 input of down_proj; QuaRot (Ashkboos et al. 2024) adds one across the heads that o_proj reads. All weight arithmetic here
 is fp64.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_spin.model.architecture import Shape
-from dist_spin.model.rotate_quantize import Basis
+from dist_spin.model.rotate_quantize import RotationParam
 from dist_spin.numerics.hadamard import largest_block
 from dist_spin.numerics.hadamard_transform import hadamard_transform
 from dist_spin.numerics.random_rotations import random_hadamard, random_orthogonal
@@ -22,8 +22,8 @@ def initial(kind: str, shape: Shape, seed: int) -> tuple[Tensor, Tensor]:
     """Seeded starting rotations R1 [h, h] and R2 [layers, d, d], fp64 on the CPU, drawn R1 first, then layer by layer.
 
     Args:
-        kind: "hadamard" (random signs times a Hadamard), "orthogonal" (Haar), "identity", or "quarot": R1 as "hadamard"
-            has it and R2 the Hadamard itself, the same in every layer (Ashkboos et al. 2024).
+        kind: "hadamard" (random signs times a Heuclideanard), "orthogonal" (Haar), "identity", or "quarot": R1 as "hadamard"
+            has it and R2 the Heuclideanard itself, the same in every layer (Ashkboos et al. 2024).
     """
     generator = torch.Generator().manual_seed(seed)
     if kind == "quarot":
@@ -44,7 +44,7 @@ class Rotations:
 
     r1 [h, h], r2 [layers, d, d]: fp32 masters (fp64 when compute is fp64). bases: what the sites hold.
     gradient: packed [h*h + layers*d*d] in the masters' dtype; backward accumulates straight into it: the gradients of the
-        tilts (see `Basis`), or with `euclidean` those of R1 and R2 as plain matrices until `to_tilt` is called.
+        lie_grads (see `RotationParam`), or with `euclidean` those of R1 and R2 as plain matrices until `to_lie_grad` is called.
     """
 
     def __init__(
@@ -60,33 +60,35 @@ class Rotations:
         master = torch.float64 if compute == torch.float64 else torch.float32
         self.r1, self.r2 = (r.to(device, master, copy=True) for r in (r1, r2))
         self._seen1, self._seen2 = self.r1.to(compute, copy=True), self.r2.to(compute, copy=True)
-        tilts: list[Tensor | None] = [None] * (1 + len(r2))
+        lie_grads: list[Tensor | None] = [None] * (1 + len(r2))
         self.gradient = torch.zeros(0, dtype=master, device=device)
         if learn:
             self.gradient = torch.zeros(self.r1.numel() + self.r2.numel(), dtype=master, device=device)
-            grads = [self.tilt1, *self.tilt2]
+            grads = [self.lie_grad1, *self.lie_grad2]
             for i, grad in enumerate(grads):
                 leaf = torch.zeros_like(grad).requires_grad_()
                 leaf.grad = grad  # a view: packed as it accumulates
-                tilts[i] = leaf
-        self.basis1 = Basis(self._seen1, tilts[0])
-        self.basis2 = [Basis(seen, tilt) for seen, tilt in zip(self._seen2, tilts[1:], strict=True)]
+                lie_grads[i] = leaf
+        self.r1_param = RotationParam(self._seen1, lie_grads[0])
+        self.r2_params = [
+            RotationParam(seen, lie_grad) for seen, lie_grad in zip(self._seen2, lie_grads[1:], strict=True)
+        ]
 
     @property
-    def tilt1(self) -> Tensor:
+    def lie_grad1(self) -> Tensor:
         """R1's part of the gradient buffer, as [h, h]."""
         return self.gradient[: self.r1.numel()].view_as(self.r1)
 
     @property
-    def tilt2(self) -> Tensor:
+    def lie_grad2(self) -> Tensor:
         """R2's part of the gradient buffer, as [layers, d, d]."""
         return self.gradient[self.r1.numel() :].view_as(self.r2)
 
-    def to_tilt(self) -> None:
-        """Turn gradients of R into those of the tilt, in place: R(Omega) = (I + Omega) R, so dOmega = dR R^T."""
+    def to_lie_grad(self) -> None:
+        """Turn gradients of R into those of the lie_grad, in place: R(Omega) = (I + Omega) R, so dOmega = dR R^T."""
         if self.euclidean:
-            self.tilt1.copy_(self.tilt1 @ self.r1.T)
-            self.tilt2.copy_(self.tilt2 @ self.r2.mT)
+            self.lie_grad1.copy_(self.lie_grad1 @ self.r1.T)
+            self.lie_grad2.copy_(self.lie_grad2 @ self.r2.mT)
 
     def refresh(self) -> None:
         """Show the sites the masters as they are now."""

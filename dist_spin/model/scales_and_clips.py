@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dist_spin.model.architecture import ATTENTION_NORM, MLP_NORM, Shape
-from dist_spin.model.rotate_quantize import Learned
-from dist_spin.model.sites_config import CLIPS
+from dist_spin.model.rotate_quantize import ScaleAndClip
+from dist_spin.model.sites_config import CLIP_SITES
 
 FIRST_CUT = (
     0.05  # of the range, when learning starts at 4 bits; each bit more cuts a quarter of it, as of the rounding error
@@ -66,7 +66,7 @@ class Packed:
         return {name: x.sigmoid() if name == "clip" else x.exp() for name, x in named.items()}
 
 
-class Transforms(Packed):
+class ScalesAndClips(Packed):
     """Scales and clips that are learned with the rotations."""
 
     def __init__(
@@ -85,21 +85,23 @@ class Transforms(Packed):
         if scales:
             shapes |= {f"scale.{n}": (shape.layers, *size) for n, size in scale_shapes(shape, shared_keys).items()}
         if clips:
-            shapes["clip"] = (shape.layers, len(CLIPS))
+            shapes["clip"] = (shape.layers, len(CLIP_SITES))
         super().__init__(shapes, device, compute)
         self.scales = scales
         if clips:
-            first = torch.tensor([first_clip(bits[site]) for site in CLIPS], dtype=torch.float64)
+            first = torch.tensor([first_clip(bits[site]) for site in CLIP_SITES], dtype=torch.float64)
             self.named(self.parameters)["clip"].copy_(first.logit())
 
-    def layer(self, index: int) -> dict[str, Learned]:
+    def layer(self, index: int) -> dict[str, ScaleAndClip]:
         """What the sites of one layer learn, by the names in CLIPS; to be asked for once per layer."""
         leaves = self.leaves(index)
         if "clip" in leaves:
             values, gradient = leaves["clip"].detach(), leaves.pop("clip").grad
             assert gradient is not None
-            leaves |= {f"clip.{site}": _leaf(values[i], gradient[i]) for i, site in enumerate(CLIPS)}
-        return {site: Learned(leaves.get(f"scale.{SCALE_AT[site]}"), leaves.get(f"clip.{site}")) for site in CLIPS}
+            leaves |= {f"clip.{site}": _leaf(values[i], gradient[i]) for i, site in enumerate(CLIP_SITES)}
+        return {
+            site: ScaleAndClip(leaves.get(f"scale.{SCALE_AT[site]}"), leaves.get(f"clip.{site}")) for site in CLIP_SITES
+        }
 
     def start_from(self, values: dict[str, Tensor]) -> None:
         """Take up stored `values`; what is not among them, or not learned here, stays as it is.

@@ -22,9 +22,9 @@ from transformers.masking_utils import sdpa_mask
 
 from dist_spin.model.architecture import ATTENTION
 from dist_spin.model.rotate_quantize import (
-    NOTHING,
-    Basis,
-    Learned,
+    NO_SCALE_OR_CLIP,
+    RotationParam,
+    ScaleAndClip,
     _differentiable,
     _kept_backward,
     _times,
@@ -84,36 +84,45 @@ class NormSite(nn.Module):
     """A norm followed by the quantiser of the linears it feeds: computed once, shared by q, k, v or by gate and up."""
 
     def __init__(
-        self, norm: nn.Module, spec: QuantSpec, basis: Basis | None = None, learned: Learned = NOTHING
+        self,
+        norm: nn.Module,
+        spec: QuantSpec,
+        rotation: RotationParam | None = None,
+        learned: ScaleAndClip = NO_SCALE_OR_CLIP,
     ) -> None:
         super().__init__()
-        self.norm, self.spec, self.basis, self.learned = norm, spec, basis, learned
+        self.norm, self.spec, self.rotation, self.learned = norm, spec, rotation, learned
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
         if not self.spec.enabled or _mode.plain:
             return x  # Q is the identity, so R R^T cancels
-        if self.basis is None:
+        if self.rotation is None:
             return fake_quantize(x, self.spec)
-        return rotate_quantize(x, self.basis, self.spec, self.learned)
+        return rotate_quantize(x, self.rotation, self.spec, self.learned)
 
 
 class ValueSite(nn.Module):
     """v_proj and the quantiser of the V cache: v_hat = Q(v R2 * s) per head, left in the rotated, scaled basis."""
 
     def __init__(
-        self, linear: nn.Module, spec: QuantSpec, head_dim: int, basis: Basis | None = None, learned: Learned = NOTHING
+        self,
+        linear: nn.Module,
+        spec: QuantSpec,
+        head_dim: int,
+        rotation: RotationParam | None = None,
+        learned: ScaleAndClip = NO_SCALE_OR_CLIP,
     ) -> None:
         super().__init__()
-        self.linear, self.spec, self.head_dim, self.basis, self.learned = linear, spec, head_dim, basis, learned
+        self.linear, self.spec, self.head_dim, self.rotation, self.learned = linear, spec, head_dim, rotation, learned
 
     def forward(self, x: Tensor) -> Tensor:
         v = self.linear(x)
         if _mode.plain:
             return v
         v = v.unflatten(-1, (-1, self.head_dim))  # [..., kv_heads, d]
-        if self.basis is not None:
-            v = v @ _differentiable(self.basis, v.dtype)
+        if self.rotation is not None:
+            v = v @ _differentiable(self.rotation, v.dtype)
         if self.learned.scale is not None:
             v = _times(v, self.learned.scale)
         return clipped(v, self.spec, self.learned).flatten(-2)
@@ -124,7 +133,7 @@ def across_heads(x: Tensor, hadamard: tuple[Tensor, ...], head_dim: int) -> Tens
     return online_transform(x.unflatten(-1, (-1, head_dim)).mT, hadamard).mT.flatten(-2)
 
 
-class OutputFront(nn.Module):
+class OProjInputQuant(nn.Module):
     """What o_proj reads: Q(a) / s R2^T, quantised in the scaled R2 basis, by token or by head (`spec.group_size`).
 
     heads: Kronecker factors of an online Hadamard across heads (QuaRot), whose inverse o_proj's weight then holds; () leaves
@@ -135,13 +144,13 @@ class OutputFront(nn.Module):
         self,
         spec: QuantSpec,
         head_dim: int,
-        basis: Basis | None,
+        rotation: RotationParam | None,
         heads: tuple[Tensor, ...] = (),
-        learned: Learned = NOTHING,
+        learned: ScaleAndClip = NO_SCALE_OR_CLIP,
     ) -> None:
         """learned: its scale is the values' one, [kv_heads, d]."""
         super().__init__()
-        self.spec, self.head_dim, self.basis, self.heads, self.learned = spec, head_dim, basis, heads, learned
+        self.spec, self.head_dim, self.rotation, self.heads, self.learned = spec, head_dim, rotation, heads, learned
 
     def forward(self, attended: Tensor) -> Tensor:
         """attended [..., heads * d] to the same."""
@@ -150,22 +159,26 @@ class OutputFront(nn.Module):
         if self.heads:
             attended = across_heads(attended, self.heads, self.head_dim)
         a = clipped(attended, self.spec, self.learned)
-        if self.basis is None:
+        if self.rotation is None:
             return a
         a = a.unflatten(-1, (-1, self.head_dim))
         if self.learned.scale is not None:
             a = _times(a, _per_query_head(self.learned.scale, a.shape[-2]), -1)
-        return (a @ _differentiable(self.basis, a.dtype).T).flatten(-2)
+        return (a @ _differentiable(self.rotation, a.dtype).T).flatten(-2)
 
 
-class DownFront(nn.Module):
+class DownProjInputQuant(nn.Module):
     """What down_proj reads: its input rotated online by the Hadamard R4 and quantised.
 
     unfold: down_proj has R4 not folded in, so that what is quantised is rotated and scaled back: Q((m * s) R4) R4^T / s.
     """
 
     def __init__(
-        self, spec: QuantSpec, hadamard: tuple[Tensor, ...], learned: Learned = NOTHING, unfold: bool = False
+        self,
+        spec: QuantSpec,
+        hadamard: tuple[Tensor, ...],
+        learned: ScaleAndClip = NO_SCALE_OR_CLIP,
+        unfold: bool = False,
     ) -> None:
         super().__init__()
         self.spec, self.learned, self.unfold = spec, learned, unfold
@@ -187,19 +200,19 @@ class DownFront(nn.Module):
         return m if self.learned.scale is None else _times(m, self.learned.scale, -1)
 
 
-class FrontedLinear(nn.Module):
+class QuantizedInputLinear(nn.Module):
     """A linear behind the site that prepares its input; apart, so that calibration can read what lies between them.
 
     keep: let recomputation keep the result, for a linear whose result others are computed from (o_proj's feeds the residual).
     """
 
-    def __init__(self, front: nn.Module, linear: nn.Linear, keep: bool = False) -> None:
+    def __init__(self, input_quant: nn.Module, linear: nn.Linear, keep: bool = False) -> None:
         super().__init__()
-        self.front, self.linear, self.keep = front, linear, keep
+        self.input_quant, self.linear, self.keep = input_quant, linear, keep
 
     def forward(self, x: Tensor) -> Tensor:
         """The linear of the prepared input."""
-        x = self.front(x)
+        x = self.input_quant(x)
         if not self.keep:
             return self.linear(x)
         y = kept_matmul(x, self.linear.weight.T)
@@ -213,7 +226,9 @@ class KeySite(nn.Module):
     commutes with RoPE: Q((k * t) R3) and (q / t) R3.
     """
 
-    def __init__(self, spec: QuantSpec, hadamard: tuple[Tensor, ...] = (), learned: Learned = NOTHING) -> None:
+    def __init__(
+        self, spec: QuantSpec, hadamard: tuple[Tensor, ...] = (), learned: ScaleAndClip = NO_SCALE_OR_CLIP
+    ) -> None:
         super().__init__()
         self.spec, self.hadamard, self.learned = spec, hadamard, learned
 

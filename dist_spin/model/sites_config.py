@@ -8,11 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from dist_spin.model.architecture import ATTENTION_NORM, MLP_NORM, Shape
-from dist_spin.model.rotate_quantize import NOTHING, Basis, Learned
-from dist_spin.model.sites import DownFront, FrontedLinear, KeySite, NormSite, OutputFront, ValueSite, WideRMSNorm
+from dist_spin.model.rotate_quantize import NO_SCALE_OR_CLIP, RotationParam, ScaleAndClip
+from dist_spin.model.sites import (
+    DownProjInputQuant,
+    KeySite,
+    NormSite,
+    OProjInputQuant,
+    QuantizedInputLinear,
+    ValueSite,
+    WideRMSNorm,
+)
 from dist_spin.numerics.quantizer import QuantSpec
 
-CLIPS = ("attention", "o", "mlp", "down", "k", "v")  # where clips are learned, in the order in which they are kept
+CLIP_SITES = ("attention", "o", "mlp", "down", "k", "v")  # where clips are learned, in the order in which they are kept
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Sites:
     def bits(self) -> dict[str, int]:
         """Bits of the quantiser at each of CLIPS."""
         specs = (self.a, self.o, self.mlp or self.a, self.down or self.a, self.k, self.v)
-        return {site: spec.bits for site, spec in zip(CLIPS, specs, strict=True)}
+        return {site: spec.bits for site, spec in zip(CLIP_SITES, specs, strict=True)}
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Sites":
         """The same with the Hadamard factors on `device` in `dtype`."""
@@ -49,7 +57,7 @@ class Sites:
         """The sites of one merged layer, its learned clips on top of the configured ones."""
         if self.clips is None:
             return self
-        kept = dict(zip(CLIPS, self.clips[index].tolist(), strict=True))
+        kept = dict(zip(CLIP_SITES, self.clips[index].tolist(), strict=True))
 
         def clip(spec: QuantSpec, site: str) -> QuantSpec:
             return dataclasses.replace(spec, clip_ratio=spec.clip_ratio * kept[site])
@@ -70,9 +78,9 @@ def attach(
     layer: nn.Module,
     shape: Shape,
     sites: Sites,
-    r1: Basis | None = None,
-    r2: Basis | None = None,
-    learned: dict[str, Learned] | None = None,
+    r1: RotationParam | None = None,
+    r2: RotationParam | None = None,
+    learned: dict[str, ScaleAndClip] | None = None,
     unfold: bool = False,
 ) -> None:
     """Put the sites into one decoder layer, in place.
@@ -85,14 +93,14 @@ def attach(
     """
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
-    at = dict.fromkeys(CLIPS, NOTHING) if learned is None else learned
+    at = dict.fromkeys(CLIP_SITES, NO_SCALE_OR_CLIP) if learned is None else learned
     d, mlp_spec, down_spec = shape.head_dim, sites.mlp or sites.a, sites.down or sites.a
     for name, spec, site in ((ATTENTION_NORM, sites.a, "attention"), (MLP_NORM, mlp_spec, "mlp")):
         setattr(layer, name, NormSite(getattr(layer, name), spec, r1, at[site]))
     attention.v_proj = ValueSite(attention.v_proj, sites.v, d, r2, at["v"])
-    front = OutputFront(sites.o, d, r2, sites.heads, at["o"])
-    attention.o_proj = FrontedLinear(front, attention.o_proj, keep=r2 is not None)
-    mlp.down_proj = FrontedLinear(DownFront(down_spec, sites.r4, at["down"], unfold), mlp.down_proj)
+    input_quant = OProjInputQuant(sites.o, d, r2, sites.heads, at["o"])
+    attention.o_proj = QuantizedInputLinear(input_quant, attention.o_proj, keep=r2 is not None)
+    mlp.down_proj = QuantizedInputLinear(DownProjInputQuant(down_spec, sites.r4, at["down"], unfold), mlp.down_proj)
     attention.key_site = KeySite(sites.k, sites.r3, at["k"])
 
 

@@ -11,7 +11,7 @@ does. With a the quantised input of a linear and g the gradient of its output (r
     down (R4 in W)   W^ ~ R1^T W        dR1 += (a W^T)^T g
 
 with R2 acting, and dR2 summed, per head. A linear pays one more product of its own size; no [out, in] gradient but v's is
-ever formed. The leaves receive plain Euclidean gradients here (`Rotations` turns them into the tilt's).
+ever formed. The leaves receive plain Euclidean gradients here (`Rotations` turns them into the lie_grad's).
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_spin.model.architecture import ATTENTION_NORM, MLP_NORM, Shape
-from dist_spin.model.rotate_quantize import Basis, kept_matmul, matmul_wide
-from dist_spin.model.sites import DownFront, KeySite, OutputFront, ValueSite
+from dist_spin.model.rotate_quantize import RotationParam, kept_matmul, matmul_wide
+from dist_spin.model.sites import DownProjInputQuant, KeySite, OProjInputQuant, ValueSite
 from dist_spin.model.sites_config import Sites
 from dist_spin.numerics.quantizer import (
     STAGED_CLIP,
@@ -36,7 +36,7 @@ from dist_spin.numerics.quantizer import (
 )
 
 # Where a decoder layer keeps the parameters of each linear, within the layer.
-GRIDDED = {
+LINEAR_ROLES = {
     f"{ATTENTION_NORM}.linears.0": "self_attn.q_proj",
     f"{ATTENTION_NORM}.linears.1": "self_attn.k_proj",
     f"{ATTENTION_NORM}.linears.2": "self_attn.v_proj",
@@ -50,7 +50,7 @@ BYTES = torch.float8_e5m2
 
 
 @dataclass(frozen=True)
-class WeightGrid:
+class WeightQuantizer:
     """How merged weights are rounded while rotations are learned; the fields are `quantizer.weight_scales`'s."""
 
     bits: int
@@ -62,31 +62,31 @@ class WeightGrid:
         """Whether rows of `width` codes are stored two per byte."""
         return self.bits <= 4 and width % 2 == 0
 
-    def fit(self, merged: Tensor) -> "Grid":
+    def fit(self, merged: Tensor) -> "PackedWeight":
         """The grid of rows of a merged weight [rows, in], its scales in fp32 (fp64 for fp64)."""
         scale, zero = weight_scales(merged, self.bits, self.symmetric, self.group_size, self.mse_clip, STAGED_CLIP)
         codes = quantize_weight(merged, scale, zero, self.bits, self.symmetric, self.group_size)
         stored = pack_nibbles(codes) if self.packs(merged.shape[1]) else codes.view(torch.uint8)
-        return Grid(stored, scale, None if self.symmetric else zero)
+        return PackedWeight(stored, scale, None if self.symmetric else zero)
 
-    def weight(self, grid: "Grid", like: Tensor, again: bool = False) -> Tensor:
+    def weight(self, packed: "PackedWeight", like: Tensor, again: bool = False) -> Tensor:
         """The rounded weight in the shape and dtype of `like` [out, in].
 
         again: decode by other arithmetic, to the same bits. A compiler would find that a backward pass needs the value that
         its forward pass had, and keep whole weights of every layer in between.
         """
-        codes = _decoded_again(self, grid.codes, like) if again else _decoded(self, grid.codes, like)
-        zero = torch.zeros_like(grid.scale) if grid.zero is None else grid.zero
-        return dequantize_weight(codes, grid.scale, zero, self.group_size, like.dtype)
+        codes = _decoded_again(self, packed.codes, like) if again else _decoded(self, packed.codes, like)
+        zero = torch.zeros_like(packed.scale) if packed.zero is None else packed.zero
+        return dequantize_weight(codes, packed.scale, zero, self.group_size, like.dtype)
 
 
-def _decoded(spec: WeightGrid, stored: Tensor, like: Tensor) -> Tensor:
+def _decoded(spec: WeightQuantizer, stored: Tensor, like: Tensor) -> Tensor:
     if spec.packs(like.shape[1]):
         return unpack_int4(stored, spec.symmetric)
     return stored.view(torch.int8) if spec.symmetric else stored
 
 
-def _decoded_again(spec: WeightGrid, stored: Tensor, like: Tensor) -> Tensor:
+def _decoded_again(spec: WeightQuantizer, stored: Tensor, like: Tensor) -> Tensor:
     signed = stored.view(torch.int8)
     if spec.packs(like.shape[1]):
         both = torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1).flatten(-2)  # shifts keep the sign
@@ -96,7 +96,7 @@ def _decoded_again(spec: WeightGrid, stored: Tensor, like: Tensor) -> Tensor:
     return torch.where(signed < 0, signed.to(torch.int16) + 256, signed.to(torch.int16))
 
 
-class Grid(NamedTuple):
+class PackedWeight(NamedTuple):
     """A rounded weight [out, in]: codes uint8 [out, in or in / 2], scale and zero [out, groups]; symmetric: no zero."""
 
     codes: Tensor
@@ -104,16 +104,16 @@ class Grid(NamedTuple):
     zero: Tensor | None = None
 
 
-class GriddedLinear(nn.Module):
+class FakeQuantLinear(nn.Module):
     """The parameters of a linear that runs on the grid of its merged weight; what runs it is its site.
 
-    weight [out, in]: folded, unrotated; bias [out]: unrotated; codes (as BYTES), scale, zero: see `Grid`. All frozen.
+    weight [out, in]: folded, unrotated; bias [out]: unrotated; codes (as BYTES), scale, zero: see `PackedWeight`. All frozen.
     """
 
     bias: nn.Parameter | None
     zero: nn.Parameter | None
 
-    def __init__(self, linear: nn.Linear, spec: WeightGrid) -> None:
+    def __init__(self, linear: nn.Linear, spec: WeightQuantizer) -> None:
         super().__init__()
         self.spec, self.weight = spec, linear.weight
         self.register_parameter("bias", linear.bias)
@@ -128,8 +128,8 @@ class GriddedLinear(nn.Module):
         self.register_parameter("zero", None if spec.symmetric else frozen(groups, wide))
 
     @property
-    def grid(self) -> Grid:
-        return Grid(self.codes.view(torch.uint8), self.scale, self.zero)
+    def packed(self) -> PackedWeight:
+        return PackedWeight(self.codes.view(torch.uint8), self.scale, self.zero)
 
 
 class _Part(nn.Module):
@@ -150,7 +150,13 @@ class InputLinears(nn.Module):
     """
 
     def __init__(
-        self, norm: nn.Module, spec: QuantSpec, linears: list[GriddedLinear], r1: Basis, r2: Basis | None, head_dim: int
+        self,
+        norm: nn.Module,
+        spec: QuantSpec,
+        linears: list[FakeQuantLinear],
+        r1: RotationParam,
+        r2: RotationParam | None,
+        head_dim: int,
     ) -> None:
         super().__init__()
         self.norm, self.spec, self.r1, self.r2, self.head_dim = norm, spec, r1, r2, head_dim
@@ -160,9 +166,9 @@ class InputLinears(nn.Module):
         a = fake_quantize(self.norm(x), self.spec)
         linears: list[Any] = list(self.linears)
         spec = linears[0].spec
-        tensors = [t for linear in linears for t in (linear.weight, *linear.grid)]
-        r2 = (None, None) if self.r2 is None else (self.r2.tilt, self.r2.value)
-        y = _InputProduct.apply(a, self.r1.tilt, self.r1.value, *r2, spec, self.head_dim, *tensors)
+        tensors = [t for linear in linears for t in (linear.weight, *linear.packed)]
+        r2 = (None, None) if self.r2 is None else (self.r2.lie_grad, self.r2.value)
+        y = _InputProduct.apply(a, self.r1.lie_grad, self.r1.value, *r2, spec, self.head_dim, *tensors)
         biases = [
             linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears
         ]
@@ -177,17 +183,30 @@ class OutputLinear(nn.Module):
     """The linear that writes to the rotated residual stream, behind the site that prepares its input (o and down)."""
 
     def __init__(
-        self, front: nn.Module, linear: GriddedLinear, r1: Basis, r2: Basis | None, head_dim: int, keep: bool
+        self,
+        input_quant: nn.Module,
+        linear: FakeQuantLinear,
+        r1: RotationParam,
+        r2: RotationParam | None,
+        head_dim: int,
+        keep: bool,
     ) -> None:
         super().__init__()
-        self.front, self.linear, self.r1, self.r2, self.head_dim, self.keep = front, linear, r1, r2, head_dim, keep
+        self.input_quant, self.linear, self.r1, self.r2, self.head_dim, self.keep = (
+            input_quant,
+            linear,
+            r1,
+            r2,
+            head_dim,
+            keep,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., h]."""
-        linear, r2 = self.linear, (None, None) if self.r2 is None else (self.r2.tilt, self.r2.value)
+        linear, r2 = self.linear, (None, None) if self.r2 is None else (self.r2.lie_grad, self.r2.value)
         y = _OutputProduct.apply(
-            self.front(x), self.r1.tilt, self.r1.value, *r2, linear.spec, self.head_dim, self.keep,
-            linear.weight, *linear.grid,
+            self.input_quant(x), self.r1.lie_grad, self.r1.value, *r2, linear.spec, self.head_dim, self.keep,
+            linear.weight, *linear.packed,
         )  # fmt: skip
         return y if linear.bias is None else y + rotate(linear.bias[None], self.r1)[0]
 
@@ -202,7 +221,7 @@ class _InputProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, leaf1: Tensor, r1: Tensor, leaf2: Tensor | None, r2: Tensor | None, spec: WeightGrid,
+        ctx: Any, a: Tensor, leaf1: Tensor, r1: Tensor, leaf2: Tensor | None, r2: Tensor | None, spec: WeightQuantizer,
         head_dim: int, *tensors: Tensor,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(a, r1, r2, *tensors)
@@ -235,7 +254,7 @@ class _OutputProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, leaf1: Tensor, r1: Tensor, leaf2: Tensor | None, r2: Tensor | None, spec: WeightGrid,
+        ctx: Any, a: Tensor, leaf1: Tensor, r1: Tensor, leaf2: Tensor | None, r2: Tensor | None, spec: WeightQuantizer,
         head_dim: int, keep: bool, *tensors: Tensor,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(a, r1, r2, *tensors)
@@ -257,9 +276,9 @@ class _OutputProduct(torch.autograd.Function):
         return d_a, d_r1, None, d_r2, None, None, None, None, *(None,) * len(tensors)
 
 
-def _stacked(spec: WeightGrid, tensors: Any, again: bool = False) -> Tensor:
+def _stacked(spec: WeightQuantizer, tensors: Any, again: bool = False) -> Tensor:
     """The rounded weights, one below the other; tensors: (weight, codes, scale, zero) of each."""
-    parts = [spec.weight(Grid(*tensors[i + 1 : i + 4]), tensors[i], again) for i in range(0, len(tensors), 4)]
+    parts = [spec.weight(PackedWeight(*tensors[i + 1 : i + 4]), tensors[i], again) for i in range(0, len(tensors), 4)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -280,12 +299,14 @@ class _Rotate(torch.autograd.Function):
         return g @ (r if ctx.back else r.T), d_r, None, None
 
 
-def rotate(x: Tensor, basis: Basis, back: bool = False) -> Tensor:
+def rotate(x: Tensor, rotation: RotationParam, back: bool = False) -> Tensor:
     """x R (x R^T with `back`) for x [..., n]; differentiable in x and in R, as a plain matrix."""
-    return _Rotate.apply(x, basis.tilt, basis.value, back)
+    return _Rotate.apply(x, rotation.lie_grad, rotation.value, back)
 
 
-def attach_gridded(layer: nn.Module, shape: Shape, sites: Sites, grid: WeightGrid, r1: Basis, r2: Basis) -> None:
+def attach_fake_quant(
+    layer: nn.Module, shape: Shape, sites: Sites, packed: WeightQuantizer, r1: RotationParam, r2: RotationParam
+) -> None:
     """Put sites and gridded linears into one decoder layer on the meta device, in place.
 
     The counterpart of `rotation.attach` for a network that lives in the rotated basis: r1, r2 must have leaves.
@@ -296,15 +317,17 @@ def attach_gridded(layer: nn.Module, shape: Shape, sites: Sites, grid: WeightGri
         (ATTENTION_NORM, attention, ("q_proj", "k_proj", "v_proj"), r2),
         (MLP_NORM, mlp, ("gate_proj", "up_proj"), None),
     ):
-        linears = [GriddedLinear(getattr(owner, name), grid) for name in names]
+        linears = [FakeQuantLinear(getattr(owner, name), packed) for name in names]
         setattr(layer, norm, InputLinears(getattr(layer, norm), sites.a, linears, r1, second, shape.head_dim))
         start = 0
         for name, linear in zip(names, linears, strict=True):
             setattr(owner, name, _Part(start, start := start + len(linear.weight)))
     attention.v_proj = ValueSite(attention.v_proj, sites.v, shape.head_dim)
-    o, down = (GriddedLinear(linear, grid) for linear in (attention.o_proj, mlp.down_proj))
-    attention.o_proj = OutputLinear(OutputFront(sites.o, shape.head_dim, None), o, r1, r2, shape.head_dim, keep=True)
-    mlp.down_proj = OutputLinear(DownFront(sites.a, sites.r4), down, r1, None, shape.head_dim, keep=False)
+    o, down = (FakeQuantLinear(linear, packed) for linear in (attention.o_proj, mlp.down_proj))
+    attention.o_proj = OutputLinear(
+        OProjInputQuant(sites.o, shape.head_dim, None), o, r1, r2, shape.head_dim, keep=True
+    )
+    mlp.down_proj = OutputLinear(DownProjInputQuant(sites.a, sites.r4), down, r1, None, shape.head_dim, keep=False)
     attention.key_site = KeySite(sites.k, sites.r3)
 
 

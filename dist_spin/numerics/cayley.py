@@ -22,9 +22,9 @@ from torch import Tensor
 ITERATIONS = 5  # of the fixed point; the published number
 
 
-def tangent(tilt: Tensor) -> Tensor:
+def tangent(lie_grad: Tensor) -> Tensor:
     """Skew part [..., n, n] of a gradient in the coordinates Omega: the Riemannian gradient, free of normal components."""
-    return (tilt - tilt.mT) / 2
+    return (lie_grad - lie_grad.mT) / 2
 
 
 def step_size(x: Tensor, direction: Tensor, lr: float) -> Tensor:
@@ -36,7 +36,7 @@ def step_size(x: Tensor, direction: Tensor, lr: float) -> Tensor:
     Returns:
         alpha [..., 1, 1]; lr where the direction is zero.
     """
-    return bounded(column_sums(x, direction, slice(None)).amax(-1), lr)
+    return capped_step(column_sums(x, direction, slice(None)).amax(-1), lr)
 
 
 def column_sums(x: Tensor, direction: Tensor, columns: slice) -> Tensor:
@@ -45,7 +45,7 @@ def column_sums(x: Tensor, direction: Tensor, columns: slice) -> Tensor:
         return (x.mT @ (direction @ x[..., columns])).abs().sum(-2)
 
 
-def bounded(norm: Tensor, lr: float) -> Tensor:
+def capped_step(norm: Tensor, lr: float) -> Tensor:
     """min(lr, 1 / norm) for norms [...], as [..., 1, 1]; lr where the norm is zero."""
     return torch.where(norm > 0, (1 / norm).clamp(max=lr), lr)[..., None, None]
 

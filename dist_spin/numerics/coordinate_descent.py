@@ -15,10 +15,10 @@ from torch import Tensor
 from dist_spin.numerics.gptq import (
     Factor,
     GPTQOptions,
-    Solution,
+    QuantizedWeight,
     added_diagonal,
     exact_products,
-    feed_back,
+    propagate_error,
     solve_block,
     tiled,
     untiled,
@@ -29,35 +29,35 @@ PANEL = 2048  # columns of E H made at once: the product is large, and little of
 
 
 @torch.no_grad()
-def refine(
-    w: Tensor, solution: Solution, hessian: Tensor, factor: Factor, options: GPTQOptions, sweeps: int
-) -> Solution:
-    """`solution` of rows w [rows, in] with better codes after `sweeps` passes over its columns, from left to right.
+def coordinate_descent(
+    w: Tensor, quantized: QuantizedWeight, hessian: Tensor, factor: Factor, options: GPTQOptions, cd_passes: int
+) -> QuantizedWeight:
+    """`quantized` of rows w [rows, in] with better codes after `cd_passes` passes over its columns, from left to right.
 
     hessian: [in, in] in the solution's dtype, and factor: what `prepare` made of it under the same options. A sweep
     takes rows · in² multiply-adds, GPTQ's own products half of that. Raises ValueError where the three do not fit together.
     """
     rows, columns = w.shape
-    if solution.codes.shape != w.shape or len(hessian) != columns or len(factor.dead) != columns:
-        shapes = f"{list(w.shape)}, codes {list(solution.codes.shape)}, Hessian {list(hessian.shape)}"
+    if quantized.codes.shape != w.shape or len(hessian) != columns or len(factor.dead) != columns:
+        shapes = f"{list(w.shape)}, codes {list(quantized.codes.shape)}, Hessian {list(hessian.shape)}"
         raise ValueError(f"weight, codes and Hessian do not fit: {shapes}")
-    codes, scale, zero = solution
+    codes, scale, zero = quantized
     live = whole_batches(torch.where(factor.dead, 0, w.to(hessian.dtype)))
     codes = tiled(whole_batches(codes.clone()))
     scale, zero = tiled(whole_batches(scale, 1.0)), tiled(whole_batches(zero))
     with exact_products():
-        refined = _refine_tiles(tiled(live), Solution(codes, scale, zero), hessian, factor, options, sweeps)
-    return Solution(untiled(refined)[:rows], solution.scale, solution.zero)
+        refined = _refine_tiles(tiled(live), QuantizedWeight(codes, scale, zero), hessian, factor, options, cd_passes)
+    return QuantizedWeight(untiled(refined)[:rows], quantized.scale, quantized.zero)
 
 
 def _refine_tiles(
-    w: Tensor, solution: Solution, hessian: Tensor, factor: Factor, options: GPTQOptions, sweeps: int
+    w: Tensor, quantized: QuantizedWeight, hessian: Tensor, factor: Factor, options: GPTQOptions, cd_passes: int
 ) -> Tensor:
-    """Codes [T, in, R] better than those of `solution` [T, …, R]; w [T, in, R] is overwritten.
+    """Codes [T, in, R] better than those of `quantized` [T, …, R]; w [T, in, R] is overwritten.
 
     Nothing in here waits for the device: no tensor value decides a branch.
     """
-    codes, scale, zero = solution
+    codes, scale, zero = quantized
     columns = w.shape[1]
     group_of = torch.arange(columns, device=w.device) // (columns // scale.shape[1])
     added = added_diagonal(hessian, factor.dead, factor.damping)
@@ -71,13 +71,13 @@ def _refine_tiles(
         stop = min(start + options.block_size, columns)
         w[:, start:stop] -= values(start, stop)
     error = w
-    for _ in range(sweeps):
+    for _ in range(cd_passes):
         for first in range(0, columns, PANEL):
             last = min(first + PANEL, columns)
             damped = hessian[first:last].clone()
             damped[:, first:last].diagonal().add_(added[first:last])
             pull = torch.zeros_like(error[:, first:last])  # -(E H) of the panel's columns
-            feed_back(pull, damped, error)
+            propagate_error(pull, damped, error)
             for start in range(first, last, options.block_size):
                 stop = min(start + options.block_size, last)
                 a, b = start - first, stop - first  # the block within the panel
@@ -87,10 +87,10 @@ def _refine_tiles(
                 )
                 before = values(start, stop)
                 optimum = before.clone()
-                feed_back(optimum, inverse.T, pull[:, a:b])
+                propagate_error(optimum, inverse.T, pull[:, a:b])
                 feedback = triangle.diagonal()[:, None] * inverse
                 codes[:, start:stop], _ = solve_block(optimum, feedback, scale, zero, group_of[start:stop], options)
                 moved = before - values(start, stop)
                 error[:, start:stop] += moved
-                feed_back(pull[:, b:], damped[b:, start:stop], moved)
+                propagate_error(pull[:, b:], damped[b:, start:stop], moved)
     return codes

@@ -68,7 +68,7 @@ class GPTQOptions:
             raise ValueError(f"block_size must be positive, not {self.block_size}")
 
 
-def fitted_grid(w: Tensor, options: GPTQOptions, group_size: int) -> tuple[Tensor, Tensor]:
+def fitted_scales(w: Tensor, options: GPTQOptions, group_size: int) -> tuple[Tensor, Tensor]:
     """Scale and zero of w [rows, in] as `weight_scales` finds them under the options, the scale rounded to `scale_dtype`."""
     scale, zero = weight_scales(
         w, options.bits, options.symmetric, group_size, options.mse_clip, norm=options.clip_norm
@@ -89,7 +89,7 @@ class Factor(NamedTuple):
     damping: float  # what was added to H's diagonal, as a fraction of the mean over live columns
 
 
-class Solution(NamedTuple):
+class QuantizedWeight(NamedTuple):
     """Quantised rows, columns in original order; `dequantize_weight` turns them back into a weight."""
 
     codes: Tensor  # [out, in] int8 (uint8 for 8-bit asymmetric)
@@ -98,7 +98,7 @@ class Solution(NamedTuple):
 
 
 class GPTQResult(NamedTuple):
-    """A `Solution` and how good it is; errors are tr(E H Eᵀ) / tr(W H Wᵀ) with the undamped H."""
+    """A `QuantizedWeight` and how good it is; errors are tr(E H Eᵀ) / tr(W H Wᵀ) with the undamped H."""
 
     codes: Tensor
     scale: Tensor
@@ -114,11 +114,11 @@ def gptq_quantize(w: Tensor, hessian: Tensor, options: GPTQOptions) -> GPTQResul
     Raises ValueError as `prepare` and `solve` do.
     """
     factor = prepare(hessian, options)
-    solution = solve(w, factor, options)
-    gptq, rtn, reference = output_errors(w, solution, hessian, options).sum(0).tolist()
+    quantized = solve(w, factor, options)
+    gptq, rtn, reference = output_errors(w, quantized, hessian, options).sum(0).tolist()
     if reference == 0:  # a zero weight, or one that only meets dead inputs, is reproduced exactly
-        return GPTQResult(*solution, error=0.0, damping=factor.damping, rtn_error=0.0)
-    return GPTQResult(*solution, error=gptq / reference, damping=factor.damping, rtn_error=rtn / reference)
+        return GPTQResult(*quantized, error=0.0, damping=factor.damping, rtn_error=0.0)
+    return GPTQResult(*quantized, error=gptq / reference, damping=factor.damping, rtn_error=rtn / reference)
 
 
 @torch.no_grad()
@@ -188,7 +188,7 @@ def exact_products() -> Iterator[None]:
 
 
 @torch.no_grad()
-def solve(w: Tensor, factor: Factor, options: GPTQOptions) -> Solution:
+def solve(w: Tensor, factor: Factor, options: GPTQOptions) -> QuantizedWeight:
     """Quantise rows w [rows, in], any floating dtype, with a factor prepared under the same options.
 
     Grouped scales are fitted when the solve reaches the group, from the weight as updated by all earlier columns; with
@@ -207,10 +207,10 @@ def solve(w: Tensor, factor: Factor, options: GPTQOptions) -> Solution:
     if factor.order is None and group_size < columns:
         grid = None
     else:
-        grid = fitted_grid(live, options, options.group_size)
+        grid = fitted_scales(live, options, options.group_size)
     with exact_products():
         codes, scale, zero = _solve_tiles(live, grid, group_size, factor, options)
-    return Solution(codes[:rows], scale[:rows], zero[:rows])
+    return QuantizedWeight(codes[:rows], scale[:rows], zero[:rows])
 
 
 def split_rows(rows: int, parts: int) -> list[tuple[int, int]]:
@@ -238,7 +238,7 @@ def untiled(x: Tensor) -> Tensor:
 
 def _solve_tiles(
     w: Tensor, grid: tuple[Tensor, Tensor] | None, group_size: int, factor: Factor, options: GPTQOptions
-) -> Solution:
+) -> QuantizedWeight:
     """Solve w [tiles * ROW_TILE, in]; `grid` is scale and zero, or None to fit each group when it is reached.
 
     Nothing in here waits for the device: no tensor value decides a branch.
@@ -270,21 +270,21 @@ def _solve_tiles(
                 group_of[start:stop],
                 options,
             )
-            feed_back(tiles[:, stop:], factor.feedback[start:stop, stop:].T, residual)
+            propagate_error(tiles[:, stop:], factor.feedback[start:stop, stop:].T, residual)
 
     solved = untiled(codes)
     if factor.order is not None:
         solved = torch.empty_like(solved).index_copy_(1, factor.order, solved)
-    return Solution(solved, untiled(scale), untiled(zero))
+    return QuantizedWeight(solved, untiled(scale), untiled(zero))
 
 
 def _fit_group(tiles: Tensor, options: GPTQOptions) -> tuple[Tensor, Tensor]:
     """Scale and zero [T, R] of one group's columns [T, group, R]."""
-    scale, zero = fitted_grid(untiled(tiles), options, 0)
+    scale, zero = fitted_scales(untiled(tiles), options, 0)
     return scale.view(-1, ROW_TILE), zero.view(-1, ROW_TILE)
 
 
-def feed_back(tiles: Tensor, feedback: Tensor, residual: Tensor) -> None:
+def propagate_error(tiles: Tensor, feedback: Tensor, residual: Tensor) -> None:
     """Subtract products, such as a block's errors from later columns: tiles [T, n, R] -= feedback [n, B] @ residual [T, B, R].
 
     Every tile meets a product of one shape, whichever tiles come with it, so its rounding knows no others.
@@ -325,12 +325,12 @@ def solve_block(
 
 
 @torch.no_grad()
-def output_errors(w: Tensor, solution: Solution, hessian: Tensor, options: GPTQOptions) -> Tensor:
+def output_errors(w: Tensor, quantized: QuantizedWeight, hessian: Tensor, options: GPTQOptions) -> Tensor:
     """Of each row of w [rows, in]: e H eᵀ of the solution, the same of RTN on its scales, w H wᵀ; fp64 [rows, 3].
 
     Sums over rows are tr(E H Eᵀ) and so on. H is symmetric, so only its upper block triangle is multiplied.
     """
-    codes, scale, zero = solution
+    codes, scale, zero = quantized
     w = w.to(hessian.dtype)
     nearest = quantize_weight(w, scale, zero, options.bits, options.symmetric, options.group_size)
     figures = torch.zeros(len(w), 3, dtype=torch.float64, device=w.device)

@@ -8,7 +8,7 @@ from dist_spin.numerics.cayley import adam_moments
 from dist_spin.runtime.distributed import sum_over_ranks_
 
 
-class EuclideanOptimizer:
+class AdamOptimizer:
     """Steps all learned scales and clips at once (Kingma & Ba 2015), each kind with its own learning rate."""
 
     def __init__(self, transforms: Packed, rates: dict[str, float]) -> None:
@@ -42,7 +42,7 @@ class EuclideanOptimizer:
         figures = {name: float(x.square().mean().sqrt()) for name, x in named.items() if name != "clip"}
         return figures | {name: float(x.sigmoid().mean()) for name, x in named.items() if name == "clip"}
 
-    def forget(self, step_count: int) -> None:
+    def reset(self, step_count: int) -> None:
         """Clear gradient and momenta, as after `step_count` steps."""
         self.step_count = step_count
         for tensor in (self.transforms.gradient, *self.moments.values()):

@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-JUMP = 1.05  # held-out loss, as a multiple of the best one, at which learning has jumped
-BACK_OFF = 0.5  # of the learning rates, after each jump
+SPIKE_RATIO = 1.05  # held-out loss, as a multiple of the best one, at which learning has jumped
+LR_DECAY_AFTER_SPIKE = 0.5  # of the learning rates, after each jump
 
 
-class Guard:
+class BestState:
     """Keeps the best masters by held-out loss. Equal on all ranks, because the losses that it is told are.
 
     masters: what is learned, by name; overwritten when the guard returns to the best state.
@@ -40,21 +40,21 @@ class Guard:
         """To be told after every step."""
         self._figures[2] = 1.0
 
-    def judge(self, loss: float) -> bool:
+    def update(self, loss: float) -> bool:
         """Take in a held-out loss; True if learning has jumped and the masters are the best ones again."""
         if loss < self.best_loss:
             for name, tensor in self._masters.items():
                 self._best[name].copy_(tensor)
             self._figures[0], self._figures[2] = loss, 0.0
-        elif not loss <= self.best_loss + (JUMP - 1) * abs(self.best_loss):  # NaN is a jump
-            self.back_off()
+        elif not loss <= self.best_loss + (SPIKE_RATIO - 1) * abs(self.best_loss):  # NaN is a jump
+            self.rollback()
             return True
         return False
 
-    def back_off(self) -> None:
+    def rollback(self) -> None:
         """Return to the best state at a lower learning rate."""
         self.restore()
-        self._figures[1] *= BACK_OFF
+        self._figures[1] *= LR_DECAY_AFTER_SPIKE
 
     def restore(self) -> None:
         """Return to the best state."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from dist_spin.model.rotation import Rotations
 from dist_spin.numerics.cayley import (
     adam_moments,
-    bounded,
+    capped_step,
     column_sums,
     newton_schulz,
     orthogonality_error,
@@ -17,11 +17,11 @@ from dist_spin.numerics.cayley import (
     step_size,
     tangent,
 )
-from dist_spin.optimize.adam_optimizer import EuclideanOptimizer
+from dist_spin.optimize.adam_optimizer import AdamOptimizer
 from dist_spin.runtime.distributed import World, gather_parts, sum_over_ranks_
 
 
-class RotationOptimizer:
+class CayleyOptimizer:
     """Steps R1 and all R2 from the packed gradient.
 
     kind "cayley_sgd": the published step, length min(lr, 1/||W||_1), momentum on the Riemannian gradient.
@@ -39,9 +39,9 @@ class RotationOptimizer:
         momentum: float,
         max_grad_norm: float,
         reproject_every: int,
-        euclidean: EuclideanOptimizer | None = None,
+        adam: AdamOptimizer | None = None,
     ) -> None:
-        self.euclidean = euclidean
+        self.adam = adam
         self.rotations, self.world, self.kind = rotations, world, kind
         self.momentum, self.max_grad_norm, self.reproject_every = momentum, max_grad_norm, reproject_every
         self.step_count = 0
@@ -56,10 +56,10 @@ class RotationOptimizer:
         The norm is of the rotations alone, but NaN where the gradient of scales or clips is not finite.
         """
         sum_over_ranks_(self.rotations.gradient)
-        self.rotations.to_tilt()
-        for part in (self.rotations.tilt1, self.rotations.tilt2):
+        self.rotations.to_lie_grad()
+        for part in (self.rotations.lie_grad1, self.rotations.lie_grad2):
             part.copy_(tangent(part))
-        other = 0.0 if self.euclidean is None else self.euclidean.reduce_gradients()
+        other = 0.0 if self.adam is None else self.adam.reduce_gradients()
         return float(self.rotations.gradient.norm()) if math.isfinite(other) else math.nan
 
     def step(self, lr: float, norm: float, factor: float = 1.0) -> dict[str, float]:
@@ -76,8 +76,8 @@ class RotationOptimizer:
         clip = min(1.0, self.max_grad_norm / norm) if self.max_grad_norm and norm > 0 else 1.0
         figures: dict[str, float] = {}
         for name, x, gradient in (
-            ("1", self.rotations.r1, self.rotations.tilt1),
-            ("2", self.rotations.r2, self.rotations.tilt2),
+            ("1", self.rotations.r1, self.rotations.lie_grad1),
+            ("2", self.rotations.r2, self.rotations.lie_grad2),
         ):
             direction = self._direction(name, gradient * clip)
             if self.kind == "cayley_adam":
@@ -93,22 +93,22 @@ class RotationOptimizer:
             x.copy_(moved)
         self.rotations.gradient.zero_()
         self.rotations.refresh()
-        return figures if self.euclidean is None else figures | self.euclidean.step(factor)
+        return figures if self.adam is None else figures | self.adam.step(factor)
 
-    def forget(self, step_count: int) -> None:
+    def reset(self, step_count: int) -> None:
         """Clear gradients and momenta and take up masters that were changed from outside, as after `step_count` steps."""
         self.step_count = step_count
         self.rotations.gradient.zero_()
         self.rotations.refresh()
         for moment in self.moments.values():
             moment.zero_()
-        if self.euclidean is not None:
-            self.euclidean.forget(step_count)
+        if self.adam is not None:
+            self.adam.reset(step_count)
 
     def masters(self) -> dict[str, Tensor]:
         """What is learned, by name."""
         learned = {"R1": self.rotations.r1, "R2": self.rotations.r2}
-        return learned if self.euclidean is None else {**learned, "transforms": self.euclidean.transforms.parameters}
+        return learned if self.adam is None else {**learned, "transforms": self.adam.transforms.parameters}
 
     def _direction(self, name: str, gradient: Tensor) -> Tensor:
         if self.kind == "cayley_adam":
@@ -121,8 +121,8 @@ class RotationOptimizer:
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, by name, on the rotations' device."""
-        euclidean = {} if self.euclidean is None else self.euclidean.state()
-        return {"R1": self.rotations.r1, "R2": self.rotations.r2, **self.moments, **euclidean}
+        adam = {} if self.adam is None else self.adam.state()
+        return {"R1": self.rotations.r1, "R2": self.rotations.r2, **self.moments, **adam}
 
     def load(self, state: dict[str, Tensor], step_count: int) -> None:
         """Take up a saved state.
@@ -133,8 +133,8 @@ class RotationOptimizer:
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
         self.step_count = step_count
-        if self.euclidean is not None:
-            self.euclidean.step_count = step_count
+        if self.adam is not None:
+            self.adam.step_count = step_count
         self.rotations.refresh()
 
 
@@ -147,7 +147,7 @@ def shared_step_size(x: Tensor, direction: Tensor, lr: float, world: World) -> T
     sums = column_sums(x, direction, columns)
     largest = torch.zeros(1, dtype=x.dtype, device=x.device) if not sums.numel() else sums.amax(-1)[None]
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return bounded(largest[0], lr)
+    return capped_step(largest[0], lr)
 
 
 def gather_rows(x: Tensor, direction: Tensor, alpha: Tensor | float, world: World) -> Tensor:

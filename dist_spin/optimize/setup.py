@@ -11,26 +11,26 @@ from dist_spin.config.checks import SELF
 from dist_spin.config.loader import dump_config
 from dist_spin.config.optimize import OptimizeConfig
 from dist_spin.config.run import RunConfig
-from dist_spin.data import fingerprint, load_tokens
+from dist_spin.data import load_tokens, tokens_fingerprint
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import layer_name
-from dist_spin.model.fake_quant_model import LearningModel
+from dist_spin.model.fake_quant_model import FakeQuantModel
 from dist_spin.model.rotation import Rotations
-from dist_spin.model.scales_and_clips import Transforms
-from dist_spin.model.weight_quant import WeightGrid
+from dist_spin.model.scales_and_clips import ScalesAndClips
+from dist_spin.model.weight_quant import WeightQuantizer
 from dist_spin.model.weights import ModelFiles
-from dist_spin.optimize.adam_optimizer import EuclideanOptimizer
-from dist_spin.optimize.best_state import Guard
-from dist_spin.optimize.cayley_optimizer import RotationOptimizer
-from dist_spin.optimize.sharding.engine import Engine, chosen
-from dist_spin.optimize.sharding.memory_planner import Workload, layers_to_offload, passes_and_levels
-from dist_spin.pipeline.fingerprints import ENDS_SETTINGS, WEIGHT_SETTINGS, flat
+from dist_spin.optimize.adam_optimizer import AdamOptimizer
+from dist_spin.optimize.best_state import BestState
+from dist_spin.optimize.cayley_optimizer import CayleyOptimizer
+from dist_spin.optimize.sharding.engine import Engine, choose_engine
+from dist_spin.optimize.sharding.memory_planner import Workload, layers_to_offload, micro_batch_and_levels
+from dist_spin.pipeline.fingerprints import EMBEDDING_SETTINGS, WEIGHT_SETTINGS, flat
 from dist_spin.pipeline.initial_rotations import fits_start, starting_rotations
 from dist_spin.pipeline.model import check_vocabulary, model_dtype, open_configured_model
 from dist_spin.pipeline.quant_sites import learned_transforms, sites_for, while_learning
 from dist_spin.pipeline.range_init import make_start
 from dist_spin.pipeline.self_generated_text import self_text
-from dist_spin.runtime.distributed import World, on_leader, together
+from dist_spin.runtime.distributed import World, on_rank0, raise_on_any_failure
 from dist_spin.runtime.progress import say
 from dist_spin.storage.atomic import read_lines, write_json, write_text
 from dist_spin.storage.checkpoints import checkpoint_path, newest_checkpoint, prune_checkpoints
@@ -43,31 +43,31 @@ FREE_SETTINGS = {"micro_batch_size", "keep_checkpoints", "recompute", "compile"}
 
 
 @dataclass
-class Learning:
+class TrainState:
     """Everything the loop works on."""
 
     config: RunConfig
     world: World
     run: RunDir
     engine: Engine
-    model: LearningModel
-    optimizer: RotationOptimizer
+    model: FakeQuantModel
+    optimizer: CayleyOptimizer
     tokens: Tensor  # [blocks, seq_len]
     fingerprint: dict[str, object]
     micro_batch_size: int  # sequences of one pass on one rank
     offloaded: int  # layers whose weights stay on the host
     step: int = 0
-    guard: Guard | None = None
+    best_state: BestState | None = None
     held_out: Tensor | None = None  # [sequences, seq_len] that the guard measures on
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds."""
-        return {**self.optimizer.state(), **({} if self.guard is None else self.guard.state())}
+        return {**self.optimizer.state(), **({} if self.best_state is None else self.best_state.state())}
 
 
-def set_up(config: RunConfig, world: World) -> Learning:
+def build_training(config: RunConfig, world: World) -> TrainState:
     """Model, data, rotations and optimiser, at the newest whole checkpoint if there is one."""
-    run, engine = run_dir(config), chosen(config.distributed)
+    run, engine = run_dir(config), choose_engine(config.distributed)
     files = open_configured_model(config)
     shape, dtype, settings = files.shape, model_dtype(config), config.optimize
     sites = sites_for(while_learning(config), shape)
@@ -93,19 +93,19 @@ def set_up(config: RunConfig, world: World) -> Learning:
         check_fingerprint(run.path / "fingerprint.json", identity, f"run {config.name}")
         write_text(run.path / "config.yaml", dump_config(config))
 
-    on_leader(check)
+    on_rank0(check)
     if start is None:
         make_start(config, world, files, tokens)
     r1, r2 = start or starting_rotations(config, shape)
     q = config.quant
-    grid = None
+    weight_quantizer = None
     if settings.w_bits < 16:
-        grid = WeightGrid(settings.w_bits, q.w_symmetric, q.w_group_size, q.w_mse_clip)
-    rotations = Rotations(r1, r2, world.device, dtype, learn=True, euclidean=grid is not None)
+        weight_quantizer = WeightQuantizer(settings.w_bits, q.w_symmetric, q.w_group_size, q.w_mse_clip)
+    rotations = Rotations(r1, r2, world.device, dtype, learn=True, euclidean=weight_quantizer is not None)
     transforms = None
     if settings.scales or settings.clips:
         shared_keys = files.weights.has(f"{layer_name(0)}.self_attn.k_norm.weight")
-        transforms = Transforms(
+        transforms = ScalesAndClips(
             shape,
             world.device,
             dtype,
@@ -117,14 +117,14 @@ def set_up(config: RunConfig, world: World) -> Learning:
         if config.rotation.load:
             transforms.start_from(learned_transforms(Path(config.rotation.load), while_learning(config)))
     compiled = settings.compile == "on" or (settings.compile == "auto" and world.device.type == "cuda")
-    model = LearningModel(
+    model = FakeQuantModel(
         files.config,
         rotations,
         sites,
         device=world.device,
         dtype=dtype,
         compile=compiled,
-        grid=grid,
+        weight_quantizer=weight_quantizer,
         transforms=transforms,
         teacher_share={"cross_entropy": 0.0, "kl": 1.0, "mixed": settings.kl_share}[settings.objective],
     )
@@ -141,58 +141,58 @@ def set_up(config: RunConfig, world: World) -> Learning:
         micro=settings.micro_batch_size,
         recompute=settings.recompute,
     )
-    away = layers_to_offload(place.offload_layers, work, bool(place.offload_dir), world)
-    if away and world.leads:
-        say(f"the weights of {len(away)} of {shape.layers} layers stay in {place.offload_dir or 'host memory'}")
-    engine.shard(model, world, away)
-    together(lambda: engine.load(model, files.weights, () if settings.scales else sites.r4))
-    micro, levels = passes_and_levels(work, world, len(away))
+    offloaded = layers_to_offload(place.offload_layers, work, bool(place.offload_dir), world)
+    if offloaded and world.is_rank0:
+        say(f"the weights of {len(offloaded)} of {shape.layers} layers stay in {place.offload_dir or 'host memory'}")
+    engine.shard(model, world, offloaded)
+    raise_on_any_failure(lambda: engine.load(model, files.weights, () if settings.scales else sites.r4))
+    micro, levels = micro_batch_and_levels(work, world, len(offloaded))
     if engine.keeps_gathered and not compiled and settings.recompute == "auto":
         levels = ["sites" if level == "none" else level for level in levels]  # or it would keep every layer's weights
     model.set_levels(levels)
-    optimizer = RotationOptimizer(
+    optimizer = CayleyOptimizer(
         rotations,
         world,
         kind=settings.optimizer,
         momentum=settings.momentum,
         max_grad_norm=settings.max_grad_norm,
         reproject_every=settings.reproject_every,
-        euclidean=None if transforms is None else euclidean_optimizer(transforms, settings),
+        adam=None if transforms is None else build_adam(transforms, settings),
     )
-    learning = Learning(config, world, run, engine, model, optimizer, tokens, identity, micro, len(away))
+    train_state = TrainState(config, world, run, engine, model, optimizer, tokens, identity, micro, len(offloaded))
     if held_out is not None:
-        learning.guard, learning.held_out = Guard(optimizer.masters()), held_out
-    resume(learning)
-    return learning
+        train_state.best_state, train_state.held_out = BestState(optimizer.masters()), held_out
+    resume(train_state)
+    return train_state
 
 
 def learning_tokens(config: RunConfig, files: ModelFiles) -> Tensor:
     """The sequences [n, T] to learn from; of the model's own text as many as the steps take."""
     o = config.optimize
     if o.source == SELF:
-        return on_leader(lambda: self_text(config, files, max(1, o.steps * o.batch_size), o.seq_len, o.seed))
+        return on_rank0(lambda: self_text(config, files, max(1, o.steps * o.batch_size), o.seq_len, o.seed))
     tokenizer = None if o.source.startswith("tokens:") else files.tokenizer()
-    tokens = on_leader(lambda: load_tokens(o.source, o.split, o.seq_len, tokenizer))
+    tokens = on_rank0(lambda: load_tokens(o.source, o.split, o.seq_len, tokenizer))
     return check_vocabulary(tokens, files.shape, o.source)
 
 
-def euclidean_optimizer(transforms: Transforms, settings: OptimizeConfig) -> EuclideanOptimizer:
+def build_adam(transforms: ScalesAndClips, settings: OptimizeConfig) -> AdamOptimizer:
     """The optimiser of scales and clips at the configured rates."""
     rates = {name: settings.clip_lr if name == "clip" else settings.scale_lr for name in transforms.shapes}
-    return EuclideanOptimizer(transforms, rates)
+    return AdamOptimizer(transforms, rates)
 
 
 def run_fingerprint(config: RunConfig, files: ModelFiles, tokens: Tensor) -> dict[str, object]:
     """What must not change between the starts of one run, field by field."""
     learned = {k: v for k, v in flat(config.optimize, "optimize").items() if k.split(".")[1] not in FREE_SETTINGS}
     decides_nothing = (
-        WEIGHT_SETTINGS if config.optimize.w_bits == 16 else ("quant.w_bits", "quant.down_bits", *ENDS_SETTINGS)
+        WEIGHT_SETTINGS if config.optimize.w_bits == 16 else ("quant.w_bits", "quant.down_bits", *EMBEDDING_SETTINGS)
     )
     sites = {k: v for k, v in flat(config.quant, "quant").items() if not k.startswith(decides_nothing)}
     return {
         "model weights": files.weights.fingerprint(),
         "model.dtype": config.model.dtype,
-        "learning data": fingerprint(tokens),
+        "learning data": tokens_fingerprint(tokens),
         **flat(config.rotation, "rotation"),
         **sites,
         **learned,
@@ -200,42 +200,42 @@ def run_fingerprint(config: RunConfig, files: ModelFiles, tokens: Tensor) -> dic
     }
 
 
-def write_checkpoint(learning: Learning, state: dict[str, Tensor], step: int) -> None:
+def write_checkpoint(train_state: TrainState, state: dict[str, Tensor], step: int) -> None:
     """One state on disk, atomically; called in the writer's thread."""
-    settings = learning.config.optimize
-    path = checkpoint_path(learning.run, step)
-    metadata = {"step": str(step), "seed": str(learning.config.rotation.seed), "optimizer": settings.optimizer}
+    settings = train_state.config.optimize
+    path = checkpoint_path(train_state.run, step)
+    metadata = {"step": str(step), "seed": str(train_state.config.rotation.seed), "optimizer": settings.optimizer}
     save_tensors(path, state, metadata)
-    write_json(learning.run.rotations / "latest.json", {"step": step, "file": path.name})
-    prune_checkpoints(learning.run, settings.keep_checkpoints)
+    write_json(train_state.run.rotations / "latest.json", {"step": step, "file": path.name})
+    prune_checkpoints(train_state.run, settings.keep_checkpoints)
 
 
-def resume(learning: Learning) -> None:
+def resume(train_state: TrainState) -> None:
     """Continue from the newest whole checkpoint, read by rank 0 and handed to all; start at step 0 without one."""
-    who = {"ranks": learning.world.size, "engine": learning.engine.name}
-    found = on_leader(lambda: newest_checkpoint(learning.run, say))
+    who = {"ranks": train_state.world.size, "engine": train_state.engine.name}
+    found = on_rank0(lambda: newest_checkpoint(train_state.run, say))
     if found is None:
-        on_leader(lambda: learning.run.event("start", stage="optimize", **who))
+        on_rank0(lambda: train_state.run.event("start", stage="optimize", **who))
         return
     state, metadata = found
     try:
-        learning.optimizer.load(state, int(metadata["step"]))
-        if learning.guard is not None:
-            learning.guard.load(state)
+        train_state.optimizer.load(state, int(metadata["step"]))
+        if train_state.best_state is not None:
+            train_state.best_state.load(state)
     except KeyError as error:
         raise UserError(
             f"the newest checkpoint lacks {error}", "it was written with another optimize.optimizer"
         ) from error
-    learning.step = int(metadata["step"])
+    train_state.step = int(metadata["step"])
 
     def note() -> None:
         # Lines of steps that were never saved would otherwise stand twice.
-        metrics = learning.run.path / "metrics.jsonl"
+        metrics = train_state.run.path / "metrics.jsonl"
         with contextlib.suppress(FileNotFoundError):
-            kept = [json.dumps(line) + "\n" for line in read_lines(metrics) if line["step"] <= learning.step]
+            kept = [json.dumps(line) + "\n" for line in read_lines(metrics) if line["step"] <= train_state.step]
             write_text(metrics, "".join(kept))
-        learning.run.event("resume", stage="optimize", step=learning.step, **who)
-        if learning.step < learning.config.optimize.steps:
-            say(f"continuing after step {learning.step} of {learning.config.optimize.steps}")
+        train_state.run.event("resume", stage="optimize", step=train_state.step, **who)
+        if train_state.step < train_state.config.optimize.steps:
+            say(f"continuing after step {train_state.step} of {train_state.config.optimize.steps}")
 
-    on_leader(note)
+    on_rank0(note)

@@ -15,13 +15,20 @@ from dist_spin.config.run import RunConfig
 from dist_spin.data import batch_indices, rank_share
 from dist_spin.errors import Interrupted, NumericsError
 from dist_spin.numerics.cayley import nearest_orthogonal, orthogonality_error
-from dist_spin.optimize.setup import Learning, learning_tokens, set_up, write_checkpoint
+from dist_spin.optimize.setup import TrainState, build_training, learning_tokens, write_checkpoint
 from dist_spin.pipeline.initial_rotations import fits_start
 from dist_spin.pipeline.model import open_configured_model
-from dist_spin.pipeline.preset_rotations import keep_given, refuse_given
+from dist_spin.pipeline.preset_rotations import check_not_preset, save_preset_rotations
 from dist_spin.pipeline.quant_sites import clips_at, site_bits, while_learning
 from dist_spin.pipeline.range_init import make_start
-from dist_spin.runtime.distributed import World, agree, any_rank, on_leader, sum_over_ranks_, together
+from dist_spin.runtime.distributed import (
+    World,
+    all_ranks_equal,
+    any_rank,
+    on_rank0,
+    raise_on_any_failure,
+    sum_over_ranks_,
+)
 from dist_spin.runtime.progress import Progress, say
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.atomic import append_line
@@ -44,137 +51,143 @@ def optimize(config: RunConfig, world: World, stop: StopRequest | None = None) -
         files = open_configured_model(config)
         if fits_start(config):
             make_start(config, world, files, learning_tokens(config, files))
-        keep_given(config, files.shape)
+        save_preset_rotations(config, files.shape)
         say("optimize.steps=0: rotations stay as they are given")
         return
-    refuse_given(config)
+    check_not_preset(config)
     stop = StopRequest() if stop is None else stop
-    learning = set_up(config, world)
+    train_state = build_training(config, world)
     settings = config.optimize
-    scalars = Scalars(learning.run.path / "tensorboard", learning.step, config.report.tensorboard and world.leads, say)
-    progress = Progress("learn rotations: step", settings.steps, learning.step, show=world.leads)
-    writer = CheckpointWriter(lambda state, step: write_checkpoint(learning, state, step))
-    stall = 0.0  # seconds that the checkpoint before this step held it up
-    if learning.step == 0 and learning.guard is not None:
-        judge(learning)
-    while learning.step < settings.steps:
+    scalars = Scalars(
+        train_state.run.path / "tensorboard", train_state.step, config.report.tensorboard and world.is_rank0, say
+    )
+    progress = Progress("learn rotations: step", settings.steps, train_state.step, show=world.is_rank0)
+    writer = CheckpointWriter(lambda state, step: write_checkpoint(train_state, state, step))
+    checkpoint_wait = 0.0  # seconds that the checkpoint before this step held it up
+    if train_state.step == 0 and train_state.best_state is not None:
+        update(train_state)
+    while train_state.step < settings.steps:
         began = time.monotonic()
         try:
-            figures = one_step(learning)
+            figures = one_step(train_state)
         except NumericsError:
-            together(writer.close)
+            raise_on_any_failure(writer.close)
             raise
         # Before the checkpoint, so that none lacks its line; a resumed run drops lines that have no checkpoint.
-        seconds = time.monotonic() - began + stall
-        line = {**figures, "stall": stall, "seconds": seconds}
-        log(learning, line)
-        scalars.add("optimize", learning.step, line)
+        seconds = time.monotonic() - began + checkpoint_wait
+        line = {**figures, "stall": checkpoint_wait, "seconds": seconds}
+        log(train_state, line)
+        scalars.add("optimize", train_state.step, line)
         # Rank 0 alone writes; a write that failed stops every rank.
-        stall = on_leader(lambda: writer.submit(learning.state(), learning.step))
+        checkpoint_wait = on_rank0(lambda: writer.submit(train_state.state(), train_state.step))
         progress.advance(f"loss {figures['loss']:.4f}")
-        if learning.step < settings.steps and any_rank(bool(stop)):
-            together(writer.close)
-            if world.leads:
-                learning.run.event("interrupted", stage="optimize", step=learning.step, signal=stop.name)
-            raise Interrupted(f"stopped by a signal after step {learning.step}", "the same command continues")
-    together(writer.close)
-    finish(learning)
+        if train_state.step < settings.steps and any_rank(bool(stop)):
+            raise_on_any_failure(writer.close)
+            if world.is_rank0:
+                train_state.run.event("interrupted", stage="optimize", step=train_state.step, signal=stop.name)
+            raise Interrupted(f"stopped by a signal after step {train_state.step}", "the same command continues")
+    raise_on_any_failure(writer.close)
+    finish(train_state)
 
 
-def one_step(learning: Learning) -> dict[str, float]:
+def one_step(train_state: TrainState) -> dict[str, float]:
     """Loss, backward, reduce, step, and the guard's judgement where it is due; returns the figures to log.
 
     Raises:
         NumericsError: loss or gradient is not finite, and no guard knows a state from which they were.
     """
-    settings, guard, optimizer = learning.config.optimize, learning.guard, learning.optimizer
-    loss = backward(learning)
+    settings, best_state, optimizer = train_state.config.optimize, train_state.best_state, train_state.optimizer
+    loss = backward(train_state)
     norm = optimizer.reduce_gradients()
-    reduced = bits_of(*gradients(learning))
+    reduced = bitwise_checksum(*gradients(train_state))
     if not math.isfinite(loss + norm):
-        if guard is None or guard.at_best:
+        if best_state is None or best_state.at_best:
             raise NumericsError(
-                f"step {learning.step + 1}: loss {loss} and gradient norm {norm} are not finite",
-                f"the state after step {learning.step} is kept; lower optimize.lr or check the data",
+                f"step {train_state.step + 1}: loss {loss} and gradient norm {norm} are not finite",
+                f"the state after step {train_state.step} is kept; lower optimize.lr or check the data",
             )
-        guard.back_off()
-        learning.step += 1
-        optimizer.forget(learning.step)
-        note_back_off(learning, loss)
-        return {"loss": loss, "grad_norm": norm, "lr": 0.0, "held_out": guard.best_loss}
-    lr = learning_rate(learning.config, learning.step) * (1.0 if guard is None else guard.factor)
+        best_state.rollback()
+        train_state.step += 1
+        optimizer.reset(train_state.step)
+        note_back_off(train_state, loss)
+        return {"loss": loss, "grad_norm": norm, "lr": 0.0, "held_out": best_state.best_loss}
+    lr = learning_rate(train_state.config, train_state.step) * (1.0 if best_state is None else best_state.factor)
     figures = optimizer.step(lr, norm, lr / settings.lr)
-    learning.step += 1
-    if guard is not None:
-        guard.moved()
-    assert_same_rotations(learning, reduced)
-    if guard is not None and (learning.step % settings.guard_every == 0 or learning.step == settings.steps):
-        figures["held_out"] = judge(learning)
+    train_state.step += 1
+    if best_state is not None:
+        best_state.moved()
+    assert_same_rotations(train_state, reduced)
+    if best_state is not None and (train_state.step % settings.guard_every == 0 or train_state.step == settings.steps):
+        figures["held_out"] = update(train_state)
     return {"loss": loss, "grad_norm": norm, "lr": lr, **figures}
 
 
-def judge(learning: Learning) -> float:
+def update(train_state: TrainState) -> float:
     """Measure the held-out loss and let the guard act on it; after the last step the best state is taken.
 
     Raises:
         NumericsError: it is not finite where learning starts.
     """
-    guard, last = learning.guard, learning.step == learning.config.optimize.steps
-    assert guard is not None
-    loss = held_out_loss(learning)
-    if learning.step == 0 and not math.isfinite(loss):
+    best_state, last = train_state.best_state, train_state.step == train_state.config.optimize.steps
+    assert best_state is not None
+    loss = held_out_loss(train_state)
+    if train_state.step == 0 and not math.isfinite(loss):
         raise NumericsError(f"the held-out loss is {loss} at the start", "check the model's dtype and the data")
-    if guard.judge(loss):
-        learning.optimizer.forget(learning.step)
-        note_back_off(learning, loss)
-    elif last and not guard.at_best:
-        guard.restore()
-        learning.optimizer.forget(learning.step)
-    if learning.world.leads and (last or not learning.step):
-        learning.run.event("held_out", step=learning.step, loss=loss, best=guard.best_loss)
+    if best_state.update(loss):
+        train_state.optimizer.reset(train_state.step)
+        note_back_off(train_state, loss)
+    elif last and not best_state.at_best:
+        best_state.restore()
+        train_state.optimizer.reset(train_state.step)
+    if train_state.world.is_rank0 and (last or not train_state.step):
+        train_state.run.event("held_out", step=train_state.step, loss=loss, best=best_state.best_loss)
     return loss
 
 
-def note_back_off(learning: Learning, loss: float) -> None:
+def note_back_off(train_state: TrainState, loss: float) -> None:
     """Tell of a jump."""
-    guard = learning.guard
-    assert guard is not None
-    if learning.world.leads:
-        learning.run.event("back_off", step=learning.step, loss=loss, best=guard.best_loss, factor=guard.factor)
+    best_state = train_state.best_state
+    assert best_state is not None
+    if train_state.world.is_rank0:
+        train_state.run.event(
+            "back_off", step=train_state.step, loss=loss, best=best_state.best_loss, factor=best_state.factor
+        )
         say(
-            f"step {learning.step}: loss {loss:.4f} against {guard.best_loss:.4f} at best: back to it, "
-            f"learning rates times {guard.factor:g}"
+            f"step {train_state.step}: loss {loss:.4f} against {best_state.best_loss:.4f} at best: back to it, "
+            f"learning rates times {best_state.factor:g}"
         )
 
 
-def backward(learning: Learning) -> float:
+def backward(train_state: TrainState) -> float:
     """Forward and backward of this rank's share of the global batch; returns the loss of the whole batch."""
-    settings = learning.config.optimize
-    indices = batch_indices(learning.step, settings.batch_size, len(learning.tokens), settings.seed)
-    total = torch.zeros((), device=learning.world.device, dtype=torch.float64)
-    learning.engine.fit_grids(learning.model, learning.optimizer.rotations)
-    for ids, weights in passes(learning.world, learning.micro_batch_size, learning.tokens, indices):
-        losses = learning.model(ids)  # [micro]
+    settings = train_state.config.optimize
+    indices = batch_indices(train_state.step, settings.batch_size, len(train_state.tokens), settings.seed)
+    total = torch.zeros((), device=train_state.world.device, dtype=torch.float64)
+    train_state.engine.requantize_weights(train_state.model, train_state.optimizer.rotations)
+    for ids, weights in micro_batches(train_state.world, train_state.micro_batch_size, train_state.tokens, indices):
+        losses = train_state.model(ids)  # [micro]
         loss = (losses * weights.to(losses.dtype)).sum()
         loss.backward()
         total += loss.detach()
-    learning.engine.assert_sharded(learning.model, learning.world)
+    train_state.engine.assert_sharded(train_state.model, train_state.world)
     return float(sum_over_ranks_(total))
 
 
 @torch.no_grad()
-def held_out_loss(learning: Learning) -> float:
+def held_out_loss(train_state: TrainState) -> float:
     """The objective on the held-out sequences, their mean over all ranks."""
-    assert learning.held_out is not None
-    total = torch.zeros((), device=learning.world.device, dtype=torch.float64)
-    learning.engine.fit_grids(learning.model, learning.optimizer.rotations)
-    everything = list(range(len(learning.held_out)))
-    for ids, weights in passes(learning.world, learning.micro_batch_size, learning.held_out, everything):
-        total += (learning.model(ids) * weights).sum()
+    assert train_state.held_out is not None
+    total = torch.zeros((), device=train_state.world.device, dtype=torch.float64)
+    train_state.engine.requantize_weights(train_state.model, train_state.optimizer.rotations)
+    everything = list(range(len(train_state.held_out)))
+    for ids, weights in micro_batches(
+        train_state.world, train_state.micro_batch_size, train_state.held_out, everything
+    ):
+        total += (train_state.model(ids) * weights).sum()
     return float(sum_over_ranks_(total))
 
 
-def passes(world: World, micro: int, tokens: Tensor, indices: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+def micro_batches(world: World, micro: int, tokens: Tensor, indices: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's share of a batch in forward passes: ids [micro, seq_len] and the sequences' weights [micro] in the mean.
 
     Every rank makes the same number of passes, since sharded layers are gathered by all; a rank with fewer sequences
@@ -198,56 +211,56 @@ def learning_rate(config: RunConfig, step: int) -> float:
     return settings.lr * shape[settings.schedule]
 
 
-def bits_of(*tensors: Tensor) -> int:
+def bitwise_checksum(*tensors: Tensor) -> int:
     """A number that differs wherever any bit of floating-point tensors does, all but surely: the sum of their words."""
     words = (t.view(torch.int64 if t.dtype == torch.float64 else torch.int32).sum(dtype=torch.int64) for t in tensors)
     return sum(int(word) for word in words) % (1 << 62)
 
 
-def assert_same_rotations(learning: Learning, reduced: int) -> None:
+def assert_same_rotations(train_state: TrainState, reduced: int) -> None:
     """Every rank holds the same bits of what is learned and of the gradient (`reduced`) that moved it.
 
     The gradient is asked for too, because shares of R are gathered: a reduction that did not happen would not show in R.
     """
-    if not agree((bits_of(*learning.optimizer.masters().values()) + reduced) % (1 << 62)):
-        raise AssertionError(f"rotations or their gradients differ between ranks after step {learning.step}")
+    if not all_ranks_equal((bitwise_checksum(*train_state.optimizer.masters().values()) + reduced) % (1 << 62)):
+        raise AssertionError(f"rotations or their gradients differ between ranks after step {train_state.step}")
 
 
-def gradients(learning: Learning) -> list[Tensor]:
+def gradients(train_state: TrainState) -> list[Tensor]:
     """The packed gradients of everything that is learned."""
-    euclidean = learning.optimizer.euclidean
-    own = learning.optimizer.rotations.gradient
-    return [own] if euclidean is None else [own, euclidean.transforms.gradient]
+    adam = train_state.optimizer.adam
+    own = train_state.optimizer.rotations.gradient
+    return [own] if adam is None else [own, adam.transforms.gradient]
 
 
-def log(learning: Learning, figures: dict[str, float]) -> None:
+def log(train_state: TrainState, figures: dict[str, float]) -> None:
     """One line per step in metrics.jsonl."""
-    if learning.world.leads:
-        append_line(learning.run.path / "metrics.jsonl", {"step": learning.step, **figures})
+    if train_state.world.is_rank0:
+        append_line(train_state.run.path / "metrics.jsonl", {"step": train_state.step, **figures})
 
 
-def finish(learning: Learning) -> None:
+def finish(train_state: TrainState) -> None:
     """Re-orthogonalise in fp64 and write the files that other stages and other tools read."""
-    rotations = learning.optimizer.rotations
+    rotations = train_state.optimizer.rotations
 
     def write() -> None:
         dtype = rotations.r1.dtype
         r1, r2 = (nearest_orthogonal(r).to(dtype) for r in (rotations.r1, rotations.r2))
-        about = {"step": str(learning.step), "seed": str(learning.config.rotation.seed)}
-        euclidean, config = learning.optimizer.euclidean, learning.config
-        transforms = {} if euclidean is None else euclidean.transforms.values()
+        about = {"step": str(train_state.step), "seed": str(train_state.config.rotation.seed)}
+        adam, config = train_state.optimizer.adam, train_state.config
+        transforms = {} if adam is None else adam.transforms.values()
         bits = None
         if "clip" in transforms:
             bits = site_bits(config)
             transforms["clip"] = clips_at(config, site_bits(while_learning(config)), transforms["clip"])
-        save_final(learning.run, r1, r2, about, transforms, bits)
+        save_final(train_state.run, r1, r2, about, transforms, bits)
         errors = {
             "orthogonality_r1": float(orthogonality_error(r1)),
             "orthogonality_r2": float(orthogonality_error(r2)),
         }
-        learning.run.event("done", stage="optimize", step=learning.step, **errors)
-        say(f"wrote {learning.run.rotations / 'final.safetensors'} and R.bin")
+        train_state.run.event("done", stage="optimize", step=train_state.step, **errors)
+        say(f"wrote {train_state.run.rotations / 'final.safetensors'} and R.bin")
 
-    if learning.world.leads and (learning.run.rotations / "final.safetensors").exists():
-        say(f"rotations of run {learning.config.name} are complete")
-    on_leader(lambda: None if (learning.run.rotations / "final.safetensors").exists() else write())
+    if train_state.world.is_rank0 and (train_state.run.rotations / "final.safetensors").exists():
+        say(f"rotations of run {train_state.config.name} are complete")
+    on_rank0(lambda: None if (train_state.run.rotations / "final.safetensors").exists() else write())

@@ -15,39 +15,39 @@ from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.weights import ModelFiles
-from dist_spin.numerics.gptq import Solution
+from dist_spin.numerics.gptq import QuantizedWeight
 from dist_spin.numerics.quantizer import dequantize_weight, quantize_weight, weight_scales
 from dist_spin.pipeline.variants import LEARNED, Variant
-from dist_spin.storage.quantized_layers import ends_path, finished_ends, save_ends
+from dist_spin.storage.quantized_layers import embeddings_path, finished_embeddings, save_embeddings
 from dist_spin.storage.run_directory import run_dir
 from dist_spin.storage.tensor_file import identity_hash
 
 ROWS_AT_ONCE = 8192  # of the vocabulary, so that fp32 copies stay small beside the weight itself
 
 
-def ends_bits(config: RunConfig) -> dict[str, int]:
+def quantized_embedding_bits(config: RunConfig) -> dict[str, int]:
     """Bits of `embedding` and `head`, those that are quantised at all."""
     bits = {"embedding": config.quant.embedding_bits, "head": config.quant.head_bits}
     return {end: width for end, width in bits.items() if width < 16}
 
 
 @dataclass
-class Ends:
+class QuantizedEmbeddings:
     """Embedding and lm_head of one variant, kept in the file at `path`; `bits` names those that are quantised."""
 
     weights: RotatedWeights
     bits: dict[str, int]
     mse_clip: bool
     path: Path
-    made_under: str
+    fingerprint: str
 
     def make(self, warn: Callable[[str], None]) -> bool:
         """Write the file unless there is nothing to quantise or it is there and whole; True if it was written."""
-        if not self.bits or finished_ends(self.path, self.made_under, warn) is not None:
+        if not self.bits or finished_embeddings(self.path, self.fingerprint, warn) is not None:
             return False
         read = {"embedding": self.weights.embedding, "head": self.weights.head_weight}
-        ends = {end: self._rounded(read[end](), bits) for end, bits in self.bits.items()}
-        save_ends(self.path, ends, self.bits, self.made_under)
+        embeddings = {end: self._rounded(read[end](), bits) for end, bits in self.bits.items()}
+        save_embeddings(self.path, embeddings, self.bits, self.fingerprint)
         return True
 
     def load(self, dtype: torch.dtype, device: torch.device, warn: Callable[[str], None]) -> dict[str, Tensor]:
@@ -56,32 +56,32 @@ class Ends:
         Raises:
             UserError: they are not there.
         """
-        ends = finished_ends(self.path, self.made_under, warn) if self.bits else {}
-        if ends is None:
+        embeddings = finished_embeddings(self.path, self.fingerprint, warn) if self.bits else {}
+        if embeddings is None:
             raise UserError(f"{self.path} is missing", "run `dist-spin quantize` first")
         out = {}
-        for end, solution in ends.items():
-            codes, scale, zero = (part.to(device) for part in solution)
+        for end, quantized in embeddings.items():
+            codes, scale, zero = (part.to(device) for part in quantized)
             out[end] = dequantize_weight(codes, scale, zero, dtype=dtype)
         return out
 
-    def _rounded(self, weight: Tensor, bits: int) -> Solution:
+    def _rounded(self, weight: Tensor, bits: int) -> QuantizedWeight:
         parts = []
         for rows in weight.split(ROWS_AT_ONCE):
             scale, zero = weight_scales(rows, bits, mse_clip=self.mse_clip)
             parts.append((quantize_weight(rows, scale, zero, bits).cpu(), scale.cpu(), zero.cpu()))
-        return Solution(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        return QuantizedWeight(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def ends_of(config: RunConfig, files: ModelFiles, chosen: Variant) -> Ends:
+def embeddings_of(config: RunConfig, files: ModelFiles, variant: Variant) -> QuantizedEmbeddings:
     """The embedding and lm_head of a variant under a configuration's bits."""
-    bits, clip = ends_bits(config), config.quant.w_mse_clip
+    bits, clip = quantized_embedding_bits(config), config.quant.w_mse_clip
     identity = {
         "model": files.weights.fingerprint(),
         "dtype": config.model.dtype,
-        "rotations": chosen.digest,
+        "rotations": variant.digest,
         "bits": bits,
         "mse_clip": clip,
     }
-    directory = run_dir(config).layers("" if chosen.name == LEARNED else chosen.name)
-    return Ends(chosen.weights, bits, clip, ends_path(directory), identity_hash(identity))
+    directory = run_dir(config).layers("" if variant.name == LEARNED else variant.name)
+    return QuantizedEmbeddings(variant.weights, bits, clip, embeddings_path(directory), identity_hash(identity))

@@ -5,45 +5,47 @@ from typing import Any
 
 from torch import Tensor
 
+from dist_spin.config.loader import RENAMED
 from dist_spin.config.run import RunConfig
-from dist_spin.data import fingerprint
+from dist_spin.data import tokens_fingerprint
 from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.gptq import GPTQOptions
 from dist_spin.pipeline.model import model_dtype
 from dist_spin.pipeline.variants import Variant
 
-ENDS_SETTINGS = ("quant.embedding_bits", "quant.head_bits")  # decide nothing about layers
-WEIGHT_SETTINGS = ("quant.w_", "quant.down_bits", *ENDS_SETTINGS)  # beginnings of what decides weights alone
+EMBEDDING_SETTINGS = ("quant.embedding_bits", "quant.head_bits")  # decide nothing about layers
+WEIGHT_SETTINGS = ("quant.w_", "quant.down_bits", *EMBEDDING_SETTINGS)  # beginnings of what decides weights alone
 
 
 def flat(settings: Any, prefix: str) -> dict[str, Any]:
-    """The fields of a settings dataclass as `prefix.field`, for fingerprints."""
-    return {f"{prefix}.{name}": value for name, value in vars(settings).items()}
+    """The fields of a settings dataclass as `prefix.field`, for fingerprints: by their first names, so that runs stay known."""
+    first = {new: old for old, new in RENAMED.items()}
+    return {first.get(key := f"{prefix}.{name}", key): value for name, value in vars(settings).items()}
 
 
 HALF = ("bfloat16", "float16")
 
 
-def states_identity(config: RunConfig, files: ModelFiles, chosen: Variant, tokens: Tensor) -> dict[str, Any]:
+def states_identity(config: RunConfig, files: ModelFiles, variant: Variant, tokens: Tensor) -> dict[str, Any]:
     """Everything that decides the hidden states of a variant's 16-bit model on the calibration sequences."""
     return {
-        **model_identity(config, files, chosen),
-        "calibration": fingerprint(tokens),
+        **model_identity(config, files, variant),
+        "calibration": tokens_fingerprint(tokens),
         "sites": site_settings(config) if config.quantize.quantize_activations else "unquantized",
     }
 
 
-def model_identity(config: RunConfig, files: ModelFiles, chosen: Variant) -> dict[str, Any]:
+def model_identity(config: RunConfig, files: ModelFiles, variant: Variant) -> dict[str, Any]:
     """Everything that decides a variant's 16-bit weights and online Hadamards."""
-    recipe = {} if chosen.recipe is None else {"recipe": chosen.recipe.fingerprint}
+    recipe = {} if variant.recipe is None else {"recipe": variant.recipe.fingerprint}
     return {
         **recipe,
         "model": files.weights.fingerprint(),
         "dtype": config.model.dtype,
-        "rotations": chosen.digest,
-        "online": config.rotation.online and chosen.rotations is not None,
+        "rotations": variant.digest,
+        "online": config.rotation.online and variant.rotations is not None,
         "r4_block": config.rotation.r4_block,
-        **({"heads": True} if chosen.sites.heads else {}),
+        **({"heads": True} if variant.sites.heads else {}),
     }
 
 
@@ -52,7 +54,7 @@ def site_settings(config: RunConfig) -> dict[str, Any]:
     return {k: v for k, v in flat(config.quant, "quant").items() if not k.startswith(WEIGHT_SETTINGS)}
 
 
-def layer_identity(config: RunConfig, files: ModelFiles, chosen: Variant, tokens: Tensor) -> dict[str, Any]:
+def layer_identity(config: RunConfig, files: ModelFiles, variant: Variant, tokens: Tensor) -> dict[str, Any]:
     """Everything that decides the content of a variant's layer files."""
     settings = flat(config.quantize, "quantize")
     del settings["quantize.baselines"]  # decide nothing about layers
@@ -60,12 +62,12 @@ def layer_identity(config: RunConfig, files: ModelFiles, chosen: Variant, tokens
         settings["quantize.layers_per_job"] = 0
     # No setting of a site decides a weight that was calibrated without it.
     seen = () if config.quantize.quantize_activations else site_settings(config)
-    quant = {k: v for k, v in flat(config.quant, "quant").items() if k not in (*ENDS_SETTINGS, *seen)}
+    quant = {k: v for k, v in flat(config.quant, "quant").items() if k not in (*EMBEDDING_SETTINGS, *seen)}
     if config.quant.down_bits in (0, config.quant.w_bits):  # the same, however it was said
         del quant["quant.down_bits"]
     rounded = gptq_options(config).scale_dtype
     scales = {} if rounded is None else {"scales": str(rounded)}
-    return {**states_identity(config, files, chosen, tokens), **quant, **settings, **scales}
+    return {**states_identity(config, files, variant, tokens), **quant, **settings, **scales}
 
 
 def gptq_options(config: RunConfig) -> GPTQOptions:

@@ -8,7 +8,7 @@ from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 from dist_spin.model.weights import ModelFiles, open_model
 from dist_spin.pipeline.export_limits import check_target
-from dist_spin.runtime.distributed import on_leader, together
+from dist_spin.runtime.distributed import on_rank0, raise_on_any_failure
 
 
 def model_dtype(config: RunConfig) -> torch.dtype:
@@ -38,9 +38,9 @@ def open_configured_model(config: RunConfig) -> ModelFiles:
         )
 
     files: list[ModelFiles] = []
-    on_leader(lambda: files.append(find()))  # not returned: open files do not travel
+    on_rank0(lambda: files.append(find()))  # not returned: open files do not travel
     # The others only after it is there; one of them may be on a host that does not see the path.
-    together(lambda: None if files else files.append(find()))
+    raise_on_any_failure(lambda: None if files else files.append(find()))
     if config.export.target != "none":
         check_target(config.export.target, config, files[0].config, starting=True)
     return files[0]

@@ -18,7 +18,7 @@ from dist_spin.model.architecture import Shape
 from dist_spin.numerics.cayley import nearest_orthogonal
 from dist_spin.pipeline.export_limits import check_clips
 from dist_spin.pipeline.initial_rotations import starting_rotations
-from dist_spin.runtime.distributed import on_leader
+from dist_spin.runtime.distributed import on_rank0
 from dist_spin.storage.atomic import write_text
 from dist_spin.storage.rotations import clip_bits, load_transforms, save_final
 from dist_spin.storage.run_directory import run_dir
@@ -27,7 +27,7 @@ from dist_spin.storage.tensor_file import read_metadata, tensors_digest
 EXACT = 1e-5  # largest entry of R R^T - I that is left alone: files in fp32 stay as they are, to the bit
 
 
-def keep_given(config: RunConfig, shape: Shape) -> None:
+def save_preset_rotations(config: RunConfig, shape: Shape) -> None:
     """Write final.safetensors and R.bin from `rotation.load` or `rotation.init`, unless they are there already.
 
     Raises:
@@ -39,8 +39,8 @@ def keep_given(config: RunConfig, shape: Shape) -> None:
 
     def keep() -> None:
         r1, r2 = starting_rotations(config, shape)
-        given = Path(config.rotation.load) if config.rotation.load else None
-        transforms = load_transforms(given) if given else {}
+        preset = Path(config.rotation.load) if config.rotation.load else None
+        transforms = load_transforms(preset) if preset else {}
         digest = tensors_digest({"R1": r1, "R2": r2, **transforms})
         check_clips(config.export.target, config, "clip" in transforms)
         if path.exists():
@@ -50,15 +50,15 @@ def keep_given(config: RunConfig, shape: Shape) -> None:
                 )
                 raise UserError(problem, "give a new name=")
             return
-        bits = clip_bits(given) if given else None
+        bits = clip_bits(preset) if preset else None
         save_final(run, orthogonal(r1), orthogonal(r2), {"step": "0", "given": digest}, transforms, bits)
         if not (run.path / "config.yaml").exists():
             write_text(run.path / "config.yaml", dump_config(config))
 
-    on_leader(keep)
+    on_rank0(keep)
 
 
-def refuse_given(config: RunConfig) -> None:
+def check_not_preset(config: RunConfig) -> None:
     """Called before learning: a run whose rotations were given would not be given learned ones.
 
     Raises:
@@ -69,7 +69,7 @@ def refuse_given(config: RunConfig) -> None:
         if "given" in (read_metadata(run_dir(config).rotations / "final.safetensors") or {}):
             raise UserError(f"run {config.name} holds rotations that were given, not learned", "give a new name=")
 
-    on_leader(check)
+    on_rank0(check)
 
 
 def orthogonal(r: Tensor) -> Tensor:

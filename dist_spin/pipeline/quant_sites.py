@@ -10,7 +10,7 @@ from torch import Tensor
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
-from dist_spin.model.sites_config import CLIPS, Sites
+from dist_spin.model.sites_config import CLIP_SITES, Sites
 from dist_spin.numerics.hadamard import NoHadamard, largest_block
 from dist_spin.numerics.hadamard_transform import kronecker_factors
 from dist_spin.numerics.quantizer import QuantSpec
@@ -96,7 +96,7 @@ def clips_at(config: RunConfig, learned_at: dict[str, int], clips: Tensor) -> Te
     What 4 bits gain by giving up the ends of the range, more bits lose by it. learned_at: `site_bits` of the learning.
     """
     bits = site_bits(config)
-    kept = [bits[kind] == learned_at[kind] for kind in (site if site in bits else "a" for site in CLIPS)]
+    kept = [bits[kind] == learned_at[kind] for kind in (site if site in bits else "a" for site in CLIP_SITES)]
     return torch.where(torch.tensor(kept, device=clips.device), clips, 1.0)
 
 

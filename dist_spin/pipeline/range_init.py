@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dist_spin.config.run import RunConfig
-from dist_spin.data import fingerprint
+from dist_spin.data import tokens_fingerprint
 from dist_spin.model.layer_inputs import LayerTask, observe
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.rotated_weights import RotatedWeights
@@ -25,7 +25,7 @@ from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.cayley import adam_moments, newton_schulz, retract_rows, tangent
 from dist_spin.pipeline.initial_rotations import start_path
 from dist_spin.pipeline.model import model_dtype
-from dist_spin.runtime.distributed import World, on_leader, together
+from dist_spin.runtime.distributed import World, on_rank0, raise_on_any_failure
 from dist_spin.runtime.progress import Progress
 from dist_spin.storage.run_directory import run_dir
 from dist_spin.storage.tensor_file import identity_hash, read_metadata, save_tensors
@@ -41,21 +41,21 @@ def make_start(config: RunConfig, world: World, files: ModelFiles, tokens: Tenso
         "model": files.weights.fingerprint(),
         "dtype": config.model.dtype,
         "seed": config.rotation.seed,
-        "tokens": fingerprint(some),
+        "tokens": tokens_fingerprint(some),
     }
-    made_under, path = identity_hash(identity), start_path(config)
-    if on_leader(lambda: (read_metadata(path) or {}).get("fingerprint") == made_under):
+    fingerprint, path = identity_hash(identity), start_path(config)
+    if on_rank0(lambda: (read_metadata(path) or {}).get("fingerprint") == fingerprint):
         return
     found: list[tuple[Tensor, float, float]] = []
     r1, r2 = initial("hadamard", files.shape, config.rotation.seed)
-    together(lambda: found.append(fitted(r1, config, world, files, some)))
+    raise_on_any_failure(lambda: found.append(fitted(r1, config, world, files, some)))
 
     def keep() -> None:
         fitted_r1, before, after = found[0]
-        save_tensors(path, {"R1": fitted_r1, "R2": r2}, {"fingerprint": made_under})
+        save_tensors(path, {"R1": fitted_r1, "R2": r2}, {"fingerprint": fingerprint})
         run_dir(config).event("range_start", before=before, after=after)
 
-    on_leader(keep)
+    on_rank0(keep)
 
 
 def fitted(
@@ -66,7 +66,7 @@ def fitted(
     runner = LayerRunner(files.config, Sites(), device=world.device, dtype=dtype, rotated=False)
     plain = RotatedWeights(files.weights, shape, None, (), world.device, dtype)
     hidden = plain.embedding()[tokens.to(world.device)]
-    progress = Progress("fit the rotations' start: layer", shape.layers + 1, show=world.leads)
+    progress = Progress("fit the rotations' start: layer", shape.layers + 1, show=world.is_rank0)
     rows: list[Tensor] = []
     for index in range(shape.layers):
         some, hidden = sample_rows(LayerTask(index, runner, plain.layer(index), hidden), TOKENS_KEPT, seed)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import Interrupted, UserError
-from dist_spin.runtime.distributed import World, on_leader
+from dist_spin.runtime.distributed import World, on_rank0
 from dist_spin.runtime.environment import environment
 from dist_spin.storage.locks import stage_lock
 from dist_spin.storage.run_directory import run_dir
@@ -24,15 +24,15 @@ def writing(config: RunConfig, world: World, stage: str, part: str = "") -> Iter
         Held: another process works on the same stage or part.
     """
     run = run_dir(config)
-    new = on_leader(lambda: not run.path.exists())
+    new = on_rank0(lambda: not run.path.exists())
     with contextlib.ExitStack() as held:
-        on_leader(lambda: held.enter_context(stage_lock(run.path, stage, part)))
+        on_rank0(lambda: held.enter_context(stage_lock(run.path, stage, part)))
         about = environment(world)
-        on_leader(lambda: run.event("job", stage=stage, part=part, **about))
+        on_rank0(lambda: run.event("job", stage=stage, part=part, **about))
         began = time.monotonic()
 
         def note(outcome: str, memory: dict[str, int]) -> None:
-            if world.leads:
+            if world.is_rank0:
                 seconds = round(time.monotonic() - began, 3)
                 run.event("stage_end", stage=stage, part=part, outcome=outcome, seconds=seconds, **memory)
 
@@ -43,7 +43,7 @@ def writing(config: RunConfig, world: World, stage: str, part: str = "") -> Iter
             note("interrupted", own_peak_memory(world))  # the others may not have left together
             raise
         except UserError:
-            if new and world.leads and not (run.path / "config.yaml").exists():
+            if new and world.is_rank0 and not (run.path / "config.yaml").exists():
                 (run.path / "events.jsonl").unlink(missing_ok=True)  # a start that failed leaves no mark
             raise
 

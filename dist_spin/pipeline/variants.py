@@ -18,10 +18,10 @@ from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.pipeline.model import check_vocabulary, model_dtype
-from dist_spin.pipeline.preset_rotations import keep_given
+from dist_spin.pipeline.preset_rotations import save_preset_rotations
 from dist_spin.pipeline.quant_sites import learned_transforms, sites_for
 from dist_spin.pipeline.self_generated_text import self_text
-from dist_spin.runtime.distributed import on_leader
+from dist_spin.runtime.distributed import on_rank0
 from dist_spin.storage.rotations import load_rotations
 from dist_spin.storage.run_directory import run_dir
 from dist_spin.storage.tensor_file import tensors_digest
@@ -86,7 +86,7 @@ class Variant:
         return self.weights.layer(index) if self.recipe is None else self.recipe.to_round(index)
 
 
-def variant(config: RunConfig, files: ModelFiles, name: str, device: torch.device) -> Variant:
+def build_variant(config: RunConfig, files: ModelFiles, name: str, device: torch.device) -> Variant:
     """The rotations of a variant, its sites and its merged weights.
 
     name: "none", LEARNED, or a kind of `model.rotation.initial`; "quarot" also has QuaRot's Hadamard across heads.
@@ -100,7 +100,7 @@ def variant(config: RunConfig, files: ModelFiles, name: str, device: torch.devic
         rotations = None
     elif name == LEARNED:
         if config.optimize.steps == 0:
-            keep_given(config, shape)
+            save_preset_rotations(config, shape)
         path = run_dir(config).rotations / "final.safetensors"
         if not path.exists():
             raise UserError(f"{path} does not exist", "run `dist-spin optimize` first")
@@ -121,9 +121,9 @@ def calibration_tokens(config: RunConfig, files: ModelFiles) -> Tensor:
     """The calibration sequences [n, T] of a configuration."""
     q = config.quantize
     if q.source == SELF:
-        return on_leader(lambda: self_text(config, files, q.n_sequences, q.seq_len, q.seed))
+        return on_rank0(lambda: self_text(config, files, q.n_sequences, q.seq_len, q.seed))
     tokenizer = None if q.source.startswith("tokens:") else files.tokenizer()
-    tokens = on_leader(lambda: calibration_windows(q.source, q.split, q.n_sequences, q.seq_len, q.seed, tokenizer))
+    tokens = on_rank0(lambda: calibration_windows(q.source, q.split, q.n_sequences, q.seq_len, q.seed, tokenizer))
     return check_vocabulary(tokens, files.shape, q.source)
 
 

@@ -14,18 +14,18 @@ from torch import Tensor
 from dist_spin.errors import Interrupted, UserError
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.rotated_weights import RotatedWeights
-from dist_spin.runtime.distributed import World, any_rank, on_leader, together
+from dist_spin.runtime.distributed import World, any_rank, on_rank0, raise_on_any_failure
 from dist_spin.runtime.progress import Progress, say
 from dist_spin.runtime.signals import StopRequest
-from dist_spin.storage.hidden_states import BoundaryFiles
+from dist_spin.storage.hidden_states import HiddenStateFiles
 
 
-class Boundaries:
+class CalibrationStates:
     """Hidden states of one variant at any layer. Every method is called by all ranks together."""
 
     def __init__(
         self,
-        stored: BoundaryFiles,
+        stored: HiddenStateFiles,
         runner: LayerRunner,
         weights: RotatedWeights,
         tokens: Tensor,
@@ -62,12 +62,12 @@ class Boundaries:
             Interrupted: a signal came; finished layers are kept.
             UserError: the disk has no room for them.
         """
-        missing = on_leader(lambda: [layer for layer in sorted(layers) if layer and not self.stored.present(layer)])
+        missing = on_rank0(lambda: [layer for layer in sorted(layers) if layer and not self.stored.present(layer)])
         if not missing:
             return
-        on_leader(lambda: self.stored.check_space(missing, say))
+        on_rank0(lambda: self.stored.check_space(missing, say))
         start, hidden = self._nearest(missing[0])
-        progress = Progress("hidden states: layer", missing[-1], start, show=self.world.leads)
+        progress = Progress("hidden states: layer", missing[-1], start, show=self.world.is_rank0)
         for index in range(start, missing[-1]):
             module = self.runner.build(index, self.weights.layer(index))
             hidden = {c: [self.runner.run(module, index, h) for h in states] for c, states in hidden.items()}
@@ -82,14 +82,14 @@ class Boundaries:
             for chunk, states in hidden.items():
                 self.stored.save(layer, chunk, torch.cat(states))
 
-        together(write)
-        if self.world.leads:
+        raise_on_any_failure(write)
+        if self.world.is_rank0:
             self.note(layer)
 
     def _nearest(self, below: int) -> tuple[int, dict[int, list[Tensor]]]:
         """The last layer before `below` whose states are stored and whole, with this rank's chunks of them."""
         numbers = range(self.world.rank, len(self.stored.chunks()), self.world.size)
-        for layer in on_leader(lambda: [i for i in range(below - 1, 0, -1) if self.stored.present(i)]):
+        for layer in on_rank0(lambda: [i for i in range(below - 1, 0, -1) if self.stored.present(i)]):
             parts = {c: self.stored.load(layer, c, say) for c in numbers}
             if not any_rank(any(part is None for part in parts.values())):
                 return layer, {c: self._split(part) for c, part in parts.items() if part is not None}

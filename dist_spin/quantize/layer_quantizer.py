@@ -14,8 +14,16 @@ from torch import Tensor, nn
 
 from dist_spin.model.architecture import ATTENTION_NORM, LAYER_LINEARS, MLP_NORM
 from dist_spin.model.layers import LayerRunner
-from dist_spin.numerics.coordinate_descent import refine
-from dist_spin.numerics.gptq import GPTQOptions, Solution, fitted_grid, output_errors, prepare, solve, split_rows
+from dist_spin.numerics.coordinate_descent import coordinate_descent
+from dist_spin.numerics.gptq import (
+    GPTQOptions,
+    QuantizedWeight,
+    fitted_scales,
+    output_errors,
+    prepare,
+    solve,
+    split_rows,
+)
 from dist_spin.numerics.hessian import TOKEN_CHUNK, Hessian
 from dist_spin.numerics.outlier_columns import condense
 from dist_spin.numerics.quantizer import ROW_TILE, dequantize_weight, quantize_weight
@@ -30,7 +38,7 @@ class LayerQuantizer:
 
     hessian_dtype: fp32, or fp64 where results must not depend on how sequences are split over ranks. clock: entered
     around each of `PARTS`, for benchmarks. kept: columns of a layer's linears that stay exact; those of one site are the same.
-    sweeps: passes over the columns after GPTQ that make its codes better (`refine`).
+    cd_passes: passes over the columns after GPTQ that make its codes better (`coordinate_descent`).
     """
 
     def __init__(
@@ -43,11 +51,11 @@ class LayerQuantizer:
         clock: Callable[[str], AbstractContextManager[object]] = lambda part: nullcontext(),
         down_bits: int = 0,
         kept: Callable[[int], dict[str, Tensor]] = lambda index: {},
-        sweeps: int = 0,
+        cd_passes: int = 0,
     ) -> None:
         self.runner, self.world, self.method, self.options = runner, world, method, options
         self.hessian_dtype, self.clock = hessian_dtype, clock
-        self.kept, self.sweeps = kept, sweeps
+        self.kept, self.cd_passes = kept, cd_passes
         self.down_options = dataclasses.replace(options, bits=down_bits or options.bits)
 
     @torch.no_grad()
@@ -72,7 +80,7 @@ class LayerQuantizer:
 
         linears = ("q_proj", "k_proj", "v_proj")
         self._solve([f"self_attn.{n}" for n in linears], (attention_norm(h) for h in hidden), self.options)
-        output, attention.o_proj = attention.o_proj, attention.o_proj.front
+        output, attention.o_proj = attention.o_proj, attention.o_proj.input_quant
         with self.clock("forward"):
             inputs = [self._attend(index, attention_norm(h)) for h in hidden]  # what o_proj reads
         attention.o_proj = output
@@ -80,7 +88,7 @@ class LayerQuantizer:
         self._leave(hidden, inputs, output.linear)
 
         self._solve(["mlp.gate_proj", "mlp.up_proj"], (mlp_norm(h) for h in hidden), self.options)
-        down, mlp.down_proj = mlp.down_proj, mlp.down_proj.front
+        down, mlp.down_proj = mlp.down_proj, mlp.down_proj.input_quant
         with self.clock("forward"):
             inputs = [mlp(mlp_norm(h)) for h in hidden]  # what down_proj reads
         mlp.down_proj = down
@@ -119,8 +127,8 @@ class LayerQuantizer:
             rows = rows.index_fill(1, kept, 0)
         with self.clock("solve"):
             mine = self._round(rows, options) if factor is None else solve(rows, factor, options)
-            if factor is not None and self.sweeps:
-                mine = refine(rows, mine, mean, factor, options, self.sweeps)
+            if factor is not None and self.cd_passes:
+                mine = coordinate_descent(rows, mine, mean, factor, options, self.cd_passes)
         damping = factor.damping if factor is not None else 0.0
         del factor
         with self.clock("errors"):
@@ -132,15 +140,15 @@ class LayerQuantizer:
                 moved = rows.to(carry.dtype) - dequantize_weight(*mine, options.group_size, carry.dtype)
                 columns = (columns + moved @ carry).to(columns.dtype)
             columns = _gather(columns, len(stacked), self.world)
-        whole = Solution(*(_gather(part, len(stacked), self.world) for part in mine))
+        whole = QuantizedWeight(*(_gather(part, len(stacked), self.world) for part in mine))
         errors = _gather(errors, len(stacked), self.world)
         first = 0
         for (role, linear), tiles in zip(linears.items(), tiled, strict=True):
             span = slice(first, first + len(linear.weight))
             first += len(tiles)
-            solution = Solution(*(part[span] for part in whole))
+            quantized = QuantizedWeight(*(part[span] for part in whole))
             error, rtn_error, size = errors[span].sum(0).tolist()
-            self._result.solutions[role] = solution
+            self._result.quantized_weights[role] = quantized
             self._result.bits[role] = options.bits
             self._result.figures[role] = {
                 "error": error / size if size else 0.0,
@@ -148,7 +156,7 @@ class LayerQuantizer:
                 "damping": damping,
             }
             dtype = linear.weight.dtype
-            dequantized = dequantize_weight(*solution, options.group_size, dtype)
+            dequantized = dequantize_weight(*quantized, options.group_size, dtype)
             if kept is not None and columns is not None:
                 self._result.others |= {f"{role}.kept": kept.clone(), f"{role}.columns": columns[span]}
                 dequantized[:, kept] = columns[span]
@@ -174,10 +182,10 @@ class LayerQuantizer:
                 return
             yield x
 
-    def _round(self, rows: Tensor, o: GPTQOptions) -> Solution:
+    def _round(self, rows: Tensor, o: GPTQOptions) -> QuantizedWeight:
         wide = rows.to(self.hessian_dtype)
-        scale, zero = fitted_grid(wide, o, o.group_size)
-        return Solution(quantize_weight(wide, scale, zero, o.bits, o.symmetric, o.group_size), scale, zero)
+        scale, zero = fitted_scales(wide, o, o.group_size)
+        return QuantizedWeight(quantize_weight(wide, scale, zero, o.bits, o.symmetric, o.group_size), scale, zero)
 
 
 def _linear(layer: nn.Module, role: str) -> nn.Linear:
@@ -206,9 +214,9 @@ def _gather(part: Tensor, rows: int, world: World) -> Tensor:
     """The rows of all ranks, in order, on every rank."""
     if world.size == 1:
         return part
-    spans = split_rows(rows, world.size)
-    longest = max(stop - start for start, stop in spans)
+    row_ranges = split_rows(rows, world.size)
+    longest = max(stop - start for start, stop in row_ranges)
     padded = part.new_zeros(longest, *part.shape[1:])
     padded[: len(part)] = part
     parts = gather_parts(padded)
-    return torch.cat([part[: stop - start] for part, (start, stop) in zip(parts, spans, strict=True)])
+    return torch.cat([part[: stop - start] for part, (start, stop) in zip(parts, row_ranges, strict=True)])

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from dist_spin.numerics.activations import SUMMARY
-from dist_spin.report.facts import LEARNED, Facts, order
+from dist_spin.report.run_summary import LEARNED, RunSummary, order
 from dist_spin.report.style import (
     COLOUR_MAP,
     HEIGHT,
@@ -36,34 +36,34 @@ DARKEST = 0.01  # share of the values below the colour scale
 FIGURES = {"peak": "peak / RMS of a token", "kurtosis": "kurtosis of a token"}
 
 
-def drawings(facts: Facts) -> Iterator[Drawing]:
+def drawings(summary: RunSummary) -> Iterator[Drawing]:
     """Every figure of activations that can be drawn."""
-    if not facts.activations:
+    if not summary.activations:
         return
-    variants = order(facts.activations)
+    variants = order(summary.activations)
     for figure, label in FIGURES.items():
         for site, title in SITES.items():
-            values = {v: facts.activations[v][site][figure] for v in variants}
-            words = f"{label[0].upper()}{label[1:]}. " + _each(
+            values = {v: summary.activations[v][site][figure] for v in variants}
+            caption = f"{label[0].upper()}{label[1:]}. " + _each(
                 values, lambda x: f"mean {short(float(x[:, MEAN].mean()))}, largest {short(float(x[:, LARGEST].max()))}"
             )
-            yield Drawing(f"{figure}-{_slug(site)}", figure, title, words, _by_layer(values, label))
+            yield Drawing(f"{figure}-{_slug(site)}", figure, title, caption, _by_layer(values, label))
     for site, title in SITES.items():
-        values = {v: facts.activations[v][site]["channels"] for v in variants}
-        words = "Largest magnitude of every channel in every layer. " + _each(values, _up_to)
-        yield Drawing(f"channels-{_slug(site)}", "channels", title, words, _channel_map(values))
+        values = {v: summary.activations[v][site]["channels"] for v in variants}
+        caption = "Largest magnitude of every channel in every layer. " + _each(values, _up_to)
+        yield Drawing(f"channels-{_slug(site)}", "channels", title, caption, _channel_map(values))
     pair = dict.fromkeys([variants[0], LEARNED if LEARNED in variants else variants[-1]])
     for site, title in SITES.items():
-        values = {v: facts.activations[v][site]["surface"] for v in pair}
+        values = {v: summary.activations[v][site]["surface"] for v in pair}
         layers = min(map(len, values.values()))
-        layer = int(facts.activations[variants[0]][site]["peak"][:layers, LARGEST].argmax())
+        layer = int(summary.activations[variants[0]][site]["peak"][:layers, LARGEST].argmax())
         chosen = {v: x[layer] for v, x in values.items()}
-        words = "Magnitude by token and channel of the first sequence, each on a height of its own. " + _each(
+        caption = "Magnitude by token and channel of the first sequence, each on a height of its own. " + _each(
             chosen, _up_to
         )
-        yield Drawing(f"surface-{_slug(site)}", "surface", f"{title}, layer {layer}", words, _surface(chosen))
-        words = f"Magnitude by token (down) and channel (across), all {layers} layers."
-        yield Drawing(f"surfaces-{_slug(site)}", "surfaces", title, words, _all_surfaces(values), folded=True)
+        yield Drawing(f"surface-{_slug(site)}", "surface", f"{title}, layer {layer}", caption, _surface(chosen))
+        caption = f"Magnitude by token (down) and channel (across), all {layers} layers."
+        yield Drawing(f"surfaces-{_slug(site)}", "surfaces", title, caption, _all_surfaces(values), folded=True)
 
 
 def _each(values: dict[str, np.ndarray[Any, Any]], say: Callable[[np.ndarray[Any, Any]], str]) -> str:

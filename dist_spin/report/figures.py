@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dist_spin.report import activation_figures
-from dist_spin.report.facts import LEARNED, Facts, order
+from dist_spin.report.run_summary import LEARNED, RunSummary, order
 from dist_spin.report.style import (
     BLUE,
     GREEN,
@@ -23,14 +23,14 @@ from dist_spin.report.style import (
     style_of,
     whole_numbers,
 )
-from dist_spin.report.tables import bits_of
+from dist_spin.storage.results import bits_label
 
 FEWEST_SEEDS = 3  # that make a distribution
 
 
-def drawings(facts: Facts) -> list[Drawing]:
+def drawings(summary: RunSummary) -> list[Drawing]:
     """Everything that can be drawn of a run as it stands, in the order of the report."""
-    return [*_learning(facts), *_rounding(facts), *_seeds(facts), *activation_figures.drawings(facts)]
+    return [*_learning(summary), *_rounding(summary), *_seeds(summary), *activation_figures.drawings(summary)]
 
 
 # Figures of two series, R1 and R2: key in metrics.jsonl -> name, title, label of the axis, caption.
@@ -46,14 +46,14 @@ PAIRS = {
 }
 
 
-def _learning(facts: Facts) -> Iterator[Drawing]:
-    lines = facts.metrics
+def _learning(summary: RunSummary) -> Iterator[Drawing]:
+    lines = summary.metrics
     if not lines:
         return
     first, last = lines[0], lines[-1]
-    words = f"from {first['loss']:.4f} at step {first['step']} to {last['loss']:.4f} at step {last['step']}"
+    caption = f"from {first['loss']:.4f} at step {first['step']} to {last['loss']:.4f} at step {last['step']}"
     loss = _curves(lines, {"": "loss"}, "loss, nats")
-    yield Drawing("loss", "learning", "Loss", f"Training loss in nats, every step on other text, {words}.", loss)
+    yield Drawing("loss", "learning", "Loss", f"Training loss in nats, every step on other text, {caption}.", loss)
     for key, (name, title, label, text) in PAIRS.items():
         columns = {r: f"{key}_{r.lower()}" for r in ("R1", "R2")}
         values = {r: [line[column] for line in lines if column in line] for r, column in columns.items()}
@@ -62,10 +62,10 @@ def _learning(facts: Facts) -> Iterator[Drawing]:
         ends = "; ".join(f"{r} from {short(found[0])} to {short(found[-1])}" for r, found in values.items())
         draw = _curves(lines, columns, label, "lr" if key == "alpha" else "")
         yield Drawing(name, "learning", title, f"{text}: {ends}.", draw)
-    words = f"from {short(first['grad_norm'])} to {short(last['grad_norm'])}"
-    words = f"Joint norm of the gradients of R1 and R2 before clipping, {words}."
+    caption = f"from {short(first['grad_norm'])} to {short(last['grad_norm'])}"
+    caption = f"Joint norm of the gradients of R1 and R2 before clipping, {caption}."
     norm = _curves(lines, {"": "grad_norm"}, "gradient norm")
-    yield Drawing("gradient-norm", "learning", "Gradient norm", words, norm)
+    yield Drawing("gradient-norm", "learning", "Gradient norm", caption, norm)
 
 
 def _curves(lines: list[dict[str, Any]], columns: dict[str, str], label: str, bound: str = "") -> Callable[[], Figure]:
@@ -90,24 +90,24 @@ def _curves(lines: list[dict[str, Any]], columns: dict[str, str], label: str, bo
     return draw
 
 
-def _rounding(facts: Facts) -> Iterator[Drawing]:
-    if not facts.layers:
+def _rounding(summary: RunSummary) -> Iterator[Drawing]:
+    if not summary.layers:
         return
-    method = facts.config.get("quantize", {}).get("method", "gptq").upper()
-    roles = next(iter(next(iter(facts.layers.values())).values()))
+    method = summary.config.get("quantize", {}).get("method", "gptq").upper()
+    roles = next(iter(next(iter(summary.layers.values())).values()))
     for role in roles:
         name = role.rpartition(".")[2]
 
         def draw(role: str = role) -> Figure:
             figure, axes = one_axes()
-            for place, variant in enumerate(order(facts.layers)):
-                layers = sorted(facts.layers[variant])
-                values = [facts.layers[variant][i][role]["error"] for i in layers]
+            for place, variant in enumerate(order(summary.layers)):
+                layers = sorted(summary.layers[variant])
+                values = [summary.layers[variant][i][role]["error"] for i in layers]
                 every = markers_every(len(layers), place)
                 label = NAMES.get(variant, variant)
                 axes.plot(layers, values, **style_of(variant), markevery=every, label=label)
-            if method == "GPTQ" and LEARNED in facts.layers:
-                found = facts.layers[LEARNED]
+            if method == "GPTQ" and LEARNED in summary.layers:
+                found = summary.layers[LEARNED]
                 values = [found[i][role]["rtn_error"] for i in sorted(found)]
                 axes.plot(sorted(found), values, color=ink(), linewidth=0.8, alpha=0.7, label="learned, RTN instead")
             axes.set_xlabel("layer")
@@ -118,19 +118,19 @@ def _rounding(facts: Facts) -> Iterator[Drawing]:
             return figure
 
         means = ", ".join(
-            f"{NAMES.get(v, v)} {short(float(np.mean([figures[role]['error'] for figures in facts.layers[v].values()])))}"
-            for v in order(facts.layers)
+            f"{NAMES.get(v, v)} {short(float(np.mean([figures[role]['error'] for figures in summary.layers[v].values()])))}"
+            for v in order(summary.layers)
         )
-        words = f"Output error of {name} after {method}, relative, by layer. Means: {means}."
-        yield Drawing(f"{method.lower()}-{name}", "rounding", name, words, draw)
+        caption = f"Output error of {name} after {method}, relative, by layer. Means: {means}."
+        yield Drawing(f"{method.lower()}-{name}", "rounding", name, caption, draw)
 
 
-def _seeds(facts: Facts) -> Iterator[Drawing]:
-    rows = [row for row in facts.rows if "ppl" in row and "system" in row]
+def _seeds(summary: RunSummary) -> Iterator[Drawing]:
+    rows = [row for row in summary.rows if "ppl" in row and "system" in row]
     groups: dict[tuple[str, str, str], dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
         if row["system"] in ("random Hadamard", "random orthogonal", "ours"):
-            key = (row["dataset"], bits_of(row), row["weights"])
+            key = (row["dataset"], bits_label(row), row["weights"])
             groups.setdefault(key, {}).setdefault(row["system"], []).append(row)
 
     def seeds(systems: dict[str, list[dict[str, Any]]]) -> int:
@@ -162,10 +162,10 @@ def _seeds(facts: Facts) -> Iterator[Drawing]:
             axes.set_xlabel("perplexity (bar: median)")
             return figure
 
-        words = "; ".join(
+        caption = "; ".join(
             f"{name}, {len(values)} seeds: {min(values):.3f} to {max(values):.3f}" for name, values in random.items()
         )
         if ours:
-            words += f"; learned: {', '.join(f'{value:.3f}' for value in ours)}"
+            caption += f"; learned: {', '.join(f'{value:.3f}' for value in ours)}"
         by = "16-bit weights" if weights == "none" else f"weights by {weights.upper()}"
-        yield Drawing(f"seeds-{number}", "seeds", f"{bits}, {by}, {dataset}", f"Perplexity, {words}.", draw)
+        yield Drawing(f"seeds-{number}", "seeds", f"{bits}, {by}, {dataset}", f"Perplexity, {caption}.", draw)

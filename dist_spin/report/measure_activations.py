@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from dist_spin.config.run import RunConfig
-from dist_spin.data import fingerprint
+from dist_spin.data import tokens_fingerprint
 from dist_spin.errors import Interrupted
 from dist_spin.model.architecture import ATTENTION_NORM, MLP_NORM
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.activations import kurtosis, peak_over_rms, pooled, summary
 from dist_spin.pipeline.model import model_dtype, open_configured_model
-from dist_spin.pipeline.variants import LEARNED, Variant, calibration_tokens, unquantized, variant
+from dist_spin.pipeline.variants import LEARNED, Variant, build_variant, calibration_tokens, unquantized
 from dist_spin.runtime.distributed import World
 from dist_spin.runtime.progress import Progress, say
 from dist_spin.runtime.signals import StopRequest
@@ -55,7 +55,7 @@ def measure_activations(config: RunConfig, world: World) -> None:
     if (run.rotations / "final.safetensors").exists():
         names.append(LEARNED)
     for name in names:
-        _measure(config, world, files, variant(config, files, name, world.device), tokens, stop)
+        _measure(config, world, files, build_variant(config, files, name, world.device), tokens, stop)
 
 
 def _measure(
@@ -111,7 +111,7 @@ def _identity(config: RunConfig, files: ModelFiles, chosen: Variant, tokens: Ten
         "model": files.weights.fingerprint(),
         "dtype": config.model.dtype,
         "rotations": tensors_digest(rotations),
-        "tokens": fingerprint(tokens),
+        "tokens": tokens_fingerprint(tokens),
         "r3": [tuple(f.shape) for f in chosen.sites.r3],
         "r4": [tuple(f.shape) for f in chosen.sites.r4],
         "size": [*SURFACE, CHANNEL_BINS],
@@ -156,9 +156,9 @@ def probes(layer: nn.Module, kv_heads: int) -> Iterator[dict[str, Probe]]:
     mlp: Any = layer.mlp
     modules: dict[str, nn.Module] = {
         "attention_input": getattr(layer, ATTENTION_NORM),
-        "o_input": attention.o_proj.front,
+        "o_input": attention.o_proj.input_quant,
         "mlp_input": getattr(layer, MLP_NORM),
-        "down_input": mlp.down_proj.front,
+        "down_input": mlp.down_proj.input_quant,
         "keys": attention.key_site,
         "values": attention.v_proj,
     }

@@ -7,8 +7,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from dist_spin.report.facts import Facts
 from dist_spin.report.figures import drawings
+from dist_spin.report.run_summary import RunSummary
 from dist_spin.report.style import NAMES, Drawing, as_svg, short
 from dist_spin.report.tables import Table, outlier_table, result_tables, stage_table
 from dist_spin.runtime.progress import clock
@@ -39,14 +39,14 @@ SECTIONS = {
 }
 
 
-def html_page(facts: Facts) -> str:
+def html_page(summary: RunSummary) -> str:
     """The whole page."""
-    return _template("report.html.jinja", autoescape=True).render(**_content(facts), draw=_svg)
+    return _template("report.html.jinja", autoescape=True).render(**_content(summary), draw=_svg)
 
 
-def markdown_page(facts: Facts) -> str:
+def markdown_page(summary: RunSummary) -> str:
     """Tables, captions and how to reproduce the run; the figures are in the page and in `dist-spin plot`."""
-    return _template("report.md.jinja", autoescape=False).render(**_content(facts), table=_markdown_table)
+    return _template("report.md.jinja", autoescape=False).render(**_content(summary), table=_markdown_table)
 
 
 def _template(name: str, autoescape: bool) -> jinja2.Template:
@@ -57,32 +57,32 @@ def _template(name: str, autoescape: bool) -> jinja2.Template:
     return environment.from_string(source)
 
 
-def _content(facts: Facts) -> dict[str, Any]:
-    found = drawings(facts)
+def _content(summary: RunSummary) -> dict[str, Any]:
+    found = drawings(summary)
     sections = [
         {"id": key, "title": title, "text": text, "figures": [d for d in found if d.section == key]}
         for key, (title, text) in SECTIONS.items()
     ]
-    results = result_tables(facts)
+    results = result_tables(summary)
     return {
-        "facts": facts,
-        "headline": headline(facts),
-        "progress": progress(facts),
+        "summary": summary,
+        "headline": headline(summary),
+        "progress": progress(summary),
         "results": results,
         "sections": [section for section in sections if section["figures"]],
-        "outliers": outlier_table(facts, NAMES),
-        "stages": stage_table(facts, clock),
-        "orthogonality": {name.upper(): short(value) for name, value in facts.orthogonality.items()},
-        "command": command(facts),
-        "versions": facts.job.get("versions", {"dist-spin": __version__}),
-        "job": facts.job,
-        "commit": facts.job.get("commit"),
+        "outliers": outlier_table(summary, NAMES),
+        "stages": stage_table(summary, clock),
+        "orthogonality": {name.upper(): short(value) for name, value in summary.orthogonality.items()},
+        "command": command(summary),
+        "versions": summary.job.get("versions", {"dist-spin": __version__}),
+        "job": summary.job,
+        "commit": summary.job.get("commit"),
     }
 
 
-def headline(facts: Facts) -> list[tuple[str, str]]:
+def headline(summary: RunSummary) -> list[tuple[str, str]]:
     """Model, bits and rotations in a line each."""
-    config = facts.config
+    config = summary.config
     if not config:
         return []
     q, optimize, quantize = config["quant"], config["optimize"], config["quantize"]
@@ -90,7 +90,7 @@ def headline(facts: Facts) -> list[tuple[str, str]]:
     rotation = config["rotation"]
     start = rotation["load"] or f"{rotation['init']}, seed {rotation['seed']}"
     bits = f"W{q['w_bits']}A{q['a_bits']}{kv}, weights by {quantize['method']}"
-    if facts.only_compared:
+    if summary.only_compared:
         compared = config["compare"]
         bits = f"{', '.join(compared['bits'])}; weights by {' and '.join(compared['weights'])}"
         bits += f"; seeds {', '.join(map(str, compared['seeds']))}"
@@ -106,29 +106,31 @@ def headline(facts: Facts) -> list[tuple[str, str]]:
     ]
 
 
-def progress(facts: Facts) -> str:
+def progress(summary: RunSummary) -> str:
     """Where the run stands, in one line."""
-    if facts.only_compared:
-        rows = len(facts.of_stage("compare"))
+    if summary.only_compared:
+        rows = len(summary.of_stage("compare"))
         return (
-            f"comparison: {rows} of {facts.planned_rows} rows" if rows < facts.planned_rows else "comparison complete"
+            f"comparison: {rows} of {summary.planned_rows} rows"
+            if rows < summary.planned_rows
+            else "comparison complete"
         )
-    if not facts.metrics and not facts.learned:
+    if not summary.metrics and not summary.learned:
         return "not begun"
-    if not facts.learned:
-        return f"learning: step {facts.metrics[-1]['step']} of {facts.steps}"
-    return "complete" if not facts.missing else "rotations learned; parts of the report are still missing"
+    if not summary.learned:
+        return f"learning: step {summary.metrics[-1]['step']} of {summary.steps}"
+    return "complete" if not summary.missing else "rotations learned; parts of the report are still missing"
 
 
-def command(facts: Facts) -> str:
+def command(summary: RunSummary) -> str:
     """What repeats the run with the configuration that the report holds, a line for each verb."""
-    verbs = ["run"] * (not facts.only_compared) + ["compare"] * (facts.only_compared or facts.planned_rows > 0)
-    return "\n".join(f"dist-spin {verb} {shlex.quote(f'{facts.name}.yaml')}" for verb in verbs)
+    verbs = ["run"] * (not summary.only_compared) + ["compare"] * (summary.only_compared or summary.planned_rows > 0)
+    return "\n".join(f"dist-spin {verb} {shlex.quote(f'{summary.name}.yaml')}" for verb in verbs)
 
 
 def _svg(drawing: Drawing) -> Markup:
     # Drawn by matplotlib from our own titles and numbers, which it escapes.
-    return Markup(as_svg(drawing.draw, drawing.words))
+    return Markup(as_svg(drawing.draw, drawing.caption))
 
 
 def _markdown_table(table: Table) -> str:

@@ -7,8 +7,8 @@ dist-spin plot runs/NAME loss -o loss.svg       SVG follows the reader's light o
 from pathlib import Path
 
 from dist_spin.errors import UserError
-from dist_spin.report.facts import gather
 from dist_spin.report.figures import drawings
+from dist_spin.report.run_summary import load_run_summary
 from dist_spin.report.style import as_png, as_svg
 from dist_spin.runtime.progress import say
 from dist_spin.storage.atomic import atomic, write_text
@@ -20,17 +20,17 @@ def plot(path: Path, name: str = "", target: str | None = None, theme: str = "li
     Raises:
         UserError: no such run or figure, or a file name with another ending.
     """
-    found = {drawing.name: drawing for drawing in drawings(gather(path))}
+    found = {drawing.name: drawing for drawing in drawings(load_run_summary(path))}
     if not name:
         width = max(map(len, found), default=0)
-        print("\n".join(f"{key:{width}}  {drawing.words}" for key, drawing in found.items()) or "nothing to draw yet")
+        print("\n".join(f"{key:{width}}  {drawing.caption}" for key, drawing in found.items()) or "nothing to draw yet")
         return
     if name not in found:
         raise UserError(f"{path} has no figure '{name}'", f"use one of {', '.join(found) or '(none yet)'}")
     file = Path(target or f"{name}.png")
     drawing = found[name]
     if file.suffix == ".svg":
-        text = as_svg(drawing.draw, drawing.words, standalone=True)
+        text = as_svg(drawing.draw, drawing.caption, standalone=True)
         write_text(file, f'<?xml version="1.0" encoding="utf-8"?>\n{text}')
     elif file.suffix == ".png":
         with atomic(file) as temporary:

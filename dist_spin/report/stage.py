@@ -8,9 +8,9 @@ from pathlib import Path
 
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import Interrupted, UserError
-from dist_spin.report.facts import gather
 from dist_spin.report.measure_activations import measure_activations
 from dist_spin.report.page import html_page, markdown_page
+from dist_spin.report.run_summary import load_run_summary
 from dist_spin.runtime.distributed import World
 from dist_spin.runtime.progress import say
 from dist_spin.storage.atomic import write_text
@@ -45,9 +45,9 @@ def write_report(path: Path) -> None:
     Raises:
         UserError: it is no run directory.
     """
-    facts = gather(path)
-    write_text(path / "report.html", html_page(facts))
-    write_text(path / "report.md", markdown_page(facts))
-    for line in facts.missing:
+    summary = load_run_summary(path)
+    write_text(path / "report.html", html_page(summary))
+    write_text(path / "report.md", markdown_page(summary))
+    for line in summary.missing:
         say(f"not in the report yet: {line}")
     say(f"wrote {path / 'report.html'} and report.md")

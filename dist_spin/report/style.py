@@ -174,6 +174,6 @@ class Drawing:
     name: str
     section: str
     title: str
-    words: str
+    caption: str
     draw: Callable[[], Figure]
     folded: bool = False

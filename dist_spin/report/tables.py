@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import Any
 
-from dist_spin.report.facts import Facts, extremes, stages
 from dist_spin.report.published import known_model, published, published_rows
+from dist_spin.report.run_summary import RunSummary, extremes, stages
+from dist_spin.storage.results import bits_label
 
 PUBLISHED_BITS = {"W4A4KV4", "W16A16KV16"}
 FULL = "full precision"
@@ -36,37 +37,31 @@ class Table:
         self.rows.append([entry if isinstance(entry, Cell) else Cell(entry) for entry in entries])
 
 
-def bits_of(row: dict[str, Any]) -> str:
-    """Such as W4A4KV4, or W4A8K8V4."""
-    k, v = row["k_bits"], row["v_bits"]
-    return f"W{row['w_bits']}A{row['a_bits']}" + (f"KV{k}" if k == v else f"K{k}V{v}")
-
-
-def result_tables(facts: Facts) -> list[Table]:
+def result_tables(summary: RunSummary) -> list[Table]:
     """What was measured: perplexities of this run, the comparison of systems, zero-shot tasks, and what was published."""
-    found = [_perplexities(facts), *_comparisons(facts), _tasks(facts)]
-    model = model_of(facts)
+    found = [_perplexities(summary), *_comparisons(summary), _tasks(summary)]
+    model = model_of(summary)
     shown = [table for table in found if table is not None]
     return [*shown, _published(model)] if model and shown else shown
 
 
-def model_of(facts: Facts) -> str | None:
+def model_of(summary: RunSummary) -> str | None:
     """The model of the published tables that the run is about, if it is one of them."""
-    return known_model(str(facts.config.get("model", {}).get("path", "")))
+    return known_model(str(summary.config.get("model", {}).get("path", "")))
 
 
-def _perplexities(facts: Facts) -> Table | None:
-    rows = [row for row in facts.of_stage("evaluate") if "ppl" in row]
+def _perplexities(summary: RunSummary) -> Table | None:
+    rows = [row for row in summary.of_stage("evaluate") if "ppl" in row]
     if not rows:
         return None
     texts = list(dict.fromkeys(row["dataset"] for row in rows))
-    model = model_of(facts) if any(map(_as_published, rows)) else None
-    online = facts.config.get("rotation", {}).get("online", True)
+    model = model_of(summary) if any(map(_as_published, rows)) else None
+    online = summary.config.get("rotation", {}).get("online", True)
     heads = ["bits", "method", "weights", *texts] + (["published, wikitext2"] if model else [])
     table = Table("Perplexity", heads, 3, note=f"{_windows(rows)} Lower is better; bold: best of its bits.")
     lines: dict[tuple[str, str, str], dict[str, float]] = {}
     for row in rows:
-        lines.setdefault((bits_of(row), row["method"], row["weights"]), {})[row["dataset"]] = row["ppl"]
+        lines.setdefault((bits_label(row), row["method"], row["weights"]), {})[row["dataset"]] = row["ppl"]
     lowest = _best(((bits, text), v) for (bits, how, _), of in lines.items() if how != FULL for text, v in of.items())
     for (bits, method, weights), values in lines.items():
         cells = []
@@ -90,9 +85,9 @@ def _windows(rows: list[dict[str, Any]]) -> str:
     return "; ".join(f"{text}: {tokens:,} tokens in windows of {length}" for text, length, tokens in lengths) + "."
 
 
-def _comparisons(facts: Facts) -> list[Table]:
+def _comparisons(summary: RunSummary) -> list[Table]:
     """One table for each text, and one more where weights stay at 16 bits."""
-    rows = [row for row in facts.rows if "system" in row and "ppl" in row]
+    rows = [row for row in summary.rows if "system" in row and "ppl" in row]
     tables = []
     for text in dict.fromkeys(row["dataset"] for row in rows):
         here = [row for row in rows if row["dataset"] == text]
@@ -103,20 +98,20 @@ def _comparisons(facts: Facts) -> list[Table]:
         ):
             some = [row for row in here if row["system"] != FULL and (row["w_bits"] < 16) == rounded]
             if some:
-                tables.append(_comparison(facts, title, some, full))
+                tables.append(_comparison(summary, title, some, full))
     return tables
 
 
-def _comparison(facts: Facts, title: str, rows: list[dict[str, Any]], full: list[dict[str, Any]]) -> Table:
+def _comparison(summary: RunSummary, title: str, rows: list[dict[str, Any]], full: list[dict[str, Any]]) -> Table:
     """Systems by bits, mean and sample standard deviation over seeds."""
-    columns = list(dict.fromkeys(map(bits_of, rows)))
-    model = model_of(facts) if _as_published(rows[0]) and "W4A4KV4" in columns else None
+    columns = list(dict.fromkeys(map(bits_label, rows)))
+    model = model_of(summary) if _as_published(rows[0]) and "W4A4KV4" in columns else None
     heads = ["system", "weights", *columns] + (["published W4A4KV4"] if model else [])
     table = Table(title, heads, 2)
     cells: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     for row in rows:
         key = (row["system"], row.get("clips", "none"), row["weights"])
-        cells.setdefault(key, {}).setdefault(bits_of(row), []).append(row["ppl"])
+        cells.setdefault(key, {}).setdefault(bits_label(row), []).append(row["ppl"])
     lowest = _best((bits, mean(values)) for of in cells.values() for bits, values in of.items())
     for (system, clips, weights), of in cells.items():
         entries = [
@@ -128,7 +123,7 @@ def _comparison(facts: Facts, title: str, rows: list[dict[str, Any]], full: list
         f"{_windows(rows)} Lower is better; bold: best of the column; ±: sample standard deviation over n seeds."
     )
     if full:
-        theirs = published(model_of(facts) if _as_published(full[0]) else None, FULL, "none")
+        theirs = published(model_of(summary) if _as_published(full[0]) else None, FULL, "none")
         table.note += f" Full precision: {full[0]['ppl']:.3f}" + (f" (published: {theirs:.2f})." if theirs else ".")
     return table
 
@@ -144,14 +139,14 @@ def _spread(values: list[float]) -> str:
     return f"{mean(values):.3f} ± {stdev(values):.3f} (n={len(values)})"
 
 
-def _tasks(facts: Facts) -> Table | None:
+def _tasks(summary: RunSummary) -> Table | None:
     """Zero-shot tasks, one column each, accuracies in percent with their standard errors."""
-    rows = [row for row in facts.rows if "task" in row]
+    rows = [row for row in summary.rows if "task" in row]
     if not rows:
         return None
     lines: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        key = (bits_of(row), row.get("system", row["method"]), row["weights"])
+        key = (bits_label(row), row.get("system", row["method"]), row["weights"])
         lines.setdefault(key, {})[f"{row['task']} {row['metric']}"] = row
     columns = list(dict.fromkeys(name for of in lines.values() for name in of))
     shares = _one_accuracy_each(columns)
@@ -216,9 +211,9 @@ def _published(model: str) -> Table:
     return table
 
 
-def outlier_table(facts: Facts, names: dict[str, str]) -> Table | None:
+def outlier_table(summary: RunSummary, names: dict[str, str]) -> Table | None:
     """Peak/RMS and kurtosis of tokens at every site, per rotation."""
-    rows = extremes(facts)
+    rows = extremes(summary)
     if not rows:
         return None
     heads = ["site", "rotation", "peak/RMS, mean", "largest", "in layer", "kurtosis, mean", "largest", "in layer"]
@@ -231,9 +226,9 @@ def outlier_table(facts: Facts, names: dict[str, str]) -> Table | None:
     return table
 
 
-def stage_table(facts: Facts, clock: Callable[[float], str]) -> Table | None:
+def stage_table(summary: RunSummary, clock: Callable[[float], str]) -> Table | None:
     """Time and memory of the stages."""
-    rows = stages(facts)
+    rows = stages(summary)
     if not rows:
         return None
     heads = ["stage", "devices", "ranks", "starts", "time", "peak host memory", "peak GPU memory"]

@@ -30,7 +30,7 @@ class World:
     device: torch.device
 
     @property
-    def leads(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this is rank 0, which writes files and talks to the user."""
         return self.rank == 0
 
@@ -103,7 +103,7 @@ def any_rank(flag: bool) -> bool:
     return bool(value.item())
 
 
-def agree(value: int) -> bool:
+def all_ranks_equal(value: int) -> bool:
     """Whether every rank holds the same 63-bit `value` (a hash, a step); the answer is the same everywhere."""
     if dist.get_world_size() == 1:
         return True
@@ -112,7 +112,7 @@ def agree(value: int) -> bool:
     return int(both[0]) == -int(both[1])
 
 
-def on_leader(action: Callable[[], T]) -> T:
+def on_rank0(action: Callable[[], T]) -> T:
     """Run `action` on rank 0 alone and hand its result to every rank; an error there is raised everywhere."""
     box: list[T | BaseException | None] = [None]
     if dist.get_rank() == 0:
@@ -129,7 +129,7 @@ def on_leader(action: Callable[[], T]) -> T:
     return box[0]  # type: ignore[return-value]
 
 
-def together(action: Callable[[], None]) -> None:
+def raise_on_any_failure(action: Callable[[], None]) -> None:
     """Run `action` on every rank; if it fails anywhere, every rank raises, so that none is left waiting in a collective."""
     failure: Exception | None = None
     try:

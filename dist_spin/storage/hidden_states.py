@@ -22,7 +22,7 @@ WARN_SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class BoundaryFiles:
+class HiddenStateFiles:
     """The stored hidden states of one variant: [sequences, T, hidden] in `dtype` for each layer asked for."""
 
     directory: Path

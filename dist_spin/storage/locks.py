@@ -139,7 +139,7 @@ class Lock:
 
 
 @contextlib.contextmanager
-def turn(path: Path, what: str) -> Iterator[None]:
+def exclusive(path: Path, what: str) -> Iterator[None]:
     """Hold `path` for a moment, such as to change a file; waits while another process does."""
     lock = Lock(path, what)
     with contextlib.ExitStack() as held:

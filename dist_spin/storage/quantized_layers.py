@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dist_spin.numerics.gptq import Solution
+from dist_spin.numerics.gptq import QuantizedWeight
 from dist_spin.numerics.quantizer import dequantize_weight, pack_int4, unpack_int4
 from dist_spin.storage.tensor_file import FOREIGN, CorruptFile, load_tensors, save_tensors, set_aside
 
@@ -29,7 +29,7 @@ class QuantizedLayer:
     output error), `rtn_error` (the same for rounding to nearest) and `damping`. bits: of each linear's codes.
     """
 
-    solutions: dict[str, Solution]
+    quantized_weights: dict[str, QuantizedWeight]
     others: dict[str, Tensor]
     figures: dict[str, dict[str, float]]
     bits: dict[str, int]
@@ -38,10 +38,10 @@ class QuantizedLayer:
 
     def weights(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """All parameters by their names within the layer, dequantised."""
-        exact = {name for role in self.solutions for name in (f"{role}.kept", f"{role}.columns")}
+        exact = {name for role in self.quantized_weights for name in (f"{role}.kept", f"{role}.columns")}
         out = {name: tensor.to(device, dtype) for name, tensor in self.others.items() if name not in exact}
-        for role, solution in self.solutions.items():
-            codes, scale, zero = (t.to(device) for t in solution)
+        for role, quantized in self.quantized_weights.items():
+            codes, scale, zero = (t.to(device) for t in quantized)
             out[f"{role}.weight"] = dequantize_weight(codes, scale, zero, self.group_size, dtype)
             if f"{role}.kept" in self.others:
                 kept, columns = (self.others[f"{role}.{kind}"].to(device) for kind in ("kept", "columns"))
@@ -57,14 +57,14 @@ def layer_path(directory: Path, index: int) -> Path:
 def save_layer(path: Path, layer: QuantizedLayer, fingerprint: str) -> None:
     """Write one layer, atomically and with a checksum; 4-bit codes are packed two to a byte."""
     tensors = dict(layer.others)
-    for role, solution in layer.solutions.items():
-        packed = layer.bits[role] == 4 and solution.codes.shape[-1] % 2 == 0
+    for role, quantized in layer.quantized_weights.items():
+        packed = layer.bits[role] == 4 and quantized.codes.shape[-1] % 2 == 0
         tensors[f"{role}.packed" if packed else f"{role}.codes"] = (
-            pack_int4(solution.codes) if packed else solution.codes
+            pack_int4(quantized.codes) if packed else quantized.codes
         )
-        tensors[f"{role}.scale"] = solution.scale
+        tensors[f"{role}.scale"] = quantized.scale
         if not layer.symmetric:
-            tensors[f"{role}.zero"] = solution.zero
+            tensors[f"{role}.zero"] = quantized.zero
     about = {"bits": layer.bits, "symmetric": layer.symmetric, "group_size": layer.group_size, "figures": layer.figures}
     save_tensors(path, tensors, {"fingerprint": fingerprint, "name": path.name, "layer": json.dumps(about)})
 
@@ -79,18 +79,20 @@ def load_layer(path: Path) -> tuple[QuantizedLayer, str]:
     if "layer" not in metadata or metadata["name"] != path.name:
         raise CorruptFile(f"{path}: is the file {metadata.get('name')} of something else")
     about = json.loads(metadata["layer"])
-    solutions, others = {}, {}
+    quantized_weights, others = {}, {}
     for name, tensor in tensors.items():
         role, _, kind = name.rpartition(".")
         if kind in ("packed", "codes"):
             codes = unpack_int4(tensor, about["symmetric"]) if kind == "packed" else tensor
             scale = tensors[f"{role}.scale"]
-            solutions[role] = Solution(codes, scale, tensors.get(f"{role}.zero", torch.zeros_like(scale)))
+            quantized_weights[role] = QuantizedWeight(
+                codes, scale, tensors.get(f"{role}.zero", torch.zeros_like(scale))
+            )
         elif kind in ("weight", "bias", "kept", "columns"):
             others[name] = tensor
-    return QuantizedLayer(solutions, others, **{k: about[k] for k in ("figures", "bits", "symmetric", "group_size")}), (
-        metadata["fingerprint"]
-    )
+    return QuantizedLayer(
+        quantized_weights, others, **{k: about[k] for k in ("figures", "bits", "symmetric", "group_size")}
+    ), (metadata["fingerprint"])
 
 
 def finished_layer(path: Path, fingerprint: str, warn: Callable[[str], None]) -> QuantizedLayer | None:
@@ -104,8 +106,8 @@ def _finished(
     if not path.exists():
         return None
     try:
-        content, made_under = load(path)
-        problem = "" if made_under == fingerprint else FOREIGN
+        content, found = load(path)
+        problem = "" if found == fingerprint else FOREIGN
     except CorruptFile as error:
         problem = str(error).removeprefix(f"{path}: ")
     if not problem:
@@ -114,19 +116,19 @@ def _finished(
     return None
 
 
-def ends_path(directory: Path) -> Path:
+def embeddings_path(directory: Path) -> Path:
     """Where the quantised embedding and lm_head are kept."""
     return directory / "ends.safetensors"
 
 
-def save_ends(path: Path, ends: dict[str, Solution], bits: dict[str, int], fingerprint: str) -> None:
+def save_embeddings(path: Path, embeddings: dict[str, QuantizedWeight], bits: dict[str, int], fingerprint: str) -> None:
     """Write `embedding` and `head`, those there are, atomically and with a checksum; codes are symmetric, one per byte."""
-    tensors = {f"{end}.codes": solution.codes for end, solution in ends.items()}
-    tensors |= {f"{end}.scale": solution.scale for end, solution in ends.items()}
+    tensors = {f"{end}.codes": quantized.codes for end, quantized in embeddings.items()}
+    tensors |= {f"{end}.scale": quantized.scale for end, quantized in embeddings.items()}
     save_tensors(path, tensors, {"fingerprint": fingerprint, "name": path.name, "bits": json.dumps(bits)})
 
 
-def load_ends(path: Path) -> tuple[dict[str, Solution], str]:
+def load_embeddings(path: Path) -> tuple[dict[str, QuantizedWeight], str]:
     """The ends and the fingerprint they were made under.
 
     Raises:
@@ -135,13 +137,13 @@ def load_ends(path: Path) -> tuple[dict[str, Solution], str]:
     tensors, metadata = load_tensors(path)
     if "bits" not in metadata or metadata["name"] != path.name:
         raise CorruptFile(f"{path}: is the file {metadata.get('name')} of something else")
-    ends = {}
+    embeddings = {}
     for end in json.loads(metadata["bits"]):
         scale = tensors[f"{end}.scale"]
-        ends[end] = Solution(tensors[f"{end}.codes"], scale, torch.zeros_like(scale))
-    return ends, metadata["fingerprint"]
+        embeddings[end] = QuantizedWeight(tensors[f"{end}.codes"], scale, torch.zeros_like(scale))
+    return embeddings, metadata["fingerprint"]
 
 
-def finished_ends(path: Path, fingerprint: str, warn: Callable[[str], None]) -> dict[str, Solution] | None:
+def finished_embeddings(path: Path, fingerprint: str, warn: Callable[[str], None]) -> dict[str, QuantizedWeight] | None:
     """The ends at `path` if they are whole and made under `fingerprint`; anything else is set aside, saying so."""
-    return _finished(path, fingerprint, load_ends, "making it again", warn)
+    return _finished(path, fingerprint, load_embeddings, "making it again", warn)

@@ -5,8 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 from dist_spin.storage.atomic import write_json
-from dist_spin.storage.locks import turn
+from dist_spin.storage.locks import exclusive
 from dist_spin.storage.run_directory import RunDir
+
+
+def bits_label(row: dict[str, Any]) -> str:
+    """The bit widths of a row as tables name them: W4A4KV4, or W4A4K4V8 where keys and values differ."""
+    k, v = row["k_bits"], row["v_bits"]
+    return f"W{row['w_bits']}A{row['a_bits']}" + (f"KV{k}" if k == v else f"K{k}V{v}")
 
 
 def public(row: dict[str, Any]) -> dict[str, Any]:
@@ -38,7 +44,7 @@ def _all(run: RunDir) -> list[dict[str, Any]]:
 
 
 def _write(run: RunDir, stage: str, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
-    with turn(run.path / "locks" / "results.lock", "results.json"):
+    with exclusive(run.path / "locks" / "results.lock", "results.json"):
         others = [row for row in _all(run) if row.get("stage", "evaluate") != stage]
         changed = change(results(run, stage))
         write_json(run.path / "results.json", [*others, *({**row, "stage": stage} for row in changed)])

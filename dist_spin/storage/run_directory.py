@@ -32,7 +32,7 @@ class RunDir:
         """Quantised layers, of the learned rotations or of a named baseline."""
         return self.path / "baselines" / baseline / "layers" if baseline else self.path / "layers"
 
-    def boundaries(self, baseline: str = "") -> Path:
+    def hidden_states(self, baseline: str = "") -> Path:
         """Hidden states that enter the first layer of each job, beside the layers of the same variant."""
         return self.layers(baseline).with_name("boundaries")
 

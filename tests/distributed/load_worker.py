@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from dist_spin.model.fake_quant_model import LearningModel
+from dist_spin.model.fake_quant_model import FakeQuantModel
 from dist_spin.model.rotation import Rotations, initial
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import open_model
@@ -36,7 +36,7 @@ def main() -> None:
     with open("/proc/self/clear_refs", "w") as peak:
         peak.write("5")  # start the peak anew
     began = time.monotonic()
-    model = LearningModel(files.config, rotations, sites, device=world.device, dtype=torch.bfloat16)
+    model = FakeQuantModel(files.config, rotations, sites, device=world.device, dtype=torch.bfloat16)
     engine = Fsdp()
     engine.shard(model, world)
     engine.load(model, files.weights, r4)

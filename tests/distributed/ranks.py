@@ -104,7 +104,7 @@ def one_step(words: list[str], out: Path, reduce: bool) -> None:
     """
     from dist_spin.config.loader import load_config
     from dist_spin.optimize import cayley_optimizer as rotation_optimizer
-    from dist_spin.optimize.setup import set_up
+    from dist_spin.optimize.setup import build_training
     from dist_spin.optimize.train import backward
     from dist_spin.runtime import distributed
 
@@ -112,7 +112,7 @@ def one_step(words: list[str], out: Path, reduce: bool) -> None:
     world = distributed.start("cpu", 60, 1)
     if not reduce:
         rotation_optimizer.sum_over_ranks_ = lambda buffer: buffer
-    learning = set_up(config, world)
+    learning = build_training(config, world)
     loss = backward(learning)
     learning.engine.assert_sharded(learning.model, world)
     parameters = {

@@ -13,7 +13,7 @@ from tiny import write_model
 
 from dist_spin.errors import EXIT_INTERRUPTED
 from dist_spin.storage.atomic import read_lines
-from dist_spin.storage.locks import turn
+from dist_spin.storage.locks import exclusive
 from dist_spin.storage.results import merge_results, results
 from dist_spin.storage.run_directory import RunDir
 
@@ -96,7 +96,7 @@ def test_processes_that_take_whole_rows(tmp_path, words):
 def test_who_has_nothing_left_to_do_leaves_the_rest_to_the_others(tmp_path, words):
     words += ["compare.parallel=rows", "name=run", "compare.methods=[gptq, ours]"]
     run = RunDir(tmp_path / "run")
-    with turn(run.path / "locks" / "rows.learned.lock", "rows of learned"):  # this process is at them
+    with exclusive(run.path / "locks" / "rows.learned.lock", "rows of learned"):  # this process is at them
         job = Job(1, command, "compare", *words, log=tmp_path / "log")
         assert job.wait() == [0], job.log.read_text()
     said = job.log.read_text()

@@ -15,7 +15,7 @@ from tiny import write_model
 
 from dist_spin.config.run import DistributedConfig
 from dist_spin.errors import UserError
-from dist_spin.optimize.sharding.engine import chosen
+from dist_spin.optimize.sharding.engine import choose_engine
 from dist_spin.optimize.sharding.fsdp import Fsdp
 from dist_spin.optimize.sharding.zero3 import Zero3
 from dist_spin.runtime.distributed import World
@@ -28,13 +28,13 @@ ZERO3 = "distributed.engine=deepspeed"
 def engine_step(words: list[str], out: Path) -> None:
     """A rank that does one backward pass under the configured engine and saves to out/RANK.pt what it saw."""
     from dist_spin.config.loader import load_config
-    from dist_spin.optimize.setup import set_up
+    from dist_spin.optimize.setup import build_training
     from dist_spin.optimize.train import backward
     from dist_spin.runtime import distributed
 
     config = load_config(None, words)
     world = distributed.start("cpu", 60, 1)
-    learning = set_up(config, world)
+    learning = build_training(config, world)
     losses = [backward(learning)]
     learning.optimizer.reduce_gradients()
     seen: dict[str, Any] = {"gradient": learning.optimizer.rotations.gradient.clone()}
@@ -195,11 +195,11 @@ def test_without_deepspeed_one_line_says_what_to_install(monkeypatch):
 
 
 def test_the_engine_is_that_of_the_settings_or_of_accelerate(monkeypatch):
-    assert isinstance(chosen(DistributedConfig()), Fsdp)
+    assert isinstance(choose_engine(DistributedConfig()), Fsdp)
     with pytest.raises(UserError, match=r"offload_dir is for DeepSpeed; set distributed\.engine=deepspeed"):
-        chosen(DistributedConfig(offload_dir="/tmp"))
+        choose_engine(DistributedConfig(offload_dir="/tmp"))
     with pytest.raises(UserError, match=r"shard_ranks is for FSDP; set distributed\.engine=fsdp"):
-        chosen(DistributedConfig(engine="deepspeed", shard_ranks=2))
+        choose_engine(DistributedConfig(engine="deepspeed", shard_ranks=2))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert isinstance(chosen(DistributedConfig()), Zero3)
-    assert isinstance(chosen(DistributedConfig(engine="fsdp")), Fsdp)
+    assert isinstance(choose_engine(DistributedConfig()), Zero3)
+    assert isinstance(choose_engine(DistributedConfig(engine="fsdp")), Fsdp)

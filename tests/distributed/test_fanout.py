@@ -72,7 +72,7 @@ def codes(place: Path, name: str) -> torch.Tensor:
     found = []
     for path in sorted((place / "runs" / name / "layers").glob("*.safetensors")):
         layer, _ = load_layer(path)
-        found += [layer.solutions[role].codes.flatten() for role in sorted(layer.solutions)]
+        found += [layer.quantized_weights[role].codes.flatten() for role in sorted(layer.quantized_weights)]
     return torch.cat(found)
 
 
@@ -95,25 +95,25 @@ def solve_whole(place: str, out: str) -> None:
     runner = LayerRunner(found.config, Sites(), device=world.device, dtype=torch.float32, rotated=False)
     generator = torch.Generator().manual_seed(0)
     hidden = [torch.randn(1, 24, 48, generator=generator) for _ in range(20)]
-    quantizer = LayerQuantizer(runner, world, "gptq", GPTQOptions(mse_clip=True), torch.float32, sweeps=2)
+    quantizer = LayerQuantizer(runner, world, "gptq", GPTQOptions(mse_clip=True), torch.float32, cd_passes=2)
     layer = quantizer.quantize(0, weights.layer(0), hidden)
-    if world.leads:
-        torch.save({role: solution._asdict() for role, solution in layer.solutions.items()}, out)
+    if world.is_rank0:
+        torch.save({role: quantized._asdict() for role, quantized in layer.quantized_weights.items()}, out)
     distributed.stop()
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_rows_split_over_ranks_get_the_serial_codes(place, size):
-    solutions = {}
+    quantized_weights = {}
     for ranks in (1, size):
         out = place / f"rows{ranks}.pt"
         job = Job(ranks, solve_whole, str(place), str(out), log=place / "rows.log")
         assert job.wait() == [0] * ranks, job.log.read_text()
-        solutions[ranks] = torch.load(out)
-    for role, serial in solutions[1].items():
+        quantized_weights[ranks] = torch.load(out)
+    for role, serial in quantized_weights[1].items():
         assert serial["codes"].float().std() > 1
         for part, tensor in serial.items():
-            assert torch.equal(solutions[size][role][part], tensor), (role, part)
+            assert torch.equal(quantized_weights[size][role][part], tensor), (role, part)
 
 
 @pytest.mark.parametrize(("dtype", "least"), [("float64", 1.0), ("float32", 0.999)])

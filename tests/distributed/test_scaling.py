@@ -96,7 +96,7 @@ def test_gathers_that_take_longer_than_the_step_are_refused():
 
 def test_parts_outside_of_the_layers():
     machine = model.Machine(link=64.0, copy=1e30, contention=0.0, memory=1)
-    fixed = model.Fixed(ranks=2, reduce=5.0, cayley=3.0, stall=0.1, grids=9.0)
+    fixed = model.Fixed(ranks=2, reduce=5.0, cayley=3.0, checkpoint_wait=0.1, grids=9.0)
     # R1 has 4 * 16 bytes: a rank receives 1/2 of them at 2 ranks and 3/4 at 4; the products go from 2.5 s to half of that.
     assert model.cayley_time(SHAPE, 2, fixed, machine) == pytest.approx(3.0)
     assert model.cayley_time(SHAPE, 4, fixed, machine) == pytest.approx(1.25 + 0.75)
@@ -110,12 +110,12 @@ def test_parts_outside_of_the_layers():
 
 def test_more_ranks_divide_compute_and_weights_and_nothing_else():
     machine = model.Machine(link=1e3, copy=1e5, contention=0.2, memory=1)
-    fixed = model.Fixed(ranks=1, reduce=0.1, cayley=0.2, stall=0.3, grids=0.0)
+    fixed = model.Fixed(ranks=1, reduce=0.1, cayley=0.2, checkpoint_wait=0.3, grids=0.0)
     one, four = (model.predict(SHAPE, point(n, 8, 2), model.Fit(1e5, 0.0), fixed, machine) for n in (1, 4))
     assert four.compute == pytest.approx(one.compute / 4)
-    assert four.stall == one.stall == 0.3
+    assert four.checkpoint_wait == one.checkpoint_wait == 0.3
     assert one.gather == one.gathered == 0 < four.gather
-    parts = (four.compute, four.copies, four.gather, four.grids, four.reduce, four.cayley, four.stall)
+    parts = (four.compute, four.copies, four.gather, four.grids, four.reduce, four.cayley, four.checkpoint_wait)
     assert four.step == pytest.approx(sum(parts))
     assert one.memory - four.memory == pytest.approx((3 * 368 + 400) * 3 / 4)
 
@@ -138,20 +138,20 @@ def test_a_whole_run_by_hand():
 def counted_gathers(words: list[str], out: Path) -> None:
     """A rank that counts in one backward pass what FSDP2 gathers, by module, and the passes; saved to `out` by rank 0."""
     from dist_spin.config.loader import load_config
-    from dist_spin.optimize.setup import set_up
+    from dist_spin.optimize.setup import build_training
     from dist_spin.optimize.train import backward
     from dist_spin.runtime import distributed
 
     config = load_config(None, words)
     world = distributed.start("cpu", 60, 1)
-    learning = set_up(config, world)
+    learning = build_training(config, world)
     backward(learning)  # the first pass of all sets hooks up
     with torch.profiler.profile() as profile:
         backward(learning)
     names = [event.name for event in profile.events()]
     prefix = "FSDP::all_gather ("
     counts = Counter(name.removeprefix(prefix).rstrip(")") for name in names if name.startswith(prefix))
-    if world.leads:
+    if world.is_rank0:
         out.write_text(json.dumps(counts))
     distributed.stop()
 

@@ -25,7 +25,7 @@ from dist_spin.model.architecture import ATTENTION_NORM, LAYER_LINEARS, MLP_NORM
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.merge import NORM_BEFORE
 from dist_spin.model.rotated_weights import RotatedWeights
-from dist_spin.model.sites import FrontedLinear
+from dist_spin.model.sites import QuantizedInputLinear
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import WeightSource
 from dist_spin.numerics.kronecker import apply_pair
@@ -82,25 +82,25 @@ class Front(nn.Module):
 class FrontedNorm(nn.Module):
     """A norm and the front of the linears that it feeds."""
 
-    def __init__(self, norm: nn.Module, front: Front) -> None:
+    def __init__(self, norm: nn.Module, input_quant: Front) -> None:
         super().__init__()
-        self.norm, self.front = norm, front
+        self.norm, self.input_quant = norm, input_quant
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., h] to the same."""
-        return self.front(self.norm(x))
+        return self.input_quant(self.norm(x))
 
 
 class ValueBack(nn.Module):
     """v_proj and the quantiser of the V cache."""
 
-    def __init__(self, linear: nn.Module, front: Front) -> None:
+    def __init__(self, linear: nn.Module, input_quant: Front) -> None:
         super().__init__()
-        self.linear, self.front = linear, front
+        self.linear, self.input_quant = linear, input_quant
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., h] to the values [..., kv_heads * d]."""
-        return self.front(self.linear(x))
+        return self.input_quant(self.linear(x))
 
 
 class KeyFront(nn.Module):
@@ -109,9 +109,9 @@ class KeyFront(nn.Module):
     left: Tensor | None
     inverse: Tensor | None
 
-    def __init__(self, front: Front, state: State) -> None:
+    def __init__(self, input_quant: Front, state: State) -> None:
         super().__init__()
-        self.front = front  # holds the clip; its own transform stays empty
+        self.input_quant = input_quant  # holds the clip; its own transform stays empty
         self.register_buffer("left", state.get("key.left"), persistent=False)
         self.register_buffer("inverse", None if self.left is None else inverse(state, "key.left"), persistent=False)
 
@@ -119,7 +119,7 @@ class KeyFront(nn.Module):
         """query [batch, heads, T, d], key [batch, kv_heads, T, d] to the same."""
         if self.left is not None and self.inverse is not None:
             query, key = query @ self.inverse.to(query.dtype), key @ self.left.to(key.dtype)
-        return query, self.front(key)
+        return query, self.input_quant(key)
 
 
 def inverse(state: State, name: str) -> Tensor:
@@ -201,13 +201,13 @@ class TransformedRunner(LayerRunner):
         attention: Any = layer.self_attn
         mlp: Any = layer.mlp
         for name, site in ((ATTENTION_NORM, "attention"), (MLP_NORM, "mlp")):
-            front = Front(sites.a, state, site, self.products)
-            setattr(layer, name, FrontedNorm(getattr(layer, name), front))
+            input_quant = Front(sites.a, state, site, self.products)
+            setattr(layer, name, FrontedNorm(getattr(layer, name), input_quant))
         value = {"value.shrink": state["value.shrink"]} if "value.shrink" in state else {}
         attention.v_proj = ValueBack(attention.v_proj, Front(sites.v, value, "value"))
-        attention.o_proj = FrontedLinear(Front(sites.o, state, "o"), attention.o_proj)
+        attention.o_proj = QuantizedInputLinear(Front(sites.o, state, "o"), attention.o_proj)
         down = sites.a if self.down is None else self.down
-        mlp.down_proj = FrontedLinear(Front(down, state, "down"), mlp.down_proj)
+        mlp.down_proj = QuantizedInputLinear(Front(down, state, "down"), mlp.down_proj)
         key = {"key.shrink": state["key.shrink"]} if "key.shrink" in state else {}
         attention.key_site = KeyFront(Front(sites.k, key, "key"), state)
 

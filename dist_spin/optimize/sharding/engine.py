@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dist_spin.config.run import DistributedConfig
 from dist_spin.errors import UserError
-from dist_spin.model.fake_quant_model import LearningModel
+from dist_spin.model.fake_quant_model import FakeQuantModel
 from dist_spin.model.rotation import Rotations
 from dist_spin.model.weights import WeightSource
 from dist_spin.optimize.sharding.fsdp import Fsdp
@@ -29,14 +29,14 @@ class Engine(Protocol):
     def shards(self, world: World) -> int:
         """How many ranks one copy of the weights is spread over."""
 
-    def shard(self, model: LearningModel, world: World, offloaded: Sequence[int] = ()) -> None:
+    def shard(self, model: FakeQuantModel, world: World, offloaded: Sequence[int] = ()) -> None:
         """Make a model on the meta device ready to lie sharded over ranks; `offloaded`: layers kept off the device."""
 
-    def load(self, model: LearningModel, source: WeightSource, r4: tuple[Tensor, ...]) -> None:
+    def load(self, model: FakeQuantModel, source: WeightSource, r4: tuple[Tensor, ...]) -> None:
         """Give every rank its own share of every parameter, folded; no collective, so that it may fail on one rank."""
 
-    def fit_grids(self, model: LearningModel, rotations: Rotations) -> None:
-        """Fit the grids of learned weights (`WeightGrid`) to the rotations as they are; all ranks must call it."""
+    def requantize_weights(self, model: FakeQuantModel, rotations: Rotations) -> None:
+        """Fit the grids of learned weights (`WeightQuantizer`) to the rotations as they are; all ranks must call it."""
 
     def assert_sharded(self, model: nn.Module, world: World) -> None:
         """Every parameter is frozen and holds this rank's share and no more.
@@ -46,7 +46,7 @@ class Engine(Protocol):
         """
 
 
-def chosen(settings: DistributedConfig) -> Engine:
+def choose_engine(settings: DistributedConfig) -> Engine:
     """The engine of a run; "auto" follows the config of `accelerate launch`, which hands it down in the environment.
 
     Raises:

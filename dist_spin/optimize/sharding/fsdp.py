@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dist_spin.errors import UserError
-from dist_spin.model.fake_quant_model import LearningModel, parameter_source
+from dist_spin.model.fake_quant_model import FakeQuantModel, parameter_source
 from dist_spin.model.merge import folded_rows
 from dist_spin.model.weights import WeightSource
 from dist_spin.optimize.sharding.prefetch import FetchAhead
-from dist_spin.optimize.sharding.weight_grids import fit_grids
+from dist_spin.optimize.sharding.requantize import requantize_weights
 from dist_spin.runtime.distributed import World
 
 
@@ -28,7 +28,7 @@ class Fsdp:
 
     name = "fsdp"
     keeps_gathered = False  # a gather fills the storage that autograd holds, and frees it in between
-    fit_grids = staticmethod(fit_grids)
+    requantize_weights = staticmethod(requantize_weights)
 
     def __init__(self, shard_ranks: int = 0) -> None:
         self.shard_ranks = shard_ranks
@@ -45,7 +45,7 @@ class Fsdp:
             raise UserError(problem, "use a divisor, or 0 to share one copy among all", shared=True)
         return shards
 
-    def shard(self, model: LearningModel, world: World, offloaded: Sequence[int] = ()) -> None:
+    def shard(self, model: FakeQuantModel, world: World, offloaded: Sequence[int] = ()) -> None:
         """Shard a model on the meta device, in place; one gather per layer, embedding and head.
 
         offloaded: indices of the layers whose shards live in pinned host memory and are copied in for each pass.
@@ -54,9 +54,9 @@ class Fsdp:
         sizes = (shards,) if shards == world.size else (world.size // shards, shards)
         mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=("copy", "shard")[-len(sizes) :])
         for part in (model.embed, *model.layers, model.head):
-            away = any(part is model.layers[i] for i in offloaded)
-            fully_shard(part, mesh=mesh, offload_policy=CPUOffloadPolicy() if away else OffloadPolicy())
-            part.to_empty(device="cpu" if away else world.device)
+            on_host = any(part is model.layers[i] for i in offloaded)
+            fully_shard(part, mesh=mesh, offload_policy=CPUOffloadPolicy() if on_host else OffloadPolicy())
+            part.to_empty(device="cpu" if on_host else world.device)
         fully_shard(model, mesh=mesh)
         # The embedding's input takes no gradient, and the head's gradient is ready since its forward pass.
         for part in (model.embed, model.head):
@@ -64,7 +64,7 @@ class Fsdp:
         if offloaded and shards == 1 and world.device.type == "cuda":
             FetchAhead([model.layers[i] for i in offloaded], world.device)
 
-    def load(self, model: LearningModel, source: WeightSource, r4: tuple[torch.Tensor, ...]) -> None:
+    def load(self, model: FakeQuantModel, source: WeightSource, r4: tuple[torch.Tensor, ...]) -> None:
         """Give every rank its own rows of every parameter, read from `source` and folded; nothing else is ever in memory."""
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor), name

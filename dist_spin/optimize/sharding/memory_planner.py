@@ -14,10 +14,10 @@ from dist_spin.runtime.host_memory import host_bytes_free
 SPARE_SHARE = 0.06  # of the device's memory, left to the allocator's fragmentation and to NCCL
 MOST_TOKENS = 8192  # of one pass: beyond, products are as fast as they get, and only temporaries grow
 # What a layer costs in one pass, in tokens that it could handle in that time; measured on the Llama-3 shapes on H200s.
-PASS = 400  # launching and gathering
-COPY = 10000  # a layer's way from the host, forward and backward
-PIN = 3000  # moving a layer there at the start, shared out over a hundred steps
-AGAIN = {"none": 0.0, "sites": 0.2, "layer": 0.36}  # recomputation, as a share of a token
+LAUNCH_COST = 400  # launching and gathering
+H2D_COST = 10000  # a layer's way from the host, forward and backward
+PIN_COST = 3000  # moving a layer there at the start, shared out over a hundred steps
+RECOMPUTE_COST = {"none": 0.0, "sites": 0.2, "layer": 0.36}  # recomputation, as a share of a token
 COPIES = 3  # of a layer that is gathered: the layer at work, the next one and one being freed
 HOST_SHARE = 0.4  # of the host's free memory that layers may take for speed alone: pinning more takes long
 
@@ -79,8 +79,10 @@ class Workload:
 
     def cost(self, size: int, budget: int, offloaded: int) -> float:
         """Time of a step in passes of `size` sequences, in tokens that one layer handles in that time."""
-        computed = sum(size * self.seq_len * (1 + AGAIN[level]) + PASS for level in self.levels(size, budget))
-        copied = offloaded * COPY / self.shards
+        computed = sum(
+            size * self.seq_len * (1 + RECOMPUTE_COST[level]) + LAUNCH_COST for level in self.levels(size, budget)
+        )
+        copied = offloaded * H2D_COST / self.shards
         # One rank fetches ahead, behind what computes (host_layers.py); that several do was not seen.
         return -(-self.sequences // size) * (max(computed, copied) if self.shards == 1 else computed + copied)
 
@@ -134,18 +136,18 @@ def fewest_or_fastest(work: Workload, free: int, total: int, room: int) -> int:
     ends = 2 * work.shape.vocab * h * work.dtype.itemsize // work.shards
     free -= ends + rotations + work.reserved(total)
 
-    def budget(away: int) -> int:
-        return free - (layers - away) * work.layer
+    def budget(offloaded: int) -> int:
+        return free - (layers - offloaded) * work.layer
 
-    def cost(away: int) -> float:
-        size, _ = within(work, budget(away), away)
-        return work.cost(size, budget(away), away) + away * PIN
+    def cost(offloaded: int) -> float:
+        size, _ = within(work, budget(offloaded), offloaded)
+        return work.cost(size, budget(offloaded), offloaded) + offloaded * PIN_COST
 
     fewest = next((n for n in range(layers) if work.fits(within(work, budget(n), n)[0], budget(n))), layers)
     return min(range(fewest, max(fewest, room) + 1), key=cost)
 
 
-def passes_and_levels(work: Workload, world: World, offloaded: int) -> tuple[int, list[str]]:
+def micro_batch_and_levels(work: Workload, world: World, offloaded: int) -> tuple[int, list[str]]:
     """Sequences of one pass and what each layer keeps of it, once the sharded weights are in memory.
 
     offloaded: layers whose weights come from the host in each pass.
@@ -157,10 +159,12 @@ def passes_and_levels(work: Workload, world: World, offloaded: int) -> tuple[int
 
 
 def within(work: Workload, budget: int, offloaded: int = 0) -> tuple[int, list[str]]:
-    """`passes_and_levels` where `budget` bytes may hold activations. Fewer sequences at once keep more of each."""
+    """`micro_batch_and_levels` where `budget` bytes may hold activations. Fewer sequences at once keep more of each."""
     mine, micro = work.sequences, work.micro
     if not micro:
-        equal = {-(-mine // passes) for passes in range(1, mine + 1)}  # 8 sequences at 3 a pass take as long as at 4
+        equal = {
+            -(-mine // micro_batches) for micro_batches in range(1, mine + 1)
+        }  # 8 sequences at 3 a pass take as long as at 4
         fitting = (size for size in sorted(equal) if size * work.seq_len <= MOST_TOKENS and work.fits(size, budget))
         micro = min(fitting, key=lambda size: work.cost(size, budget, offloaded), default=1)
     return micro, work.levels(micro, budget)

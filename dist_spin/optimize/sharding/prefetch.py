@@ -22,15 +22,15 @@ class FetchAhead:
         self._layers, self._stream = layers, torch.cuda.Stream(device)
         self._fetched: dict[int, torch.cuda.Event] = {}
         for k, layer in enumerate(layers):
-            layer.register_forward_pre_hook(lambda module, args, k=k: self._turn(k, k + 1))
+            layer.register_forward_pre_hook(lambda module, args, k=k: self._advance(k, k + 1))
             layer.register_forward_hook(lambda module, args, out, k=k: self._before_backward(k, out))
 
     def _before_backward(self, k: int, out: Any) -> None:
         hidden = out[0]  # [batch, T, h]
         if hidden.requires_grad:
-            hidden.register_hook(lambda gradient: self._turn(k, k - 1))
+            hidden.register_hook(lambda gradient: self._advance(k, k - 1))
 
-    def _turn(self, k: int, following: int) -> None:
+    def _advance(self, k: int, following: int) -> None:
         """Layer k is about to run: wait for its copy, if it was fetched ahead, and fetch `following`."""
         computing = torch.cuda.current_stream()
         if k in self._fetched:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from dist_spin.errors import UserError
-from dist_spin.model.fake_quant_model import LearningModel, parameter_source
+from dist_spin.model.fake_quant_model import FakeQuantModel, parameter_source
 from dist_spin.model.merge import folded_rows
 from dist_spin.model.rotation import Rotations
 from dist_spin.model.weight_quant import BYTES, merged_rows
 from dist_spin.model.weights import WeightSource
-from dist_spin.optimize.sharding.weight_grids import MIXED
+from dist_spin.optimize.sharding.requantize import MIXED
 from dist_spin.runtime.distributed import World
 
 PIP = "DS_BUILD_OPS=0 pip install 'deepspeed>=0.19.8,<0.20'"
@@ -45,7 +45,7 @@ class Zero3:
         """All ranks share one copy."""
         return world.size
 
-    def shard(self, model: LearningModel, world: World, offloaded: Sequence[int] = ()) -> None:
+    def shard(self, model: FakeQuantModel, world: World, offloaded: Sequence[int] = ()) -> None:
         """Make ready to partition a model on the meta device over all ranks; one gather per layer, embedding and head.
 
         Raises:
@@ -60,7 +60,7 @@ class Zero3:
         self._world, self._partition = world, Init()
         self._away = tuple(f"layers.{i}." for i in offloaded)
 
-    def load(self, model: LearningModel, source: WeightSource, r4: tuple[Tensor, ...]) -> None:
+    def load(self, model: FakeQuantModel, source: WeightSource, r4: tuple[Tensor, ...]) -> None:
         """Give every rank its own run of every parameter, read from `source` and folded.
 
         Only the rows of this rank's run are ever read; besides its partitions a rank holds one unfilled parameter.
@@ -97,17 +97,17 @@ class Zero3:
         )
 
     @torch.no_grad()
-    def fit_grids(self, model: LearningModel, rotations: Rotations) -> None:
+    def requantize_weights(self, model: FakeQuantModel, rotations: Rotations) -> None:
         """Q(merge(W, R)) for every gridded linear, in place: each rank fits the rows that its runs of the grid touch."""
-        r1 = rotations.basis1.value
-        for index, role, linear in model.gridded():
+        r1 = rotations.r1_param.value
+        for index, role, linear in model.fake_quant_linears():
             role, weight = role.rpartition(".")[2], cast(Any, linear.weight)
             grid: list[Any] = [linear.codes, linear.scale, linear.zero]
-            spans = [_rows(p, *self._run(p.ds_numel)) for p in grid if p is not None]
-            rows = slice(min(first for first, _ in spans), max(last for _, last in spans))
+            row_ranges = [_rows(p, *self._run(p.ds_numel)) for p in grid if p is not None]
+            rows = slice(min(first for first, _ in row_ranges), max(last for _, last in row_ranges))
             weight.all_gather()
             given = weight.data if role in MIXED else weight.data[rows]
-            merged = merged_rows(role, given, rows, r1, rotations.basis2[index].value, linear.scale.dtype)
+            merged = merged_rows(role, given, rows, r1, rotations.r2_params[index].value, linear.scale.dtype)
             weight.partition()
             if rows.start == rows.stop:
                 continue  # fewer rows than ranks

@@ -19,7 +19,7 @@ LEARNED = "learned"
 
 
 @dataclass
-class Facts:
+class RunSummary:
     """A run as it stands.
 
     layers: variant -> layer -> linear -> figures of its rounding (`QuantizedLayer.figures`).
@@ -81,7 +81,7 @@ class Facts:
         return [row for row in self.rows if row.get("stage", "evaluate") == stage]
 
 
-def gather(path: Path) -> Facts:
+def load_run_summary(path: Path) -> RunSummary:
     """Read a run directory.
 
     Raises:
@@ -90,44 +90,44 @@ def gather(path: Path) -> Facts:
     run = RunDir(path)
     if not any((path / name).exists() for name in ("config.yaml", "events.jsonl")):
         raise UserError(f"{path} is no run directory (it has no config.yaml)", "give runs/NAME, or its configuration")
-    facts = Facts(run, events=read_lines(path / "events.jsonl"), metrics=read_lines(path / "metrics.jsonl"))
+    summary = RunSummary(run, events=read_lines(path / "events.jsonl"), metrics=read_lines(path / "metrics.jsonl"))
     if (path / "config.yaml").exists():
-        facts.config_text = (path / "config.yaml").read_text()
-        facts.config = yaml.safe_load(facts.config_text)
+        summary.config_text = (path / "config.yaml").read_text()
+        summary.config = yaml.safe_load(summary.config_text)
     else:
-        facts.missing.append("configuration: no stage has begun")
-    _results(facts)
-    _layers(facts)
-    _activations(facts)
-    _learning(facts)
-    return facts
+        summary.missing.append("configuration: no stage has begun")
+    _results(summary)
+    _layers(summary)
+    _activations(summary)
+    _learning(summary)
+    return summary
 
 
-def _results(facts: Facts) -> None:
-    path = facts.run.path / "results.json"
+def _results(summary: RunSummary) -> None:
+    path = summary.run.path / "results.json"
     if path.exists():
-        facts.rows = json.loads(path.read_text())
-    compared = len(facts.of_stage("compare"))
-    if compared < facts.planned_rows:
-        facts.missing.append(
-            f"the comparison: {compared} of {facts.planned_rows} rows are measured (dist-spin compare)"
+        summary.rows = json.loads(path.read_text())
+    compared = len(summary.of_stage("compare"))
+    if compared < summary.planned_rows:
+        summary.missing.append(
+            f"the comparison: {compared} of {summary.planned_rows} rows are measured (dist-spin compare)"
         )
-    elif not any("ppl" in row for row in facts.rows):
-        facts.missing.append("perplexities: nothing is measured yet (dist-spin evaluate)")
+    elif not any("ppl" in row for row in summary.rows):
+        summary.missing.append("perplexities: nothing is measured yet (dist-spin evaluate)")
 
 
-def _learning(facts: Facts) -> None:
-    if not facts.metrics and not facts.only_compared:
-        facts.missing.append("loss and step sizes: no step is done yet (dist-spin optimize)")
-    elif facts.metrics and not facts.learned:
-        facts.missing.append(f"finished rotations: step {facts.metrics[-1]['step']} of {facts.steps} is done")
-    if facts.learned and not facts.orthogonality:
-        facts.missing.append("orthogonality of the finished rotations: written by an earlier version")
+def _learning(summary: RunSummary) -> None:
+    if not summary.metrics and not summary.only_compared:
+        summary.missing.append("loss and step sizes: no step is done yet (dist-spin optimize)")
+    elif summary.metrics and not summary.learned:
+        summary.missing.append(f"finished rotations: step {summary.metrics[-1]['step']} of {summary.steps} is done")
+    if summary.learned and not summary.orthogonality:
+        summary.missing.append("orthogonality of the finished rotations: written by an earlier version")
 
 
-def _layers(facts: Facts) -> None:
-    directories = {LEARNED: facts.run.layers()}
-    baselines = facts.run.path / "baselines"
+def _layers(summary: RunSummary) -> None:
+    directories = {LEARNED: summary.run.layers()}
+    baselines = summary.run.path / "baselines"
     if baselines.is_dir():
         directories |= {path.name: path / "layers" for path in sorted(baselines.iterdir())}
     for variant, directory in directories.items():
@@ -137,47 +137,47 @@ def _layers(facts: Facts) -> None:
             if metadata and "layer" in metadata:
                 found[int(path.stem)] = json.loads(metadata["layer"])["figures"]
         if found:
-            facts.layers[variant] = found
-    wanted = facts.config.get("quantize", {})
-    unquantized = wanted.get("method") == "none" or facts.config.get("quant", {}).get("w_bits") == 16
-    if unquantized or (facts.only_compared and not facts.layers):
+            summary.layers[variant] = found
+    wanted = summary.config.get("quantize", {})
+    unquantized = wanted.get("method") == "none" or summary.config.get("quant", {}).get("w_bits") == 16
+    if unquantized or (summary.only_compared and not summary.layers):
         return
-    total = max((e["layers"] for e in facts.events if e["event"] == "quantize"), default=0)
+    total = max((e["layers"] for e in summary.events if e["event"] == "quantize"), default=0)
     for variant in (*wanted.get("baselines", []), LEARNED):
-        done = len(facts.layers.get(variant, {}))
+        done = len(summary.layers.get(variant, {}))
         if not done or done < total:
             count = f"{done} of {total} layers are" if total else "no layer is"
-            facts.missing.append(f"rounding errors ({variant}): {count} quantised (dist-spin quantize)")
+            summary.missing.append(f"rounding errors ({variant}): {count} quantised (dist-spin quantize)")
 
 
-def _activations(facts: Facts) -> None:
-    for path in sorted((facts.run.path / "statistics").glob("*.safetensors")):
+def _activations(summary: RunSummary) -> None:
+    for path in sorted((summary.run.path / "statistics").glob("*.safetensors")):
         try:
             statistics, about = load_statistics(path)
         except CorruptFile as error:
-            facts.missing.append(f"activations ({path.stem}): {error}")
+            summary.missing.append(f"activations ({path.stem}): {error}")
             continue
         if not statistics.done:
             continue
-        facts.tokens = int(about["tokens"])
-        facts.activations[path.stem] = {
+        summary.tokens = int(about["tokens"])
+        summary.activations[path.stem] = {
             site: {figure: np.stack([t.numpy() for t in layers]) for figure, layers in figures.items()}
             for site, figures in statistics.layers.items()
         }
         if about["complete"] != "true":
-            facts.missing.append(f"activations ({path.stem}): {statistics.done} layers are measured")
-    command = f"dist-spin report {facts.run.path}/config.yaml"
-    if not facts.activations:
-        facts.missing.append(f"activation statistics: not measured yet ({command})")
-    elif LEARNED not in facts.activations:
-        when = "now" if facts.learned else "once the rotations are finished"
-        facts.missing.append(f"activations after the learned rotation: {command}, {when}")
+            summary.missing.append(f"activations ({path.stem}): {statistics.done} layers are measured")
+    command = f"dist-spin report {summary.run.path}/config.yaml"
+    if not summary.activations:
+        summary.missing.append(f"activation statistics: not measured yet ({command})")
+    elif LEARNED not in summary.activations:
+        when = "now" if summary.learned else "once the rotations are finished"
+        summary.missing.append(f"activations after the learned rotation: {command}, {when}")
 
 
-def stages(facts: Facts) -> list[dict[str, Any]]:
+def stages(summary: RunSummary) -> list[dict[str, Any]]:
     """Time and memory of each stage that has ended once: starts, seconds over all its jobs, peak memory of a process."""
     out: dict[str, dict[str, Any]] = {}
-    for event in facts.events:
+    for event in summary.events:
         if event["event"] in ("job", "stage_end"):
             entry = out.setdefault(event["stage"], {"starts": 0, "ends": 0, "seconds": 0.0, "host": 0, "gpu": 0})
             if event["event"] == "job":
@@ -192,13 +192,13 @@ def stages(facts: Facts) -> list[dict[str, Any]]:
     return [{"stage": stage, **entry} for stage, entry in out.items() if entry["ends"]]
 
 
-def extremes(facts: Facts) -> list[dict[str, Any]]:
+def extremes(summary: RunSummary) -> list[dict[str, Any]]:
     """Per site and variant: the largest per-token peak/RMS and kurtosis of any layer, with the layer, and the mean ones."""
     largest, mean = SUMMARY.index("max"), SUMMARY.index("mean")
     out = []
     for site, title in SITES.items():
-        for variant in order(facts.activations):
-            figures = facts.activations[variant][site]
+        for variant in order(summary.activations):
+            figures = summary.activations[variant][site]
             entry: dict[str, Any] = {"site": title, "variant": variant}
             for figure in ("peak", "kurtosis"):
                 values = figures[figure]  # [layers, 4]

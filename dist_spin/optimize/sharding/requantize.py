@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from dist_spin.model.fake_quant_model import LearningModel
+from dist_spin.model.fake_quant_model import FakeQuantModel
 from dist_spin.model.rotation import Rotations
 from dist_spin.model.weight_quant import merged_rows
 
@@ -13,11 +13,11 @@ MIXED = ("v_proj", "o_proj", "down_proj")  # R1 or R2 mixes the rows of these, s
 
 
 @torch.no_grad()
-def fit_grids(model: LearningModel, rotations: Rotations) -> None:
+def requantize_weights(model: FakeQuantModel, rotations: Rotations) -> None:
     """Q(merge(W, R)) for every gridded linear of a sharded model, in place; all ranks must call it."""
-    r1 = rotations.basis1.value
-    for index, role, linear in model.gridded():
-        role, r2 = role.rpartition(".")[2], rotations.basis2[index].value
+    r1 = rotations.r1_param.value
+    for index, role, linear in model.fake_quant_linears():
+        role, r2 = role.rpartition(".")[2], rotations.r2_params[index].value
         weight = _sharded(linear.weight)
         shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
         rows = slice(offset[0], offset[0] + shape[0])

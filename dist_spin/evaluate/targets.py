@@ -11,21 +11,21 @@ from dist_spin.config.run import RunConfig
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.quantizer import QuantSpec
-from dist_spin.pipeline.embeddings import ends_of
+from dist_spin.pipeline.embeddings import embeddings_of
 from dist_spin.pipeline.fingerprints import model_identity, site_settings
-from dist_spin.pipeline.variants import LEARNED, Variant, variant
+from dist_spin.pipeline.variants import LEARNED, Variant, build_variant
 from dist_spin.storage.quantized_layers import layer_path
 from dist_spin.storage.run_directory import RunDir
 
 
 @dataclass
-class Cell:
+class EvalTarget:
     """One row of the results: a variant with its weights as they are or quantised."""
 
-    chosen: Variant
+    variant: Variant
     weights: str  # none, rtn or gptq
     full_precision: bool = False
-    made_under: str = ""  # fingerprint of its layer files; empty where weights are as they are
+    fingerprint: str = ""  # fingerprint of its layer files; empty where weights are as they are
     given: bool = False  # its rotations were not learned here
     about: dict[str, Any] = field(default_factory=dict)  # further entries of its row, which decide no figure
 
@@ -38,46 +38,46 @@ class Cell:
             return "full precision"
         learned = "given rotation" if self.given else "learned rotation"
         return {"none": "no rotation", LEARNED: learned}.get(
-            self.chosen.name, f"random {self.chosen.name.capitalize()}"
+            self.variant.name, f"random {self.variant.name.capitalize()}"
         )
 
 
-def cells(config: RunConfig, files: ModelFiles, device: torch.device) -> list[Cell]:
+def eval_targets(config: RunConfig, files: ModelFiles, device: torch.device) -> list[EvalTarget]:
     """What is measured: full precision, each baseline and the learned rotations, the latter also with 16-bit weights."""
-    unrotated = variant(config, files, "none", device)
+    unrotated = build_variant(config, files, "none", device)
     off = QuantSpec()
-    out = [Cell(dataclasses.replace(unrotated, sites=Sites(off, off, off, off)), "none", full_precision=True)]
+    out = [EvalTarget(dataclasses.replace(unrotated, sites=Sites(off, off, off, off)), "none", full_precision=True)]
     quantised = config.quantize.method if config.quant.w_bits < 16 else "none"
     names, given = [*config.quantize.baselines, LEARNED], config.optimize.steps == 0
-    rotated = {name: variant(config, files, name, device) for name in names}
+    rotated = {name: build_variant(config, files, name, device) for name in names}
     if quantised != "none" and config.evaluate.unquantized_weights:
-        out += [Cell(rotated[name], "none", given=given) for name in names]
-    return out + [Cell(rotated[name], quantised, given=given) for name in names]
+        out += [EvalTarget(rotated[name], "none", given=given) for name in names]
+    return out + [EvalTarget(rotated[name], quantised, given=given) for name in names]
 
 
-def describe(config: RunConfig, cell: Cell) -> dict[str, Any]:
+def describe(config: RunConfig, target: EvalTarget) -> dict[str, Any]:
     """What every row says of the model that was measured: method, rotation, weights, bits, group size and seed."""
-    q, off = config.quant, cell.full_precision
+    q, off = config.quant, target.full_precision
     return {
-        "method": cell.label,
-        "rotation": cell.chosen.name,
-        "weights": cell.weights,
-        "w_bits": q.w_bits if cell.weights != "none" else 16,
+        "method": target.label,
+        "rotation": target.variant.name,
+        "weights": target.weights,
+        "w_bits": q.w_bits if target.weights != "none" else 16,
         **{f"{s}_bits": 16 if off else getattr(q, f"{s}_bits") for s in "akv"},
-        "group_size": q.w_group_size if cell.weights != "none" else 0,
+        "group_size": q.w_group_size if target.weights != "none" else 0,
         "seed": config.rotation.seed,
     }
 
 
-def cell_identity(config: RunConfig, files: ModelFiles, cell: Cell) -> dict[str, Any]:
+def target_identity(config: RunConfig, files: ModelFiles, target: EvalTarget) -> dict[str, Any]:
     """What decides a measurement beside its row and layers: model, rotations, site settings and quantised ends."""
-    found = model_identity(config, files, cell.chosen)
-    if not cell.full_precision:
+    found = model_identity(config, files, target.variant)
+    if not target.full_precision:
         found |= site_settings(config)
-    ends = ends_of(config, files, cell.chosen)
-    return found if cell.weights == "none" or not ends.bits else found | {"ends": ends.made_under}
+    embeddings = embeddings_of(config, files, target.variant)
+    return found if target.weights == "none" or not embeddings.bits else found | {"ends": embeddings.fingerprint}
 
 
-def cell_layer(run: RunDir, cell: Cell, index: int) -> Path:
+def target_layer(run: RunDir, target: EvalTarget, index: int) -> Path:
     """The file of a quantised layer of a cell's variant."""
-    return layer_path(run.layers("" if cell.chosen.name == LEARNED else cell.chosen.name), index)
+    return layer_path(run.layers("" if target.variant.name == LEARNED else target.variant.name), index)
