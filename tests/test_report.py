@@ -264,8 +264,8 @@ def test_tables_of_other_stages_and_what_was_published(finished):
     assert not any("published" in head for table in result_tables(shorter)[:2] for head in table.heads)
     (seeds,) = [drawing for drawing in drawings(run_summary) if drawing.section == "seeds"]
     assert seeds.title == "W4A4KV4, weights by RTN, wikitext2"
-    assert "random orthogonal, 4 seeds: 20.000 to 23.000" in seeds.words
-    assert "learned: 7.500" in seeds.words
+    assert "random orthogonal, 4 seeds: 20.000 to 23.000" in seeds.caption
+    assert "learned: 7.500" in seeds.caption
     points = [line for line in seeds.draw().axes[0].get_lines() if len(line.get_xdata()) == 4]
     assert sorted(x for line in points for x in line.get_xdata()) == [10, 11, 12, 13, 20, 21, 22, 23]
 

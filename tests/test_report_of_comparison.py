@@ -66,7 +66,7 @@ def test_tables_and_spread(browser, tmp_path, words):
     assert [figure.title.split(",")[0] for figure in figures] == ["W16A4KV4", "W4A4KV4"]
     for figure, bits in zip(figures, ((16, 4), (4, 4)), strict=True):
         ours = [f"{value:.3f}" for value in measured("ours", bits)]
-        assert f"learned: {', '.join(ours)}." in figure.words
+        assert f"learned: {', '.join(ours)}." in figure.caption
         axes = figure.draw().axes[0]
         points = [line.get_xdata() for line in axes.get_lines() if len(line.get_xdata()) == 3]
         assert sorted(np.concatenate(points)) == sorted(
