@@ -151,8 +151,8 @@ def hidden_cost(gather: float, compute: float, contention: float) -> float:
 def layers_time(shape: Shape, point: Point, fit: Fit, machine: Machine) -> tuple[float, float, float, float]:
     """Forward and backward of one step: seconds of compute, copies and gathers in the open; bytes gathered by a rank.
 
-    What is computed twice counts with its measured share, `memory.RECOMPUTE_COST`. The embedding is gathered in the open, at the start
-    of a pass; the head behind the last layer.
+    What is computed twice counts with its measured share, `memory_planner.RECOMPUTE_COST`. The embedding is gathered in the
+    open, at the start of a pass; the head behind the last layer.
     """
     forward, backward = layer_flop(shape, point.seq_len, point.w_bits)
     backward += (

@@ -177,7 +177,8 @@ class Comparison:
             texts = list(self.texts.values())
             for some in self.fitting(jobs):
                 began = time.monotonic()
-                what = f"measure {first.target.label}, {first.target.weights} weights, seed {first.entry.seed}, {len(some)} at once"
+                target, seed = first.target, first.entry.seed
+                what = f"measure {target.label}, {target.weights} weights, seed {seed}, {len(some)} at once"
                 pairs = [(candidate.target.variant.sites, texts[i]) for candidate, i in some]
                 losses = window_losses(config, self.world, self.files, first.target, pairs, what)
                 seconds = (time.monotonic() - began) / len(some)

@@ -64,8 +64,8 @@ class FakeQuantModel(nn.Module):
     Weights are expected folded (norm gains, R4) but not rotated: see `rotation.folded_rows` for what `parameter_source`
     names. `rotations` and `transforms` stay outside of the module tree, so that no engine touches them. With scales, R4 must
     not be folded. The teacher (`teacher_share` above 0) is the same network with its sites off, run along in one pass. With
-    `weight_quantizer`, linears run on the grids of their merged weights (model/weight_learning.py), which an engine fits after every
-    step; neither transforms nor a teacher go with it.
+    `weight_quantizer`, linears run on the rounded merged weights (model/weight_quant.py), which an engine rounds anew after
+    every step; neither transforms nor a teacher go with it.
     """
 
     def __init__(

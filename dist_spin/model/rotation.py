@@ -1,7 +1,7 @@
 """The rotations of a model: made, attached to its sites for learning, and merged into its weights.
 
 Row-vector convention, weights [out, in], d = head size, h = hidden size (Liu et al. 2024, SpinQuant):
-R1 [h, h] turns the residual stream, R2 [d, d] of each layer its values, R3 and R4 are fixed Heuclideanards on q, k and on the
+R1 [h, h] turns the residual stream, R2 [d, d] of each layer its values, R3 and R4 are fixed Hadamards on q, k and on the
 input of down_proj; QuaRot (Ashkboos et al. 2024) adds one across the heads that o_proj reads. All weight arithmetic here
 is fp64.
 """
@@ -22,8 +22,8 @@ def initial(kind: str, shape: Shape, seed: int) -> tuple[Tensor, Tensor]:
     """Seeded starting rotations R1 [h, h] and R2 [layers, d, d], fp64 on the CPU, drawn R1 first, then layer by layer.
 
     Args:
-        kind: "hadamard" (random signs times a Heuclideanard), "orthogonal" (Haar), "identity", or "quarot": R1 as "hadamard"
-            has it and R2 the Heuclideanard itself, the same in every layer (Ashkboos et al. 2024).
+        kind: "hadamard" (random signs times a Hadamard), "orthogonal" (Haar), "identity", or "quarot": R1 as "hadamard"
+            has it and R2 the Hadamard itself, the same in every layer (Ashkboos et al. 2024).
     """
     generator = torch.Generator().manual_seed(seed)
     if kind == "quarot":
