@@ -379,6 +379,16 @@ def test_help_explains_every_setting_with_its_default() -> None:
     assert "CONFIG" not in text.replace("[:CONFIG]", "")
 
 
+def test_help_of_some_groups_is_that_part_of_the_whole() -> None:
+    sections = config_help().strip().split("\n\n")
+    wanted = [sections[0], *(s for s in sections if s.startswith(("quant (", "export (")))]
+    assert config_help({"export", "quant"}) == "\n\n".join(wanted) + "\n"
+    assert config_help([]) == sections[0] + "\n"
+    assert config_help([item.name for item in dataclasses.fields(RunConfig)]) == config_help()
+    with pytest.raises(ValueError, match="quants"):
+        config_help(["quants"])
+
+
 def test_named_sources_are_the_ones_that_help_mentions() -> None:
     assert all(f"{name}," in config_help() for name in module.NAMED_SOURCES)
 

@@ -12,7 +12,7 @@ import re
 import types
 import typing
 from argparse import SUPPRESS, ArgumentError
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,11 +62,23 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, width=120)
 
 
-def config_help() -> str:
-    """Every setting as `key=TYPE` with its meaning and default, grouped: for the end of `dist-spin VERB --help`."""
+def config_help(groups: Collection[str] | None = None) -> str:
+    """Settings as `key=TYPE` with their meanings and defaults, by group: for the end of `dist-spin VERB --help`.
+
+    Args:
+        groups: names of the groups to list, such as {"model", "quant"}; None lists all. `name` and `output_dir`, which are
+            in no group, are always listed.
+
+    Raises:
+        ValueError: there is no group of that name.
+    """
+    if unknown := set(groups or ()) - {item.name for item in dataclasses.fields(RunConfig)}:
+        raise ValueError(f"no group of settings is called {', '.join(sorted(unknown))}")
     text = re.sub(r", --\S+\+ \[ITEM,\.\.\.\]", "", _parser().format_help())  # one way to set a list is enough
     text = re.sub(r"type:\s+Literal\[[^\]]*\],\s+", "", text)  # the choices already stand beside the name
-    return re.sub(r"^  --(\S+) ", r"  \1=", text, flags=re.MULTILINE).strip() + "\n"
+    text = re.sub(r"^  --(\S+) ", r"  \1=", text, flags=re.MULTILINE).strip()
+    sections = text.split("\n\n")  # a heading such as `quant (…):`, or `The run:`, and its settings
+    return "\n\n".join(s for s in sections if groups is None or s.partition(" ")[0] in ("The", *groups)) + "\n"
 
 
 def _kinds() -> dict[str, Any]:
