@@ -20,11 +20,10 @@ from dist_spin.config.loader import load_config
 from dist_spin.evaluate.stage import evaluate
 from dist_spin.model.rotation import initial
 from dist_spin.pipeline.model import open_configured_model
-from dist_spin.pipeline.variants import LEARNED
 from dist_spin.quantize.stage import quantize
 from dist_spin.runtime.distributed import start, stop
 from dist_spin.storage.rotations import save_final
-from dist_spin.storage.run_directory import RunDir
+from dist_spin.storage.run_directory import LEARNED, RunDir
 
 
 def main() -> None:

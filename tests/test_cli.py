@@ -26,7 +26,7 @@ from dist_spin.errors import EXIT_MEMORY, out_of_memory
 from dist_spin.model.architecture import LAYER_LINEARS
 from dist_spin.storage.checkpoints import checkpoints
 from dist_spin.storage.quantized_layers import layer_path, load_layer
-from dist_spin.storage.run_directory import RunDir
+from dist_spin.storage.run_directory import LEARNED, RunDir
 
 VARIANTS = ("learned", "none", "hadamard")
 RESULT_FIELDS = (
@@ -254,7 +254,7 @@ def test_run_does_everything_once(capfd, tmp_path, words):
         assert 1 < row["ppl"] < 1000
         assert f"{row['ppl']:.3f}" in table
         assert row["method"] in table
-    for variant in ("", "none", "hadamard"):
+    for variant in (LEARNED, "none", "hadamard"):
         for index in range(2):
             layer, _ = load_layer(layer_path(run.layers(variant), index))
             assert layer.figures.keys() == set(LAYER_LINEARS)

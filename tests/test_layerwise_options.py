@@ -18,7 +18,7 @@ from dist_spin.model.architecture import EMBEDDING, LAYER_LINEARS
 from dist_spin.model.weights import open_model
 from dist_spin.numerics.quantizer import dequantize_weight
 from dist_spin.storage.quantized_layers import layer_path, load_embeddings, load_layer
-from dist_spin.storage.run_directory import RunDir
+from dist_spin.storage.run_directory import LEARNED, RunDir
 from dist_spin.storage.tensor_file import load_tensors, save_tensors
 
 DOWN = "mlp.down_proj"
@@ -71,13 +71,13 @@ def test_down_proj_has_its_own_bits(words, tmp_path, method):
     words = [*words, f"quantize.method={method}"]
     run = RunDir(tmp_path / "run")
     assert main(["quantize", *words]) == 0
-    four = {variant: load_layer(layer_path(run.layers(variant), 0))[0] for variant in ("", "none")}
+    four = {variant: load_layer(layer_path(run.layers(variant), 0))[0] for variant in (LEARNED, "none")}
     before = stamps(run)
     assert main(["quantize", *words, "quant.down_bits=4"]) == 0
     assert stamps(run) == before  # the same, said otherwise
 
     assert main(["quantize", *words, "quant.down_bits=8"]) == 0
-    for variant in ("", "none"):
+    for variant in (LEARNED, "none"):
         layer, _ = load_layer(layer_path(run.layers(variant), 0))
         assert layer.bits == {role: 8 if role == DOWN else 4 for role in LAYER_LINEARS}
         for role, quantized in layer.quantized_weights.items():
@@ -122,7 +122,7 @@ def test_evaluation_measures_what_the_files_hold(words, tmp_path, model, capfd):
     assert main(["evaluate", *words]) == 2
     assert "run `dist-spin quantize` first" in capfd.readouterr().err
     assert main(["quantize", *words]) == 0
-    ends = {str(run.layers(variant) / "ends.safetensors") for variant in ("", "none")}
+    ends = {str(run.layers(variant) / "ends.safetensors") for variant in (LEARNED, "none")}
     assert stamps(run).keys() - layers.keys() == ends
     assert {path: stamp for path, stamp in stamps(run).items() if path not in ends} == layers
     done = stamps(run)

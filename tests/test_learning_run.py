@@ -17,14 +17,14 @@ from dist_spin.model.sites_config import CLIP_SITES
 from dist_spin.optimize.best_state import BestState
 from dist_spin.optimize.train import optimize
 from dist_spin.pipeline.model import open_configured_model
-from dist_spin.pipeline.variants import LEARNED, build_variant
+from dist_spin.pipeline.variants import build_variant
 from dist_spin.quantize.stage import quantize
 from dist_spin.runtime.distributed import start, stop
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.atomic import read_lines
 from dist_spin.storage.quantized_layers import load_layer
 from dist_spin.storage.rotations import load_transforms
-from dist_spin.storage.run_directory import RunDir, run_dir
+from dist_spin.storage.run_directory import LEARNED, RunDir, run_dir
 
 
 def settings(place: Path, *more: str) -> list[str]:

@@ -43,7 +43,7 @@ from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.quantized_layers import layer_path
 from dist_spin.storage.rotations import load_rotations
 from dist_spin.storage.run_directory import run_dir
-from dist_spin.storage.tensor_file import FOREIGN, CorruptFile, identity_hash, load_tensors, save_tensors, set_aside
+from dist_spin.storage.tensor_file import identity_hash, load_if_current, load_tensors, save_tensors
 
 METHODS = {
     "smoothquant": "SmoothQuant",
@@ -225,18 +225,13 @@ class MethodRecipe:
 
     def finished(self, index: int) -> State | None:
         """One layer's state on the CPU if it is there and whole; a file that cannot be used is set aside, saying so."""
-        path = self.path(index)
-        if not path.exists():
-            return None
-        try:
-            tensors, about = load_tensors(path)
-            problem = "" if about["fingerprint"] == self.fingerprint else FOREIGN
-        except CorruptFile as error:
-            problem = str(error).removeprefix(f"{path}: ")
-        if not problem:
-            return tensors
-        set_aside(path, problem, "learning the layer again", say)
-        return None
+        return load_if_current(
+            self.path(index),
+            load_tensors,
+            lambda metadata: metadata.get("fingerprint") == self.fingerprint,
+            "learning the layer again",
+            say,
+        )
 
     def state(self, index: int) -> State:
         """One layer's state, on the CPU.

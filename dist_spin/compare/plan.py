@@ -13,8 +13,7 @@ from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.optimize.setup import FREE_SETTINGS
 from dist_spin.pipeline.fingerprints import flat, site_settings
-from dist_spin.pipeline.variants import LEARNED
-from dist_spin.storage.run_directory import run_dir
+from dist_spin.storage.run_directory import LEARNED, run_dir
 from dist_spin.storage.tensor_file import identity_hash
 
 # What SpinQuant's rows take over from the run, so that all learn from the same data for as long; the rest as published.

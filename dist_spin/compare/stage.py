@@ -36,7 +36,7 @@ from dist_spin.pipeline.fingerprints import layer_identity
 from dist_spin.pipeline.model import model_dtype, open_configured_model
 from dist_spin.pipeline.quant_sites import clips_at, site_bits, sites_for
 from dist_spin.pipeline.stage_context import writing
-from dist_spin.pipeline.variants import LEARNED, Variant, build_variant, calibration_tokens
+from dist_spin.pipeline.variants import Variant, build_variant, calibration_tokens
 from dist_spin.quantize.stage import QuantizeJob, quantize_variant
 from dist_spin.runtime.distributed import World, any_rank, on_rank0
 from dist_spin.runtime.progress import say
@@ -45,7 +45,7 @@ from dist_spin.storage.atomic import write_text
 from dist_spin.storage.locks import Held, Lock
 from dist_spin.storage.quantized_layers import embeddings_path, layer_path
 from dist_spin.storage.results import merge_results, public, update_results
-from dist_spin.storage.run_directory import RunDir, run_dir
+from dist_spin.storage.run_directory import LEARNED, RunDir, run_dir
 from dist_spin.storage.tensor_file import identity_hash, read_metadata
 
 STATES_TOGETHER = 1 << 33  # bytes of hidden states that wait beside one another for the same layer
@@ -221,7 +221,7 @@ class Comparison:
     def finished(self, config: RunConfig, candidate: Candidate) -> bool:
         """Whether the candidate's layers lie in the directory of `config`."""
         variant = candidate.target.variant
-        directory = run_dir(config).layers("" if variant.name == LEARNED else variant.name)
+        directory = run_dir(config).layers(variant.name)
         paths = [(layer_path(directory, i), candidate.target.fingerprint) for i in range(self.files.shape.layers)]
         embeddings = embeddings_of(config, self.files, variant)
         if embeddings.bits:

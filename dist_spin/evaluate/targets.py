@@ -13,9 +13,9 @@ from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.pipeline.embeddings import embeddings_of
 from dist_spin.pipeline.fingerprints import model_identity, site_settings
-from dist_spin.pipeline.variants import LEARNED, Variant, build_variant
+from dist_spin.pipeline.variants import Variant, build_variant
 from dist_spin.storage.quantized_layers import layer_path
-from dist_spin.storage.run_directory import RunDir
+from dist_spin.storage.run_directory import LEARNED, RunDir
 
 
 @dataclass
@@ -80,4 +80,4 @@ def target_identity(config: RunConfig, files: ModelFiles, target: EvalTarget) ->
 
 def target_layer(run: RunDir, target: EvalTarget, index: int) -> Path:
     """The file of a quantised layer of a cell's variant."""
-    return layer_path(run.layers("" if target.variant.name == LEARNED else target.variant.name), index)
+    return layer_path(run.layers(target.variant.name), index)

@@ -18,12 +18,12 @@ from dist_spin.export.formats import _compressed_tensors, _executorch, _gguf, _h
 from dist_spin.export.sidecar import NAME, read_sidecar
 from dist_spin.pipeline.export_limits import check_clips, check_target
 from dist_spin.pipeline.model import open_configured_model
-from dist_spin.pipeline.variants import LEARNED, build_variant
+from dist_spin.pipeline.variants import build_variant
 from dist_spin.runtime.distributed import World
 from dist_spin.runtime.progress import say
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.atomic import write_text
-from dist_spin.storage.run_directory import run_dir
+from dist_spin.storage.run_directory import LEARNED, run_dir
 
 
 def export(config: RunConfig, world: World, target: str, output: Path | None = None) -> Path:

@@ -17,7 +17,7 @@ from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.gptq import QuantizedWeight
 from dist_spin.numerics.quantizer import dequantize_weight, quantize_weight, weight_scales
-from dist_spin.pipeline.variants import LEARNED, Variant
+from dist_spin.pipeline.variants import Variant
 from dist_spin.storage.quantized_layers import embeddings_path, finished_embeddings, save_embeddings
 from dist_spin.storage.run_directory import run_dir
 from dist_spin.storage.tensor_file import identity_hash
@@ -83,5 +83,5 @@ def embeddings_of(config: RunConfig, files: ModelFiles, variant: Variant) -> Qua
         "bits": bits,
         "mse_clip": clip,
     }
-    directory = run_dir(config).layers("" if variant.name == LEARNED else variant.name)
+    directory = run_dir(config).layers(variant.name)
     return QuantizedEmbeddings(variant.weights, bits, clip, embeddings_path(directory), identity_hash(identity))

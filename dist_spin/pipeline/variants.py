@@ -23,10 +23,8 @@ from dist_spin.pipeline.quant_sites import learned_transforms, sites_for
 from dist_spin.pipeline.self_generated_text import self_text
 from dist_spin.runtime.distributed import on_rank0
 from dist_spin.storage.rotations import load_rotations
-from dist_spin.storage.run_directory import run_dir
+from dist_spin.storage.run_directory import LEARNED, run_dir
 from dist_spin.storage.tensor_file import tensors_digest
-
-LEARNED = "learned"
 
 
 class Recipe(Protocol):

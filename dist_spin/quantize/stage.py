@@ -31,7 +31,7 @@ from dist_spin.model.weights import ModelFiles
 from dist_spin.pipeline.embeddings import embeddings_of
 from dist_spin.pipeline.fingerprints import gptq_options, layer_identity, states_identity
 from dist_spin.pipeline.model import model_dtype, open_configured_model, wide_dtype
-from dist_spin.pipeline.variants import LEARNED, Variant, build_variant, calibration_tokens, unquantized
+from dist_spin.pipeline.variants import Variant, build_variant, calibration_tokens, unquantized
 from dist_spin.quantize.calibration_states import CalibrationStates
 from dist_spin.quantize.layer_quantizer import LayerQuantizer
 from dist_spin.runtime.distributed import World, any_rank, on_rank0
@@ -40,7 +40,7 @@ from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.atomic import write_text
 from dist_spin.storage.hidden_states import HiddenStateFiles
 from dist_spin.storage.quantized_layers import QuantizedLayer, finished_layer, layer_path, save_layer
-from dist_spin.storage.run_directory import RunDir, run_dir
+from dist_spin.storage.run_directory import LEARNED, RunDir, run_dir
 from dist_spin.storage.tensor_file import identity_hash
 
 
@@ -138,11 +138,6 @@ class QuantizeJob:
         return run_dir(self.config)
 
     @property
-    def baseline(self) -> str:
-        """The variant's name in paths."""
-        return "" if self.variant.name == LEARNED else self.variant.name
-
-    @property
     def layer_ranges(self) -> list[tuple[int, int]]:
         """(start, stop) of every span."""
         return layer_ranges_of(self.files.shape.layers, self.config.quantize.layers_per_job)
@@ -154,7 +149,7 @@ class QuantizeJob:
 
     def path(self, index: int) -> Path:
         """Where layer `index` is kept."""
-        return layer_path(self.run.layers(self.baseline), index)
+        return layer_path(self.run.layers(self.variant.name), index)
 
     def load(self, index: int) -> QuantizedLayer | None:
         """Layer `index` if it is finished; a file that cannot be used is set aside."""
@@ -186,7 +181,7 @@ class QuantizeJob:
         """The variant's stored hidden states."""
         sequences, length = self.tokens.shape
         return HiddenStateFiles(
-            self.run.hidden_states(self.baseline),
+            self.run.hidden_states(self.variant.name),
             identity_hash(states_identity(self.config, self.files, self.variant, self.tokens)),
             sequences,
             length,

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from dist_spin.numerics.activations import SUMMARY
-from dist_spin.report.run_summary import LEARNED, RunSummary, order
+from dist_spin.report.run_summary import RunSummary, order
 from dist_spin.report.style import (
     COLOUR_MAP,
     HEIGHT,
@@ -27,6 +27,7 @@ from dist_spin.report.style import (
     whole_numbers,
 )
 from dist_spin.storage.activation_stats import SITES
+from dist_spin.storage.run_directory import LEARNED
 
 MEAN, LARGEST = SUMMARY.index("mean"), SUMMARY.index("max")
 GAUSSIAN = 3.0  # kurtosis

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dist_spin.report import activation_figures
-from dist_spin.report.run_summary import LEARNED, RunSummary, order
+from dist_spin.report.run_summary import RunSummary, order
 from dist_spin.report.style import (
     BLUE,
     GREEN,
@@ -24,6 +24,7 @@ from dist_spin.report.style import (
     whole_numbers,
 )
 from dist_spin.storage.results import bits_label
+from dist_spin.storage.run_directory import LEARNED
 
 FEWEST_SEEDS = 3  # that make a distribution
 

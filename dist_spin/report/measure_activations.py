@@ -20,7 +20,7 @@ from dist_spin.model.layers import LayerRunner
 from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.activations import kurtosis, peak_over_rms, pooled, summary
 from dist_spin.pipeline.model import model_dtype, open_configured_model
-from dist_spin.pipeline.variants import LEARNED, Variant, build_variant, calibration_tokens, unquantized
+from dist_spin.pipeline.variants import Variant, build_variant, calibration_tokens, unquantized
 from dist_spin.runtime.distributed import World
 from dist_spin.runtime.progress import Progress, say
 from dist_spin.runtime.signals import StopRequest
@@ -32,7 +32,7 @@ from dist_spin.storage.activation_stats import (
     statistics_complete,
     statistics_path,
 )
-from dist_spin.storage.run_directory import run_dir
+from dist_spin.storage.run_directory import LEARNED, run_dir
 from dist_spin.storage.tensor_file import CorruptFile, identity_hash, tensors_digest
 
 SURFACE = (48, 96)  # cells, tokens x channels

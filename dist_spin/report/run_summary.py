@@ -12,10 +12,8 @@ from dist_spin.errors import UserError
 from dist_spin.numerics.activations import SUMMARY
 from dist_spin.storage.activation_stats import SITES, load_statistics
 from dist_spin.storage.atomic import read_lines
-from dist_spin.storage.run_directory import RunDir
+from dist_spin.storage.run_directory import LEARNED, RunDir
 from dist_spin.storage.tensor_file import CorruptFile, read_metadata
-
-LEARNED = "learned"
 
 
 @dataclass

@@ -20,7 +20,7 @@ from dist_spin.runtime.progress import clock
 from dist_spin.runtime.slurm import cancel_jobs, job_states, output_files
 from dist_spin.storage.atomic import read_lines
 from dist_spin.storage.checkpoints import checkpoints
-from dist_spin.storage.run_directory import RunDir
+from dist_spin.storage.run_directory import LEARNED, RunDir
 
 WATCH_EVERY = 2.0  # seconds
 LAST_LINES = 20  # of each log
@@ -55,7 +55,7 @@ def status(path: Path) -> dict[str, Any]:
             "seconds_left": 0 if complete or not pace else pace[len(pace) // 2] * (steps - step),
             "checkpoints": [number for number, _ in checkpoints(run)],
         },
-        "quantize": {name: layer_states(run, name, events) for name in ("learned", *config["quantize"]["baselines"])},
+        "quantize": {name: layer_states(run, name, events) for name in (LEARNED, *config["quantize"]["baselines"])},
         "results": json.loads(results.read_text()) if results.exists() else [],
         "planned_rows": next((e["rows"] for e in reversed(events) if e["event"] == "compare"), 0),
         "exports": exports(run),
@@ -146,7 +146,7 @@ def layer_states(run: RunDir, name: str, events: list[dict[str, Any]]) -> dict[s
 
     Missing layers can be listed once a job has noted how many there are.
     """
-    directory = run.layers("" if name == "learned" else name)
+    directory = run.layers(name)
     finished = {int(p.stem) for p in directory.glob("[0-9]*.safetensors")} if directory.is_dir() else set()
     started: dict[int, dict[str, Any]] = {}
     failed: set[int] = set()

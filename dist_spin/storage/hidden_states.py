@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dist_spin.errors import UserError
-from dist_spin.storage.tensor_file import FOREIGN, CorruptFile, load_tensors, read_metadata, save_tensors, set_aside
+from dist_spin.storage.tensor_file import load_if_current, load_tensors, read_metadata, save_tensors
 
 CHUNK_BYTES = 2**28  # of hidden states in one file, which bounds what is in memory beside a process's own share
 CHUNKS_WANTED = 16  # where sequences are short, so that several processes find work
@@ -54,18 +54,11 @@ class HiddenStateFiles:
 
     def load(self, layer: int, chunk: int, warn: Callable[[str], None]) -> Tensor | None:
         """One chunk [n, T, hidden] on the CPU; None if it is not there. One that cannot be used is set aside, saying so."""
-        path = self.path(layer, chunk)
-        if not path.exists():
-            return None
-        try:
-            tensors, metadata = load_tensors(path)
-            problem = "" if metadata == self._about(layer, chunk) else FOREIGN
-        except CorruptFile as error:
-            problem = str(error).removeprefix(f"{path}: ")
-        if not problem:
-            return tensors["hidden"]
-        set_aside(path, problem, "computing it again", warn)
-        return None
+        expected = self._about(layer, chunk)
+        tensors = load_if_current(
+            self.path(layer, chunk), load_tensors, lambda metadata: metadata == expected, "computing it again", warn
+        )
+        return None if tensors is None else tensors["hidden"]
 
     def present(self, layer: int) -> bool:
         """Whether every chunk is there and belongs here, by headers alone; contents are checked when they are loaded."""

@@ -7,16 +7,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from dist_spin.numerics.gptq import QuantizedWeight
 from dist_spin.numerics.quantizer import dequantize_weight, pack_int4, unpack_int4
-from dist_spin.storage.tensor_file import FOREIGN, CorruptFile, load_tensors, save_tensors, set_aside
-
-T = TypeVar("T")
+from dist_spin.storage.tensor_file import CorruptFile, load_if_current, load_tensors, save_tensors
 
 
 @dataclass
@@ -97,23 +94,7 @@ def load_layer(path: Path) -> tuple[QuantizedLayer, str]:
 
 def finished_layer(path: Path, fingerprint: str, warn: Callable[[str], None]) -> QuantizedLayer | None:
     """The layer at `path` if it is whole and was made under `fingerprint`; anything else is set aside, saying so."""
-    return _finished(path, fingerprint, load_layer, "doing the layer again", warn)
-
-
-def _finished(
-    path: Path, fingerprint: str, load: Callable[[Path], tuple[T, str]], remedy: str, warn: Callable[[str], None]
-) -> T | None:
-    if not path.exists():
-        return None
-    try:
-        content, found = load(path)
-        problem = "" if found == fingerprint else FOREIGN
-    except CorruptFile as error:
-        problem = str(error).removeprefix(f"{path}: ")
-    if not problem:
-        return content
-    set_aside(path, problem, remedy, warn)
-    return None
+    return load_if_current(path, load_layer, lambda made_from: made_from == fingerprint, "doing the layer again", warn)
 
 
 def embeddings_path(directory: Path) -> Path:
@@ -146,4 +127,4 @@ def load_embeddings(path: Path) -> tuple[dict[str, QuantizedWeight], str]:
 
 def finished_embeddings(path: Path, fingerprint: str, warn: Callable[[str], None]) -> dict[str, QuantizedWeight] | None:
     """The ends at `path` if they are whole and made under `fingerprint`; anything else is set aside, saying so."""
-    return _finished(path, fingerprint, load_embeddings, "making it again", warn)
+    return load_if_current(path, load_embeddings, lambda made_from: made_from == fingerprint, "making it again", warn)

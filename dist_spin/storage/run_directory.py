@@ -16,6 +16,8 @@ from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.storage.atomic import append_line, write_json
 
+LEARNED = "learned"  # the variant with the rotations that this run learns; others are baselines or methods, by name
+
 
 class RunDir:
     """Paths of one run and the ways to write into it."""
@@ -28,13 +30,13 @@ class RunDir:
         """Checkpoints and the finished rotations."""
         return self.path / "rotations"
 
-    def layers(self, baseline: str = "") -> Path:
-        """Quantised layers, of the learned rotations or of a named baseline."""
-        return self.path / "baselines" / baseline / "layers" if baseline else self.path / "layers"
+    def layers(self, variant: str = LEARNED) -> Path:
+        """Directory of a variant's quantised layers: `layers` for the learned one, `baselines/NAME/layers` for others."""
+        return self.path / "layers" if variant == LEARNED else self.path / "baselines" / variant / "layers"
 
-    def hidden_states(self, baseline: str = "") -> Path:
-        """Hidden states that enter the first layer of each job, beside the layers of the same variant."""
-        return self.layers(baseline).with_name("boundaries")
+    def hidden_states(self, variant: str = LEARNED) -> Path:
+        """Directory of the hidden states that enter the first layer of each job, beside the layers of the same variant."""
+        return self.layers(variant).with_name("boundaries")
 
     @property
     def export(self) -> Path:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dist_spin.storage.atomic import atomic
+
+Content = TypeVar("Content")
+Identity = TypeVar("Identity")
 
 FOREIGN = "was made from another model, rotation, data or setting"
 
@@ -73,6 +76,35 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if checksum != _checksum(tensors, metadata):
         raise CorruptFile(f"{path}: checksum does not match")
     return tensors, metadata
+
+
+def load_if_current(
+    path: Path,
+    load: Callable[[Path], tuple[Content, Identity]],
+    current: Callable[[Identity], bool],
+    remedy: str,
+    warn: Callable[[str], None],
+) -> Content | None:
+    """The content of a file of tensors that may be used as it is; None where it is missing.
+
+    A damaged file and one that was made from something else are set aside as well, which `warn` is told.
+
+    Args:
+        load: reads the file into its content and what it was made from, such as a fingerprint or its metadata.
+        current: whether a file that was made from this may be used.
+        remedy: what the caller does without the file, as in "doing the layer again".
+    """
+    if not path.exists():
+        return None
+    try:
+        content, identity = load(path)
+        problem = "" if current(identity) else FOREIGN
+    except CorruptFile as error:
+        problem = str(error).removeprefix(f"{path}: ")
+    if not problem:
+        return content
+    set_aside(path, problem, remedy, warn)
+    return None
 
 
 def read_metadata(path: Path) -> dict[str, str] | None:
