@@ -1,11 +1,11 @@
 """What each ingredient of learning buys: one at a time and together, on texts that were not learned on.
 
-    python tests/study_accuracy.py OUT --model PATH --learn tokens:L.npy#all --texts tokens:A.npy#all tokens:B.npy#all
+    python benchmarks/accuracy.py OUT --model PATH --learn tokens:L.npy#all --texts tokens:A.npy#all tokens:B.npy#all
 
 Learning and calibration take the text of --learn, measuring the others; sequences of 2048 tokens, at most --sequences of them.
 Each run of RUNS is learned, quantised with GPTQ and measured with 16-bit weights (W16A4KV4) and after GPTQ (W4A4KV4), and
-again under each of --again, such as quantize.act_order=true,quantize.n_sequences=800; a table of perplexities is printed as
-rows come in. Not a test: a command for the figures in the documentation.
+again under each of --again, such as quantize.act_order=true,quantize.n_sequences=800. A table of perplexities is printed as
+its rows come in: the figures of docs/methods.md.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def one(options: argparse.Namespace, world: World, name: str, seed: int, again: 
     directory = f"{name.replace(' ', '-').replace(',', '')}-{seed}"
     number = f"-{options.again.index(again)}" if again else ""
     source = f"tokens:{options.out / 'learn.npy'}#all"
-    given = [
+    words = [
         f"output_dir={options.out}",
         f"name={directory}{number}",
         f"model.path={options.model}",
@@ -118,7 +118,7 @@ def one(options: argparse.Namespace, world: World, name: str, seed: int, again: 
         f"evaluate.unquantized_weights={str(not again).lower()}",
         "evaluate.split=all",
     ]
-    config = load_config(None, [*given, *RUNS[name], *options.settings, *filter(None, again.split(","))])
+    config = load_config(None, [*words, *RUNS[name], *options.settings, *filter(None, again.split(","))])
     structure = [getattr(config.optimize, name) for name in STRUCTURE]
     if structure != getattr(options, "structure", None):
         torch._dynamo.reset()  # so that a run of another structure never meets the recompile limit

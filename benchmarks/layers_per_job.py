@@ -1,9 +1,9 @@
 """What parallelism costs: perplexity of a real model for several `quantize.layers_per_job`, same rotations and data.
 
-    python tests/study_layers_per_job.py OUT configs/quickstart.yaml --rotations runs/quickstart [key.sub=value ...]
+    python benchmarks/layers_per_job.py OUT configs/quickstart.yaml --rotations runs/quickstart [key.sub=value ...]
 
 Jobs of few layers can run side by side, but do not see the rounding errors of the layers before them. --rotations takes the
-learned rotations of a finished run; without it, random Hadamard rotations. Not a test: a command for a table in the README.
+learned rotations of a finished run; without it, random Hadamard rotations. The table is in docs/performance.md.
 """
 
 import argparse
@@ -39,8 +39,8 @@ def main() -> None:
     quieten_libraries()
     rows = []
     for per_job in options.layers_per_job:
-        given = [f"output_dir={options.out}", f"name=jobs_of_{per_job}", f"quantize.layers_per_job={per_job}"]
-        config = load_config(options.config, [*options.settings, *given, "quantize.baselines=[]"])
+        words = [f"output_dir={options.out}", f"name=jobs_of_{per_job}", f"quantize.layers_per_job={per_job}"]
+        config = load_config(options.config, [*options.settings, *words, "quantize.baselines=[]"])
         run = RunDir(Path(options.out) / config.name)
         final = run.rotations / "final.safetensors"
         if options.rotations:
@@ -57,9 +57,9 @@ def main() -> None:
     stop()
     print("| layers_per_job | text | perplexity | nats above the largest | standard error | seconds, one process |")
     print("|---|---|---|---|---|---|")
-    for per_job, row, seconds, found in rows:
+    for per_job, row, seconds, window_losses in rows:
         reference = next(r[3] for r in reversed(rows) if r[1]["dataset"] == row["dataset"])
-        gap = found - reference
+        gap = window_losses - reference
         error = float(gap.std()) / math.sqrt(len(gap)) if len(gap) > 1 else 0.0
         print(
             f"| {per_job} | {row['dataset']} | {row['ppl']:.3f} | {float(gap.mean()):+.4f} | {error:.4f} | {seconds:.0f} |"
@@ -69,9 +69,9 @@ def main() -> None:
 def losses(run: RunDir, row: dict[str, object]) -> torch.Tensor:
     """The window losses [n] of a row of the results."""
     for path in (run.path / "evaluations").glob("*.json"):
-        found = json.loads(path.read_text())
-        if (found["ppl"], found["dataset"], found["weights"]) == (row["ppl"], row["dataset"], row["weights"]):
-            return torch.tensor(found["losses"], dtype=torch.float64)
+        measured = json.loads(path.read_text())
+        if (measured["ppl"], measured["dataset"], measured["weights"]) == (row["ppl"], row["dataset"], row["weights"]):
+            return torch.tensor(measured["losses"], dtype=torch.float64)
     raise LookupError(f"no evaluation of {row} in {run.path}")
 
 
