@@ -7,6 +7,7 @@ import sys
 
 from dist_spin.config.loader import load_config
 from dist_spin.errors import UserError
+from dist_spin.pipeline.export_limits import check_export_target
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.quantize.stage import layer_ranges_of
 from dist_spin.runtime import distributed
@@ -20,13 +21,18 @@ def main(words: list[str]) -> int:
             print()
             return 0
         distributed.start("cpu", threads=1)
-        layers = open_configured_model(config).shape.layers
+        files = open_configured_model(config)
+        check_export_target(config, files.config)  # before the script submits a job
     except UserError as error:
         print(f"dist-spin: {error}", file=sys.stderr)
         return error.exit_code
     finally:
         distributed.stop()
-    print(" ".join(f"{start}:{stop}" for start, stop in layer_ranges_of(layers, config.quantize.layers_per_job)))
+    print(
+        " ".join(
+            f"{start}:{stop}" for start, stop in layer_ranges_of(files.shape.layers, config.quantize.layers_per_job)
+        )
+    )
     return 0
 
 

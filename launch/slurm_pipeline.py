@@ -17,6 +17,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
+from dist_spin.pipeline.export_limits import check_export_target
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.quantize.stage import layer_ranges_of, prepare_jobs
 from dist_spin.runtime import distributed
@@ -184,7 +185,9 @@ def missing_spans(config: RunConfig, learned: bool) -> list[tuple[int, int]]:
     world = distributed.start("cpu", threads=1)
     try:
         if not learned:
-            return layer_ranges_of(open_configured_model(config).shape.layers, config.quantize.layers_per_job)
+            files = open_configured_model(config)
+            check_export_target(config, files.config)  # before jobs are submitted
+            return layer_ranges_of(files.shape.layers, config.quantize.layers_per_job)
         quantize_jobs = prepare_jobs(config, world)
         return sorted(
             {

@@ -32,6 +32,7 @@ from dist_spin.evaluate.targets import EvalTarget
 from dist_spin.model.weights import ModelFiles
 from dist_spin.optimize.train import optimize
 from dist_spin.pipeline.embeddings import embeddings_of
+from dist_spin.pipeline.export_limits import check_export_target
 from dist_spin.pipeline.fingerprints import layer_identity
 from dist_spin.pipeline.model import model_dtype, open_configured_model
 from dist_spin.pipeline.quant_sites import clips_at, site_bits, sites_for
@@ -239,6 +240,7 @@ def compare(config: RunConfig, world: World) -> list[dict[str, Any]]:
         UserError: a setting does not fit the model, or a text cannot be read.
     """
     stop, files = StopRequest(), open_configured_model(config)
+    check_export_target(config, files.config)
     texts = {source: measuring_tokens(config, files, source) for source in config.evaluate.sources}
     comparison = Comparison(config, world, files, stop, texts)
     plan, run = planned(config), comparison.run

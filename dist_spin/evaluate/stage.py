@@ -15,6 +15,7 @@ from dist_spin.errors import Interrupted, UserError
 from dist_spin.evaluate.perplexity import measure, measuring_tokens
 from dist_spin.evaluate.tables import table, task_table
 from dist_spin.evaluate.targets import eval_targets, target_layer
+from dist_spin.pipeline.export_limits import check_export_target
 from dist_spin.pipeline.fingerprints import layer_identity
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.pipeline.variants import calibration_tokens
@@ -35,6 +36,7 @@ def evaluate(config: RunConfig, world: World) -> list[dict[str, Any]]:
     """
     stop = StopRequest()
     run, files = run_dir(config), open_configured_model(config)
+    check_export_target(config, files.config)
     measured = eval_targets(config, files, world.device)
     quantised = [target for target in measured if target.weights != "none"]
     calibration = calibration_tokens(config, files) if quantised else torch.empty(0)

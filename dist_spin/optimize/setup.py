@@ -24,6 +24,7 @@ from dist_spin.optimize.best_state import BestState
 from dist_spin.optimize.cayley_optimizer import CayleyOptimizer
 from dist_spin.optimize.sharding.engine import Engine, choose_engine
 from dist_spin.optimize.sharding.memory_planner import Workload, layers_to_offload, micro_batch_and_levels
+from dist_spin.pipeline.export_limits import check_export_target
 from dist_spin.pipeline.fingerprints import EMBEDDING_SETTINGS, WEIGHT_SETTINGS, flat
 from dist_spin.pipeline.initial_rotations import fits_start, starting_rotations
 from dist_spin.pipeline.model import check_vocabulary, model_dtype, open_configured_model
@@ -69,6 +70,7 @@ def build_training(config: RunConfig, world: World) -> TrainState:
     """Model, data, rotations and optimiser, at the newest whole checkpoint if there is one."""
     run, engine = run_dir(config), choose_engine(config.distributed)
     files = open_configured_model(config)
+    check_export_target(config, files.config)
     shape, dtype, settings = files.shape, model_dtype(config), config.optimize
     sites = sites_for(while_learning(config), shape)
     tokens = learning_tokens(config, files)

@@ -16,6 +16,7 @@ from dist_spin.data import batch_indices, rank_share
 from dist_spin.errors import Interrupted, NumericsError
 from dist_spin.numerics.cayley import nearest_orthogonal, orthogonality_error
 from dist_spin.optimize.setup import TrainState, build_training, learning_tokens, write_checkpoint
+from dist_spin.pipeline.export_limits import check_export_target
 from dist_spin.pipeline.initial_rotations import fits_start
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.pipeline.preset_rotations import check_not_preset, save_preset_rotations
@@ -49,6 +50,7 @@ def optimize(config: RunConfig, world: World, stop: StopRequest | None = None) -
     """
     if config.optimize.steps == 0:
         files = open_configured_model(config)
+        check_export_target(config, files.config)
         if fits_start(config):
             make_start(config, world, files, learning_tokens(config, files))
         save_preset_rotations(config, files.shape)

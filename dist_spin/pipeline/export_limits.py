@@ -1,4 +1,7 @@
-"""Which settings a format's runtimes accept; asked when a run starts (`export.target`) and again when it is exported."""
+"""Which settings the runtimes of an export format accept.
+
+Every stage that computes something asks once, at its start, for `export.target`; `export` asks for the format it writes.
+"""
 
 from typing import Any
 
@@ -8,6 +11,19 @@ from dist_spin.model.architecture import Shape
 
 QUANTISED = ("compressed-tensors", "executorch")  # formats whose weights come from the quantised layers
 PACKED_BITS = (4, 8)  # of weights, that kernels read
+
+
+def check_export_target(config: RunConfig, model: Any) -> None:
+    """Refuse settings whose result could not be exported as `export.target`, before a stage computes anything with them.
+
+    Args:
+        model: its config, from transformers.
+
+    Raises:
+        UserError: see `check_target`.
+    """
+    if config.export.target != "none":
+        check_target(config.export.target, config, model, starting=True)
 
 
 def check_target(target: str, config: RunConfig, model: Any, *, starting: bool) -> None:

@@ -7,7 +7,6 @@ from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 from dist_spin.model.weights import ModelFiles, open_model
-from dist_spin.pipeline.export_limits import check_target
 from dist_spin.runtime.distributed import on_rank0, raise_on_any_failure
 
 
@@ -25,7 +24,7 @@ def open_configured_model(config: RunConfig) -> ModelFiles:
     """Open the model on every rank; what has to be downloaded or converted is so once, by rank 0.
 
     Raises:
-        UserError: it cannot be opened, or no runtime of `export.target` would take what the settings make of it.
+        UserError: it cannot be opened.
     """
 
     def find() -> ModelFiles:
@@ -41,8 +40,6 @@ def open_configured_model(config: RunConfig) -> ModelFiles:
     on_rank0(lambda: files.append(find()))  # not returned: open files do not travel
     # The others only after it is there; one of them may be on a host that does not see the path.
     raise_on_any_failure(lambda: None if files else files.append(find()))
-    if config.export.target != "none":
-        check_target(config.export.target, config, files[0].config, starting=True)
     return files[0]
 
 

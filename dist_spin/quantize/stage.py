@@ -29,6 +29,7 @@ from dist_spin.errors import Interrupted, UserError
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.weights import ModelFiles
 from dist_spin.pipeline.embeddings import embeddings_of
+from dist_spin.pipeline.export_limits import check_export_target
 from dist_spin.pipeline.fingerprints import gptq_options, layer_identity, states_identity
 from dist_spin.pipeline.model import model_dtype, open_configured_model, wide_dtype
 from dist_spin.pipeline.variants import Variant, build_variant, calibration_tokens, unquantized
@@ -86,6 +87,7 @@ def prepare_jobs(config: RunConfig, world: World) -> list["QuantizeJob"]:
         return []
     stop = StopRequest()
     files = open_configured_model(config)
+    check_export_target(config, files.config)
     tokens = calibration_tokens(config, files)
     run = run_dir(config)
 
