@@ -6,6 +6,10 @@ from collections.abc import Callable
 
 import torch
 
+from dist_spin.runtime.cpu_features import bf16_is_fast
+
+CEILING_SECONDS, CEILING_WARM_UP = 2.0, 3  # how long `matmul_ceiling` may take; products before those that count
+
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all it was given."""
@@ -19,18 +23,33 @@ def describe(device: torch.device) -> str:
     return f"{name}, torch {torch.__version__}"
 
 
-def matmul_ceiling(device: torch.device) -> float:
-    """FLOP/s of a large bf16 matrix product on random data, the mean of repeated products after a warm-up."""
-    n, repeats = (8192, 20) if device.type == "cuda" else (1024, 3)
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(3):
+def matmul_ceiling(device: torch.device) -> tuple[float, torch.dtype]:
+    """FLOP/s of a large matrix product on random data, the mean of repeated products after a warm-up, and its dtype.
+
+    bfloat16 on a GPU and on a CPU that computes it fast, float32 on any other CPU. The matrices grow until the next size
+    would take more than `CEILING_SECONDS`, so that the time is bounded on any machine.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" or bf16_is_fast() else torch.float32
+    largest, repeats = (8192, 20) if device.type == "cuda" else (1024, 3)
+    n = 256
+    seconds = _product_seconds(n, 1, device, dtype)
+    while n < largest and 8 * seconds * (CEILING_WARM_UP + repeats) < CEILING_SECONDS:
+        n *= 2
+        seconds = _product_seconds(n, 1, device, dtype)
+    return 2 * n**3 / _product_seconds(n, repeats, device, dtype), dtype
+
+
+def _product_seconds(n: int, repeats: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds of one product of two random [n, n], the mean of `repeats` of them."""
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(CEILING_WARM_UP if repeats > 1 else 1):
         a @ b
     synchronize(device)
-    began = time.monotonic()
+    began = time.perf_counter()
     for _ in range(repeats):
         a @ b
     synchronize(device)
-    return 2 * n**3 * repeats / (time.monotonic() - began)
+    return (time.perf_counter() - began) / repeats
 
 
 def clock(call: Callable[[], object], device: torch.device, at_least: float = 0.2) -> float:

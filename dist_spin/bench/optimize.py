@@ -139,7 +139,7 @@ def measure(options: argparse.Namespace, world: World, sequences: int = 0, layer
     shape = Shape.of(json_config(directory))
     tokens = config.optimize.batch_size * config.optimize.seq_len
     flop = step_flop(shape, tokens, config.optimize.seq_len) / world.size
-    ceiling = matmul_ceiling(world.device)
+    ceiling, ceiling_dtype = matmul_ceiling(world.device)
     levels = [getattr(layer, "level", "") for layer in train_state.model.layers]
     cuda = world.device.type == "cuda"
     figures = {
@@ -157,6 +157,7 @@ def measure(options: argparse.Namespace, world: World, sequences: int = 0, layer
         "tokens_per_s": round(tokens / parts["step"]),
         "tflops_per_device": round(flop / parts["step"] / 1e12, 1),
         "matmul_tflops": round(ceiling / 1e12, 1),
+        "matmul_dtype": str(ceiling_dtype).removeprefix("torch."),
         "share_of_matmul": round(flop / parts["step"] / ceiling, 3),
         "overhead_share": round((parts["reduce"] + parts["cayley"] + parts["stall"]) / parts["step"], 4),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if cuda else 0.0,

@@ -96,7 +96,7 @@ def test_gathers_that_take_longer_than_the_step_are_refused():
 
 def test_parts_outside_of_the_layers():
     machine = model.Machine(link=64.0, copy=1e30, contention=0.0, memory=1)
-    fixed = model.Fixed(ranks=2, reduce=5.0, cayley=3.0, checkpoint_wait=0.1, grids=9.0)
+    fixed = model.Fixed(ranks=2, reduce=5.0, cayley=3.0, checkpoint_wait=0.1, requantize=9.0)
     # R1 has 4 * 16 bytes: a rank receives 1/2 of them at 2 ranks and 3/4 at 4; the products go from 2.5 s to half of that.
     assert model.cayley_time(SHAPE, 2, fixed, machine) == pytest.approx(3.0)
     assert model.cayley_time(SHAPE, 4, fixed, machine) == pytest.approx(1.25 + 0.75)
@@ -110,21 +110,21 @@ def test_parts_outside_of_the_layers():
 
 def test_more_ranks_divide_compute_and_weights_and_nothing_else():
     machine = model.Machine(link=1e3, copy=1e5, contention=0.2, memory=1)
-    fixed = model.Fixed(ranks=1, reduce=0.1, cayley=0.2, checkpoint_wait=0.3, grids=0.0)
+    fixed = model.Fixed(ranks=1, reduce=0.1, cayley=0.2, checkpoint_wait=0.3, requantize=0.0)
     one, four = (model.predict(SHAPE, point(n, 8, 2), model.Fit(1e5, 0.0), fixed, machine) for n in (1, 4))
     assert four.compute == pytest.approx(one.compute / 4)
     assert four.checkpoint_wait == one.checkpoint_wait == 0.3
     assert one.gather == one.gathered == 0 < four.gather
-    parts = (four.compute, four.copies, four.gather, four.grids, four.reduce, four.cayley, four.checkpoint_wait)
+    parts = (four.compute, four.copies, four.gather, four.requantize, four.reduce, four.cayley, four.checkpoint_wait)
     assert four.step == pytest.approx(sum(parts))
     assert one.memory - four.memory == pytest.approx((3 * 368 + 400) * 3 / 4)
 
 
 def test_a_plan_keeps_as_much_as_fits():
     roomy = model.planned(SHAPE, 2, 2, 6, 8, 3, 16, FREE)
-    assert (roomy.share, roomy.micro, roomy.passes, roomy.levels) == (3, 3, 1, {"none": 3})
+    assert (roomy.share, roomy.micro, roomy.micro_batches, roomy.levels) == (3, 3, 1, {"none": 3})
     cramped = model.planned(SHAPE, 2, 2, 6, 8, 3, 16, model.Machine(1, 1, 0, 1 << 30))
-    assert (cramped.micro, cramped.passes, cramped.levels) == (1, 3, {"layer": 3})
+    assert (cramped.micro, cramped.micro_batches, cramped.levels) == (1, 3, {"layer": 3})
 
 
 def test_a_whole_run_by_hand():
@@ -159,12 +159,12 @@ def counted_gathers(words: list[str], out: Path) -> None:
 def test_the_engine_gathers_what_the_model_says(words, tmp_path):
     job = Job(2, counted_gathers, [*words, f"output_dir={tmp_path}"], tmp_path / "counts", log=tmp_path / "log")
     assert job.wait() == [0, 0], job.log.read_text()
-    passes = point(2, sequences=5, micro=1).passes
+    micro_batches = point(2, sequences=5, micro=1).micro_batches
     assert json.loads((tmp_path / "counts").read_text()) == {
-        "embed": passes,
-        "layers.0": 2 * passes,
-        "layers.1": 2 * passes,
-        "head": passes,
+        "embed": micro_batches,
+        "layers.0": 2 * micro_batches,
+        "layers.1": 2 * micro_batches,
+        "head": micro_batches,
     }
 
 
