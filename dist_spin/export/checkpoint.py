@@ -1,4 +1,4 @@
-"""A Hugging Face directory of a rotated model, written layer by layer: weights, config, tokenizer and the sidecar."""
+"""A Hugging Face directory of a rotated model, written layer by layer: weights, config and tokenizer."""
 
 import copy
 import json
@@ -24,8 +24,6 @@ COPIED = (
     "*.jinja",
     "generation_config.json",
 )
-DOWN, ROTATED_DOWN = "mlp.down_proj.weight", "mlp.down_proj.weight_after_r4"
-FOREIGN_TYPE = "dist_spin_{}"
 
 
 def write_checkpoint(
@@ -38,20 +36,20 @@ def write_checkpoint(
     head: Callable[[], Tensor],
     extra: dict[str, Any],
     shard_bytes: float,
-    between: Callable[[int], None],
+    before_layer: Callable[[int], None],
 ) -> None:
     """Weights, config.json, tokenizer and generation config; norm gains are folded into the linears, so they are one.
 
     Args:
         layer: tensors of decoder layer i by their names within it; a layer norm that it leaves out gets gains of one, one
             that it has is a learned scale. embedding, head: [vocab, h].
-        extra: entries of config.json that replace the model's own. between: called before each layer, with its number.
+        extra: entries of config.json that replace the model's own. before_layer: called before each layer, with its number.
     """
     shards = Shards(directory, shard_bytes)
     ones = torch.ones(files.shape.hidden, dtype=dtype)
     shards.add(f"{EMBEDDING}.weight", embedding())
     for index in range(files.shape.layers):
-        between(index)
+        before_layer(index)
         gains = {f"{norm}.weight": ones.clone() for norm in (ATTENTION_NORM, MLP_NORM)}
         for name, tensor in (gains | layer(index)).items():
             shards.add(f"{layer_name(index)}.{name}", tensor)
@@ -62,8 +60,8 @@ def write_checkpoint(
     config.tie_word_embeddings = False  # the final norm's gain is in lm_head alone
     config.dtype = dtype
     config.save_pretrained(directory)
-    about = json.loads((directory / "config.json").read_text())
-    write_json(directory / "config.json", about | extra)
+    content = json.loads((directory / "config.json").read_text())
+    write_json(directory / "config.json", content | extra)
     copy_tokenizer(files, directory)
 
 
@@ -72,16 +70,3 @@ def copy_tokenizer(files: ModelFiles, directory: Path) -> None:
     copied = {path for pattern in COPIED for path in files.directory.glob(pattern)}
     for path in sorted(copied):
         shutil.copyfile(path, directory / path.name)
-
-
-def hide_from_others(files: ModelFiles) -> dict[str, Any]:
-    """Entries of config.json with which transformers, vLLM and converters refuse a model whose R4 they would leave out."""
-    return {"model_type": FOREIGN_TYPE.format(files.config.model_type), "architectures": ["DistSpinForCausalLM"]}
-
-
-def rename_down(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same with down_proj under a name of ours, and nothing under its own: whoever forces his way past config.json, by
-    naming a model class, gets an error about its size."""
-    return {ROTATED_DOWN if name == DOWN else name: t for name, t in weights.items()} | {
-        DOWN: weights[DOWN].new_empty(0)
-    }

@@ -4,6 +4,7 @@ Weights are `pack-quantized`: codes shifted to be unsigned, dense in int32 words
 rounded again, so codes and scales come back exactly (`unpack`).
 """
 
+from pathlib import Path
 from typing import Any
 
 import compressed_tensors
@@ -13,17 +14,41 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.transform import TransformArgs, TransformConfig, TransformScheme
 from torch import Tensor
 
+from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
+from dist_spin.export.card import LOAD_EXAMPLE
+from dist_spin.export.export_job import DirectoryWriter, ExportFormat, ExportJob
 from dist_spin.model.sites_config import Sites
 from dist_spin.numerics.gptq import QuantizedWeight
 from dist_spin.numerics.quantizer import QuantSpec, dequantize_weight
+from dist_spin.pipeline.model import model_dtype
 from dist_spin.storage.quantized_layers import QuantizedLayer
 
-FORMAT = "pack-quantized"  # said in the file: the library's own choice beside int activations is unpacked int8
+PACKING = "pack-quantized"  # said in the file: the library's own choice beside int activations is unpacked int8
 DOWN = "mlp.down_proj"
 # What `transformers` prints in the error that it stops with, cut after 50 characters.
 REFUSAL = "needs R4 online: dist_spin.load or vLLM"
 PACKED, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
+
+
+def prepare(job: ExportJob) -> DirectoryWriter:
+    """The run's quantised layers, packed.
+
+    Raises:
+        UserError: the first layer cannot be used.
+    """
+    first = job.quantised_layer(0)
+    entries = config_entries(job.sites, first.bits, symmetric=first.symmetric, group_size=first.group_size)
+    shared = online_tensors(job.sites)
+
+    def layer(index: int) -> dict[str, Tensor]:
+        return packed_layer(job.quantised_layer(index), model_dtype(job.config)) | (shared if index == 0 else {})
+
+    def write(directory: Path) -> None:
+        job.write_checkpoint(directory, layer, {"quantization_config": entries})
+        job.write_sidecar(directory)
+
+    return write
 
 
 def packed_layer(layer: QuantizedLayer, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -71,7 +96,7 @@ def bits_in(quantization: dict[str, Any], role: str) -> tuple[int, int]:
     return weights["num_bits"], weights["group_size"] or 0
 
 
-def config_entries(sites: Sites, bits: dict[str, int], symmetric: bool, group_size: int) -> dict[str, Any]:
+def config_entries(sites: Sites, bits: dict[str, int], *, symmetric: bool, group_size: int) -> dict[str, Any]:
     """`quantization_config` of config.json, through the library's own classes, which check it.
 
     Args:
@@ -81,7 +106,7 @@ def config_entries(sites: Sites, bits: dict[str, int], symmetric: bool, group_si
     def scheme(targets: list[str], width: int) -> QuantizationScheme:
         strategy = {"strategy": "group", "group_size": group_size} if group_size else {"strategy": "channel"}
         weights = QuantizationArgs(num_bits=width, type="int", symmetric=symmetric, dynamic=False, **strategy)
-        return QuantizationScheme(targets=targets, weights=weights, input_activations=_token(sites.a), format=FORMAT)
+        return QuantizationScheme(targets=targets, weights=weights, input_activations=_token(sites.a), format=PACKING)
 
     most = {role: width for role, width in bits.items() if role != DOWN}
     (width,) = set(most.values())
@@ -93,15 +118,15 @@ def config_entries(sites: Sites, bits: dict[str, int], symmetric: bool, group_si
         both.sort(key=lambda group: -group[2])
         groups = {name: scheme([target], width) for name, target, width in both}
     config = QuantizationConfig(
-        config_groups=groups, format=FORMAT, quantization_status="compressed", ignore=["lm_head"]
+        config_groups=groups, format=PACKING, quantization_status="compressed", ignore=["lm_head"]
     )
-    about = config.model_dump(mode="json") | {"version": compressed_tensors.__version__}
+    entries = config.model_dump(mode="json") | {"version": compressed_tensors.__version__}
     if sites.r4:
-        # transformers leaves `transform_config` out without a word, and would be wrong. It reads this figure, which decides
+        # transformers leaves `transform_config` out silently, and would be wrong. It reads this figure, which decides
         # nothing, as a number, and stops; runtimes that apply `transform_config` do not look at it.
-        about["global_compression_ratio"] = REFUSAL
-        about["transform_config"] = _online_r4(sites).model_dump(mode="json")
-    return about
+        entries["global_compression_ratio"] = REFUSAL
+        entries["transform_config"] = _online_r4(sites).model_dump(mode="json")
+    return entries
 
 
 def _token(spec: QuantSpec) -> QuantizationArgs | None:
@@ -131,3 +156,47 @@ def online_tensors(sites: Sites) -> dict[str, Tensor]:
     for factor in sites.r4:
         dense = torch.kron(dense, factor.sign())
     return {f"{DOWN}.R4_input.weight": dense.float()}
+
+
+def loading(job: ExportJob) -> list[str]:
+    """The lines of README.md on how to load the export."""
+    if job.r4:
+        return [
+            "**A bare transformers `from_pretrained` stops with an error**, on purpose: it would leave out the Hadamard R4 in",
+            f"front of down_proj, which the weights need (`global_compression_ratio` of config.json says `{REFUSAL}`",
+            "instead of a number). Right are",
+            "",
+            LOAD_EXAMPLE,
+            "",
+            "and runtimes that apply `transform_config` of config.json online (vLLM with tensor-parallel size 1; it refuses",
+            "more).",
+            *_serving(job.config),
+        ]
+    return [
+        "Any program that loads the format: R1 and R2 are part of the weights, nothing has to be rotated online.",
+        *_serving(job.config),
+        "",
+        LOAD_EXAMPLE,
+        "",
+        "gives what was measured below, quantisers included.",
+    ]
+
+
+def _serving(config: RunConfig) -> list[str]:
+    lines = []
+    if config.quant.arithmetic == "compressed-tensors" and config.export.profile == "no-had":
+        lines.append("Bare transformers rounds what the linears read and hold as measured below, to the bit.")
+    if config.quant.arithmetic == "fp32" and config.model.dtype in ("bfloat16", "float16"):
+        lines.append("Scales are in fp32 here; a program that holds them in 16 bits rounds them, by up to 0.2 %.")
+    if config.quant.a_bits < 16:
+        here = "127.5 (7.5)" if config.quant.arithmetic == "compressed-tensors" else "127 (7)"
+        lines += [
+            f"How activations are rounded is the runtime's own: here the largest is divided by {here}. Transformers divides by",
+            "127.5 (7.5), others by 127 (7); `quant.arithmetic=compressed-tensors` learns, quantises and measures as the former.",
+        ]
+    if min(config.quant.k_bits, config.quant.v_bits) < 16:
+        lines.append("The KV cache is quantised by `dist_spin.load` alone; elsewhere it is a matter of how one serves.")
+    return lines
+
+
+FORMAT = ExportFormat(prepare, loading)

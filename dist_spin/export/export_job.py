@@ -1,4 +1,4 @@
-"""One export: what is read of the run, and checked."""
+"""What an export format is, and one export: what is read of the run, checked, and written."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import Interrupted, UserError
-from dist_spin.export.card import model_card
 from dist_spin.export.checkpoint import write_checkpoint
 from dist_spin.export.sidecar import Sidecar, write_sidecar
 from dist_spin.model.rotated_weights import RotatedWeights
@@ -31,6 +30,7 @@ from dist_spin.storage.run_directory import RunDir
 from dist_spin.storage.tensor_file import FOREIGN, CorruptFile, identity_hash, read_metadata
 from dist_spin.version import __version__
 
+DirectoryWriter = Callable[[Path], None]  # writes an export's own files into an empty directory
 REQUANTIZE = "run `dist-spin quantize` with the settings of this export"
 
 
@@ -55,6 +55,22 @@ class ExportJob:
         """Whether weights come from the quantised layers."""
         return self.target in QUANTISED
 
+    @property
+    def quantisers(self) -> bool:
+        """Whether activations, keys or values are quantised at run time."""
+        return any(spec.enabled for spec in (self.sites.a, self.sites.o, self.sites.k, self.sites.v))
+
+    @property
+    def steps_learned(self) -> str:
+        """How many steps the rotations were learned for, as their file says; "?" where it does not."""
+        metadata = read_metadata(self.run.rotations / "final.safetensors") or {}
+        return metadata.get("step", "?")
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What dist_spin.json says of every export."""
+        return {"format": self.target, "profile": self.config.export.profile, "fingerprint": self.fingerprint}
+
     @cached_property
     def results(self) -> list[dict[str, Any]]:
         """What `evaluate` measured."""
@@ -69,9 +85,8 @@ class ExportJob:
     @cached_property
     def weights(self) -> RotatedWeights:
         """The merged 16-bit weights, with or without R4."""
-        made = self.variant.weights
-        r4 = self.sites.r4
-        return RotatedWeights(made.source, made.shape, made.rotations, r4, made.device, made.dtype, scales=made.scales)
+        w = self.variant.weights
+        return RotatedWeights(w.source, w.shape, w.rotations, self.sites.r4, w.device, w.dtype, scales=w.scales)
 
     @cached_property
     def layers_fingerprint(self) -> str:
@@ -85,7 +100,7 @@ class ExportJob:
         without_tokens = torch.zeros(1, 1, dtype=torch.long)
         model = layer_identity(self.config, self.files, self.variant, without_tokens)
         embeddings = embeddings_of(self.config, self.files, self.variant).fingerprint if self.quantised else ""
-        ours = {
+        export = {
             "format": self.target,
             "profile": self.config.export.profile,
             "shard_gb": self.config.export.shard_gb,
@@ -94,7 +109,7 @@ class ExportJob:
             "results": self.results,  # the card tells them
             "dist_spin": __version__,
         }
-        return identity_hash(model | ours)
+        return identity_hash(model | export)
 
     def check_run(self) -> None:
         """Refuse a run that was learned on another model or for other sites, or whose layers are not all of one making.
@@ -102,20 +117,20 @@ class ExportJob:
         Raises:
             UserError: names the first thing that does not fit.
         """
-        fingerprint = self.run.path / "fingerprint.json"
-        started = json.loads(fingerprint.read_text()) if fingerprint.exists() else {}
+        path = self.run.path / "fingerprint.json"
+        fingerprint = json.loads(path.read_text()) if path.exists() else {}
         sites = {k: v for k, v in flat(self.config.quant, "quant").items() if not k.startswith(WEIGHT_SETTINGS)}
-        now = {"model weights": self.files.weights.fingerprint(), **flat(self.config.rotation, "rotation"), **sites}
-        for name, value in now.items():
-            if started.get(name, value) != value:
-                problem = f"run {self.config.name} was learned with {name} = {started[name]!r}, not {value!r}"
+        current = {"model weights": self.files.weights.fingerprint(), **flat(self.config.rotation, "rotation"), **sites}
+        for name, value in current.items():
+            if fingerprint.get(name, value) != value:
+                problem = f"run {self.config.name} was learned with {name} = {fingerprint[name]!r}, not {value!r}"
                 raise UserError(problem, f"set {name} back" if "." in name else "set model.path back")
         for index in range(self.files.shape.layers) if self.quantised else ():
             path = layer_path(self.run.layers(), index)
             metadata = read_metadata(path)
             if metadata is None:
-                what = "cannot be read" if path.exists() else "is missing"
-                raise UserError(f"{path} {what}", REQUANTIZE)
+                fault = "cannot be read" if path.exists() else "is missing"
+                raise UserError(f"{path} {fault}", REQUANTIZE)
             if metadata.get("fingerprint") != self.layers_fingerprint:
                 raise UserError(f"{path} {FOREIGN}", REQUANTIZE)
 
@@ -144,29 +159,31 @@ class ExportJob:
         if not (self.quantised and embeddings.bits):
             return {}
         try:
-            found, fingerprint = load_embeddings(embeddings.path)
+            weights, fingerprint = load_embeddings(embeddings.path)
         except CorruptFile as error:
             raise UserError(str(error), REQUANTIZE) from error
         if fingerprint != embeddings.fingerprint:
             raise UserError(f"{embeddings.path} {FOREIGN}", REQUANTIZE)
-        return found
+        return weights
 
-    def between(self) -> Callable[[int], None]:
-        """What is to be called before each layer: shows progress, and leaves where a signal came."""
+    def before_layer(self) -> Callable[[int], None]:
+        """What a writer calls before each layer, with its number: shows progress, and leaves where a signal came."""
         progress = Progress(f"export {self.target}: layer", self.files.shape.layers)
 
-        def between(index: int) -> None:
+        def advance(index: int) -> None:
             if self.stop:
                 raise Interrupted(f"stopped by a signal before layer {index}", "the same command starts again")
             progress.advance()
 
-        return between
+        return advance
 
-    def checkpoint(self, directory: Path, layer: Callable[[int], dict[str, Tensor]], extra: dict[str, Any]) -> None:
+    def write_checkpoint(
+        self, directory: Path, layer: Callable[[int], dict[str, Tensor]], extra: dict[str, Any]
+    ) -> None:
         """Write weights, config and tokenizer to `directory`; see `write_checkpoint`."""
         dtype = self.weights.dtype
         embeddings = {
-            end: dequantize_weight(*quantized, dtype=dtype) for end, quantized in self.quantised_embeddings().items()
+            name: dequantize_weight(*quantized, dtype=dtype) for name, quantized in self.quantised_embeddings().items()
         }
         write_checkpoint(
             directory,
@@ -177,25 +194,28 @@ class ExportJob:
             head=lambda: embeddings["head"] if "head" in embeddings else self.weights.head_weight(),
             extra=extra,
             shard_bytes=self.config.export.shard_gb * 1e9,
-            between=self.between(),
+            before_layer=self.before_layer(),
         )
 
-    def sidecar(self, directory: Path) -> None:
+    def write_sidecar(self, directory: Path) -> None:
         """Write what `dist_spin.load` needs beside the weights."""
         kind, dtype = self.files.config.model_type, self.config.model.dtype
         profile = self.config.export.profile
         write_sidecar(directory, Sidecar(self.target, profile, kind, dtype, self.fingerprint, self.sites))
 
-    def card(self) -> str:
-        """The text of README.md."""
-        metadata = read_metadata(self.run.rotations / "final.safetensors") or {}
-        return model_card(
-            self.config,
-            self.target,
-            r4=bool(self.sites.r4),
-            quantisers=any(spec.enabled for spec in (self.sites.a, self.sites.o, self.sites.k, self.sites.v)),
-            scales=bool(self.weights.scales),
-            clips=self.sites.clips is not None and self.target != "gguf",
-            step=metadata.get("step", "?"),
-            results=self.results,
-        )
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """What the file of a format gives to the table in `formats`.
+
+    Args:
+        prepare: reads what is needed of the run and refuses what is not right, before a directory is begun; the writer.
+        loading: the lines of README.md on how to load the export.
+        r4_applied_by: who applies the online R4.
+        loads_here: whether `dist_spin.load` reads the format, so that dist_spin.json is checked against the weights.
+    """
+
+    prepare: Callable[[ExportJob], DirectoryWriter]
+    loading: Callable[[ExportJob], list[str]]
+    r4_applied_by: str = "dist_spin.load"
+    loads_here: bool = True

