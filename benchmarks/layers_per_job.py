@@ -3,7 +3,7 @@
     python benchmarks/layers_per_job.py OUT configs/quickstart.yaml --rotations runs/quickstart [key.sub=value ...]
 
 Jobs of few layers can run side by side, but do not see the rounding errors of the layers before them. --rotations takes the
-learned rotations of a finished run; without it, random Hadamard rotations. The table is in docs/performance.md.
+learned rotations of a finished run; without it, random Hadamard rotations. The table is in docs/accuracy.md.
 """
 
 import argparse
