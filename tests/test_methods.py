@@ -10,6 +10,7 @@ from tiny import write_model
 
 from dist_spin.compare.method_variants import METHODS, WHOLE, MethodRecipe, learn, method_variant
 from dist_spin.compare.methods.flatquant import FlatParameters
+from dist_spin.compare.methods.layer_training import FakeQuantLayer
 from dist_spin.compare.methods.smoothquant import quantized_layer, smoothing
 from dist_spin.compare.methods.transformed_layer import INVERSE, TransformedRunner, clamp, merged
 from dist_spin.config.loader import load_config
@@ -213,6 +214,20 @@ def test_transforms_preserve_the_layer(kind, tmp_path):
     )
     layer = rounding.build(0, merged(task.weights, state, task.runner.shape))
     assert float((rounding.run(layer, 0, task.hidden) - expected).abs().max()) > 1e-2  # the quantisers are there
+
+
+@pytest.mark.parametrize("kind", ["gqa_tied", "biases"])
+def test_the_layer_in_training_is_the_original_one_at_16_bits(kind, tmp_path):
+    """Far from their start, online transforms and merged weights still cancel: every tensor of the state reaches the layer."""
+    _, task = task_of(kind, tmp_path)
+    largest, outputs = maxima(task)
+    scales = {site: largest[site] for site in ("attention", "mlp", "down")}
+    parameters = FlatParameters(task.runner.shape, scales, task.weights, {}, 0)
+    student = FakeQuantLayer(task, parameters, Sites(), {}, torch.float64)
+    with torch.no_grad():
+        for parameter in parameters.transforms():
+            parameter += torch.randn_like(parameter) * 0.3
+        torch.testing.assert_close(student(task.hidden), outputs, rtol=1e-9, atol=1e-9)
 
 
 def test_known_inverses_are_inverses(tmp_path):

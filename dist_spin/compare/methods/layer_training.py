@@ -26,16 +26,16 @@ from dist_spin.numerics.learned_clipping import clipped_quantize
 CLIP_LR = 10  # times the rate of the transforms
 CLIP_START = 4.0  # logit: sigmoid(4) = 0.982 of the range
 EAGER_STEPS = 3  # real steps before a CUDA graph is recorded, which warm up every library
-# Where each site's buffers lie in a layer.
-PLACES = {
-    "attention": f"{ATTENTION_NORM}.front",
-    "mlp": f"{MLP_NORM}.front",
-    "down": "mlp.down_proj.front",
-    "o": "self_attn.o_proj.front",
-    "value": "self_attn.v_proj.front",
-    "key": "self_attn.key_site.front",
+# The module of a layer that holds the buffers of each site.
+INPUT_QUANT = {
+    "attention": f"{ATTENTION_NORM}.input_quant",
+    "mlp": f"{MLP_NORM}.input_quant",
+    "down": "mlp.down_proj.input_quant",
+    "o": "self_attn.o_proj.input_quant",
+    "value": "self_attn.v_proj.input_quant",
+    "key": "self_attn.key_site.input_quant",
 }
-FRONTED = ("self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj")  # linears inside another module
+WRAPPED_LINEARS = ("self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj")  # linears inside another module
 
 
 class Parameters(Protocol):
@@ -81,7 +81,7 @@ def learn(
     Raises:
         NumericsError: the loss is not finite.
     """
-    student = _Student(task, parameters, sites, options, products)
+    student = FakeQuantLayer(task, parameters, sites, options, products)
     power = float((outputs - task.hidden).square().mean())
     n = len(task.hidden)
     per_epoch = -(-n // schedule.batch_size)
@@ -106,7 +106,7 @@ def learn(
     return {"first_loss": losses[0], "last_loss": losses[-1]}
 
 
-class _Student:
+class FakeQuantLayer:
     """The fake-quantised layer as a function of its parameters."""
 
     def __init__(
@@ -145,14 +145,14 @@ class _Student:
             if role in (ATTENTION_NORM, MLP_NORM):
                 out[f"{role}.norm.{kind}"] = w
             else:
-                out[f"{role}.linear.{kind}" if role in FRONTED else name] = w.to(self.products)
+                out[f"{role}.linear.{kind}" if role in WRAPPED_LINEARS else name] = w.to(self.products)
         for name, tensor in state.items():
             site, _, kind = name.removesuffix(INVERSE).rpartition(".")
             if site == "key" and kind == "left":
-                place = PLACES[site].removesuffix(".front")
-                out[f"{place}.inverse" if name.endswith(INVERSE) else f"{place}.left"] = tensor
-            elif site in PLACES and f"{PLACES[site]}.{kind}" in self.known and not name.endswith(INVERSE):
-                out[f"{PLACES[site]}.{kind}"] = tensor
+                key_site = INPUT_QUANT[site].removesuffix(".input_quant")
+                out[f"{key_site}.inverse" if name.endswith(INVERSE) else f"{key_site}.left"] = tensor
+            elif site in INPUT_QUANT and f"{INPUT_QUANT[site]}.{kind}" in self.known and not name.endswith(INVERSE):
+                out[f"{INPUT_QUANT[site]}.{kind}"] = tensor
         return out
 
     def _rounded(self, role: str, w: Tensor, state: State) -> Tensor:
