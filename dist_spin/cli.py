@@ -129,8 +129,7 @@ def _settings(path: str | None, overrides: list[str]) -> RunConfig:
     try:
         return load_config(path, overrides)
     except UserError as error:
-        error.shared = True  # every rank reads the same settings
-        raise
+        raise error.as_shared() from None  # every rank reads the same settings
 
 
 def _quantize(rest: list[str]) -> int:

@@ -28,6 +28,10 @@ class UserError(Exception):
             self.shared = True
         super().__init__(f"{problem}; {remedy}" if remedy else problem)
 
+    def as_shared(self) -> "UserError":
+        """The same mistake as one that every rank raises alike."""
+        return type(self)(self.problem, self.remedy, shared=True).with_traceback(self.__traceback__)
+
 
 class NumericsError(UserError):
     """The computation left the finite numbers; nothing that was saved before is touched."""

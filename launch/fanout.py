@@ -24,22 +24,22 @@ NON_RETRYABLE = (EXIT_USER, EXIT_NUMERICS)  # the same again would end the same 
 
 
 @dataclass
-class Stopper:
-    """Passes the first stopping signal on to the jobs."""
+class SignalForwarder:
+    """While its block runs, passes stopping signals on to the jobs and remembers the last one's name."""
 
     executor: Executor
     name: str = ""
-    kept: dict[int, object] = field(default_factory=dict)
+    previous: dict[int, object] = field(default_factory=dict)  # signal -> the handler it had before
 
-    def __enter__(self) -> "Stopper":
-        self.kept = {number: signal.signal(number, self._note) for number in STOPPING}
+    def __enter__(self) -> "SignalForwarder":
+        self.previous = {number: signal.signal(number, self._forward) for number in STOPPING}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.kept.items():
+        for number, handler in self.previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _forward(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
         self.executor.stop()
 
@@ -63,20 +63,20 @@ def fan_out(
     world = distributed.start("cpu", threads=1)
     try:
         quantize_jobs = prepare_jobs(config, world)
-        with Stopper(executor) as stopper:
+        with SignalForwarder(executor) as signals:
             tasks = open_tasks(quantize_jobs)
             if any(task.layers.start for task in tasks):
-                run_tasks([Task(["--boundaries"], range(0))], executor, quantize_jobs, retries, stopper)
-            run_tasks(tasks, executor, quantize_jobs, retries, stopper)
-        if stopper.name:
-            say(f"dist-spin: stopped by {stopper.name}; the same command continues")
+                run_tasks([Task(["--boundaries"], range(0))], executor, quantize_jobs, retries, signals)
+            run_tasks(tasks, executor, quantize_jobs, retries, signals)
+        if signals.name:
+            say(f"dist-spin: stopped by {signals.name}; the same command continues")
             return EXIT_INTERRUPTED
-        if left := [
+        if unfinished := [
             task.name
             for task in tasks
             if finished_count(quantize_jobs, task.layers) < len(quantize_jobs) * len(task.layers)
         ]:
-            raise UserError(f"layers {', '.join(left)} are not all there", "the same command continues")
+            raise UserError(f"layers {', '.join(unfinished)} are not all there", "the same command continues")
         for job in quantize_jobs:
             job.make_embeddings()  # where a finished run was only given bits for them
             job.stored.remove()
@@ -104,13 +104,18 @@ def make_executor(
         from .submitit_executor import SubmititExecutor
 
         return SubmititExecutor(
-            arguments, logs, cluster.removeprefix("submitit-"), workers, scheduler, config.distributed.device != "cpu"
+            arguments,
+            logs,
+            cluster.removeprefix("submitit-"),
+            workers,
+            scheduler,
+            gpu=config.distributed.device != "cpu",
         )
     raise UserError(f"there is no cluster '{cluster}'", "use local, slurm, submitit-local or debug")
 
 
 def open_tasks(quantize_jobs: list[QuantizeJob]) -> list[Task]:
-    """A task for each span of layers with something missing in any variant; damaged files are set aside."""
+    """A task for each range of layers with something missing in any variant; damaged files are set aside."""
     layer_ranges = {
         layer_range for job in quantize_jobs for layer_range in job.layer_ranges if not all(job.finished(*layer_range))
     }
@@ -123,7 +128,7 @@ def finished_count(quantize_jobs: list[QuantizeJob], layers: range) -> int:
 
 
 def run_tasks(
-    tasks: list[Task], executor: Executor, quantize_jobs: list[QuantizeJob], retries: int, stopper: Stopper
+    tasks: list[Task], executor: Executor, quantize_jobs: list[QuantizeJob], retries: int, signals: SignalForwarder
 ) -> None:
     """Run tasks, at most `executor.slots` at a time, those that fail again; returns when all are done or stopped.
 
@@ -133,13 +138,13 @@ def run_tasks(
     if not tasks:
         return
     run = quantize_jobs[0].run
-    every = range(quantize_jobs[0].files.shape.layers)
-    total, done = len(quantize_jobs) * len(every), finished_count(quantize_jobs, every)
+    all_layers = range(quantize_jobs[0].files.shape.layers)
+    total, done = len(quantize_jobs) * len(all_layers), finished_count(quantize_jobs, all_layers)
     progress = Progress("quantise: layer", total, done)
-    waiting, running, given_up = list(tasks), 0, ""
-    while running or (waiting and not stopper.name and not given_up):
-        while waiting and running < executor.slots and not stopper.name and not given_up:
-            task = waiting.pop(0)
+    queued, running, failure = list(tasks), 0, ""
+    while running or (queued and not signals.name and not failure):
+        while queued and running < executor.slots and not signals.name and not failure:
+            task = queued.pop(0)
             task.done_before = finished_count(quantize_jobs, task.layers)
             run.event("job_start", job=task.name, layers=[task.layers.start, task.layers.stop])
             executor.start(task)
@@ -147,22 +152,22 @@ def run_tasks(
         for task, code in executor.wait(0.2):
             running -= 1
             note_end(run, task, code)
-            if code == EXIT_OK or (stopper.name and code == EXIT_INTERRUPTED):
+            if code == EXIT_OK or (signals.name and code == EXIT_INTERRUPTED):
                 continue
             task.failures = task.failures + 1 if finished_count(quantize_jobs, task.layers) == task.done_before else 0
-            why = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+            ending = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
             if code in NON_RETRYABLE or task.failures > retries:
-                given_up = given_up or f"job {task.name} {why}"
+                failure = failure or f"job {task.name} {ending}"
                 executor.stop()
-            elif not stopper.name:
-                say(f"job {task.name} {why}; starting it again")
-                waiting.insert(0, task)
-        now = finished_count(quantize_jobs, every)
-        while done < now:
+            elif not signals.name:
+                say(f"job {task.name} {ending}; starting it again")
+                queued.insert(0, task)
+        latest = finished_count(quantize_jobs, all_layers)
+        while done < latest:
             done += 1
             progress.advance(f"{running} jobs running")
-    if given_up:
-        raise UserError(given_up, f"see {run.logs}; the same command continues")
+    if failure:
+        raise UserError(failure, f"see {run.logs}; the same command continues")
 
 
 def note_end(run: RunDir, task: Task, code: int) -> None:

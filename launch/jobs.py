@@ -9,7 +9,7 @@ from typing import Protocol
 class Task:
     """One job, and how often it failed without getting anything done."""
 
-    words: list[str]  # what follows `dist-spin quantize CONFIG ...`
+    arguments: list[str]  # what follows `dist-spin quantize CONFIG ...`
     layers: range
     failures: int = 0
     done_before: int = 0

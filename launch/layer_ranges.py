@@ -1,4 +1,4 @@
-"""Print the spans of layers that quantize jobs take, for shell scripts: `0:10 10:20`, or an empty line if there are none.
+"""Print the ranges of layers that quantize jobs take, for shell scripts: `0:10 10:20`, or an empty line if there are none.
 
 python -m dist_spin.launch.layer_ranges CONFIG.yaml [key=value ...]
 """

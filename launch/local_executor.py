@@ -44,7 +44,7 @@ class LocalExecutor:
         """Begin a job in a free slot."""
         slot = next(i for i in range(self.slots) if i not in self._running)
         self._logs.mkdir(parents=True, exist_ok=True)
-        words = ["quantize", *self._arguments, f"distributed.threads={self._threads}", *task.words]
+        words = ["quantize", *self._arguments, f"distributed.threads={self._threads}", *task.arguments]
         log = str(self._logs / f"quantize_{task.name}.log")
         process = self._context.Process(target=work, args=(words, log))
         os.environ.update(self._environments[slot])  # inherited, so that it holds before anything can ask for a GPU

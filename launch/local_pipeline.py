@@ -12,14 +12,14 @@ from dist_spin.errors import EXIT_HANG, EXIT_INTERRUPTED
 from dist_spin.runtime.signals import STOPPING
 
 STAGES = ("optimize", "quantize", "evaluate", "report")
-ALONE = ("report",)  # the work of one process
-GRACE = 30.0  # seconds for the other ranks to notice that one is gone
+SINGLE_PROCESS = ("report",)
+GRACE_S = 30.0  # in which the other ranks notice that one is gone
 
 
 def run_stages(arguments: list[str], nproc: int, stages: tuple[str, ...] = STAGES) -> int:
     """Run `stages` in order with the same configuration arguments; returns the first exit code that is not 0.
 
-    Each stage starts `nproc` ranks, those of ALONE one. A stopping signal is passed on to all of them, so that the stage
+    Each stage starts `nproc` ranks, those of SINGLE_PROCESS one. A stopping signal is passed on to all of them, so that the stage
     at work saves and leaves. torchrun is not used here: it turns every failure into exit code 1 and a long report, and
     SIGUSR1 to it would leave the ranks behind.
     """
@@ -31,10 +31,10 @@ def run_stages(arguments: list[str], nproc: int, stages: tuple[str, ...] = STAGE
         for rank in ranks:
             rank.send_signal(number)
 
-    kept = {number: signal.signal(number, forward) for number in STOPPING}
+    previous = {number: signal.signal(number, forward) for number in STOPPING}
     try:
         for stage in stages:
-            for environment in environments(1 if stage in ALONE else nproc):
+            for environment in environments(1 if stage in SINGLE_PROCESS else nproc):
                 command = [sys.executable, "-m", "dist_spin", stage, *arguments]
                 # A session of its own, so that ctrl-C reaches the stage once, through us.
                 ranks.append(subprocess.Popen(command, env=os.environ | environment, start_new_session=True))
@@ -45,7 +45,7 @@ def run_stages(arguments: list[str], nproc: int, stages: tuple[str, ...] = STAGE
             if stopped and stage != stages[-1]:
                 return EXIT_INTERRUPTED
     finally:
-        for number, handler in kept.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
     return 0
 
@@ -56,18 +56,18 @@ def environments(nproc: int) -> list[dict[str, str]]:
         return [{}]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
     sizes = {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
-    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **sizes, **meeting} for rank in range(nproc)]
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **sizes, **rendezvous} for rank in range(nproc)]
 
 
 def wait(ranks: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Exit codes of all ranks; once one has failed, those that have not left GRACE seconds later are killed."""
+    """Exit codes of all ranks; once one has failed, those that have not left GRACE_S seconds later are killed."""
     failed = 0.0
     while any(rank.poll() is None for rank in ranks):
         if not failed and any(rank.poll() for rank in ranks):
             failed = time.monotonic()
-        if failed and time.monotonic() - failed > GRACE:
+        if failed and time.monotonic() - failed > GRACE_S:
             for rank in ranks:
                 rank.kill()
         time.sleep(0.1)

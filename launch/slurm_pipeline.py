@@ -2,7 +2,7 @@
 
     dist-spin submit CONFIG.yaml --cluster slurm --slurm partition=gpu --slurm nodes=2 --slurm time=240
 
-optimize (`nodes` nodes) -> stored hidden states -> an array of quantize jobs, one per span of layers -> evaluate -> report.
+optimize (`nodes` nodes) -> stored hidden states -> an array of quantize jobs, one per range of layers -> evaluate -> report.
 A job that is preempted, runs out of time or stops getting answers saves and queues itself again (`StageJob`). Which jobs
 were submitted stands in the run's events.jsonl; whether they still live, Slurm is asked.
 """
@@ -28,7 +28,7 @@ from dist_spin.storage.locks import Lock
 from dist_spin.storage.results import results
 from dist_spin.storage.run_directory import RunDir, run_dir
 
-from .local_pipeline import ALONE
+from .local_pipeline import SINGLE_PROCESS
 from .stage_job import PipelineJob, StageJob
 from .submitit_executor import slurm_settings
 
@@ -65,7 +65,7 @@ class Submitter:
         extra = {"kill-on-invalid-dep": "yes", "requeue": True, "open-mode": "append"}
         extra |= self.settings.get("slurm_additional_parameters", {})
         dependency = {"slurm_dependency": "afterok:" + ":".join(after)} if after else {}
-        ranks = 1 if stage in ALONE else self.config.distributed.nproc
+        ranks = 1 if stage in SINGLE_PROCESS else self.config.distributed.nproc
         jobs = [StageJob(stage, [*self.arguments, *part], ranks) for part in parts]
         try:
             executor.update_parameters(
@@ -127,39 +127,39 @@ def _submit_here(arguments: list[str], config: RunConfig, run: RunDir, cluster: 
 def _submit_slurm(arguments: list[str], config: RunConfig, run: RunDir, scheduler: list[str]) -> int:
     settings = slurm_settings(scheduler, ranks=config.distributed.nproc, gpu=config.distributed.device != "cpu")
     nodes = settings.pop("nodes", 1)
-    submitter = Submitter(arguments, config, run, settings, living_jobs(run))
-    living = submitter.active
+    submitter = Submitter(arguments, config, run, settings, active_jobs(run))
+    active = submitter.active
     learned = (run.rotations / "final.safetensors").exists()
-    optimize = living.get("optimize", [])
+    optimize = active.get("optimize", [])
     if not learned and not optimize:
         optimize = submitter.stage("optimize", [[]], [], nodes)
-    quantize = living.get("quantize", []) if not submitter.submitted else []
-    missing = missing_spans(config, learned)
+    quantize = active.get("quantize", []) if not submitter.submitted else []
+    missing = missing_ranges(config, learned=learned)
     covered = {part for job in quantize for part in _parts(run, job)}
     wanted = [layer_range for layer_range in missing if f"{layer_range[0]}:{layer_range[1]}" not in covered]
     if wanted:
         before = optimize
-        if wanted[-1][0] > 0:  # spans that begin inside the model start from stored hidden states
-            before = living.get("boundaries") or submitter.stage("boundaries", [["--boundaries"]], optimize)
+        if wanted[-1][0] > 0:  # ranges that begin inside the model start from stored hidden states
+            before = active.get("boundaries") or submitter.stage("boundaries", [["--boundaries"]], optimize)
         quantize = quantize + submitter.stage("quantize", [["--layers", f"{a}:{b}"] for a, b in wanted], before)
     before = quantize or optimize
     for stage, complete in (
         ("evaluate", bool(results(run, "evaluate"))),
         ("report", (run.path / "report.html").exists()),
     ):
-        if submitter.submitted and living.get(stage):
-            cancel_jobs(living.pop(stage))  # it waits for less than it should
-        if not living.get(stage) and (submitter.submitted or not complete):
+        if submitter.submitted and active.get(stage):
+            cancel_jobs(active.pop(stage))  # it waits for less than it should
+        if not active.get(stage) and (submitter.submitted or not complete):
             submitter.stage(stage, [[]], before)
-        before = submitter.submitted[-1:] or living.get(stage, [])
+        before = submitter.submitted[-1:] or active.get(stage, [])
     if not submitter.submitted:
-        jobs = sorted(job for ids in living.values() for job in ids)
+        jobs = sorted(job for ids in active.values() for job in ids)
         say(f"nothing to submit: {'jobs ' + ', '.join(jobs) + ' are at it' if jobs else 'the run is complete'}")
     warn_of_stuck(job_states(submitter.submitted))
     return 0
 
 
-def living_jobs(run: RunDir) -> dict[str, list[str]]:
+def active_jobs(run: RunDir) -> dict[str, list[str]]:
     """Stage -> ids of its submitted jobs that Slurm still has work for; those that wait for a failed job are cancelled."""
     stages = {
         line["job"]: line["stage"] for line in read_lines(run.path / "events.jsonl") if line["event"] == "submitted"
@@ -178,8 +178,8 @@ def _parts(run: RunDir, job: str) -> list[str]:
     return [word for line in lines if line["event"] == "submitted" and line["job"] == job for word in line["part"]]
 
 
-def missing_spans(config: RunConfig, learned: bool) -> list[tuple[int, int]]:
-    """Spans of layers that no finished files cover; all of them while there are no rotations to have made them with."""
+def missing_ranges(config: RunConfig, *, learned: bool) -> list[tuple[int, int]]:
+    """Ranges of layers that no finished files cover; all of them while there are no rotations to have made them with."""
     if config.quantize.method == "none" or config.quant.w_bits == 16:
         return []
     world = distributed.start("cpu", threads=1)

@@ -10,12 +10,12 @@ from typing import Any
 import submitit
 from submitit.core.utils import DelayedSubmission
 
-from dist_spin.errors import EXIT_HANG, EXIT_INTERRUPTED, EXIT_OK
+from dist_spin.errors import EXIT_OK
 from dist_spin.runtime.slurm import job_states
 
 from .local_pipeline import run_stages
+from .requeue import should_requeue
 
-MAX_REQUEUES = 5  # restarts after which a rank that hangs or dies ends the job for good
 REQUEUE_TIMEOUT_S = 45  # seconds that the other nodes wait for the first one to queue the job again
 # Where submitit's own variables would make a plain command think that it is one rank of several.
 NOT_INHERITED = ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
@@ -40,14 +40,18 @@ class StageJob:
             RuntimeError: the stage failed, so that jobs which wait for it do not begin.
         """
         stage = "quantize" if self.stage == "boundaries" else self.stage
-        command = [sys.executable, "-m", "dist_spin.launch.torchrun", *meeting(), f"--nproc_per_node={self.ranks}"]
+        command = [
+            sys.executable,
+            "-m",
+            "dist_spin.launch.torchrun",
+            *rendezvous_arguments(),
+            f"--nproc_per_node={self.ranks}",
+        ]
         command += ["-m", "dist_spin", stage, *self.arguments]
         quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # c10d tells at length of every peer that has left
         self.process = subprocess.Popen(command, env={**os.environ, **quiet}, start_new_session=True)
         code = self.process.wait()
-        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        lost = code == EXIT_HANG or code > 128  # a rank did not answer, or was killed
-        if (code == EXIT_INTERRUPTED or (lost and restarts < MAX_REQUEUES)) and not being_cancelled():
+        if should_requeue(code) and not being_cancelled():
             if os.environ.get("SLURM_PROCID", "0") == "0":
                 os.kill(os.getpid(), PREEMPTION)  # submitit's handler calls checkpoint() and queues the job again
             time.sleep(REQUEUE_TIMEOUT_S)  # Slurm ends this job, unless the first node is the one that hangs
@@ -97,8 +101,8 @@ def being_cancelled() -> bool:
     return job in (states := job_states([job])) and states[job].state != "RUNNING"
 
 
-def meeting() -> list[str]:
-    """torchrun's words for where the nodes of this job meet: the first one, at the addresses that Slurm itself uses."""
+def rendezvous_arguments() -> list[str]:
+    """torchrun's arguments for the rendezvous of this job's nodes: at the first one, at the addresses that Slurm itself uses."""
     environment = submitit.JobEnvironment()
     if environment.num_nodes == 1:
         return ["--standalone"]

@@ -25,7 +25,7 @@ class SubmititExecutor:
     """Jobs in a scheduler's hands. What is started between two waits goes out as one array."""
 
     def __init__(
-        self, arguments: list[str], logs: Path, cluster: str, workers: int, scheduler: list[str], gpu: bool
+        self, arguments: list[str], logs: Path, cluster: str, workers: int, scheduler: list[str], *, gpu: bool
     ) -> None:
         """workers: jobs at a time; 0 leaves it to Slurm, and means one for the other executors. gpu: whether a Slurm job
         asks for one unless --slurm gpus_per_node says otherwise.
@@ -60,7 +60,7 @@ class SubmititExecutor:
             UserError: the scheduler does not take them.
         """
         if self._fresh:
-            commands = [["quantize", *self._arguments, *task.words] for task in self._fresh]
+            commands = [["quantize", *self._arguments, *task.arguments] for task in self._fresh]
             try:
                 jobs = self._executor.map_array(run_command, commands)
             except FailedJobError as error:

@@ -13,7 +13,6 @@ import socket
 import sys
 import threading
 import time
-from pathlib import Path
 from types import FrameType
 
 from torch.distributed import DistError
@@ -22,9 +21,10 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args, run
 
 from dist_spin.errors import EXIT_HANG, EXIT_INTERRUPTED, EXIT_OK
+from dist_spin.runtime.processes import children, process_stat
 from dist_spin.runtime.signals import STOPPING
 
-UNNOTICED = 15  # seconds in which torchrun should notice that a rank has failed
+NOTICE_TIMEOUT_S = 15  # in which torchrun should notice that a rank has failed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     for number in STOPPING:
         signal.signal(number, forward)
-    threading.Thread(target=_leave_with_the_dead, daemon=True).start()
+    threading.Thread(target=_leave_after_unnoticed_failure, daemon=True).start()
     try:
         run(args)
     except ChildFailedError as error:
@@ -66,43 +66,34 @@ def main(arguments: list[str] | None = None) -> int:
 
 def address_towards(host: str) -> str:
     """This host's address on its way to `host`; a host's own name may well mean 127.0.0.1 to itself. Sends nothing."""
-    family, kind, protocol, _, place = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+    family, kind, protocol, _, destination = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
-        probe.connect(place)
+        probe.connect(destination)
         return probe.getsockname()[0]
 
 
-def children() -> list[int]:
-    """The process ids of this process's children."""
-    tasks = Path("/proc/self/task").iterdir()
-    return [int(word) for task in tasks for word in (task / "children").read_text().split()]
-
-
-def _leave_with_the_dead() -> None:
+def _leave_after_unnoticed_failure() -> None:
     """End this process once a rank has failed and torchrun takes no notice of it.
 
     It waits for the store on the first host, for a quarter of an hour if that host was cut off without a word.
     """
-    unseen: dict[int, int] = {}  # process -> seconds since it failed
+    seconds_failed: dict[int, int] = {}  # by process
     while True:
         time.sleep(1)
         failed = {process: code for process in children() if (code := _exit_code(process))}
-        unseen = {process: unseen.get(process, 0) + 1 for process in failed}
-        late = [process for process, seconds in unseen.items() if seconds > UNNOTICED]
-        if late:
+        seconds_failed = {process: seconds_failed.get(process, 0) + 1 for process in failed}
+        unnoticed = [process for process, seconds in seconds_failed.items() if seconds > NOTICE_TIMEOUT_S]
+        if unnoticed:
             for process in children():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
-            os._exit(failed[late[0]])
+            os._exit(failed[unnoticed[0]])
 
 
 def _exit_code(process: int) -> int:
     """Exit code of a child that has ended and that nobody has waited for; 0 while it runs."""
-    with contextlib.suppress(OSError):
-        fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
-        if fields[0] == "Z":
-            return os.waitstatus_to_exitcode(int(fields[49])) % 256
-    return 0
+    stat = process_stat(process)
+    return os.waitstatus_to_exitcode(stat.wait_status) % 256 if stat is not None and stat.ended else 0
 
 
 def _code(error: ChildFailedError, stopped: list[int]) -> int:

@@ -24,7 +24,7 @@ cd "$ROOT"
 spans=$($PYTHON -m dist_spin.launch.layer_ranges "$@") # such as "0:10 10:20"; empty if weights stay as they are
 after=""
 
-put() { # submit one job after the one before, say its number, and have the next wait for it
+submit_stage() { # submit one job after the one before, say its number, and have the next wait for it
   local what=$1 id
   shift
   id=$(sbatch --parsable --kill-on-invalid-dep=yes ${after:+--dependency=afterok:$after} --job-name="dist-spin-$what" "$@")
@@ -32,13 +32,13 @@ put() { # submit one job after the one before, say its number, and have the next
   after=$id
 }
 
-put optimize "${OPTIMIZE[@]}" slurm/optimize.sbatch "$@"
+submit_stage optimize "${OPTIMIZE[@]}" slurm/optimize.sbatch "$@"
 if [[ $spans == *" "* ]]; then
-  SPANS=boundaries put boundaries "${QUANTIZE[@]}" slurm/quantize_array.sbatch "$@"
+  SPANS=boundaries submit_stage boundaries "${QUANTIZE[@]}" slurm/quantize_array.sbatch "$@"
 fi
 if [ -n "$spans" ]; then
   count=$(wc -w <<<"$spans")
-  SPANS=$spans put quantize "${QUANTIZE[@]}" --array="0-$((count - 1))%$AT_ONCE" slurm/quantize_array.sbatch "$@"
+  SPANS=$spans submit_stage quantize "${QUANTIZE[@]}" --array="0-$((count - 1))%$AT_ONCE" slurm/quantize_array.sbatch "$@"
 fi
-STAGE=evaluate put evaluate "${EVALUATE[@]}" slurm/optimize.sbatch "$@"
-STAGE=report RANKS=1 put report "${REPORT[@]}" slurm/optimize.sbatch "$@"
+STAGE=evaluate submit_stage evaluate "${EVALUATE[@]}" slurm/optimize.sbatch "$@"
+STAGE=report RANKS=1 submit_stage report "${REPORT[@]}" slurm/optimize.sbatch "$@"

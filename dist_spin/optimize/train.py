@@ -61,7 +61,10 @@ def optimize(config: RunConfig, world: World, stop: StopRequest | None = None) -
     train_state = build_training(config, world)
     settings = config.optimize
     scalars = Scalars(
-        train_state.run.path / "tensorboard", train_state.step, config.report.tensorboard and world.is_rank0, say
+        train_state.run.path / "tensorboard",
+        train_state.step,
+        say,
+        wanted=config.report.tensorboard and world.is_rank0,
     )
     progress = Progress("learn rotations: step", settings.steps, train_state.step, show=world.is_rank0)
     writer = CheckpointWriter(lambda state, step: write_checkpoint(train_state, state, step))

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from dist_spin.errors import UserError
+from dist_spin.runtime.processes import process_stat
 from dist_spin.runtime.progress import clock
 from dist_spin.runtime.slurm import cancel_jobs, job_states, output_files
 from dist_spin.storage.atomic import read_lines
@@ -174,11 +175,8 @@ def _gone(start: dict[str, Any]) -> bool:
     """Whether the process that began a layer has ended; on another machine nobody can tell from here."""
     if start["host"] != socket.gethostname():
         return False
-    try:
-        stat = Path(f"/proc/{start['pid']}/stat").read_text()
-    except OSError:
-        return True
-    return stat.rpartition(")")[2].split()[0] in "ZX"  # dead, but nobody has taken notice
+    stat = process_stat(start["pid"])
+    return stat is None or stat.ended
 
 
 def ranges(numbers: list[int]) -> str:

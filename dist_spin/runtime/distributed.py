@@ -65,10 +65,10 @@ def start(device: str = "auto", timeout_s: int = 600, threads: int = 0, *, alone
                 f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}",
                 "start at most one process per GPU (--nproc_per_node)",
             )
-        place = torch.device("cuda", local_rank)
-        torch.cuda.set_device(place)
+        device_here = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device_here)
     else:
-        place = torch.device("cpu")
+        device_here = torch.device("cpu")
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(threads or max(1, cores // local_size))
     if not dist.is_initialized():
@@ -85,7 +85,7 @@ def start(device: str = "auto", timeout_s: int = 600, threads: int = 0, *, alone
         hosts: list[str] = [""] * size
         dist.all_gather_object(hosts, socket.gethostname())
         local_size = hosts.count(socket.gethostname())
-    return World(rank, size, local_rank, local_size, place)
+    return World(rank, size, local_rank, local_size, device_here)
 
 
 def stop() -> None:
@@ -123,7 +123,7 @@ def on_rank0(action: Callable[[], T]) -> T:
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(box, src=0)
     if isinstance(box[0], UserError):
-        box[0].shared = True
+        raise box[0].as_shared()
     if isinstance(box[0], BaseException):
         raise box[0]
     return box[0]  # type: ignore[return-value]

@@ -31,8 +31,8 @@ def _left_by_limits(proc: Path, cgroups: Path) -> Iterator[int]:
         if controllers and "memory" not in controllers.split(","):
             continue
         top, (limit, used, cache) = (cgroups / "memory", V1) if controllers else (cgroups, V2)
-        place = top / path.lstrip("/")
-        for group in (place, *place.parents):  # each bounds those inside of it
+        own = top / path.lstrip("/")
+        for group in (own, *own.parents):  # each bounds those inside of it
             try:
                 most = int((group / limit).read_text())  # v2 writes "max" for none
                 stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())

@@ -30,8 +30,8 @@ def job_states(jobs: Iterable[str]) -> dict[str, JobState]:
         return {}
     ids = ",".join(sorted({job.partition("_")[0] for job in wanted}))
     lines = _run("squeue", "--noheader", "--array", "--states=all", f"--jobs={ids}", "--format=%i|%T|%r").splitlines()
-    found = {fields[0]: JobState(*fields[1:]) for line in lines if len(fields := line.split("|")) == 3}
-    return {job: state for job, state in found.items() if job in wanted}
+    states = {fields[0]: JobState(*fields[1:]) for line in lines if len(fields := line.split("|")) == 3}
+    return {job: state for job, state in states.items() if job in wanted}
 
 
 def cancel_jobs(jobs: Iterable[str]) -> None:
@@ -50,8 +50,8 @@ def output_files(job: str) -> list[Path]:
     """Where Slurm writes what a job prints, as long as Slurm remembers the job."""
     if not shutil.which("scontrol"):
         return []
-    found = re.findall(r"Std(?:Out|Err)=(\S+)", _run("scontrol", "show", "job", "-o", job))
-    return [Path(name) for name in dict.fromkeys(found)]
+    names = re.findall(r"Std(?:Out|Err)=(\S+)", _run("scontrol", "show", "job", "-o", job))
+    return [Path(name) for name in dict.fromkeys(names)]
 
 
 def _run(*command: str) -> str:

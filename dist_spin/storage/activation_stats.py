@@ -46,7 +46,7 @@ class Statistics:
 
 
 def statistics_path(run: RunDir, variant: str) -> Path:
-    """Where the figures of a variant ("none", "hadamard", "learned", ...) are kept."""
+    """Where the figures of a variant ("none", "hadamard", "learned", ...) are."""
     return run.path / "statistics" / f"{variant}.safetensors"
 
 
@@ -59,8 +59,8 @@ def save_statistics(path: Path, statistics: Statistics, fingerprint: str, tokens
         if layers
     }
     tensors |= {f"hidden.{i:04d}": h for i, h in enumerate(statistics.hidden)}
-    about = {"fingerprint": fingerprint, "tokens": str(tokens), "complete": json.dumps(not statistics.hidden)}
-    save_tensors(path, tensors, about)
+    metadata = {"fingerprint": fingerprint, "tokens": str(tokens), "complete": json.dumps(not statistics.hidden)}
+    save_tensors(path, tensors, metadata)
 
 
 def load_statistics(path: Path) -> tuple[Statistics, dict[str, str]]:

@@ -83,7 +83,7 @@ CHECKPOINT = re.compile(r"step_(\d{6,})\.safetensors")
 
 
 def checkpoint_path(run: RunDir, step: int) -> Path:
-    """Where the state after `step` steps is kept."""
+    """The file of the state after `step` steps."""
     return run.rotations / f"step_{step:06d}.safetensors"
 
 
@@ -91,8 +91,8 @@ def checkpoints(run: RunDir) -> list[tuple[int, Path]]:
     """(step, path) of every checkpoint file, newest first, whole or not."""
     if not run.rotations.is_dir():
         return []
-    found = [(int(m[1]), p) for p in run.rotations.iterdir() if (m := CHECKPOINT.fullmatch(p.name))]
-    return sorted(found, reverse=True)
+    steps = [(int(m[1]), p) for p in run.rotations.iterdir() if (m := CHECKPOINT.fullmatch(p.name))]
+    return sorted(steps, reverse=True)
 
 
 def newest_checkpoint(run: RunDir, warn: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, str]] | None:

@@ -42,19 +42,19 @@ class HiddenStateFiles:
         return [range(i, min(i + size, self.sequences)) for i in range(0, self.sequences, size)]
 
     def path(self, layer: int, chunk: int) -> Path:
-        """Where a chunk is kept."""
+        """The file of a chunk."""
         return self.directory / f"{layer:03d}" / f"{chunk:04d}.safetensors"
 
-    def _about(self, layer: int, chunk: int) -> dict[str, str]:
+    def _metadata(self, layer: int, chunk: int) -> dict[str, str]:
         return {"fingerprint": self.fingerprint, "layer": str(layer), "chunk": str(chunk)}
 
     def save(self, layer: int, chunk: int, hidden: Tensor) -> None:
         """Write one chunk [n, T, hidden], atomically."""
-        save_tensors(self.path(layer, chunk), {"hidden": hidden}, self._about(layer, chunk))
+        save_tensors(self.path(layer, chunk), {"hidden": hidden}, self._metadata(layer, chunk))
 
     def load(self, layer: int, chunk: int, warn: Callable[[str], None]) -> Tensor | None:
         """One chunk [n, T, hidden] on the CPU; None if it is not there. One that cannot be used is set aside, saying so."""
-        expected = self._about(layer, chunk)
+        expected = self._metadata(layer, chunk)
         tensors = load_if_current(
             self.path(layer, chunk), load_tensors, lambda metadata: metadata == expected, "computing it again", warn
         )
@@ -63,7 +63,8 @@ class HiddenStateFiles:
     def present(self, layer: int) -> bool:
         """Whether every chunk is there and belongs here, by headers alone; contents are checked when they are loaded."""
         return all(
-            read_metadata(self.path(layer, chunk)) == self._about(layer, chunk) for chunk in range(len(self.chunks()))
+            read_metadata(self.path(layer, chunk)) == self._metadata(layer, chunk)
+            for chunk in range(len(self.chunks()))
         )
 
     def check_space(self, layers: list[int], warn: Callable[[str], None]) -> None:

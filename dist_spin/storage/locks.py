@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from dist_spin.errors import EXIT_HANG, UserError
+from dist_spin.runtime.processes import began, machine
 
 BEAT, PATIENCE = 5.0, 60.0  # seconds
 
@@ -78,7 +79,7 @@ class Lock:
             owner, touched = read_owner(self.path), modified(self.path)
             if touched is None:
                 continue  # released in this moment
-            if owner.get("machine") == _machine() and not gone(owner):
+            if owner.get("machine") == machine() and not gone(owner):
                 raise self._held(owner)
             dead = gone(owner) or self._watch(mine, owner, touched)
             if dead and self._take_over(mine, owner):
@@ -177,15 +178,15 @@ def here() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "began": _began(os.getpid()),
-        "machine": _machine(),
+        "began": began(os.getpid()),
+        "machine": machine(),
         **({"job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}),
     }
 
 
 def gone(owner: dict[str, Any]) -> bool:
     """Whether the owner ran on this machine and is no more; of other machines nobody can tell."""
-    return owner.get("machine") == _machine() and _began(owner["pid"]) != owner["began"]
+    return owner.get("machine") == machine() and began(owner["pid"]) != owner["began"]
 
 
 def describe(owner: dict[str, Any]) -> str:
@@ -209,17 +210,3 @@ def modified(path: Path) -> float | None:
             return os.fstat(stream.fileno()).st_mtime
     except FileNotFoundError:
         return None
-
-
-def _machine() -> str:
-    """Names this boot of this machine and its process ids; two containers differ."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-
-
-def _began(pid: int) -> int | None:
-    """When a process of this machine began, in clock ticks since boot; tells apart two that had the same number."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])

@@ -20,9 +20,9 @@ from dist_spin.storage.tensor_file import CorruptFile, load_if_current, load_ten
 class QuantizedLayer:
     """A decoder layer after quantisation.
 
-    solutions: linear (`self_attn.q_proj`, ...) -> codes and scales. others: remaining parameters (biases, q/k norms, and the
-    layer norms of a model that was not rotated) by their names within the layer, and for a linear some of whose columns are
-    exact, ROLE.kept (their indices) and ROLE.columns [out, n]. figures: per linear, `error` (relative
+    quantized_weights: linear (`self_attn.q_proj`, ...) -> codes and scales. others: remaining parameters (biases, q/k norms,
+    and the layer norms of a model that was not rotated) by their names within the layer, and for a linear some of whose
+    columns are exact, ROLE.kept (their indices) and ROLE.columns [out, n]. figures: per linear, `error` (relative
     output error), `rtn_error` (the same for rounding to nearest) and `damping`. bits: of each linear's codes.
     """
 
@@ -41,13 +41,13 @@ class QuantizedLayer:
             codes, scale, zero = (t.to(device) for t in quantized)
             out[f"{role}.weight"] = dequantize_weight(codes, scale, zero, self.group_size, dtype)
             if f"{role}.kept" in self.others:
-                kept, columns = (self.others[f"{role}.{kind}"].to(device) for kind in ("kept", "columns"))
-                out[f"{role}.weight"][:, kept] = columns.to(dtype)
+                indices, columns = (self.others[f"{role}.{kind}"].to(device) for kind in ("kept", "columns"))
+                out[f"{role}.weight"][:, indices] = columns.to(dtype)
         return out
 
 
 def layer_path(directory: Path, index: int) -> Path:
-    """Where layer `index` is kept."""
+    """The file of layer `index`."""
     return directory / f"{index:03d}.safetensors"
 
 
@@ -62,25 +62,30 @@ def save_layer(path: Path, layer: QuantizedLayer, fingerprint: str) -> None:
         tensors[f"{role}.scale"] = quantized.scale
         if not layer.symmetric:
             tensors[f"{role}.zero"] = quantized.zero
-    about = {"bits": layer.bits, "symmetric": layer.symmetric, "group_size": layer.group_size, "figures": layer.figures}
-    save_tensors(path, tensors, {"fingerprint": fingerprint, "name": path.name, "layer": json.dumps(about)})
+    header = {
+        "bits": layer.bits,
+        "symmetric": layer.symmetric,
+        "group_size": layer.group_size,
+        "figures": layer.figures,
+    }
+    save_tensors(path, tensors, {"fingerprint": fingerprint, "name": path.name, "layer": json.dumps(header)})
 
 
 def load_layer(path: Path) -> tuple[QuantizedLayer, str]:
     """A layer and the fingerprint it was made under.
 
     Raises:
-        CorruptFile: see `rundir.load_tensors`; or it is no layer file.
+        CorruptFile: see `tensor_file.load_tensors`; or it is no layer file.
     """
     tensors, metadata = load_tensors(path)
     if "layer" not in metadata or metadata["name"] != path.name:
         raise CorruptFile(f"{path}: is the file {metadata.get('name')} of something else")
-    about = json.loads(metadata["layer"])
+    header = json.loads(metadata["layer"])
     quantized_weights, others = {}, {}
     for name, tensor in tensors.items():
         role, _, kind = name.rpartition(".")
         if kind in ("packed", "codes"):
-            codes = unpack_int4(tensor, about["symmetric"]) if kind == "packed" else tensor
+            codes = unpack_int4(tensor, header["symmetric"]) if kind == "packed" else tensor
             scale = tensors[f"{role}.scale"]
             quantized_weights[role] = QuantizedWeight(
                 codes, scale, tensors.get(f"{role}.zero", torch.zeros_like(scale))
@@ -88,7 +93,7 @@ def load_layer(path: Path) -> tuple[QuantizedLayer, str]:
         elif kind in ("weight", "bias", "kept", "columns"):
             others[name] = tensor
     return QuantizedLayer(
-        quantized_weights, others, **{k: about[k] for k in ("figures", "bits", "symmetric", "group_size")}
+        quantized_weights, others, **{k: header[k] for k in ("figures", "bits", "symmetric", "group_size")}
     ), (metadata["fingerprint"])
 
 
@@ -98,7 +103,7 @@ def finished_layer(path: Path, fingerprint: str, warn: Callable[[str], None]) ->
 
 
 def embeddings_path(directory: Path) -> Path:
-    """Where the quantised embedding and lm_head are kept."""
+    """The file of the quantised embedding and lm_head."""
     return directory / "ends.safetensors"
 
 
@@ -110,10 +115,10 @@ def save_embeddings(path: Path, embeddings: dict[str, QuantizedWeight], bits: di
 
 
 def load_embeddings(path: Path) -> tuple[dict[str, QuantizedWeight], str]:
-    """The ends and the fingerprint they were made under.
+    """The quantised embedding and lm_head, those there are, and the fingerprint they were made under.
 
     Raises:
-        CorruptFile: see `rundir.load_tensors`; or it is another kind of file.
+        CorruptFile: see `tensor_file.load_tensors`; or it is another kind of file.
     """
     tensors, metadata = load_tensors(path)
     if "bits" not in metadata or metadata["name"] != path.name:
@@ -126,5 +131,5 @@ def load_embeddings(path: Path) -> tuple[dict[str, QuantizedWeight], str]:
 
 
 def finished_embeddings(path: Path, fingerprint: str, warn: Callable[[str], None]) -> dict[str, QuantizedWeight] | None:
-    """The ends at `path` if they are whole and made under `fingerprint`; anything else is set aside, saying so."""
+    """The embedding and lm_head at `path`, if whole and made under `fingerprint`; anything else is set aside, saying so."""
     return load_if_current(path, load_embeddings, lambda made_from: made_from == fingerprint, "making it again", warn)

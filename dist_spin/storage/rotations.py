@@ -62,7 +62,7 @@ def load_rotations(path: Path, hidden: int, head_dim: int, layers: int) -> tuple
             raise TypeError(f"it holds a {type(tensors).__name__}")
         r1 = tensors["R1"]
         r2 = tensors["R2"] if "R2" in tensors else torch.stack([tensors[R2_NAME.format(i)] for i in range(layers)])
-        found = sum(name.endswith(".R2") for name in tensors) or len(r2)
+        count = sum(name.endswith(".R2") for name in tensors) or len(r2)
         shapes = tuple(r1.shape), tuple(r2.shape)
     except Exception as error:  # a file of somebody else may hold anything
         problem = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
@@ -70,9 +70,9 @@ def load_rotations(path: Path, hidden: int, head_dim: int, layers: int) -> tuple
             f"{path} is not a rotation file for {layers} layers ({problem})", "check rotation.load"
         ) from error
     wanted = (hidden, hidden), (layers, head_dim, head_dim)
-    if shapes != wanted or found != layers:
+    if shapes != wanted or count != layers:
         raise UserError(
-            f"{path} holds R1 {shapes[0]} and {found} R2 {shapes[1][1:]}, "
+            f"{path} holds R1 {shapes[0]} and {count} R2 {shapes[1][1:]}, "
             f"but this model needs R1 {wanted[0]} and {layers} R2 {wanted[1][1:]}",
             "it was made for another model",
         )
@@ -93,5 +93,5 @@ def load_transforms(path: Path) -> dict[str, Tensor]:
 
 def clip_bits(path: Path) -> dict[str, int] | None:
     """The bits that the clips of a rotation file were learned at (see `save_final`); None if it does not say."""
-    found = (read_metadata(path) or {}).get(CLIP_BITS)
-    return json.loads(found) if found else None
+    bits = (read_metadata(path) or {}).get(CLIP_BITS)
+    return json.loads(bits) if bits else None

@@ -54,10 +54,10 @@ def tensors_digest(tensors: dict[str, Tensor]) -> str:
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """One safetensors file, written atomically, with a checksum of its tensors and metadata; equal content, equal bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    about = {"metadata": metadata, "sha256": _checksum(tensors, metadata)}
+    header = {"metadata": metadata, "sha256": _checksum(tensors, metadata)}
     with atomic(path) as temporary:
         # One entry, because safetensors writes several in an order that changes from process to process.
-        save_file(tensors, temporary, {HEADER: json.dumps(about, sort_keys=True)})
+        save_file(tensors, temporary, {HEADER: json.dumps(header, sort_keys=True)})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -68,8 +68,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})[HEADER])
-            metadata, checksum = dict(about["metadata"]), about["sha256"]
+            header = json.loads((file.metadata() or {})[HEADER])
+            metadata, checksum = dict(header["metadata"]), header["sha256"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptFile(f"{path}: cannot be read ({(str(error) or 'empty').splitlines()[0]})") from error
@@ -117,5 +117,5 @@ def read_metadata(path: Path) -> dict[str, str] | None:
 
 
 def _checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    about = json.dumps(metadata, sort_keys=True)
-    return hashlib.sha256(f"{tensors_digest(tensors)} {about}".encode()).hexdigest()
+    text = json.dumps(metadata, sort_keys=True)
+    return hashlib.sha256(f"{tensors_digest(tensors)} {text}".encode()).hexdigest()

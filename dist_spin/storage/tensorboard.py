@@ -14,8 +14,8 @@ class Scalars:
     A resumed run hides what an earlier start wrote of steps that were never saved, so that no step stands twice.
     """
 
-    def __init__(self, directory: Path, step: int, wanted: bool, say: Callable[[str], None]) -> None:
-        """step: the last one that is kept; later ones of earlier starts are hidden. wanted: false does nothing."""
+    def __init__(self, directory: Path, step: int, say: Callable[[str], None], *, wanted: bool) -> None:
+        """step: the last one with a checkpoint; later ones of earlier starts are hidden. wanted: false does nothing."""
         self._directory, self._step, self._wanted, self._say = directory, step, wanted, say
         self._writer: Any = None
 

@@ -1,0 +1,38 @@
+"""Which exit codes make a Slurm job queue itself again, asked as the shell scripts and the submitted jobs ask."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from dist_spin.launch.requeue import MAX_REQUEUES, should_requeue
+
+
+@pytest.mark.parametrize(
+    ("code", "signalled", "restarts", "again"),
+    [
+        (75, "", 99, True),  # saved and left: as often as it takes
+        (4, "", 0, True),  # a rank did not answer
+        (137, "", MAX_REQUEUES - 1, True),  # a rank was killed
+        (137, "", MAX_REQUEUES, False),
+        (4, "", MAX_REQUEUES, False),
+        (2, "", 0, False),
+        (3, "", 0, False),
+        (1, "yes", 0, True),  # the signal came before there was anything to save
+        (0, "yes", 0, False),
+        (0, "", 0, False),
+    ],
+)
+def test_a_job_queues_again_where_the_same_command_continues(monkeypatch, code, signalled, restarts, again):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+    assert should_requeue(code, signalled=bool(signalled)) is again
+    asked = [sys.executable, "-m", "dist_spin.launch.requeue", str(code), signalled]
+    assert subprocess.run(asked, env=os.environ, check=False).returncode == (0 if again else 1)
+
+
+def test_the_environment_says_how_often(monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "6")
+    monkeypatch.setenv("MAX_REQUEUES", "7")
+    assert should_requeue(4)
+    monkeypatch.setenv("MAX_REQUEUES", "6")
+    assert not should_requeue(4)
