@@ -11,13 +11,20 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from dist_spin.config import checks as module
-from dist_spin.config.compare import CompareConfig, MethodsConfig
-from dist_spin.config.evaluate import EvaluateConfig, ReportConfig
+from dist_spin.config.compare import CompareConfig
+from dist_spin.config.distributed import DistributedConfig
+from dist_spin.config.evaluate import EvaluateConfig
+from dist_spin.config.export import ExportConfig
 from dist_spin.config.loader import config_help, dump_config, load_config
-from dist_spin.config.model import ModelConfig, QuantConfig, RotationConfig
+from dist_spin.config.methods import MethodsConfig
+from dist_spin.config.model import ModelConfig
 from dist_spin.config.optimize import OptimizeConfig
-from dist_spin.config.quantize import ExportConfig, QuantizeConfig
-from dist_spin.config.run import DistributedConfig, RunConfig
+from dist_spin.config.presets import resolve_presets
+from dist_spin.config.quant import QuantConfig
+from dist_spin.config.quantize import QuantizeConfig
+from dist_spin.config.report import ReportConfig
+from dist_spin.config.rotation import RotationConfig
+from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -301,13 +308,16 @@ def test_settings_cannot_change_behind_the_checks() -> None:
 
 def strategy_of(kind: typing.Any) -> st.SearchStrategy[typing.Any]:
     """Values of a type as a user may write them."""
-    text = st.text(st.characters(codec="utf-8", exclude_characters="/\x00"), min_size=1)
+    controls = ("Cc", "Zl", "Zp")
+    text = st.text(
+        st.characters(codec="utf-8", exclude_categories=controls, exclude_characters="/"), min_size=1, max_size=50
+    )
     awkward = st.sampled_from(["null", "~", "1e-4", "off", "0x10", "[a]", "{a: 1}", "a: b #c", "- x", "'", " pad "])
     if kind is str:
         return text.filter(lambda value: value not in (".", "..")) | awkward
     return {
-        int: st.integers(1, 10**9),
-        float: st.floats(1e-300, 1.0, exclude_max=True),
+        int: st.integers(1, 2**15),
+        float: st.floats(2.0**-126, 1.0, exclude_max=True),
         bool: st.booleans(),
     }.get(kind, st.none())
 
@@ -324,7 +334,8 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
         }
         groups[leaf.__name__.removesuffix("Config").lower()] = leaf(**values)
     sources = draw(st.lists(strategy_of(str).map(lambda text: f"text:{text}"), min_size=1, unique=True))
-    return RunConfig(name=draw(strategy_of(str)), evaluate=EvaluateConfig(sources=sources), **groups)
+    name = draw(strategy_of(str).filter(lambda text: not text.startswith("-")))
+    return resolve_presets(RunConfig(name=name, evaluate=EvaluateConfig(sources=sources), **groups))
 
 
 @hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -5,7 +5,10 @@ import torch
 from test_model import reference_logits, relative
 from tiny import SHAPES, write_model
 
-from dist_spin.config.model import ModelConfig, QuantConfig, RotationConfig
+from dist_spin.config.model import ModelConfig
+from dist_spin.config.presets import resolve_clips, resolve_presets
+from dist_spin.config.quant import QuantConfig
+from dist_spin.config.rotation import RotationConfig
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.model.layers import LayerRunner
@@ -23,7 +26,7 @@ CPU = torch.device("cpu")
 def quarot(files: ModelFiles, bits: int = 16, clips: str = "none", seed: int = 3) -> Variant:
     quant = QuantConfig(a_bits=bits, k_bits=bits, v_bits=bits, clips=clips)
     config = RunConfig(model=ModelConfig("unused", dtype="float64"), rotation=RotationConfig(seed=seed), quant=quant)
-    return build_variant(config, files, "quarot", CPU)
+    return build_variant(resolve_presets(config), files, "quarot", CPU)
 
 
 def logits(files: ModelFiles, chosen: Variant, ids: torch.Tensor) -> torch.Tensor:
@@ -94,7 +97,7 @@ def test_heads_without_a_hadamard_are_mixed_in_blocks(tmp_path, monkeypatch):
 
 
 def test_the_clip_preset(tmp_path):
-    clipped = QuantConfig(clips="quarot")
+    clipped = resolve_clips(QuantConfig(clips="quarot"))
     assert (clipped.a_clip_ratio, clipped.k_clip_ratio, clipped.v_clip_ratio) == (0.9, 0.95, 0.95)
     assert QuantConfig().a_clip_ratio == 1
     with pytest.raises(UserError, match=r"a_clip_ratio is 0\.8"):

@@ -8,6 +8,7 @@ from typing import Any
 from dist_spin.compare.method_variants import METHODS
 from dist_spin.config.checks import parse_bits
 from dist_spin.config.optimize import OptimizeConfig
+from dist_spin.config.presets import resolve_clips
 from dist_spin.config.quantize import QuantizeConfig
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
@@ -123,7 +124,7 @@ def settings_of(config: RunConfig, method: str, seed: int, weights: str) -> RunC
         changed = dataclasses.replace(
             config,
             rotation=dataclasses.replace(rotation, init="hadamard", load=None, online=system.online),
-            quant=dataclasses.replace(config.quant, **clips),
+            quant=resolve_clips(dataclasses.replace(config.quant, **clips)),
             optimize=OptimizeConfig(**kept, w_bits=config.quant.w_bits if weights == "rtn" else 16),
             quantize=dataclasses.replace(config.quantize, **{name: getattr(QuantizeConfig, name) for name in OURS}),
         )

@@ -1,8 +1,19 @@
-"""Settings of measuring and of the report."""
+"""Settings of measuring."""
 
 from dataclasses import dataclass, field
 
-from dist_spin.config.checks import SELF, TASKS, _check, check_source
+from dist_spin.config.checks import (
+    MAX_COUNT,
+    MAX_SEQ_LEN,
+    SELF,
+    TASKS,
+    check_path,
+    check_range,
+    check_source,
+    check_text,
+    check_unique,
+    require,
+)
 
 
 @dataclass(frozen=True)
@@ -29,25 +40,17 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         some = "name at least one source, such as [wikitext2]"
-        _check(self, "sources", lambda names: bool(names or self.tasks), some)
+        require(bool(self.sources or self.tasks), "evaluate.sources", self.sources, some)
         for source in self.sources:
             check_source("evaluate.sources", source)
-        _check(self, "sources", lambda names: SELF not in names, "the model's own text says nothing about its quality")
-        _check(self, "sources", lambda names: len(set(names)) == len(names), "name each source once")
-        _check(self, "seq_len", lambda n: n >= 2, "next-token loss needs 2 tokens or more")
-        _check(self, "max_sequences task_limit", lambda n: n >= 0, "use a number, or 0 for all")
-        _check(self, "tasks", lambda names: set(names) <= set(TASKS), f"use names out of {', '.join(TASKS)}")
-        _check(self, "tasks", lambda names: len(set(names)) == len(names), "name each task once")
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """report (what is drawn of a run)."""
-
-    sequences: int = 4
-    """Calibration sequences whose activations are measured before and after rotation; 0 leaves that pass out."""
-    tensorboard: bool = True
-    """Write the figures of every learning step for TensorBoard too, to RUN/tensorboard."""
-
-    def __post_init__(self) -> None:
-        _check(self, "sequences", lambda n: n >= 0, "use a number, or 0 for none")
+        own = "the model's own text says nothing about its quality"
+        require(SELF not in self.sources, "evaluate.sources", self.sources, own)
+        check_unique("evaluate.sources", self.sources, "name each source once")
+        check_text("evaluate.split", self.split)
+        check_range("evaluate.seq_len", self.seq_len, 2, MAX_SEQ_LEN, "next-token loss needs 2 tokens or more")
+        check_range("evaluate.max_sequences", self.max_sequences, 0, MAX_COUNT, "use a number, or 0 for all")
+        known = set(self.tasks) <= set(TASKS)
+        require(known, "evaluate.tasks", self.tasks, f"use names out of {', '.join(TASKS)}")
+        check_unique("evaluate.tasks", self.tasks, "name each task once")
+        check_path("evaluate.tasks_dir", self.tasks_dir)
+        check_range("evaluate.task_limit", self.task_limit, 0, MAX_COUNT, "use a number, or 0 for all")

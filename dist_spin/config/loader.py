@@ -19,6 +19,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from dist_spin.config.presets import resolve_presets
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 
@@ -54,7 +55,7 @@ def load_config(path: str | None, overrides: Sequence[str]) -> RunConfig:
         key = found[1]
         where = "the command line" if key in from_command_line else path
         raise UserError(f"{key} is {given[key]!r} in {where}", f"it takes {_describe(kinds[key])}") from error
-    return RunConfig(**vars(parser.instantiate(settings)))
+    return resolve_presets(RunConfig(**vars(parser.instantiate(settings))))
 
 
 def dump_config(config: RunConfig) -> str:

@@ -1,10 +1,23 @@
 """Settings of learning the rotations."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from dist_spin.config.checks import BITS, _check, check_source
+from dist_spin.config.checks import (
+    BITS,
+    FP32_MAX,
+    MAX_BATCH,
+    MAX_COUNT,
+    MAX_SEED,
+    MAX_SEQ_LEN,
+    MAX_TOKENS,
+    SELF,
+    check_positive,
+    check_range,
+    check_source,
+    check_text,
+    require,
+)
 
 
 @dataclass(frozen=True)
@@ -72,25 +85,42 @@ class OptimizeConfig:
 
     def __post_init__(self) -> None:
         check_source("optimize.source", self.source)
-        _check(self, "seq_len", lambda n: n >= 2, "next-token loss needs 2 tokens or more")
-        counts = "batch_size reproject_every keep_checkpoints"
-        _check(self, counts, lambda n: n >= 1, "use 1 or more")
-        _check(self, "w_bits", lambda n: n in BITS, "use 2 to 8 bits, or 16 = off")
-        _check(self, "a_bits", lambda n: n in (0, *BITS[:-1]), "use 2 to 8 bits, or 0 for those of quant")
+        check_text("optimize.split", self.split)
+        check_range("optimize.seq_len", self.seq_len, 2, MAX_SEQ_LEN, "next-token loss needs 2 tokens or more")
+        check_range("optimize.steps", self.steps, 0, MAX_COUNT, "use a number of steps, or 0 to learn nothing")
+        check_range(
+            "optimize.batch_size", self.batch_size, 1, min(MAX_BATCH, MAX_TOKENS // self.seq_len), "use 1 or more"
+        )
+        if self.source == SELF:  # all of it is written and held before the first step
+            written = MAX_TOKENS // (self.batch_size * self.seq_len)
+            require(
+                self.steps <= written,
+                "optimize.steps",
+                self.steps,
+                f"the model writes text for at most {written} steps",
+            )
+        size = f"optimize.batch_size is {self.batch_size}, so use at most that"
+        require(0 <= self.micro_batch_size <= self.batch_size, "optimize.micro_batch_size", self.micro_batch_size, size)
+        check_positive("optimize.lr", self.lr, "use a number above 0")
+        last = max(0, self.steps - 1)
+        left = f"optimize.steps is {self.steps}, so use 0 to {last}"
+        require(0 <= self.warmup_steps <= last, "optimize.warmup_steps", self.warmup_steps, left)
+        require(0 <= self.momentum < 1, "optimize.momentum", self.momentum, "use 0 up to but not including 1")
+        require(self.w_bits in BITS, "optimize.w_bits", self.w_bits, "use 2 to 8 bits, or 16 = off")
+        activations = "use 2 to 8 bits, or 0 for those of quant"
+        require(self.a_bits in (0, *BITS[:-1]), "optimize.a_bits", self.a_bits, activations)
         if self.w_bits < 16:
             alone = f"optimize.w_bits={self.w_bits} learns rotations alone, so use"
-            _check(self, "scales clips", lambda on: not on, f"{alone} false")
-            _check(self, "objective", lambda name: name == "cross_entropy", f"{alone} cross_entropy")
-        _check(self, "steps", lambda n: n >= 0, "use a number of steps, or 0 to learn nothing")
-        _check(self, "seed", lambda n: n >= -1, "use 0 or more, or -1 for the order as it comes")
-        most = f"optimize.batch_size is {self.batch_size}, so use at most that"
-        _check(self, "micro_batch_size", lambda n: 0 <= n <= self.batch_size, most)
-        left = f"optimize.steps is {self.steps}, so use 0 to {max(0, self.steps - 1)}"
-        _check(self, "warmup_steps", lambda n: 0 <= n < max(1, self.steps), left)
-        _check(self, "lr", lambda x: 0 < x < math.inf, "use a number above 0")
-        _check(self, "scale_lr clip_lr", lambda x: 0 <= x < math.inf, "use 0 or more")
-        _check(self, "kl_share", lambda x: 0 < x < 1, "use a share above 0 and below 1")
-        _check(self, "guard_every", lambda n: n >= 0, "use a number of steps, or 0 for no guard")
-        _check(self, "guard_sequences", lambda n: n >= 1, "use 1 or more")
-        _check(self, "momentum", lambda x: 0 <= x < 1, "use 0 up to but not including 1")
-        _check(self, "max_grad_norm", lambda x: 0 <= x < math.inf, "use a number above 0, or 0 for no limit")
+            require(not self.scales, "optimize.scales", self.scales, f"{alone} false")
+            require(not self.clips, "optimize.clips", self.clips, f"{alone} false")
+            require(self.objective == "cross_entropy", "optimize.objective", self.objective, f"{alone} cross_entropy")
+        limit = "use a number above 0, or 0 for no limit"
+        check_range("optimize.max_grad_norm", self.max_grad_norm, 0, FP32_MAX, limit)
+        check_range("optimize.reproject_every", self.reproject_every, 1, MAX_COUNT, "use 1 or more")
+        check_range("optimize.keep_checkpoints", self.keep_checkpoints, 1, MAX_COUNT, "use 1 or more")
+        require(0 < self.kl_share < 1, "optimize.kl_share", self.kl_share, "use a share above 0 and below 1")
+        check_range("optimize.scale_lr", self.scale_lr, 0, FP32_MAX, "use 0 or more")
+        check_range("optimize.clip_lr", self.clip_lr, 0, FP32_MAX, "use 0 or more")
+        check_range("optimize.guard_every", self.guard_every, 0, MAX_COUNT, "use a number of steps, or 0 for no guard")
+        check_range("optimize.guard_sequences", self.guard_sequences, 1, MAX_BATCH, "use 1 or more")
+        check_range("optimize.seed", self.seed, -1, MAX_SEED, "use 0 or more, or -1 for the order as it comes")

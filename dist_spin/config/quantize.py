@@ -1,10 +1,21 @@
-"""Settings of rounding the weights and of exports."""
+"""Settings of rounding the weights."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dist_spin.config.checks import _check, check_source
+from dist_spin.config.checks import (
+    MAX_CHANNELS,
+    MAX_COUNT,
+    MAX_SEED,
+    MAX_SEQ_LEN,
+    MAX_TOKENS,
+    check_positive,
+    check_range,
+    check_source,
+    check_text,
+    check_unique,
+    require,
+)
 
 
 @dataclass(frozen=True)
@@ -42,27 +53,17 @@ class QuantizeConfig:
 
     def __post_init__(self) -> None:
         check_source("quantize.source", self.source)
-        _check(self, "seq_len n_sequences block_size", lambda n: n >= 1, "use 1 or more")
-        _check(self, "seed", lambda n: n >= 0, "use 0 or more")
-        _check(self, "layers_per_job", lambda n: n >= 0, "use a number of layers, or 0 for all")
-        _check(self, "clip_norm", lambda x: 0 < x < math.inf, "use a number above 0, such as 2")
-        _check(self, "cd_passes", lambda n: n >= 0, "use 0 or more")
-        _check(self, "percdamp", lambda x: 0 < x < math.inf, "use a fraction above 0, such as 0.01")
-        _check(self, "baselines", lambda names: len(set(names)) == len(names), "name each rotation once")
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """export (files for the runtimes that models are served with)."""
-
-    target: Literal["none", "hf", "compressed-tensors", "gguf", "executorch"] = "none"
-    """Format the run is made for; what no runtime of it accepts is then refused when the run starts, not at its end."""
-    profile: Literal["no-had", "r4-block"] = "no-had"
-    """What is rotated: R1 and R2 (no-had), which every runtime serves, or the input of down_proj too (r4-block)."""
-    shard_gb: float = 5.0
-    """Largest weights file, GB; a single tensor that is larger gets a file of its own."""
-    gguf_converter: str | None = None
-    """convert_hf_to_gguf.py of llama.cpp, its folder or a llama-cpp-python source package; download: fetch that with pip."""
-
-    def __post_init__(self) -> None:
-        _check(self, "shard_gb", lambda x: 0 < x < math.inf, "use a number above 0")
+        check_text("quantize.split", self.split)
+        check_range("quantize.seq_len", self.seq_len, 1, MAX_SEQ_LEN, "use 1 or more")
+        most = MAX_TOKENS // self.seq_len
+        check_range("quantize.n_sequences", self.n_sequences, 1, most, "use 1 or more")
+        check_range("quantize.seed", self.seed, 0, MAX_SEED, "use 0 or more")
+        check_positive("quantize.percdamp", self.percdamp, "use a fraction above 0, such as 0.01")
+        check_range("quantize.block_size", self.block_size, 1, MAX_CHANNELS, "use 1 or more")
+        check_positive("quantize.clip_norm", self.clip_norm, "use a number above 0, such as 2")
+        require(self.clip_norm <= 100, "quantize.clip_norm", self.clip_norm, "use at most 100")
+        check_range("quantize.cd_passes", self.cd_passes, 0, MAX_COUNT, "use 0 or more")
+        check_range(
+            "quantize.layers_per_job", self.layers_per_job, 0, MAX_COUNT, "use a number of layers, or 0 for all"
+        )
+        check_unique("quantize.baselines", self.baselines, "name each rotation once")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_stopping import Runs
 from tiny import write_model
 
-from dist_spin.config.run import DistributedConfig
+from dist_spin.config.distributed import DistributedConfig
 from dist_spin.errors import UserError
 from dist_spin.optimize.sharding.engine import choose_engine
 from dist_spin.optimize.sharding.fsdp import Fsdp

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from dist_spin.config.run import DistributedConfig
+from dist_spin.config.distributed import DistributedConfig
 from dist_spin.errors import UserError
 from dist_spin.model.fake_quant_model import FakeQuantModel
 from dist_spin.model.rotation import Rotations

@@ -1,0 +1,80 @@
+"""Settings of the quantisers of weights, activations, keys and values."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dist_spin.config.checks import BITS, FP32_TINY, MAX_CHANNELS, check_range, require
+
+CLIP_PRESETS: dict[str, dict[str, Any]] = {"quarot": {"a_clip_ratio": 0.9, "k_clip_ratio": 0.95, "v_clip_ratio": 0.95}}
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """quant (bits of weights W, inputs of linear layers A, attention keys K and values V)."""
+
+    w_bits: int = 4
+    """Weight bits (2 to 8, or 16 = off). 4 is the published setting."""
+    w_symmetric: bool = True
+    """Weights symmetric around 0, which kernels want; false adds a zero point."""
+    w_group_size: int = 0
+    """Input channels that share one weight scale; 0 means one scale per output channel, as published."""
+    w_mse_clip: bool = True
+    """Search for the weight clipping of least error instead of taking the largest weight."""
+    down_bits: int = 0
+    """Weight bits of down_proj (2 to 8), such as 8 for the linear that suffers most from rounding; 0 takes w_bits."""
+    embedding_bits: int = 16
+    """Bits of the embedding (2 to 8, or 16 = off): rounded to nearest, symmetric, one scale per token of the vocabulary."""
+    head_bits: int = 16
+    """Bits of lm_head (2 to 8, or 16 = off), rounded as the embedding is; tied weights are rounded apart."""
+    a_bits: int = 4
+    """Bits of the inputs of linear layers (2 to 8, or 16 = off), quantised per token at run time."""
+    a_symmetric: bool = False
+    """Activations symmetric around 0; false adds a zero point, as published."""
+    a_clip_ratio: float = 1.0
+    """Fraction of the activation range that is kept, above 0 up to 1; 1 clips nothing."""
+    clips: Literal["none", "quarot"] = "none"
+    """Preset of the three clip ratios: quarot sets activations 0.9, keys and values 0.95; none leaves them as given."""
+    arithmetic: Literal["auto", "fp32", "compressed-tensors"] = "auto"
+    """How scales are computed: in fp32, largest symmetric activation = highest code; or as compressed-tensors' runtime does,
+    in the model's number format and half a step beyond it; auto: as export.target needs."""
+    o_per_head: bool = False
+    """Quantise the input of o_proj per head instead of per token; the paper says per token."""
+    k_bits: int = 4
+    """Bits of the keys (2 to 8, or 16 = off), quantised after the position embedding and R3."""
+    k_symmetric: bool = False
+    """Keys symmetric around 0; false adds a zero point, as published."""
+    k_clip_ratio: float = 1.0
+    """Fraction of the key range that is kept, above 0 up to 1; 1 clips nothing."""
+    k_group_size: int = 0
+    """Channels that share one key scale; 0 means the head dimension (one scale per head and token)."""
+    v_bits: int = 4
+    """Bits of the values (2 to 8, or 16 = off)."""
+    v_symmetric: bool = False
+    """Values symmetric around 0; false adds a zero point, as published."""
+    v_clip_ratio: float = 1.0
+    """Fraction of the value range that is kept, above 0 up to 1; 1 clips nothing."""
+    v_group_size: int = 0
+    """Channels that share one value scale; 0 means the head dimension (one scale per head and token)."""
+
+    def __post_init__(self) -> None:
+        for name, ratio in CLIP_PRESETS.get(self.clips, {}).items():
+            value = getattr(self, name)
+            whole = f"quant.clips={self.clips} sets it to {ratio}, so leave it out, or use quant.clips=none"
+            require(value in (1.0, ratio), f"quant.{name}", value, whole)
+        for name in ("w_bits", "embedding_bits", "head_bits", "a_bits", "k_bits", "v_bits"):
+            bits = getattr(self, name)
+            require(bits in BITS, f"quant.{name}", bits, "use 2 to 8 bits, or 16 = off")
+        same = "use 2 to 8 bits, or 0 for the same as quant.w_bits"
+        require(self.down_bits in (0, *BITS[:-1]), "quant.down_bits", self.down_bits, same)
+        if self.w_bits == 16:  # nothing would read them
+            off = "quant.w_bits=16 leaves all weights as they are, so use"
+            require(self.down_bits == 0, "quant.down_bits", self.down_bits, f"{off} 0")
+            require(self.embedding_bits == 16, "quant.embedding_bits", self.embedding_bits, f"{off} 16")
+            require(self.head_bits == 16, "quant.head_bits", self.head_bits, f"{off} 16")
+        for name in ("a_clip_ratio", "k_clip_ratio", "v_clip_ratio"):
+            ratio = getattr(self, name)
+            fraction = "use a fraction above 0 and up to 1; 1 clips nothing"
+            require(FP32_TINY <= ratio <= 1, f"quant.{name}", ratio, fraction)
+        for name in ("w_group_size", "k_group_size", "v_group_size"):
+            channels = "use a number of channels, or 0 for the whole row or head"
+            check_range(f"quant.{name}", getattr(self, name), 0, MAX_CHANNELS, channels)
