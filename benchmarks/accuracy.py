@@ -22,7 +22,7 @@ import torch
 from dist_spin.cli import quieten_libraries
 from dist_spin.config.loader import load_config
 from dist_spin.evaluate.stage import evaluate
-from dist_spin.optimize.train import optimize
+from dist_spin.optimize.train import train
 from dist_spin.quantize.stage import quantize
 from dist_spin.runtime.distributed import World, start, stop
 from dist_spin.storage.atomic import read_lines
@@ -128,7 +128,7 @@ def one(options: argparse.Namespace, world: World, name: str, seed: int, again: 
         for part in ("rotations", "layers"):  # rounded weights too: what fits the new settings is not rounded again
             shutil.copytree(options.out / directory / part, run_dir(config).path / part, dirs_exist_ok=True)
     if not final.exists():
-        optimize(config, world)
+        train(config, world)
     learning = time.monotonic() - began
     quantize(config, world)
     results = [row for row in evaluate(config, world) if row["method"] != "full precision" or not again]

@@ -15,7 +15,7 @@ import torch
 from dist_spin.cli import quieten_libraries
 from dist_spin.config.loader import load_config
 from dist_spin.evaluate.stage import evaluate
-from dist_spin.optimize.train import optimize
+from dist_spin.optimize.train import train
 from dist_spin.runtime.distributed import start, stop
 from dist_spin.storage.run_directory import run_dir
 
@@ -47,7 +47,7 @@ def main() -> None:
             learned = load_config(None, [*words, f"name={name}-{seed}", *how])
             final = run_dir(learned).rotations / "final.safetensors"
             if not final.exists():
-                optimize(learned, world)
+                train(learned, world)
             measured = [f"name={name}-{seed}-measured", f"rotation.load={final}", "optimize.steps=0"]
             measured += [f"evaluate.sources=[{','.join(options.texts)}]", "evaluate.split=all"]
             measured += ["quantize.method=none", "evaluate.unquantized_weights=true"]

@@ -16,7 +16,7 @@ import torch
 from dist_spin.cli import quieten_libraries
 from dist_spin.config.loader import load_config
 from dist_spin.evaluate.stage import evaluate
-from dist_spin.optimize.train import optimize
+from dist_spin.optimize.train import train
 from dist_spin.quantize.stage import quantize
 from dist_spin.runtime.distributed import start, stop
 
@@ -47,7 +47,7 @@ def main() -> None:
             "evaluate.unquantized_weights=true",
         ]
         config = load_config(options.config, [*options.settings, *words])
-        optimize(config, world)
+        train(config, world)
         quantize(config, world)
         evaluate(config, world)
         for path in sorted((Path(options.out) / f"seed{seed}" / "evaluations").glob("*.json")):

@@ -38,7 +38,7 @@ VERBS = {
     "bench": "time a stage on this machine's devices: bench optimize SHAPE, bench quantize --shape 8b, bench inference SHAPE",
 }
 STAGES = {
-    "optimize": "dist_spin.optimize.train:optimize",
+    "optimize": "dist_spin.optimize.train:train",
     "quantize": "dist_spin.quantize.stage:quantize",
     "evaluate": "dist_spin.evaluate.stage:evaluate",
     "export": "dist_spin.export.stage:export",

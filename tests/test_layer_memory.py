@@ -18,7 +18,7 @@ from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.optimize.setup import build_training
 from dist_spin.optimize.sharding.fsdp import Fsdp
 from dist_spin.optimize.sharding.prefetch import FetchAhead
-from dist_spin.optimize.train import backward
+from dist_spin.optimize.train import forward_backward
 from dist_spin.runtime.distributed import World, start, stop
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -89,7 +89,7 @@ def test_layers_that_are_fetched_ahead_arrive_whole(
         words += [f"optimize.w_bits={w_bits}", "optimize.recompute=layer"]
         learning = build_training(load_config(None, words), world)
         assert learning.offloaded == layers
-        losses = [backward(learning) for _ in range(3)]
+        losses = [forward_backward(learning) for _ in range(3)]
         learning.optimizer.reduce_gradients()
         return [torch.tensor(losses), learning.optimizer.rotations.gradient.clone()]
 

@@ -15,7 +15,7 @@ from dist_spin.errors import NumericsError, UserError
 from dist_spin.evaluate.stage import evaluate
 from dist_spin.model.sites_config import CLIP_SITES
 from dist_spin.optimize.best_state import BestState
-from dist_spin.optimize.train import optimize
+from dist_spin.optimize.train import train
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.pipeline.variants import build_variant
 from dist_spin.quantize.stage import quantize
@@ -71,7 +71,7 @@ def world(restored_process):
 
 def test_the_merged_model_has_the_loss_that_learning_measured(place, world):
     config, run = load_config(None, settings(place)), RunDir(place / "run")
-    optimize(config, world)
+    train(config, world)
     end = [line for line in read_lines(run.path / "events.jsonl") if line["event"] == "held_out"][-1]
     quantize(config, world)
     rows = {row["weights"]: row for row in evaluate(config, world) if row["a_bits"] == 4}
@@ -88,13 +88,13 @@ def test_the_merged_model_has_the_loss_that_learning_measured(place, world):
 
 def test_a_loss_that_turns_infinite_is_backed_off_from_and_one_that_starts_so_is_an_error(place, world):
     wild = ("name=wild", "optimize.scale_lr=1e6", "optimize.steps=4", "optimize.guard_every=4")
-    optimize(load_config(None, settings(place, *wild)), world)
+    train(load_config(None, settings(place, *wild)), world)
     events = read_lines(place / "wild" / "events.jsonl")
     assert [line for line in events if line["event"] == "back_off"]
     ends = [line for line in events if line["event"] == "held_out"]
     assert ends[-1]["best"] <= ends[0]["loss"]
     with pytest.raises(NumericsError, match="not finite"):
-        optimize(load_config(None, settings(place, *wild, "name=unguarded", "optimize.guard_every=0")), world)
+        train(load_config(None, settings(place, *wild, "name=unguarded", "optimize.guard_every=0")), world)
 
 
 @pytest.mark.parametrize("objective", ["cross_entropy", "kl"])
@@ -102,11 +102,11 @@ def test_a_hostile_learning_rate_ends_no_worse_than_it_started(place, world, obj
     """The rotations, scales and clips that come out, measured by another run that starts from their file."""
     rates = ("optimize.lr=1.5", "optimize.scale_lr=3", "optimize.clip_lr=3", "optimize.schedule=constant")
     words = [*settings(place, *rates), "optimize.guard_every=3", f"optimize.objective={objective}"]
-    optimize(load_config(None, [*words, "name=hostile", "optimize.steps=7"]), world)
+    train(load_config(None, [*words, "name=hostile", "optimize.steps=7"]), world)
     events = read_lines(place / "hostile" / "events.jsonl")
     assert [line for line in events if line["event"] == "back_off"]
     given = f"rotation.load={place / 'hostile' / 'rotations' / 'final.safetensors'}"
-    optimize(load_config(None, [*words, "name=again", "optimize.steps=1", given]), world)
+    train(load_config(None, [*words, "name=again", "optimize.steps=1", given]), world)
     started, ended = (
         next(line for line in read_lines(place / name / "events.jsonl") if line["event"] == "held_out")["loss"]
         for name in ("hostile", "again")
@@ -122,9 +122,9 @@ OFF = ("quant.a_bits=16", "quant.k_bits=16", "quant.v_bits=16")
 def test_where_nothing_is_rounded_at_run_time_learning_rounds_to_other_bits(place, world):
     """W4A16: learned at 4 bits, everything merges, and without rounded weights the model is the original one."""
     with pytest.raises(UserError, match=r"nothing to learn; set optimize\.a_bits=4"):
-        optimize(load_config(None, settings(place, *OFF)), world)
+        train(load_config(None, settings(place, *OFF)), world)
     config = load_config(None, settings(place, *OFF, "optimize.a_bits=4", "name=weights"))
-    optimize(config, world)
+    train(config, world)
     losses = [line["loss"] for line in read_lines(place / "weights" / "metrics.jsonl")]
     assert len(set(losses)) == 3
     learned = load_transforms(place / "weights" / "rotations" / "final.safetensors")
@@ -138,15 +138,15 @@ def test_where_nothing_is_rounded_at_run_time_learning_rounds_to_other_bits(plac
 
 def test_rotations_alone_may_be_learned_from_rounded_weights(place, world):
     plain = ("optimize.scales=false", "optimize.clips=false", "optimize.w_bits=4", "optimize.guard_every=0")
-    optimize(load_config(None, settings(place, *OFF, *plain)), world)
+    train(load_config(None, settings(place, *OFF, *plain)), world)
     steps = read_lines(place / "run" / "metrics.jsonl")
     assert len(steps) == 3
-    assert all(min(line["turn_r1"], line["turn_r2"], line["grad_norm"]) > 1e-6 for line in steps)
+    assert all(min(line["angle_r1"], line["angle_r2"], line["grad_norm"]) > 1e-6 for line in steps)
 
 
 def test_a_comparison_applies_clips_at_the_bits_they_were_learned_at(place, world):
     config = load_config(None, settings(place))
-    optimize(config, world)
+    train(config, world)
     files = open_configured_model(config)
     learned = build_variant(config, files, LEARNED, world.device)
     work = Comparison(config, world, files, StopRequest(), {})
@@ -164,13 +164,13 @@ def test_a_comparison_applies_clips_at_the_bits_they_were_learned_at(place, worl
 
 def test_a_file_of_learned_rotations_gives_its_clips_to_the_bits_they_were_learned_at(place, world):
     config = load_config(None, settings(place))
-    optimize(config, world)
+    train(config, world)
     final = run_dir(config).rotations / "final.safetensors"
     for name, bits, kept in (("same", 4, CLIP_SITES), ("keys", 8, ("v",))):
         more = [f"name={name}", f"rotation.load={final}", "optimize.steps=0", f"quant.k_bits={bits}"]
         more += [f"quant.a_bits={bits}"]
         given = load_config(None, settings(place, *more))
-        optimize(given, world)
+        train(given, world)
         clips = build_variant(given, open_configured_model(given), LEARNED, world.device).sites.clips
         learned = load_transforms(final)["clip"]
         assert clips is not None
@@ -183,14 +183,14 @@ def test_a_file_of_learned_rotations_gives_its_clips_to_the_bits_they_were_learn
 )
 def test_other_widths_go_through_learning_rounding_and_measuring(place, world, widths):
     config = load_config(None, settings(place, *widths))
-    optimize(config, world)
+    train(config, world)
     quantize(config, world)
     exact, merged, rounded = (row["ppl"] for row in evaluate(config, world))
     assert all(0.5 < ppl / exact < 2 for ppl in (merged, rounded))
 
 
 def test_groups_that_do_not_fit_the_model_are_refused_in_one_line(place, world):
-    for stage, more in ((optimize, ()), (quantize, ("name=given", "optimize.steps=0"))):
+    for stage, more in ((train, ()), (quantize, ("name=given", "optimize.steps=0"))):
         config = load_config(None, settings(place, "quant.w_group_size=32", *more))
         with pytest.raises(UserError, match="w_group_size=32 does not divide this model's input sizes 48, 80; use 16,"):
             stage(config, world)

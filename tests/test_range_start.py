@@ -18,7 +18,7 @@ from dist_spin.model.weights import open_model
 from dist_spin.numerics.cayley import orthogonality_error
 from dist_spin.numerics.quantizer import QuantSpec, fake_quantize
 from dist_spin.numerics.random_rotations import random_hadamard
-from dist_spin.optimize.train import optimize
+from dist_spin.optimize.train import train
 from dist_spin.pipeline.range_init import mean_square_range, narrowed, sample_rows, square_range
 from dist_spin.runtime.distributed import start, stop
 from dist_spin.storage.atomic import read_lines
@@ -114,7 +114,7 @@ def place(tmp_path, monkeypatch):
 
 def test_a_run_starts_from_it_once(place, world):
     config = settings(place)
-    optimize(config, world)
+    train(config, world)
     path = place / "run" / "rotations" / "start.safetensors"
     (figures,) = (line for line in read_lines(place / "run" / "events.jsonl") if line["event"] == "range_start")
     assert figures["after"] < figures["before"]
@@ -126,9 +126,9 @@ def test_a_run_starts_from_it_once(place, world):
         assert float((learned[name] - fitted[name]).abs().max()) > 1e-3, name
         assert torch.equal(fitted[name], r) is (name == "R2")
     before = path.read_bytes(), path.stat().st_mtime_ns
-    optimize(config, world)
+    train(config, world)
     assert (path.read_bytes(), path.stat().st_mtime_ns) == before
-    optimize(settings(place, "name=other", "rotation.seed=1"), world)
+    train(settings(place, "name=other", "rotation.seed=1"), world)
     assert (place / "other" / "rotations" / "start.safetensors").read_bytes() != before[0]
 
 
@@ -136,7 +136,7 @@ def test_it_may_be_all_there_is(place, world):
     config = settings(place, "optimize.steps=0")
     with pytest.raises(UserError, match="is not fitted"):
         evaluate(config, world)
-    optimize(config, world)
+    train(config, world)
     kept, fitted = (load_tensors(place / "run" / "rotations" / f"{name}.safetensors")[0] for name in ("final", "start"))
     assert all(torch.equal(kept[name], fitted[name]) for name in ("R1", "R2"))
     assert [row["method"] for row in evaluate(config, world)] == ["full precision", "given rotation"]

@@ -317,7 +317,7 @@ def test_tensorboard_holds_what_metrics_hold_also_after_a_resume(tmp_path, model
     metrics = read_lines(run.path / "metrics.jsonl")
     found = scalars(run)
     assert [step for step, _ in found["optimize/loss"]] == [line["step"] for line in metrics] == list(range(1, 41))
-    for key in ("loss", "turn_r1", "alpha_r2", "grad_norm", "seconds"):
+    for key in ("loss", "angle_r1", "alpha_r2", "grad_norm", "seconds"):
         assert [value for _, value in found[f"optimize/{key}"]] == pytest.approx([line[key] for line in metrics])
     assert [step for step, _ in found["optimize/orthogonality_r1"]] == [20, 40]
     files = sorted((run.path / "tensorboard").iterdir())

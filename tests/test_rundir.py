@@ -16,6 +16,7 @@ from torch import Tensor
 from dist_spin.errors import UserError
 from dist_spin.storage.atomic import append_line, atomic, read_lines, write_json, write_text
 from dist_spin.storage.checkpoints import checkpoint_path, checkpoints, newest_checkpoint, prune_checkpoints
+from dist_spin.storage.metrics import append_metrics, drop_metrics_after, read_metrics
 from dist_spin.storage.run_directory import RunDir, check_fingerprint
 from dist_spin.storage.tensor_file import CorruptFile, load_tensors, save_tensors, tensors_digest
 
@@ -253,3 +254,13 @@ def test_a_writer_over_its_file_size_limit_fails_as_a_user_error(tmp_path):
     assert done.stdout.endswith(" 2\n")
     assert target.read_text() == "old"
     assert listing(tmp_path) == ["file"]
+
+
+def test_figures_of_earlier_versions_are_read_under_their_names_of_now(tmp_path):
+    append_line(tmp_path / "metrics.jsonl", {"step": 1, "loss": 2.5, "turn_r1": 0.1, "turn_r2": 0.2, "stall": 0.3})
+    append_metrics(tmp_path, 2, {"loss": 2.4})
+    append_metrics(tmp_path, 3, {"loss": 2.3})
+    first = {"step": 1, "loss": 2.5, "angle_r1": 0.1, "angle_r2": 0.2, "checkpoint_wait_s": 0.3}
+    assert read_metrics(tmp_path) == [first, {"step": 2, "loss": 2.4}, {"step": 3, "loss": 2.3}]
+    drop_metrics_after(tmp_path, 2)
+    assert read_metrics(tmp_path) == [first, {"step": 2, "loss": 2.4}]

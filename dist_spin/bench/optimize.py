@@ -27,7 +27,7 @@ from dist_spin.config.loader import load_config
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 from dist_spin.optimize.setup import TrainState, build_training, write_checkpoint
-from dist_spin.optimize.train import backward, learning_rate
+from dist_spin.optimize.train import forward_backward, learning_rate
 from dist_spin.pipeline.model import model_dtype
 from dist_spin.pipeline.quant_sites import sites_for
 from dist_spin.runtime.distributed import World, on_rank0, raise_on_any_failure, start, stop
@@ -46,7 +46,7 @@ ROW = (
         "forward_backward_s",
         "reduce_s",
         "cayley_s",
-        "stall_s",
+        "checkpoint_wait_s",
     ),
     *(
         "tokens_per_s",
@@ -159,7 +159,7 @@ def measure(options: argparse.Namespace, world: World, sequences: int = 0, layer
         "matmul_tflops": round(ceiling / 1e12, 1),
         "matmul_dtype": str(ceiling_dtype).removeprefix("torch."),
         "share_of_matmul": round(flop / parts["step"] / ceiling, 3),
-        "overhead_share": round((parts["reduce"] + parts["cayley"] + parts["stall"]) / parts["step"], 4),
+        "overhead_share": round((parts["reduce"] + parts["cayley"] + parts["checkpoint_wait"]) / parts["step"], 4),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if cuda else 0.0,
         "recompute": {level: levels.count(level) for level in sorted(set(levels))},
         "offloaded_layers": train_state.offloaded,
@@ -169,7 +169,7 @@ def measure(options: argparse.Namespace, world: World, sequences: int = 0, layer
         began = time.monotonic()
         train_state.engine.requantize_weights(train_state.model, train_state.optimizer.rotations)
         synchronize(world.device)
-        figures["fit_grids_s"] = round(time.monotonic() - began, 4)
+        figures["requantize_s"] = round(time.monotonic() - began, 4)
     if options.baseline:
         sites, dtype = sites_for(config, shape), model_dtype(config)
         del train_state, writer
@@ -193,7 +193,7 @@ def one_step(train_state: TrainState, writer: CheckpointWriter) -> dict[str, flo
         synchronize(device)
         marks.append(time.monotonic())
 
-    backward(train_state)
+    forward_backward(train_state)
     mark()
     norm = train_state.optimizer.reduce_gradients()
     mark()
@@ -202,7 +202,7 @@ def one_step(train_state: TrainState, writer: CheckpointWriter) -> dict[str, flo
     mark()
     on_rank0(lambda: writer.submit(train_state.optimizer.state(), train_state.step))
     mark()
-    names = ("forward_backward", "reduce", "cayley", "stall")
+    names = ("forward_backward", "reduce", "cayley", "checkpoint_wait")
     parts = dict(zip(names, (b - a for a, b in itertools.pairwise(marks)), strict=True))
     return {**parts, "step": marks[-1] - marks[0]}
 

@@ -21,9 +21,10 @@ from dist_spin.model.architecture import Shape
 from dist_spin.optimize.sharding.memory_planner import layer_bytes
 
 GIB = model.GIB
+RENAMED = {"stall_s": "checkpoint_wait_s", "fit_grids_s": "requantize_s"}  # figures as earlier versions called them
 HEADER = (
     *("engine", "W bits", "layers", "seqs", "GPUs", "per group", "passes", "step s", "tokens/s", "matmul %", "GiB"),
-    *("efficiency %", "model s", "off %", "compute", "copies", "gather", "grids", "reduce", "Cayley", "stall"),
+    *("efficiency %", "model s", "off %", "compute", "copies", "gather", "requantize", "reduce", "Cayley", "wait"),
     *("GiB gathered", "model GiB"),
 )
 
@@ -98,7 +99,10 @@ def read(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path} holds no figures of bench optimize ({error})", "write it with --json FILE") from error
     for row in rows:
-        row.setdefault("w_bits", 4 if "fit_grids_s" in row else 16)
+        for old, new in RENAMED.items():
+            if old in row:
+                row[new] = row.pop(old)
+        row.setdefault("w_bits", 4 if "requantize_s" in row else 16)
         row.setdefault("sequences", row["tokens_per_step"] // 2048)
     return rows
 
@@ -156,7 +160,7 @@ class Reference:
         self.ranks = min(row["ranks"] for row in fitting)
         base = sorted((row for row in fitting if row["ranks"] == self.ranks), key=order)
         self.last, self.w_bits = base[-1], base[-1]["w_bits"]
-        net = [(point_of(row), row["forward_backward_s"] - row.get("fit_grids_s", 0.0)) for row in base]
+        net = [(point_of(row), row["forward_backward_s"] - row.get("requantize_s", 0.0)) for row in base]
         try:
             self.fit = model.fit(shape, net, machine)
         except ValueError as error:
@@ -173,8 +177,8 @@ class Reference:
     def predict(self, point: model.Point) -> model.Prediction:
         """The model's answer, its memory shifted by what it missed where it was fitted."""
         last = self.last
-        requantize = last.get("fit_grids_s", 0.0) * point.layers / last["layers"]
-        fixed = model.Fixed(last["ranks"], last["reduce_s"], last["cayley_s"], last["stall_s"], requantize)
+        requantize = last.get("requantize_s", 0.0) * point.layers / last["layers"]
+        fixed = model.Fixed(last["ranks"], last["reduce_s"], last["cayley_s"], last["checkpoint_wait_s"], requantize)
         found = model.predict(self.shape, point, self.fit, fixed, self.machine)
         return dataclasses.replace(found, memory=found.memory + self.unaccounted)
 

@@ -30,7 +30,7 @@ from dist_spin.evaluate.perplexity import described, measured_before, measuring_
 from dist_spin.evaluate.tables import comparison_table, row_key
 from dist_spin.evaluate.targets import EvalTarget
 from dist_spin.model.weights import ModelFiles
-from dist_spin.optimize.train import optimize
+from dist_spin.optimize.train import train
 from dist_spin.pipeline.embeddings import embeddings_of
 from dist_spin.pipeline.export_limits import check_export_target
 from dist_spin.pipeline.fingerprints import layer_identity
@@ -166,7 +166,7 @@ class Comparison:
         """Learn the rotations of a configuration, unless they are there."""
         if not on_rank0((run_dir(base).rotations / "final.safetensors").exists):
             with writing(base, self.world, "optimize"):
-                optimize(base, self.world, self.stop)
+                train(base, self.world, self.stop)
             gc.collect()  # sharded modules hold themselves in circles, and what comes next needs their memory
 
     def measure(self, candidates: list[Candidate]) -> None:

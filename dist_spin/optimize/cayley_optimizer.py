@@ -85,7 +85,7 @@ class CayleyOptimizer:
             else:
                 alpha = shared_step_size(x, direction, lr, self.world)
                 figures[f"alpha_r{name}"] = float(alpha.mean())
-            figures[f"turn_r{name}"] = float((direction * alpha).norm()) / math.sqrt(x.numel() / x.shape[-1])
+            figures[f"angle_r{name}"] = float((direction * alpha).norm()) / math.sqrt(x.numel() / x.shape[-1])
             moved = gather_rows(x, direction, alpha, self.world)
             if self.step_count % self.reproject_every == 0:  # measured where it is about to be removed: at its largest
                 figures[f"orthogonality_r{name}"] = float(orthogonality_error(moved))

@@ -1,10 +1,9 @@
 """A learning run: what it consists of, how it is built, saved and continued."""
 
-import contextlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dist_spin.config.checks import SELF
@@ -17,6 +16,7 @@ from dist_spin.model.architecture import layer_name
 from dist_spin.model.fake_quant_model import FakeQuantModel
 from dist_spin.model.rotation import Rotations
 from dist_spin.model.scales_and_clips import ScalesAndClips
+from dist_spin.model.sites_config import Sites
 from dist_spin.model.weight_quant import WeightQuantizer
 from dist_spin.model.weights import ModelFiles
 from dist_spin.optimize.adam_optimizer import AdamOptimizer
@@ -33,8 +33,9 @@ from dist_spin.pipeline.range_init import make_start
 from dist_spin.pipeline.self_generated_text import self_text
 from dist_spin.runtime.distributed import World, on_rank0, raise_on_any_failure
 from dist_spin.runtime.progress import say
-from dist_spin.storage.atomic import read_lines, write_json, write_text
+from dist_spin.storage.atomic import write_text
 from dist_spin.storage.checkpoints import checkpoint_path, newest_checkpoint, prune_checkpoints
+from dist_spin.storage.metrics import drop_metrics_after
 from dist_spin.storage.run_directory import RunDir, check_fingerprint, run_dir
 from dist_spin.storage.tensor_file import save_tensors
 from dist_spin.version import __version__
@@ -55,11 +56,11 @@ class TrainState:
     optimizer: CayleyOptimizer
     tokens: Tensor  # [blocks, seq_len]
     fingerprint: dict[str, object]
-    micro_batch_size: int  # sequences of one pass on one rank
+    micro_batch_size: int  # sequences of one forward pass on one rank
     offloaded: int  # layers whose weights stay on the host
     step: int = 0
     best_state: BestState | None = None
-    held_out: Tensor | None = None  # [sequences, seq_len] that the guard measures on
+    held_out: Tensor | None = None  # [sequences, seq_len] that the best state is chosen by
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds."""
@@ -67,71 +68,69 @@ class TrainState:
 
 
 def build_training(config: RunConfig, world: World) -> TrainState:
-    """Model, data, rotations and optimiser, at the newest whole checkpoint if there is one."""
+    """Model, data, rotations and optimiser, at the newest whole checkpoint if there is one.
+
+    Raises:
+        UserError: the settings, the model, the data or the run directory do not fit each other.
+    """
+    settings, quant, device = config.optimize, config.quant, world.device
     run, engine = run_dir(config), choose_engine(config.distributed)
+
+    # open the model
     files = open_configured_model(config)
     check_export_target(config, files.config)
-    shape, dtype, settings = files.shape, model_dtype(config), config.optimize
+    shape, dtype = files.shape, model_dtype(config)
+
+    # build sites
     sites = sites_for(while_learning(config), shape)
-    tokens = learning_tokens(config, files)
-    # A file that cannot be used stops here, before the run leaves a mark.
-    start = None if fits_start(config) else starting_rotations(config, shape)
+
+    # load data
+    all_tokens = learning_tokens(config, files)
+    # A file of rotations that cannot be used stops here, before the run leaves a mark.
+    initial_rotations = None if fits_start(config) else starting_rotations(config, shape)
     if settings.w_bits == 16 and not any(spec.enabled for spec in (sites.a, sites.o, sites.k, sites.v)):
         raise UserError(
             "every activation quantiser is off, so rotations have nothing to learn",
             "set optimize.a_bits=4 to learn at 4 bits what 16 will use too, or optimize.w_bits=4 to learn from rounded weights",
         )
-    identity = run_fingerprint(config, files, tokens)
-    held_out = None
-    if settings.guard_every:
-        if len(tokens) <= settings.guard_sequences:
-            raise UserError(
-                f"{settings.source} has {len(tokens)} sequences, and the guard holds out {settings.guard_sequences}",
-                "give more text or set optimize.guard_every=0",
-            )
-        tokens, held_out = tokens[: -settings.guard_sequences], tokens[-settings.guard_sequences :]
+    fingerprint = run_fingerprint(config, files, all_tokens)
+    tokens, held_out = split_held_out(all_tokens, settings)
 
-    def check() -> None:
-        check_fingerprint(run.path / "fingerprint.json", identity, f"run {config.name}")
+    # open the run directory
+    def check_run_directory() -> None:
+        check_fingerprint(run.path / "fingerprint.json", fingerprint, f"run {config.name}")
         write_text(run.path / "config.yaml", dump_config(config))
 
-    on_rank0(check)
-    if start is None:
+    on_rank0(check_run_directory)
+
+    # build rotations, and the scales and clips that are learned beside them
+    if initial_rotations is None:
         make_start(config, world, files, tokens)
-    r1, r2 = start or starting_rotations(config, shape)
-    q = config.quant
+    r1, r2 = initial_rotations or starting_rotations(config, shape)
     weight_quantizer = None
     if settings.w_bits < 16:
-        weight_quantizer = WeightQuantizer(settings.w_bits, q.w_symmetric, q.w_group_size, q.w_mse_clip)
-    rotations = Rotations(r1, r2, world.device, dtype, learn=True, euclidean=weight_quantizer is not None)
-    transforms = None
-    if settings.scales or settings.clips:
-        shared_keys = files.weights.has(f"{layer_name(0)}.self_attn.k_norm.weight")
-        transforms = ScalesAndClips(
-            shape,
-            world.device,
-            dtype,
-            scales=settings.scales,
-            clips=settings.clips,
-            shared_keys=shared_keys,
-            bits=sites.bits,
+        weight_quantizer = WeightQuantizer(
+            settings.w_bits, quant.w_symmetric, quant.w_group_size, mse_clip=quant.w_mse_clip
         )
-        if config.rotation.load:
-            transforms.start_from(learned_transforms(Path(config.rotation.load), while_learning(config)))
-    compiled = settings.compile == "on" or (settings.compile == "auto" and world.device.type == "cuda")
+    rotations = Rotations(r1, r2, device, dtype, learn=True, euclidean=weight_quantizer is not None)
+    transforms = build_transforms(config, files, sites, device) if settings.scales or settings.clips else None
+
+    # build the fake-quantised model
+    compiled = settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda")
     model = FakeQuantModel(
         files.config,
         rotations,
         sites,
-        device=world.device,
+        device=device,
         dtype=dtype,
         compile=compiled,
         weight_quantizer=weight_quantizer,
         transforms=transforms,
         teacher_share={"cross_entropy": 0.0, "kl": 1.0, "mixed": settings.kl_share}[settings.objective],
     )
-    place = config.distributed
-    work = Workload(
+
+    # shard, and load the weights
+    workload = Workload(
         shape,
         sequences=-(-settings.batch_size // world.size),
         seq_len=settings.seq_len,
@@ -143,15 +142,20 @@ def build_training(config: RunConfig, world: World) -> TrainState:
         micro=settings.micro_batch_size,
         recompute=settings.recompute,
     )
-    offloaded = layers_to_offload(place.offload_layers, work, bool(place.offload_dir), world)
+    offload_dir = config.distributed.offload_dir
+    offloaded = layers_to_offload(config.distributed.offload_layers, workload, world, to_disk=bool(offload_dir))
     if offloaded and world.is_rank0:
-        say(f"the weights of {len(offloaded)} of {shape.layers} layers stay in {place.offload_dir or 'host memory'}")
+        say(f"the weights of {len(offloaded)} of {shape.layers} layers stay in {offload_dir or 'host memory'}")
     engine.shard(model, world, offloaded)
     raise_on_any_failure(lambda: engine.load(model, files.weights, () if settings.scales else sites.r4))
-    micro, levels = micro_batch_and_levels(work, world, len(offloaded))
+
+    # plan memory: sequences of a micro-batch and what each layer keeps, from what the device has left now
+    micro_batch_size, levels = micro_batch_and_levels(workload, world, len(offloaded))
     if engine.keeps_gathered and not compiled and settings.recompute == "auto":
         levels = ["sites" if level == "none" else level for level in levels]  # or it would keep every layer's weights
     model.set_levels(levels)
+
+    # build optimizer
     optimizer = CayleyOptimizer(
         rotations,
         world,
@@ -161,21 +165,59 @@ def build_training(config: RunConfig, world: World) -> TrainState:
         reproject_every=settings.reproject_every,
         adam=None if transforms is None else build_adam(transforms, settings),
     )
-    train_state = TrainState(config, world, run, engine, model, optimizer, tokens, identity, micro, len(offloaded))
+
+    # resume
+    train_state = TrainState(
+        config, world, run, engine, model, optimizer, tokens, fingerprint, micro_batch_size, len(offloaded)
+    )
     if held_out is not None:
         train_state.best_state, train_state.held_out = BestState(optimizer.masters()), held_out
     resume(train_state)
     return train_state
 
 
+def split_held_out(tokens: Tensor, settings: OptimizeConfig) -> tuple[Tensor, Tensor | None]:
+    """The sequences [n, T] to learn from, and those at the end that the held-out loss is measured on, if there are any.
+
+    Raises:
+        UserError: too few sequences.
+    """
+    if not settings.guard_every:
+        return tokens, None
+    if len(tokens) <= settings.guard_sequences:
+        raise UserError(
+            f"{settings.source} has {len(tokens)} sequences, and the guard holds out {settings.guard_sequences}",
+            "give more text or set optimize.guard_every=0",
+        )
+    return tokens[: -settings.guard_sequences], tokens[-settings.guard_sequences :]
+
+
+def build_transforms(config: RunConfig, files: ModelFiles, sites: Sites, device: torch.device) -> ScalesAndClips:
+    """The scales and clips that are learned beside the rotations, at their start or as `rotation.load` holds them."""
+    settings = config.optimize
+    transforms = ScalesAndClips(
+        files.shape,
+        device,
+        model_dtype(config),
+        scales=settings.scales,
+        clips=settings.clips,
+        shared_keys=files.weights.has(f"{layer_name(0)}.self_attn.k_norm.weight"),
+        bits=sites.bits,
+    )
+    if config.rotation.load:
+        transforms.start_from(learned_transforms(Path(config.rotation.load), while_learning(config)))
+    return transforms
+
+
 def learning_tokens(config: RunConfig, files: ModelFiles) -> Tensor:
     """The sequences [n, T] to learn from; of the model's own text as many as the steps take."""
-    o = config.optimize
-    if o.source == SELF:
-        return on_rank0(lambda: self_text(config, files, max(1, o.steps * o.batch_size), o.seq_len, o.seed))
-    tokenizer = None if o.source.startswith("tokens:") else files.tokenizer()
-    tokens = on_rank0(lambda: load_tokens(o.source, o.split, o.seq_len, tokenizer))
-    return check_vocabulary(tokens, files.shape, o.source)
+    settings = config.optimize
+    if settings.source == SELF:
+        count = max(1, settings.steps * settings.batch_size)
+        return on_rank0(lambda: self_text(config, files, count, settings.seq_len, settings.seed))
+    tokenizer = None if settings.source.startswith("tokens:") else files.tokenizer()
+    tokens = on_rank0(lambda: load_tokens(settings.source, settings.split, settings.seq_len, tokenizer))
+    return check_vocabulary(tokens, files.shape, settings.source)
 
 
 def build_adam(transforms: ScalesAndClips, settings: OptimizeConfig) -> AdamOptimizer:
@@ -208,18 +250,21 @@ def write_checkpoint(train_state: TrainState, state: dict[str, Tensor], step: in
     path = checkpoint_path(train_state.run, step)
     metadata = {"step": str(step), "seed": str(train_state.config.rotation.seed), "optimizer": settings.optimizer}
     save_tensors(path, state, metadata)
-    write_json(train_state.run.rotations / "latest.json", {"step": step, "file": path.name})
     prune_checkpoints(train_state.run, settings.keep_checkpoints)
 
 
 def resume(train_state: TrainState) -> None:
-    """Continue from the newest whole checkpoint, read by rank 0 and handed to all; start at step 0 without one."""
-    who = {"ranks": train_state.world.size, "engine": train_state.engine.name}
-    found = on_rank0(lambda: newest_checkpoint(train_state.run, say))
-    if found is None:
-        on_rank0(lambda: train_state.run.event("start", stage="optimize", **who))
+    """Continue from the newest whole checkpoint, read by rank 0 and handed to all; start at step 0 without one.
+
+    Raises:
+        UserError: the checkpoint is of another optimiser.
+    """
+    identity = {"ranks": train_state.world.size, "engine": train_state.engine.name}
+    checkpoint = on_rank0(lambda: newest_checkpoint(train_state.run, say))
+    if checkpoint is None:
+        on_rank0(lambda: train_state.run.event("start", stage="optimize", **identity))
         return
-    state, metadata = found
+    state, metadata = checkpoint
     try:
         train_state.optimizer.load(state, int(metadata["step"]))
         if train_state.best_state is not None:
@@ -230,14 +275,11 @@ def resume(train_state: TrainState) -> None:
         ) from error
     train_state.step = int(metadata["step"])
 
-    def note() -> None:
+    def note_resume() -> None:
         # Lines of steps that were never saved would otherwise stand twice.
-        metrics = train_state.run.path / "metrics.jsonl"
-        with contextlib.suppress(FileNotFoundError):
-            kept = [json.dumps(line) + "\n" for line in read_lines(metrics) if line["step"] <= train_state.step]
-            write_text(metrics, "".join(kept))
-        train_state.run.event("resume", stage="optimize", step=train_state.step, **who)
+        drop_metrics_after(train_state.run.path, train_state.step)
+        train_state.run.event("resume", stage="optimize", step=train_state.step, **identity)
         if train_state.step < train_state.config.optimize.steps:
             say(f"continuing after step {train_state.step} of {train_state.config.optimize.steps}")
 
-    on_rank0(note)
+    on_rank0(note_resume)

@@ -32,13 +32,13 @@ from dist_spin.runtime.distributed import (
 )
 from dist_spin.runtime.progress import Progress, say
 from dist_spin.runtime.signals import StopRequest
-from dist_spin.storage.atomic import append_line
 from dist_spin.storage.checkpoints import CheckpointWriter
+from dist_spin.storage.metrics import append_metrics
 from dist_spin.storage.rotations import save_final
 from dist_spin.storage.tensorboard import Scalars
 
 
-def optimize(config: RunConfig, world: World, stop: StopRequest | None = None) -> None:
+def train(config: RunConfig, world: World, stop: StopRequest | None = None) -> None:
     """Learn R1 and R2 from where the run directory stands, and write rotations/final.safetensors and R.bin.
 
     stop: of the stage that this is a part of; alone it has its own.
@@ -49,108 +49,108 @@ def optimize(config: RunConfig, world: World, stop: StopRequest | None = None) -
         UserError: something in the configuration or the run directory is in the way.
     """
     if config.optimize.steps == 0:
-        files = open_configured_model(config)
-        check_export_target(config, files.config)
-        if fits_start(config):
-            make_start(config, world, files, learning_tokens(config, files))
-        save_preset_rotations(config, files.shape)
-        say("optimize.steps=0: rotations stay as they are given")
+        keep_initial_rotations(config, world)
         return
     check_not_preset(config)
     stop = StopRequest() if stop is None else stop
     train_state = build_training(config, world)
-    settings = config.optimize
-    scalars = Scalars(
-        train_state.run.path / "tensorboard",
-        train_state.step,
-        say,
-        wanted=config.report.tensorboard and world.is_rank0,
-    )
-    progress = Progress("learn rotations: step", settings.steps, train_state.step, show=world.is_rank0)
+    steps = config.optimize.steps
+    tensorboard = config.report.tensorboard and world.is_rank0
+    scalars = Scalars(train_state.run.path / "tensorboard", train_state.step, say, wanted=tensorboard)
+    progress = Progress("learn rotations: step", steps, train_state.step, show=world.is_rank0)
     writer = CheckpointWriter(lambda state, step: write_checkpoint(train_state, state, step))
-    checkpoint_wait = 0.0  # seconds that the checkpoint before this step held it up
-    if train_state.step == 0 and train_state.best_state is not None:
-        update(train_state)
-    while train_state.step < settings.steps:
-        began = time.monotonic()
-        try:
-            figures = one_step(train_state)
-        except NumericsError:
-            raise_on_any_failure(writer.close)
-            raise
-        # Before the checkpoint, so that none lacks its line; a resumed run drops lines that have no checkpoint.
-        seconds = time.monotonic() - began + checkpoint_wait
-        line = {**figures, "stall": checkpoint_wait, "seconds": seconds}
-        log(train_state, line)
-        scalars.add("optimize", train_state.step, line)
-        # Rank 0 alone writes; a write that failed stops every rank.
-        checkpoint_wait = on_rank0(lambda: writer.submit(train_state.state(), train_state.step))
-        progress.advance(f"loss {figures['loss']:.4f}")
-        if train_state.step < settings.steps and any_rank(bool(stop)):
-            raise_on_any_failure(writer.close)
-            if world.is_rank0:
-                train_state.run.event("interrupted", stage="optimize", step=train_state.step, signal=stop.name)
-            raise Interrupted(f"stopped by a signal after step {train_state.step}", "the same command continues")
+    checkpoint_wait = 0.0  # seconds that the step before waited for the writer of checkpoints
+    try:
+        if train_state.step == 0 and train_state.best_state is not None:
+            check_held_out(train_state)
+        while train_state.step < steps:
+            began = time.monotonic()
+            loss = forward_backward(train_state)
+            grad_norm = train_state.optimizer.reduce_gradients()
+            figures = optimizer_step(train_state, loss, grad_norm)
+            # Logged before the checkpoint, so that none lacks its line; a resumed run drops lines that have no checkpoint.
+            seconds = time.monotonic() - began + checkpoint_wait
+            log_step(train_state, {**figures, "checkpoint_wait_s": checkpoint_wait, "seconds": seconds}, scalars)
+            # Rank 0 alone writes; a write that failed stops every rank.
+            checkpoint_wait = on_rank0(lambda: writer.submit(train_state.state(), train_state.step))
+            progress.advance(f"loss {loss:.4f}")
+            if train_state.step < steps and any_rank(bool(stop)):
+                raise Interrupted(f"stopped by a signal after step {train_state.step}", "the same command continues")
+    except (Interrupted, NumericsError) as reason:
+        raise_on_any_failure(writer.close)
+        if isinstance(reason, Interrupted) and world.is_rank0:
+            train_state.run.event("interrupted", stage="optimize", step=train_state.step, signal=stop.name)
+        raise
     raise_on_any_failure(writer.close)
     finish(train_state)
 
 
-def one_step(train_state: TrainState) -> dict[str, float]:
-    """Loss, backward, reduce, step, and the guard's judgement where it is due; returns the figures to log.
+def keep_initial_rotations(config: RunConfig, world: World) -> None:
+    """With optimize.steps=0 nothing is learned: other stages read the rotations that learning would start from."""
+    files = open_configured_model(config)
+    check_export_target(config, files.config)
+    if fits_start(config):
+        make_start(config, world, files, learning_tokens(config, files))
+    save_preset_rotations(config, files.shape)
+    say("optimize.steps=0: rotations stay as they are given")
+
+
+def optimizer_step(train_state: TrainState, loss: float, grad_norm: float) -> dict[str, float]:
+    """Step everything that is learned, and check the held-out loss where it is due; returns the figures to log.
+
+    A loss or gradient that is not finite goes back to the best state instead.
 
     Raises:
-        NumericsError: loss or gradient is not finite, and no guard knows a state from which they were.
+        NumericsError: loss or gradient is not finite, and there is no earlier state from which they were.
     """
     settings, best_state, optimizer = train_state.config.optimize, train_state.best_state, train_state.optimizer
-    loss = backward(train_state)
-    norm = optimizer.reduce_gradients()
     reduced = bitwise_checksum(*gradients(train_state))
-    if not math.isfinite(loss + norm):
+    if not math.isfinite(loss + grad_norm):
         if best_state is None or best_state.at_best:
             raise NumericsError(
-                f"step {train_state.step + 1}: loss {loss} and gradient norm {norm} are not finite",
+                f"step {train_state.step + 1}: loss {loss} and gradient norm {grad_norm} are not finite",
                 f"the state after step {train_state.step} is kept; lower optimize.lr or check the data",
             )
         best_state.rollback()
         train_state.step += 1
         optimizer.reset(train_state.step)
-        note_back_off(train_state, loss)
-        return {"loss": loss, "grad_norm": norm, "lr": 0.0, "held_out": best_state.best_loss}
+        report_spike(train_state, loss)
+        return {"loss": loss, "grad_norm": grad_norm, "lr": 0.0, "held_out": best_state.best_loss}
     lr = learning_rate(train_state.config, train_state.step) * (1.0 if best_state is None else best_state.factor)
-    figures = optimizer.step(lr, norm, lr / settings.lr)
+    figures = optimizer.step(lr, grad_norm, lr / settings.lr)
     train_state.step += 1
     if best_state is not None:
         best_state.moved()
     assert_same_rotations(train_state, reduced)
     if best_state is not None and (train_state.step % settings.guard_every == 0 or train_state.step == settings.steps):
-        figures["held_out"] = update(train_state)
-    return {"loss": loss, "grad_norm": norm, "lr": lr, **figures}
+        figures["held_out"] = check_held_out(train_state)
+    return {"loss": loss, "grad_norm": grad_norm, "lr": lr, **figures}
 
 
-def update(train_state: TrainState) -> float:
-    """Measure the held-out loss and let the guard act on it; after the last step the best state is taken.
+def check_held_out(train_state: TrainState) -> float:
+    """Measure the held-out loss; return to the best state after a loss spike, and take it after the last step.
 
     Raises:
         NumericsError: it is not finite where learning starts.
     """
-    best_state, last = train_state.best_state, train_state.step == train_state.config.optimize.steps
+    best_state, is_last = train_state.best_state, train_state.step == train_state.config.optimize.steps
     assert best_state is not None
     loss = held_out_loss(train_state)
     if train_state.step == 0 and not math.isfinite(loss):
         raise NumericsError(f"the held-out loss is {loss} at the start", "check the model's dtype and the data")
     if best_state.update(loss):
         train_state.optimizer.reset(train_state.step)
-        note_back_off(train_state, loss)
-    elif last and not best_state.at_best:
+        report_spike(train_state, loss)
+    elif is_last and not best_state.at_best:
         best_state.restore()
         train_state.optimizer.reset(train_state.step)
-    if train_state.world.is_rank0 and (last or not train_state.step):
+    if train_state.world.is_rank0 and (is_last or not train_state.step):
         train_state.run.event("held_out", step=train_state.step, loss=loss, best=best_state.best_loss)
     return loss
 
 
-def note_back_off(train_state: TrainState, loss: float) -> None:
-    """Tell of a jump."""
+def report_spike(train_state: TrainState, loss: float) -> None:
+    """Tell the user, and events.jsonl, of a loss spike after which learning went back to the best state."""
     best_state = train_state.best_state
     assert best_state is not None
     if train_state.world.is_rank0:
@@ -163,7 +163,7 @@ def note_back_off(train_state: TrainState, loss: float) -> None:
         )
 
 
-def backward(train_state: TrainState) -> float:
+def forward_backward(train_state: TrainState) -> float:
     """Forward and backward of this rank's share of the global batch; returns the loss of the whole batch."""
     settings = train_state.config.optimize
     indices = batch_indices(train_state.step, settings.batch_size, len(train_state.tokens), settings.seed)
@@ -184,10 +184,9 @@ def held_out_loss(train_state: TrainState) -> float:
     assert train_state.held_out is not None
     total = torch.zeros((), device=train_state.world.device, dtype=torch.float64)
     train_state.engine.requantize_weights(train_state.model, train_state.optimizer.rotations)
-    everything = list(range(len(train_state.held_out)))
-    for ids, weights in micro_batches(
-        train_state.world, train_state.micro_batch_size, train_state.held_out, everything
-    ):
+    held_out = train_state.held_out
+    indices = list(range(len(held_out)))
+    for ids, weights in micro_batches(train_state.world, train_state.micro_batch_size, held_out, indices):
         total += (train_state.model(ids) * weights).sum()
     return float(sum_over_ranks_(total))
 
@@ -238,34 +237,34 @@ def gradients(train_state: TrainState) -> list[Tensor]:
     return [own] if adam is None else [own, adam.transforms.gradient]
 
 
-def log(train_state: TrainState, figures: dict[str, float]) -> None:
-    """One line per step in metrics.jsonl."""
+def log_step(train_state: TrainState, figures: dict[str, float], scalars: Scalars) -> None:
+    """One line per step in metrics.jsonl, and the same numbers for TensorBoard."""
     if train_state.world.is_rank0:
-        append_line(train_state.run.path / "metrics.jsonl", {"step": train_state.step, **figures})
+        append_metrics(train_state.run.path, train_state.step, figures)
+    scalars.add("optimize", train_state.step, figures)
 
 
 def finish(train_state: TrainState) -> None:
     """Re-orthogonalise in fp64 and write the files that other stages and other tools read."""
-    rotations = train_state.optimizer.rotations
+    final = train_state.run.rotations / "final.safetensors"
 
     def write() -> None:
-        dtype = rotations.r1.dtype
-        r1, r2 = (nearest_orthogonal(r).to(dtype) for r in (rotations.r1, rotations.r2))
-        about = {"step": str(train_state.step), "seed": str(train_state.config.rotation.seed)}
-        adam, config = train_state.optimizer.adam, train_state.config
+        rotations, adam, config = train_state.optimizer.rotations, train_state.optimizer.adam, train_state.config
+        r1, r2 = (nearest_orthogonal(r).to(rotations.r1.dtype) for r in (rotations.r1, rotations.r2))
+        metadata = {"step": str(train_state.step), "seed": str(config.rotation.seed)}
         transforms = {} if adam is None else adam.transforms.values()
         bits = None
         if "clip" in transforms:
             bits = site_bits(config)
             transforms["clip"] = clips_at(config, site_bits(while_learning(config)), transforms["clip"])
-        save_final(train_state.run, r1, r2, about, transforms, bits)
+        save_final(train_state.run, r1, r2, metadata, transforms, bits)
         errors = {
             "orthogonality_r1": float(orthogonality_error(r1)),
             "orthogonality_r2": float(orthogonality_error(r2)),
         }
         train_state.run.event("done", stage="optimize", step=train_state.step, **errors)
-        say(f"wrote {train_state.run.rotations / 'final.safetensors'} and R.bin")
+        say(f"wrote {final} and R.bin")
 
-    if train_state.world.is_rank0 and (train_state.run.rotations / "final.safetensors").exists():
+    if train_state.world.is_rank0 and final.exists():
         say(f"rotations of run {train_state.config.name} are complete")
-    on_rank0(lambda: None if (train_state.run.rotations / "final.safetensors").exists() else write())
+    on_rank0(lambda: None if final.exists() else write())

@@ -36,7 +36,7 @@ def drawings(summary: RunSummary) -> list[Drawing]:
 
 # Figures of two series, R1 and R2: key in metrics.jsonl -> name, title, label of the axis, caption.
 PAIRS = {
-    "turn": ("turn", "Turn per step", "rms turn of a row, radians", "How far one step turns the rows of R1 and R2"),
+    "angle": ("turn", "Angle per step", "rms angle of a row, radians", "How far one step turns the rows of R1 and R2"),
     "alpha": ("step-size", "Step length α", "α", "The length of a Cayley step, bounded by the learning rate"),
     "orthogonality": (
         "orthogonality",

@@ -12,6 +12,7 @@ from dist_spin.errors import UserError
 from dist_spin.numerics.activations import SUMMARY
 from dist_spin.storage.activation_stats import SITES, load_statistics
 from dist_spin.storage.atomic import read_lines
+from dist_spin.storage.metrics import read_metrics
 from dist_spin.storage.run_directory import LEARNED, RunDir
 from dist_spin.storage.tensor_file import CorruptFile, read_metadata
 
@@ -88,7 +89,7 @@ def load_run_summary(path: Path) -> RunSummary:
     run = RunDir(path)
     if not any((path / name).exists() for name in ("config.yaml", "events.jsonl")):
         raise UserError(f"{path} is no run directory (it has no config.yaml)", "give runs/NAME, or its configuration")
-    summary = RunSummary(run, events=read_lines(path / "events.jsonl"), metrics=read_lines(path / "metrics.jsonl"))
+    summary = RunSummary(run, events=read_lines(path / "events.jsonl"), metrics=read_metrics(path))
     if (path / "config.yaml").exists():
         summary.config_text = (path / "config.yaml").read_text()
         summary.config = yaml.safe_load(summary.config_text)

@@ -21,6 +21,7 @@ from dist_spin.runtime.progress import clock
 from dist_spin.runtime.slurm import cancel_jobs, job_states, output_files
 from dist_spin.storage.atomic import read_lines
 from dist_spin.storage.checkpoints import checkpoints
+from dist_spin.storage.metrics import read_metrics
 from dist_spin.storage.run_directory import LEARNED, RunDir
 
 WATCH_EVERY = 2.0  # seconds
@@ -40,7 +41,7 @@ def status(path: Path) -> dict[str, Any]:
     if not settings.exists():  # submitted, and no job has begun yet
         return {"run": str(path), "jobs": jobs_of(events), "last_event": last_event(events)}
     config = yaml.safe_load(settings.read_text())
-    metrics = read_lines(path / "metrics.jsonl")
+    metrics = read_metrics(path)
     steps = config["optimize"]["steps"]
     complete = (run.rotations / "final.safetensors").exists()
     step = metrics[-1]["step"] if metrics else 0

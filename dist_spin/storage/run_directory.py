@@ -1,7 +1,7 @@
 """The run directory: the only state of a run. Every file in it appears whole or not at all.
 
 config.yaml fingerprint.json metrics.jsonl events.jsonl results.json
-rotations/step_000042.safetensors rotations/latest.json rotations/final.safetensors rotations/R.bin
+rotations/step_000042.safetensors rotations/final.safetensors rotations/R.bin
 layers/000.safetensors ... layers/ends.safetensors boundaries/010/0000.safetensors ...
 baselines/NAME/layers/... evaluations/ compare/NAME/... logs/ export/FORMAT/ statistics/ tensorboard/
 report.html report.md

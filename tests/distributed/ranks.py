@@ -105,7 +105,7 @@ def one_step(words: list[str], out: Path, reduce: bool) -> None:
     from dist_spin.config.loader import load_config
     from dist_spin.optimize import cayley_optimizer as rotation_optimizer
     from dist_spin.optimize.setup import build_training
-    from dist_spin.optimize.train import backward
+    from dist_spin.optimize.train import forward_backward
     from dist_spin.runtime import distributed
 
     config = load_config(None, words)
@@ -113,7 +113,7 @@ def one_step(words: list[str], out: Path, reduce: bool) -> None:
     if not reduce:
         rotation_optimizer.sum_over_ranks_ = lambda buffer: buffer
     learning = build_training(config, world)
-    loss = backward(learning)
+    loss = forward_backward(learning)
     learning.engine.assert_sharded(learning.model, world)
     parameters = {
         name: (isinstance(p, DTensor), p.requires_grad, p.to_local().numel(), tuple(p.shape))

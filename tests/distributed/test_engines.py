@@ -29,17 +29,17 @@ def engine_step(words: list[str], out: Path) -> None:
     """A rank that does one backward pass under the configured engine and saves to out/RANK.pt what it saw."""
     from dist_spin.config.loader import load_config
     from dist_spin.optimize.setup import build_training
-    from dist_spin.optimize.train import backward
+    from dist_spin.optimize.train import forward_backward
     from dist_spin.runtime import distributed
 
     config = load_config(None, words)
     world = distributed.start("cpu", 60, 1)
     learning = build_training(config, world)
-    losses = [backward(learning)]
+    losses = [forward_backward(learning)]
     learning.optimizer.reduce_gradients()
     seen: dict[str, Any] = {"gradient": learning.optimizer.rotations.gradient.clone()}
     # Twice more: from its third pass on, DeepSpeed fetches ahead along the order that it has recorded.
-    losses += [backward(learning), backward(learning)]
+    losses += [forward_backward(learning), forward_backward(learning)]
     seen["losses"] = losses
     if config.distributed.shard_ranks:
         held = {name: p.to_local() for name, p in learning.model.named_parameters()}

@@ -139,15 +139,15 @@ def counted_gathers(words: list[str], out: Path) -> None:
     """A rank that counts in one backward pass what FSDP2 gathers, by module, and the passes; saved to `out` by rank 0."""
     from dist_spin.config.loader import load_config
     from dist_spin.optimize.setup import build_training
-    from dist_spin.optimize.train import backward
+    from dist_spin.optimize.train import forward_backward
     from dist_spin.runtime import distributed
 
     config = load_config(None, words)
     world = distributed.start("cpu", 60, 1)
     learning = build_training(config, world)
-    backward(learning)  # the first pass of all sets hooks up
+    forward_backward(learning)  # the first pass of all sets hooks up
     with torch.profiler.profile() as profile:
-        backward(learning)
+        forward_backward(learning)
     names = [event.name for event in profile.events()]
     prefix = "FSDP::all_gather ("
     counts = Counter(name.removeprefix(prefix).rstrip(")") for name in names if name.startswith(prefix))
@@ -213,7 +213,7 @@ def test_the_command_sets_the_model_beside_real_measurements(measured, tmp_path,
     two = json.loads((measured / "2.json").read_text())
     assert float(rows[4]["efficiency %"]) == pytest.approx(100 * one["step_s"] / (2 * two["step_s"]), abs=0.06)
     for row in rows:
-        parts = ("compute", "copies", "gather", "grids", "reduce", "Cayley", "stall")
+        parts = ("compute", "copies", "gather", "requantize", "reduce", "Cayley", "wait")
         assert float(row["model s"]) == pytest.approx(sum(float(row[part]) for part in parts), abs=4e-4, rel=6e-4)
         assert float(row["compute"]) > 0
     assert [line.split(":")[0] for line in lines if line.startswith("whole run")] == [

@@ -1,6 +1,5 @@
 """Ranks that are killed, stopped, or find a damaged file: the same command continues, to the very same bytes."""
 
-import json
 import random
 import signal
 from pathlib import Path
@@ -237,5 +236,5 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_keeps_what_was_good(run
         assert found is not None
         assert found[1]["step"] == "3"
         assert all(tensor.isfinite().all() for tensor in found[0].values())
-        assert json.loads((runs.run.rotations / "latest.json").read_text())["step"] == 3
+        assert checkpoints(runs.run)[0][0] == 3
         assert not (runs.run.rotations / "final.safetensors").exists()

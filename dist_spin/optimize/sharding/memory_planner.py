@@ -94,7 +94,7 @@ def layer_bytes(shape: Shape, dtype: torch.dtype, w_bits: int = 16) -> int:
     return weights * dtype.itemsize + (0 if w_bits == 16 else weights // 2 if w_bits <= 4 else weights)
 
 
-def layers_to_offload(setting: int, work: Workload, to_disk: bool, world: World) -> list[int]:
+def layers_to_offload(setting: int, work: Workload, world: World, *, to_disk: bool) -> list[int]:
     """The layers whose frozen weights stay in pinned host memory and visit the device, spread evenly over the depth.
 
     Args:
