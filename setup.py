@@ -21,7 +21,6 @@ RUNTIME = [
     "safetensors>=0.8,<1",
     "numpy>=2.2,<3",
     "submitit>=1.5,<2",
-    "jsonargparse[signatures]>=4.50,<5",
     "pyyaml>=6,<7",
     "rich>=15,<16",
     # transformers needs these three to read GGUF files and the tokenizers in them; it does not install them itself.

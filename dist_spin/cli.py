@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_spin.config.export import ExportConfig
-from dist_spin.config.loader import config_help, load_config
+from dist_spin.config.help import config_help
+from dist_spin.config.loader import load_config
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import EXIT_HANG, EXIT_OK, UserError, out_of_memory
 from dist_spin.runtime.progress import where

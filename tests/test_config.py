@@ -15,7 +15,8 @@ from dist_spin.config.compare import CompareConfig
 from dist_spin.config.distributed import DistributedConfig
 from dist_spin.config.evaluate import EvaluateConfig
 from dist_spin.config.export import ExportConfig
-from dist_spin.config.loader import config_help, dump_config, load_config
+from dist_spin.config.help import config_help
+from dist_spin.config.loader import dump_config, load_config
 from dist_spin.config.methods import MethodsConfig
 from dist_spin.config.model import ModelConfig
 from dist_spin.config.optimize import OptimizeConfig

@@ -44,6 +44,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 120 else f"{text[:70]}…{text[-40:]}"
 
 
+def one_line(text: str) -> str:
+    """A path for a message: as it is, or its repr where a line break or control character would tear the line."""
+    return text if text.isprintable() else repr(text)
+
+
 def require(correct: bool, key: str, value: object, remedy: str) -> None:
     """Raise UserError, naming the setting `key` and its value, unless `correct`."""
     if not correct:
