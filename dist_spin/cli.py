@@ -19,6 +19,7 @@ from dist_spin.config.help import config_help
 from dist_spin.config.loader import load_config
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import EXIT_HANG, EXIT_OK, UserError, out_of_memory
+from dist_spin.model.checkpoint_headers import check_model_path
 from dist_spin.runtime.progress import where
 
 VERBS = {
@@ -109,6 +110,7 @@ def _main(words: list[str]) -> int:
     path = _config_path(rest)
     config = _settings(path, rest)
     if verb == "run":
+        check_model_path(config.model.path, dummy=config.model.dummy_weights)
         return _load("dist_spin.launch.local_pipeline:run_stages")(
             ([path] if path else []) + rest, config.distributed.nproc
         )
@@ -208,6 +210,8 @@ def _range(text: str | None) -> tuple[int, int] | None:
 
 
 def _stage(verb: str, config: RunConfig, **options: Any) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # several ranks agree on it when they open the model
+        check_model_path(config.model.path, dummy=config.model.dummy_weights)
     quieten_libraries()
     # Imported late, so that --help and mistakes in the configuration answer at once.
     import torch.distributed as dist

@@ -12,7 +12,8 @@ from tiny import write_model
 from torch import nn
 
 from dist_spin.errors import UserError
-from dist_spin.model.architecture import LAYER_LINEARS, REFUSED
+from dist_spin.model.architecture import LAYER_LINEARS
+from dist_spin.model.families import REFUSED
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.rotation import Rotations, initial

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from dist_spin.errors import UserError
+from dist_spin.model.checkpoint_headers import files_fingerprint, weight_map
 from dist_spin.model.sites_config import Sites
-from dist_spin.model.weights import SafetensorsWeights
 from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.storage.atomic import write_json
 from dist_spin.storage.tensor_file import CorruptFile, load_tensors, save_tensors, tensors_digest
@@ -50,7 +50,7 @@ def write_sidecar(directory: Path, sidecar: Sidecar) -> None:
         "sites": {name: dataclasses.asdict(getattr(sidecar.sites, name)) for name in SPECS},
         "online": {name: [len(f) for f in getattr(sidecar.sites, name)] for name in HADAMARDS},
         "clips": CLIP_FIELD in tensors,
-        "weights": SafetensorsWeights(directory).fingerprint(),
+        "weights": files_fingerprint(directory, weight_map(directory).values()),
     }
     write_description(directory, {**content, "checksum": _checksum(content, tensors)})
 
@@ -74,7 +74,7 @@ def read_sidecar(directory: Path) -> Sidecar:
         raise UserError(str(error), EXPORT_AGAIN) from error
     if checksum != _checksum(content, tensors):
         raise UserError(f"{directory / NAME}: checksum does not match", EXPORT_AGAIN)
-    if content["weights"] != SafetensorsWeights(directory).fingerprint():
+    if content["weights"] != files_fingerprint(directory, weight_map(directory).values()):
         raise UserError(f"the weights in {directory} are not those that {NAME} was written for", EXPORT_AGAIN)
     fields: dict[str, Any] = {name: QuantSpec(**content["sites"][name]) for name in SPECS}
     fields |= {name: tuple(tensors[f"{name}.{i}"] for i in range(len(online[name]))) for name in HADAMARDS}

