@@ -51,7 +51,6 @@ except ImportError as error:
         f"evaluate.tasks needs lm-evaluation-harness ({error})", "pip install 'dist-spin[lm-eval]'"
     ) from error
 BOOTSTRAP = 1000  # draws for the standard error of a perplexity; that of an accuracy has a closed form
-os.environ["DISABLE_MULTIPROC"] = "1"  # the harness would fork a process with threads, and perhaps CUDA, for the draws
 
 
 @dataclass(frozen=True)
@@ -258,6 +257,8 @@ def measure(
     if missing:
         lm = LayerwiseLM(config, world, files, run, target)
         began = time.monotonic()
+        # The harness would fork a process with threads, and perhaps CUDA, for its draws.
+        os.environ["DISABLE_MULTIPROC"] = "1"
         with hushed():
             results = run_harness(
                 lm,
