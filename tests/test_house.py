@@ -163,7 +163,8 @@ def test_the_floors_drawn_are_those_that_the_linter_holds() -> None:
     assert [floor - {"launch"} for floor in drawn] == held
     standing = {room: number for number, floor in enumerate(reversed(drawn)) for room in floor}
     for room, targets in rooms(modules()).items():
-        assert all(standing[target] < standing[room] for target in targets) or room == "dist_spin", (room, targets)
+        if room != "dist_spin":  # the public `load` in its __init__.py reaches up, when it is called
+            assert [target for target in targets if standing[target] >= standing[room]] == [], room
 
 
 def anchors(page: Path) -> set[str]:
