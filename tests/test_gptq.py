@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from dist_spin.numerics import gptq, quantizer
 from dist_spin.numerics import hessian as hessian_module
 from dist_spin.numerics.gptq import (
     GPTQOptions,
-    gptq_quantize,
     output_errors,
     prepare,
     solve,
@@ -42,6 +42,26 @@ def problem(rows: int, columns: int, dtype: torch.dtype = torch.float64, seed: i
     """A weight and the Hessian of correlated inputs."""
     w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed + 100), dtype=torch.float64)
     return w.to(dtype), hessian_of(correlated_inputs(4 * columns, columns, seed, dtype))
+
+
+class Result(NamedTuple):
+    """A quantised weight and how good it is; errors are tr(E H Eᵀ) / tr(W H Wᵀ) with the undamped H."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    error: float
+    damping: float
+    rtn_error: float  # rounding to nearest on the same scales
+
+
+def gptq_quantize(w: Tensor, hessian: Tensor, options: GPTQOptions) -> Result:
+    """The three calls of the quantize stage for one linear: factor, solve, measure."""
+    factor = prepare(hessian, options)
+    quantized = solve(w, factor, options)
+    error, rtn, reference = output_errors(w, quantized, hessian, options).sum(0).tolist()
+    reference = reference or 1.0  # a zero weight, or one that only meets dead inputs, is reproduced exactly
+    return Result(*quantized, error=error / reference, damping=factor.damping, rtn_error=rtn / reference)
 
 
 # The oracle: one column at a time, the inverse Hessian of the remaining columns updated explicitly (Frantar et al.

@@ -29,6 +29,7 @@ from dist_spin.model.loss import LOGITS_AT_ONCE
 from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
+from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.numerics.gptq import GPTQOptions
 from dist_spin.optimize.sharding.memory_planner import device_bytes_free, layer_bytes
 from dist_spin.pipeline.model import model_dtype
@@ -143,7 +144,7 @@ def check_room(shape: Shape, dtype: torch.dtype, tokens: int, world: World) -> N
     Raises:
         UserError: it does not.
     """
-    wide = torch.promote_types(dtype, torch.float32).itemsize
+    wide = accumulation_dtype(dtype).itemsize
     weights = shape.layers * (layer_bytes(shape, dtype) // dtype.itemsize) + 2 * shape.vocab * shape.hidden
     activations = shape.layers * kept_bytes(shape, tokens, dtype.itemsize, "layer")
     activations += kept_bytes(shape, tokens, dtype.itemsize, "none", compiled=False) + 4 * wide * LOGITS_AT_ONCE

@@ -14,7 +14,9 @@ from dist_spin.errors import UserError
 from dist_spin.evaluate.layerwise_model import LayerwiseModel
 from dist_spin.model.loss import LOGITS_AT_ONCE
 from dist_spin.model.rotated_weights import Head
+from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.runtime.distributed import World, raise_on_any_failure, sum_over_ranks_
+from dist_spin.runtime.host_memory import host_bytes_free
 
 CPU_TOKENS = 4096  # of one batch; caches are small, and an allocation that fails there cannot be caught
 GPU_TOKENS = 1 << 16  # to begin with; halved while memory does not take it
@@ -134,9 +136,7 @@ def resting_place(world: World, wanted: int) -> tuple[torch.device, int]:
         room = int(torch.cuda.mem_get_info(world.device)[0] * DEVICE_SHARE)
         if wanted <= room:
             return world.device, room
-    with open("/proc/meminfo") as lines:
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    return torch.device("cpu"), int(free * HOST_SHARE / world.local_size)
+    return torch.device("cpu"), int(host_bytes_free() * HOST_SHARE / world.local_size)
 
 
 @torch.no_grad()
@@ -178,7 +178,7 @@ def _answers(head: Head, hidden: Tensor, batch: list[Row]) -> Iterator[tuple[int
     line, label = torch.tensor(lines, device=hidden.device), torch.tensor(labels, device=hidden.device)
     at = torch.tensor(list(place), device=hidden.device)
     scored = hidden[at[:, 0], at[:, 1]]  # [positions, h]
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+    wide = accumulation_dtype(hidden.dtype)
     value = torch.empty(len(lines), dtype=wide, device=hidden.device)
     hit = torch.empty(len(lines), dtype=torch.bool, device=hidden.device)
     step = max(1, LOGITS_AT_ONCE // len(head.weight))

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_spin.numerics.dtypes import accumulation_dtype
+
 LOGITS_AT_ONCE = 1 << 26  # fp32 logits that exist at a time (256 MiB); all of [T, vocab] never does
 
 
@@ -48,7 +50,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, teacher: Tensor | None, share: float, needs_grad: bool
     ) -> Tensor:
         batch, T, h = hidden.shape
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+        wide = accumulation_dtype(hidden.dtype)
         flat, labels = hidden[:, :-1].reshape(-1, h), ids[:, 1:].reshape(-1)  # [tokens, h], [tokens]
         target = None if teacher is None else teacher[:, :-1].reshape(-1, h)
         losses = torch.zeros(len(flat), dtype=wide, device=hidden.device)

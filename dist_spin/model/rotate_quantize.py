@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.numerics.quantizer import QuantSpec, fake_quantize, range_gradients, range_quantize
 
 
@@ -101,7 +102,7 @@ class _RotateScaleQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None, Tensor | None, None]:
         x, x_hat, rotation, scale, clip = ctx.saved_tensors
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = accumulation_dtype(x.dtype)
         z, g_q = (x @ rotation).to(wide), (g @ rotation).to(wide)
         if scale is not None:
             s = scale.to(wide).exp()
@@ -128,7 +129,7 @@ def _scale_quantize(y: Tensor, scale: Tensor | None, clip: Tensor | None, spec: 
     ratio = None if clip is None else clip.sigmoid()
     if scale is None:
         return range_quantize(y, spec, ratio)
-    wide = torch.promote_types(y.dtype, torch.float32)
+    wide = accumulation_dtype(y.dtype)
     s = scale.to(wide).exp()
     return (range_quantize(y.to(wide) * s, spec, ratio) / s).to(y.dtype)
 

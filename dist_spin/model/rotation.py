@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dist_spin.model.architecture import Shape
 from dist_spin.model.rotate_quantize import RotationParam
+from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.numerics.hadamard import largest_block
 from dist_spin.numerics.hadamard_transform import hadamard_transform
 from dist_spin.numerics.random_rotations import random_hadamard, random_orthogonal
@@ -57,7 +58,7 @@ class Rotations:
         euclidean: bool = False,
     ) -> None:
         self.euclidean = euclidean
-        master = torch.float64 if compute == torch.float64 else torch.float32
+        master = accumulation_dtype(compute)
         self.r1, self.r2 = (r.to(device, master, copy=True) for r in (r1, r2))
         self._seen1, self._seen2 = self.r1.to(compute, copy=True), self.r2.to(compute, copy=True)
         lie_grads: list[Tensor | None] = [None] * (1 + len(r2))

@@ -13,6 +13,7 @@ from torch import Tensor
 from dist_spin.model.architecture import ATTENTION_NORM, MLP_NORM, Shape
 from dist_spin.model.rotate_quantize import ScaleAndClip
 from dist_spin.model.sites_config import CLIP_SITES
+from dist_spin.numerics.dtypes import accumulation_dtype
 
 FIRST_CUT = (
     0.05  # of the range, when learning starts at 4 bits; each bit more cuts a quarter of it, as of the rounding error
@@ -44,7 +45,7 @@ class Packed:
     """
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], device: torch.device, compute: torch.dtype) -> None:
-        master = torch.float64 if compute == torch.float64 else torch.float32
+        master = accumulation_dtype(compute)
         self.shapes = shapes
         total = sum(math.prod(size) for size in shapes.values())
         self.parameters = torch.zeros(total, dtype=master, device=device)

@@ -32,6 +32,7 @@ from dist_spin.model.rotate_quantize import (
     kept_matmul,
     rotate_quantize,
 )
+from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.numerics.hadamard_transform import kronecker_apply, online_transform
 from dist_spin.numerics.quantizer import QuantSpec, fake_quantize
 
@@ -75,7 +76,7 @@ class WideRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n] normalised over its last dimension, in its own dtype."""
-        wide = x if x.dtype == torch.float64 else x.float()
+        wide = x.to(accumulation_dtype(x.dtype))
         normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
         return normed if self.weight is None else self.weight * normed
 

@@ -24,6 +24,7 @@ from dist_spin.model.architecture import ATTENTION_NORM, MLP_NORM, Shape
 from dist_spin.model.rotate_quantize import RotationParam, kept_matmul, matmul_wide
 from dist_spin.model.sites import DownProjInputQuant, KeySite, OProjInputQuant, ValueSite
 from dist_spin.model.sites_config import Sites
+from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.numerics.quantizer import (
     STAGED_CLIP,
     QuantSpec,
@@ -118,7 +119,7 @@ class FakeQuantLinear(nn.Module):
         self.spec, self.weight = spec, linear.weight
         self.register_parameter("bias", linear.bias)
         rows, width = linear.weight.shape
-        groups, wide = width // (spec.group_size or width), torch.promote_types(linear.weight.dtype, torch.float32)
+        groups, wide = width // (spec.group_size or width), accumulation_dtype(linear.weight.dtype)
 
         def frozen(columns: int, dtype: torch.dtype) -> nn.Parameter:
             return nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=linear.weight.device), False)

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
+from dist_spin.numerics.dtypes import accumulation_dtype
+
 SUMMARY = ("mean", "median", "p99", "max")  # what `summary` keeps of a distribution over tokens
 
 
 def peak_over_rms(x: Tensor) -> Tensor:
     """max |x| / RMS of each token of x [..., n]: 1 for a flat token, sqrt(n) for a single spike; 0 for zeros. [...], fp32."""
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = x.to(accumulation_dtype(x.dtype))
     rms = wide.square().mean(-1).sqrt()
     return torch.where(rms > 0, wide.abs().amax(-1) / rms, 0.0).float()
 

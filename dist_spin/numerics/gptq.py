@@ -97,30 +97,6 @@ class QuantizedWeight(NamedTuple):
     zero: Tensor  # [out, n_groups] integers, same dtype
 
 
-class GPTQResult(NamedTuple):
-    """A `QuantizedWeight` and how good it is; errors are tr(E H Eᵀ) / tr(W H Wᵀ) with the undamped H."""
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
-    error: float
-    damping: float  # fraction of H's mean diagonal; above percdamp if the Cholesky factorisation needed more
-    rtn_error: float  # rounding to nearest on the same scales
-
-
-def gptq_quantize(w: Tensor, hessian: Tensor, options: GPTQOptions) -> GPTQResult:
-    """Quantise w [out, in] against hessian [in, in]; the solve runs in the Hessian's dtype (fp32 or fp64).
-
-    Raises ValueError as `prepare` and `solve` do.
-    """
-    factor = prepare(hessian, options)
-    quantized = solve(w, factor, options)
-    gptq, rtn, reference = output_errors(w, quantized, hessian, options).sum(0).tolist()
-    if reference == 0:  # a zero weight, or one that only meets dead inputs, is reproduced exactly
-        return GPTQResult(*quantized, error=0.0, damping=factor.damping, rtn_error=0.0)
-    return GPTQResult(*quantized, error=gptq / reference, damping=factor.damping, rtn_error=rtn / reference)
-
-
 @torch.no_grad()
 def prepare(hessian: Tensor, options: GPTQOptions) -> Factor:
     """Factor a Hessian [in, in] (fp32 or fp64) once for every linear that shares its input.

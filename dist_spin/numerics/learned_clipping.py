@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.numerics.quantizer import _range, _scale_and_zero, code_range
 
 
@@ -19,7 +20,7 @@ class _ClippedQuantize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, shrink_low: Tensor, shrink_high: Tensor, bits: int, symmetric: bool, even: bool
     ) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = accumulation_dtype(x.dtype)
         low, high = (end.unsqueeze(-1) for end in _range(x))
         clipped = low.to(wide) * shrink_low, high.to(wide) * shrink_high
         scale, zero = _scale_and_zero(*clipped, bits, symmetric)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_spin.numerics.dtypes import accumulation_dtype
+
 UNQUANTIZED_BITS = 16
 ROW_TILE = 128  # rows that are always processed together; work split at its multiples gives bit-identical results
 CLIP_NORM = 2.4  # exponent of the clip search's error (SpinQuant release; between least squares and least maximum)
@@ -88,7 +90,7 @@ def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
 def _compute_dtype(x: Tensor) -> torch.dtype:
     if not x.is_floating_point():
         raise ValueError(f"a quantiser needs floating point input, not {x.dtype}")
-    return torch.promote_types(x.dtype, torch.float32)
+    return accumulation_dtype(x.dtype)
 
 
 def _grouped(x: Tensor, group_size: int) -> Tensor:

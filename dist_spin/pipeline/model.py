@@ -7,6 +7,7 @@ from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 from dist_spin.model.weights import ModelFiles, open_model
+from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.runtime.distributed import on_rank0, raise_on_any_failure
 from dist_spin.runtime.progress import say
 
@@ -18,7 +19,7 @@ def model_dtype(config: RunConfig) -> torch.dtype:
 
 def wide_dtype(config: RunConfig) -> torch.dtype:
     """What layers are learned and Hessians summed in: fp32, or fp64 for an fp64 model."""
-    return torch.promote_types(model_dtype(config), torch.float32)
+    return accumulation_dtype(model_dtype(config))
 
 
 def open_configured_model(config: RunConfig) -> ModelFiles:

@@ -23,6 +23,7 @@ from dist_spin.model.rotation import initial
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.cayley import adam_moments, newton_schulz, retract_rows, tangent
+from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.pipeline.initial_rotations import start_path
 from dist_spin.pipeline.model import model_dtype
 from dist_spin.runtime.distributed import World, on_rank0, raise_on_any_failure
@@ -72,7 +73,7 @@ def fitted(
         some, hidden = sample_rows(LayerTask(index, runner, plain.layer(index), hidden), TOKENS_KEPT, seed)
         rows.append(some)
         progress.advance()
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = accumulation_dtype(dtype)
     r1, before, after = narrowed(start.to(world.device, wide), torch.cat(rows), seed)
     progress.advance(f"square range {before:.3f}, then {after:.3f}")
     return r1.double().cpu(), before, after

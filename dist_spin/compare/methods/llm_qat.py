@@ -22,6 +22,7 @@ from dist_spin.model.layers import LayerRunner
 from dist_spin.model.loss import LOGITS_AT_ONCE
 from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.sites_config import Sites
+from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.numerics.gptq import GPTQOptions
 from dist_spin.numerics.quantizer import QuantSpec, fake_quantize
 
@@ -92,7 +93,7 @@ def divergence(hidden: Tensor, head: Tensor, target: Tensor, target_head: Tensor
 
 
 def _summed(hidden: Tensor, head: Tensor, target: Tensor, target_head: Tensor) -> Tensor:
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+    wide = accumulation_dtype(hidden.dtype)
     log_q = (hidden @ head.T).to(wide).log_softmax(-1)
     with torch.no_grad():
         log_p = (target @ target_head.T).to(wide).log_softmax(-1)
@@ -125,7 +126,7 @@ class Student:
                 if kind == "weight" and role in LAYER_LINEARS and role in options:
                     o = options[role]
                     self.grids[f"{index}.{name}"] = QuantSpec(o.bits, o.symmetric, o.group_size)
-        wide = torch.promote_types(runner.dtype, torch.float32)
+        wide = accumulation_dtype(runner.dtype)
         self.masters = {name: p.detach().to(wide, copy=True) for name, p in self.seen.items()}
         for name, parameter in self.seen.items():
             self.masters[name].grad = torch.zeros_like(self.masters[name])

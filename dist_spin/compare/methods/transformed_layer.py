@@ -28,6 +28,7 @@ from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.sites import QuantizedInputLinear
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import WeightSource
+from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.numerics.kronecker import apply_pair
 from dist_spin.numerics.learned_clipping import clipped_quantize
 from dist_spin.numerics.quantizer import QuantSpec, fake_quantize
@@ -75,7 +76,7 @@ class Front(nn.Module):
             return x
         if self.shrink is None:
             return fake_quantize(x, s)
-        shrink = self.shrink.to(torch.promote_types(x.dtype, torch.float32))
+        shrink = self.shrink.to(accumulation_dtype(x.dtype))
         return clipped_quantize(x, (shrink[0], shrink[1]), s.bits, s.symmetric, s.group_size)
 
 
@@ -196,7 +197,7 @@ class TransformedRunner(LayerRunner):
 
     def attach(self, layer: nn.Module, index: int, sites: Sites) -> None:
         """Put a layer's sites into it, in place."""
-        dtype = torch.promote_types(self.dtype, torch.float32)
+        dtype = accumulation_dtype(self.dtype)
         state = {n: t.to(self.device, dtype if t.is_floating_point() else None) for n, t in self.states(index).items()}
         attention: Any = layer.self_attn
         mlp: Any = layer.mlp
