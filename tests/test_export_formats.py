@@ -8,7 +8,7 @@ from exported import NO_HAD, exported, make_run, settings
 
 import dist_spin
 from dist_spin.cli import main
-from dist_spin.config.quantize import ExportConfig
+from dist_spin.config.export import ExportConfig
 from dist_spin.export.formats import FORMATS
 from dist_spin.export.sidecar import NAME, _checksum, read_description
 
