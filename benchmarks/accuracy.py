@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dist_spin.cli import quieten_libraries
 from dist_spin.config.loader import load_config
 from dist_spin.evaluate.stage import evaluate
 from dist_spin.optimize.train import train
 from dist_spin.quantize.stage import quantize
+from dist_spin.runtime.console import Console, quieten_libraries, shown_on
 from dist_spin.runtime.distributed import World, start, stop
 from dist_spin.storage.atomic import read_lines
 from dist_spin.storage.run_directory import run_dir
@@ -146,4 +146,5 @@ def one(options: argparse.Namespace, world: World, name: str, seed: int, again: 
 
 
 if __name__ == "__main__":
-    main()
+    with shown_on(Console(sys.stderr)):
+        main()

@@ -10,17 +10,18 @@ import argparse
 import json
 import math
 import shutil
+import sys
 import time
 from pathlib import Path
 
 import torch
 
-from dist_spin.cli import quieten_libraries
 from dist_spin.config.loader import load_config
 from dist_spin.evaluate.stage import evaluate
 from dist_spin.model.rotation import initial
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.quantize.stage import quantize
+from dist_spin.runtime.console import Console, quieten_libraries, shown_on
 from dist_spin.runtime.distributed import start, stop
 from dist_spin.storage.rotations import save_final
 from dist_spin.storage.run_directory import LEARNED, RunDir
@@ -76,4 +77,5 @@ def losses(run: RunDir, row: dict[str, object]) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    with shown_on(Console(sys.stderr)):
+        main()

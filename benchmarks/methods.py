@@ -9,11 +9,11 @@ done again.
 import argparse
 import dataclasses
 import math
+import sys
 import time
 
 import torch
 
-from dist_spin.cli import quieten_libraries
 from dist_spin.compare.method_variants import METHODS, learn, method_variant
 from dist_spin.config.loader import load_config
 from dist_spin.config.run import RunConfig
@@ -25,6 +25,7 @@ from dist_spin.pipeline.fingerprints import layer_identity
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.pipeline.variants import Variant, build_variant, calibration_tokens
 from dist_spin.quantize.stage import QuantizeJob, quantize_range
+from dist_spin.runtime.console import Console, quieten_libraries, shown_on
 from dist_spin.runtime.distributed import World, start, stop
 from dist_spin.runtime.progress import say
 from dist_spin.runtime.signals import StopRequest
@@ -99,4 +100,5 @@ def show(row: tuple[str, str, float, list[float]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with shown_on(Console(sys.stderr)):
+        main()

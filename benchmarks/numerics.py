@@ -8,14 +8,15 @@ Both learn R from the same start and data; both rotations are then measured in t
 import argparse
 import math
 import statistics
+import sys
 from pathlib import Path
 
 import torch
 
-from dist_spin.cli import quieten_libraries
 from dist_spin.config.loader import load_config
 from dist_spin.evaluate.stage import evaluate
 from dist_spin.optimize.train import train
+from dist_spin.runtime.console import Console, quieten_libraries, shown_on
 from dist_spin.runtime.distributed import start, stop
 from dist_spin.storage.run_directory import run_dir
 
@@ -64,4 +65,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with shown_on(Console(sys.stderr)):
+        main()

@@ -9,15 +9,16 @@ mean difference of the windows' losses with its standard error: the figures of d
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
 import torch
 
-from dist_spin.cli import quieten_libraries
 from dist_spin.config.loader import load_config
 from dist_spin.evaluate.stage import evaluate
 from dist_spin.optimize.train import train
 from dist_spin.quantize.stage import quantize
+from dist_spin.runtime.console import Console, quieten_libraries, shown_on
 from dist_spin.runtime.distributed import start, stop
 
 
@@ -67,4 +68,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with shown_on(Console(sys.stderr)):
+        main()

@@ -1,357 +1,314 @@
-"""The command line: parse, build, call one stage.
+"""The command line: a verb, its options, and settings of the run; nothing is computed here.
 
 dist-spin run configs/quickstart.yaml optimize.steps=20
 torchrun --nproc_per_node 2 -m dist_spin optimize configs/quickstart.yaml
+
+Everything that a verb needs is imported when it is used, so that help and mistakes answer at once.
 """
 
-import importlib
-import json
+import argparse
 import os
-import socket
 import sys
-import typing
+from argparse import SUPPRESS
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from dist_spin.config.export import ExportConfig
+from dist_spin import command
 from dist_spin.config.help import config_help
-from dist_spin.config.loader import load_config
-from dist_spin.config.run import RunConfig
-from dist_spin.errors import EXIT_HANG, EXIT_OK, UserError, out_of_memory
-from dist_spin.model.checkpoint_headers import check_model_path
-from dist_spin.runtime.progress import where
+from dist_spin.errors import EXIT_OK, EXIT_PIPE, RankLost, UserError, out_of_memory
+from dist_spin.runtime.console import Console, shown_on
 
-VERBS = {
-    "run": "learn rotations, quantise, measure: every stage, on this machine",
-    "optimize": "learn the rotations",
-    "quantize": "merge the rotations and quantise the weights",
-    "evaluate": "measure perplexity",
-    "export": "write the model for another program: hf, compressed-tensors, gguf or executorch",
-    "compare": "measure RTN, GPTQ, SmoothQuant, QuaRot, SpinQuant and ours at several bit widths: the table",
-    "report": "write report.html and report.md: tables and pictures of a run, finished or not",
-    "plot": "one figure of a run as PNG or SVG; names them if none is given",
-    "generate": "let the full-precision and the quantised model continue a text",
-    "chat": "ask both models on standard input",
-    "submit": "hand every missing stage to a cluster as jobs that wait for each other",
-    "status": "show where a run stands",
-    "logs": "show the end of everything a run's jobs printed",
-    "cancel": "end a run's jobs; they save first",
-    "bench": "time a stage on this machine's devices: bench optimize SHAPE, bench quantize --shape 8b, bench inference SHAPE",
+BENCHES = {
+    "optimize": "seconds per step of rotation learning, on random weights of a real shape",
+    "quantize": "seconds per decoder layer of GPTQ",
+    "inference": "what rotation costs and fewer bits gain on low-bit kernels",
+    "scaling": "step times on several numbers of GPUs, beside a model that predicts others",
 }
-STAGES = {
-    "optimize": "dist_spin.optimize.train:train",
-    "quantize": "dist_spin.quantize.stage:quantize",
-    "evaluate": "dist_spin.evaluate.stage:evaluate",
-    "export": "dist_spin.export.stage:export",
-    "compare": "dist_spin.compare.stage:compare",
-    "report": "dist_spin.report.stage:report",
-}
-USAGE = """usage: dist-spin VERB CONFIG.yaml [key.sub=value ...]
-       dist-spin quantize CONFIG.yaml [--layers A:B | --boundaries] [key.sub=value ...]
-       dist-spin quantize CONFIG.yaml --cluster local|slurm|submitit-local|debug [--workers N] [--retries N]
-                          [--slurm key=value ...] [key.sub=value ...]
-       dist-spin export RUN|CONFIG.yaml --format hf|compressed-tensors|gguf|executorch [--output DIR] [key.sub=value ...]
-       dist-spin report CONFIG.yaml [key.sub=value ...]       # measures the activations first
-       dist-spin report RUN                                   # from the run's files alone
-       dist-spin plot RUN [FIGURE [-o FILE.png|FILE.svg] [--dark]]
-       dist-spin generate RUN "TEXT" [--tokens N]
-       dist-spin chat RUN [--tokens N]
-       dist-spin submit CONFIG.yaml --cluster slurm|local|debug [--slurm key=value ...] [key.sub=value ...]
-       dist-spin status RUN [--json] [--watch]
-       dist-spin logs RUN
-       dist-spin cancel RUN"""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What a verb does, the function that does it, and what it takes from the command line."""
+
+    what: str
+    function: str  # "module:function", imported when the verb is used
+    call: Callable[[command.Command], int]  # how that function is called
+    options: Callable[["Parser"], object] = lambda parser: None
+    reads: tuple[str, ...] = ()  # groups of settings
+    takes: str = ""  # what follows the verb, where it is no option
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the process's exit code (see `dist_spin.errors`)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _main(words)
+        code = _main(words)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # What is still in the buffers goes nowhere, or the interpreter would complain of it on its way out.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        return EXIT_PIPE
+
+
+def _main(words: list[str]) -> int:
+    try:
+        return _run_verb(words)
+    except SystemExit as left:  # argparse, once it has printed help
+        return int(left.code or 0)
     except Exception as error:
         mistake = error if isinstance(error, UserError) else out_of_memory(error)
         if mistake is None:
             raise
     if not mistake.shared or os.environ.get("RANK", "0") == "0":
         print(f"dist-spin: {mistake}", file=sys.stderr, flush=True)
+    if isinstance(mistake, RankLost):
+        sys.stdout.flush()
+        os._exit(mistake.exit_code)  # the process group cannot be left in order any more
     return mistake.exit_code
 
 
-def _main(words: list[str]) -> int:
-    verb = words[0] if words else "--help"
-    if verb in ("--help", "-h", "help"):
-        print(f"{USAGE}\n\nverbs:\n" + "\n".join(f"  {name:10}{what}" for name, what in VERBS.items()))
-        print("\n`dist-spin VERB --help` lists every setting.")
-        return EXIT_OK
-    if verb not in VERBS:
-        raise UserError(f"there is no verb '{verb}'", f"use one of {', '.join(VERBS)}")
-    rest = words[1:]
-    if verb == "bench":
-        return _bench(rest)
-    if "--help" in rest or "-h" in rest:
-        print(f"dist-spin {verb}: {VERBS[verb]}\n{USAGE}\n\n{config_help()}")
-        return EXIT_OK
-    if verb == "status":
-        return _status(rest)
-    if verb in ("logs", "cancel"):
-        return _jobs(verb, rest)
-    if verb == "submit":
-        return _submit(rest)
-    if verb == "plot":
-        return _plot(rest)
-    if verb in ("generate", "chat"):
-        return _speak(verb, rest)
-    if verb == "report" and rest and Path(rest[0]).is_dir():
-        return _report(rest)
-    if verb == "quantize":
-        return _quantize(rest)
-    if verb == "export":
-        return _export(rest)
-    path = _config_path(rest)
-    config = _settings(path, rest)
-    if verb == "run":
-        check_model_path(config.model.path, dummy=config.model.dummy_weights)
-        return _load("dist_spin.launch.local_pipeline:run_stages")(
-            ([path] if path else []) + rest, config.distributed.nproc
-        )
-    return _stage(verb, config)
+def _run_verb(words: list[str]) -> int:
+    name = next((word for word in words if not word.startswith("-")), None)
+    if name == "help":  # `help VERB` is `VERB --help`
+        words = [*words[: words.index("help")], *words[words.index("help") + 1 :], "--help"]
+        name = next((word for word in words if not word.startswith("-")), None)
+    if name is not None and name not in VERBS:
+        raise UserError(f"there is no verb '{name}'", f"use one of {', '.join(VERBS)}", shared=True)
+    options, rest = _parser().parse_known_args(words if name else ["--help"])
+    quiet, verbose = (getattr(options, flag, False) for flag in ("quiet", "verbose"))
+    console = Console(sys.stderr, int(os.environ.get("RANK", "0")), quiet=quiet, verbose=verbose)
+    verb = VERBS[options.verb]
+    with shown_on(console):
+        return verb.call(command.Command(options.verb, verb.function, options, rest, console))
 
 
-def _load(name: str) -> Callable[..., Any]:
-    module, _, function = name.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return found
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are UserErrors, and whose help ends with the settings that are read."""
+
+    def __init__(self, *, reads: tuple[str, ...] = (), late: str = "", **options: Any) -> None:
+        """reads: groups of settings. late: "module:function" that adds more arguments when the parser is used."""
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.reads, self.late = reads, late
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, after the late arguments were added."""
+        if self.late:
+            command.load(self.late)(self)
+            self.late = ""
+        return super().parse_known_args(args, namespace)
+
+    def format_help(self) -> str:
+        """As argparse's, then the settings."""
+        return super().format_help() + (f"\n{config_help(self.reads)}" if self.reads else "")
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print."""
+        verb = self.prog.removeprefix("dist-spin ")
+        raise UserError(f"{verb}: {message}", f"`{self.prog} --help` says what it takes", shared=True)
 
 
-def _config_path(rest: list[str]) -> str | None:
-    """Take the configuration file off the front of the words, if one is given."""
-    return rest.pop(0) if rest and "=" not in rest[0] and not rest[0].startswith("--") else None
+class _HelpAll(argparse.Action):
+    """Prints help with every setting."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(f"{argparse.ArgumentParser.format_help(parser)}\n{config_help()}", end="")
+        raise SystemExit(EXIT_OK)
 
 
-def _settings(path: str | None, overrides: list[str]) -> RunConfig:
-    try:
-        return load_config(path, overrides)
-    except UserError as error:
-        raise error.as_shared() from None  # every rank reads the same settings
+def _parser() -> Parser:
+    everywhere = argparse.ArgumentParser(add_help=False)
+    for name, meaning in command.EVERYWHERE.items():
+        everywhere.add_argument(f"--{name}", action="store_true", default=SUPPRESS, help=meaning)
+    table = "\n".join(f"  {name:10}{verb.what}" for name, verb in VERBS.items())
+    epilog = f"verbs:\n{table}\n\n`dist-spin VERB --help` explains a verb and lists the settings that it reads."
+    common: dict[str, Any] = {"parents": [everywhere], "allow_abbrev": False}  # --name VALUE sets `name`, not --names
+    parser = Parser(prog="dist-spin", usage="dist-spin VERB ...", epilog=epilog, **common)
+    verbs = parser.add_subparsers(dest="verb", prog="dist-spin", help=SUPPRESS, required=True)
+    for name, verb in VERBS.items():
+        usage = f"dist-spin {name} {verb.takes} [options]" if verb.takes else None
+        own = verbs.add_parser(name, usage=usage, description=verb.what, reads=verb.reads, **common)
+        if verb.reads:
+            own.add_argument("--help-all", action=_HelpAll, nargs=0, help="as --help, with every setting there is")
+        verb.options(own)
+    return parser
 
 
-def _quantize(rest: list[str]) -> int:
-    """`quantize` in this process, one job of it, or all of its jobs in parallel."""
-    boundaries = "--boundaries" in rest
-    rest = [word for word in rest if word != "--boundaries"]
-    layers, cluster, workers, retries = (
-        next(reversed(_option(rest, name)), None) for name in ("--layers", "--cluster", "--workers", "--retries")
-    )
-    scheduler = _option(rest, "--slurm")
-    path = _config_path(rest)
-    config = _settings(path, rest)
-    if cluster is None:
-        for name, given in (("--workers", workers), ("--retries", retries), ("--slurm", scheduler)):
-            if given:
-                raise UserError(f"{name} is for a fan-out", "add --cluster local (or slurm)")
-        return _stage("quantize", config, layers=_range(layers), hidden_states_only=boundaries)
-    if layers or boundaries:
-        raise UserError("--layers and --boundaries are single jobs, which --cluster starts itself", "leave one out")
-    quieten_libraries()
-    return _load("dist_spin.launch.fanout:fan_out")(
-        ([path] if path else []) + rest,
-        config,
-        cluster,
-        workers=_count("--workers", workers, 0),
-        retries=_count("--retries", retries, 3),
-        scheduler=scheduler,
-    )
-
-
-def _export(rest: list[str]) -> int:
-    """`export` of a run's directory, with the settings in it, or of the run that a configuration names."""
-    formats = typing.get_args(ExportConfig.__annotations__["target"])[1:]  # all but "none"
-    target, output = (next(reversed(_option(rest, name)), None) for name in ("--format", "--output"))
-    path = _config_path(rest)
-    if path and Path(path).is_dir():
-        run = Path(path).resolve()  # wherever it was moved to since
-        path, rest = str(run / "config.yaml"), [f"output_dir={run.parent}", f"name={run.name}", *rest]
-    config = _settings(path, rest)
-    chosen = target or config.export.target
-    if chosen not in formats:
-        raise UserError(f"there is no export format {chosen!r}", f"give --format {'|'.join(formats)}")
-    return _stage("export", config, target=chosen, output=Path(output) if output else None)
-
-
-def _option(rest: list[str], name: str) -> list[str]:
-    """Take every `NAME VALUE` and `NAME=VALUE` out of the words; the values."""
-    values = []
-    while (at := next((i for i, word in enumerate(rest) if word.partition("=")[0] == name), None)) is not None:
-        word = rest.pop(at)
-        if "=" in word:
-            values.append(word.partition("=")[2])
-        elif at < len(rest):
-            values.append(rest.pop(at))
-        else:
-            raise UserError(f"{name} is given no value", f"write {name} VALUE")
-    return values
-
-
-def _count(name: str, text: str | None, default: int) -> int:
-    if text is None:
-        return default
+def _count(text: str) -> int:
     if not text.isdigit():
-        raise UserError(f"{name} is {text!r}", "give a whole number")
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
     return int(text)
 
 
-def _range(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
+def _layers(text: str) -> tuple[int, int]:
     start, _, stop = text.partition(":")
     if not (start.isdigit() and stop.isdigit()):
-        raise UserError(f"--layers is {text!r}", "write A:B for layers A to B-1, such as 0:10")
+        raise argparse.ArgumentTypeError(f"{text!r} is not A:B, which means layers A to B-1, such as 0:10")
     return int(start), int(stop)
 
 
-def _stage(verb: str, config: RunConfig, **options: Any) -> int:
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # several ranks agree on it when they open the model
-        check_model_path(config.model.path, dummy=config.model.dummy_weights)
-    quieten_libraries()
-    # Imported late, so that --help and mistakes in the configuration answer at once.
-    import torch.distributed as dist
-
-    from dist_spin.pipeline.stage_context import writing
-    from dist_spin.runtime.distributed import start, stop
-
-    # By name, so that no verb waits for, or needs, what only another one imports.
-    stage: Callable[..., Any] = _load(STAGES[verb])
-    timeout = config.distributed.timeout_s
-    alone = verb == "compare" and config.compare.parallel == "rows"
-    world = start(config.distributed.device, timeout, config.distributed.threads, alone=alone)
-    layers = options.get("layers")
-    part = "boundaries" if options.get("hidden_states_only") else options.get("target", "")
-    part = f"{layers[0]}-{layers[1]}" if layers else part
-    part = f"{socket.gethostname()}-{os.getpid()}" if alone else part
-    try:
-        with writing(config, world, verb, part):
-            stage(config, world, **options)
-    except (dist.DistBackendError, dist.DistNetworkError, RuntimeError) as error:
-        if "imed out" not in str(error) and "Connection" not in str(error) and "connection" not in str(error):
-            raise
-        first = str(error).strip().splitlines()[0][:200]
-        print(
-            f"dist-spin: rank {world.rank} of {world.size} on {socket.gethostname()}: no answer from another rank within "
-            f"{timeout} s at {where()} ({first}); start again to resume",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(EXIT_HANG)  # the process group cannot be left in order any more
-    finally:
-        stop()
-    return EXIT_OK
+def _run_options(parser: Parser) -> None:
+    parser.add_argument("path", metavar="RUN", type=Path, help="a run's directory")
 
 
-def _bench(rest: list[str]) -> int:
-    quieten_libraries()
-    from dist_spin.bench import inference, optimize, quantize, scaling
-
-    benches = {
-        "optimize": optimize.main,
-        "quantize": quantize.main,
-        "inference": inference.main,
-        "scaling": scaling.main,
-    }
-    if rest in (["--help"], ["-h"]):
-        print("dist-spin bench " + "|".join(benches) + " --help explains each")
-        return EXIT_OK
-    if not rest or rest[0] not in benches:
-        raise UserError(
-            f"bench takes one of {', '.join(benches)}",
-            "dist-spin bench optimize configs/shapes/llama-3-8b, or bench quantize --shape 8b",
-        )
-    return benches[rest[0]](rest[1:])
+def _scheduler_options(parser: Parser) -> None:
+    meaning = "a setting of sbatch, such as partition=gpu; may be given several times"
+    parser.add_argument("--slurm", metavar="key=value", action="append", default=[], help=meaning)
 
 
-def quieten_libraries() -> None:
-    """Leave the terminal to our own progress: transformers draws bars, torchao tells of libraries for other devices."""
-    import logging
-
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-
-def _submit(rest: list[str]) -> int:
-    cluster = (_option(rest, "--cluster") or ["slurm"])[-1]
-    scheduler = _option(rest, "--slurm")
-    path = _config_path(rest)
-    config = load_config(path, rest)
-    quieten_libraries()
-    return _load("dist_spin.launch.slurm_pipeline:submit")(([path] if path else []) + rest, config, cluster, scheduler)
+def _quantize_options(parser: Parser) -> None:
+    parser.add_argument("--layers", metavar="A:B", type=_layers, help="only layers A to B-1: whole jobs' ranges")
+    meaning = "only store the hidden states that later ranges of layers start from"
+    parser.add_argument("--hidden-states", action="store_true", help=meaning)
+    parser.add_argument("--boundaries", dest="hidden_states", action="store_true", help=SUPPRESS)  # its name of old
+    clusters = ("local", "slurm", "submitit-local", "debug")
+    parser.add_argument("--cluster", choices=clusters, help="run all jobs in parallel: on this machine, or by submitit")
+    parser.add_argument("--workers", metavar="N", type=_count, help="jobs at a time; default: one per GPU or core")
+    meaning = "how often a job may fail in a row without finishing a layer (default: 3)"
+    parser.add_argument("--retries", metavar="N", type=_count, help=meaning)
+    _scheduler_options(parser)
 
 
-def _run_directory(verb: str, rest: list[str], flags: tuple[str, ...] = ()) -> Path:
-    paths = [word for word in rest if not word.startswith("--")]
-    if len(paths) != 1 or not set(rest) <= {*paths, *flags}:
-        what = f"{verb} takes one run directory, not {' '.join(rest) or 'nothing'}"
-        raise UserError(what, f"dist-spin {verb} runs/NAME {' '.join(f'[{flag}]' for flag in flags)}".strip())
-    return Path(paths[0])
+def _export_options(parser: Parser) -> None:
+    parser.add_argument("--format", metavar="|".join(command.FORMATS), help="default: export.target")
+    parser.add_argument("--output", metavar="DIR", type=Path, help="default: export/FORMAT in the run's directory")
 
 
-def _status(rest: list[str]) -> int:
-    from dist_spin.report.status import status, status_text, watch
-
-    path = _run_directory("status", rest, ("--json", "--watch"))
-    show = (lambda figures: json.dumps(figures, indent=1)) if "--json" in rest else status_text
-    if "--watch" in rest:
-        watch(path, show)
-    else:
-        print(show(status(path)))
-    return EXIT_OK
+def _submit_options(parser: Parser) -> None:
+    meaning = "slurm, or this machine in the background (local) or in this process (debug)"
+    parser.add_argument("--cluster", choices=("slurm", "local", "debug"), default="slurm", help=meaning)
+    _scheduler_options(parser)
 
 
-def _report(rest: list[str]) -> int:
-    quieten_libraries()
-    from dist_spin.report.stage import write_report
-
-    write_report(_run_directory("report", rest))
-    return EXIT_OK
-
-
-def _plot(rest: list[str]) -> int:
-    quieten_libraries()
-    from dist_spin.report.plot import plot
-
-    dark = "--dark" in rest
-    rest = [word for word in rest if word != "--dark"]
-    target = next(reversed(_option(rest, "-o")), None)
-    if not 1 <= len(rest) <= 2 or any(word.startswith("-") for word in rest):
-        raise UserError(
-            f"plot does not take {' '.join(rest) or 'nothing'}", "dist-spin plot runs/NAME [FIGURE] [-o FILE]"
-        )
-    plot(Path(rest[0]), rest[1] if len(rest) > 1 else "", target, "dark" if dark else "light")
-    return EXIT_OK
+def _plot_options(parser: Parser) -> None:
+    _run_options(parser)
+    parser.add_argument("name", metavar="FIGURE", nargs="?", help="default: list the figures")
+    parser.add_argument("-o", dest="target", metavar="FILE", help="FILE.png or FILE.svg; default: FIGURE.png")
+    parser.add_argument("--dark", dest="theme", action="store_const", const="dark", help="light text on black, for PNG")
 
 
-def _speak(verb: str, rest: list[str]) -> int:
-    quieten_libraries()
-    from dist_spin.evaluate.generate import TOKENS, chat, generate
+def _generate_options(parser: Parser) -> None:
+    _run_options(parser)
+    parser.add_argument("prompt", metavar="TEXT", nargs="?", help="what both models continue")
+    parser.add_argument("--tokens", metavar="N", type=_count, help="of one answer (default: 64)")
 
-    tokens = _count(
-        "--tokens", next(reversed(_option(rest, "--tokens")), None), 4 * TOKENS if verb == "chat" else TOKENS
+
+def _chat_options(parser: Parser) -> None:
+    _run_options(parser)
+    parser.add_argument("--tokens", metavar="N", type=_count, help="of one answer (default: 256)")
+
+
+def _status_options(parser: Parser) -> None:
+    _run_options(parser)
+    parser.add_argument("--json", dest="as_json", action="store_true", help="figures for programs")
+    parser.add_argument(
+        "--watch", dest="watching", action="store_true", help="again and again, until results are there"
     )
-    if len(rest) != (2 if verb == "generate" else 1):
-        example = 'dist-spin generate runs/NAME "some text"' if verb == "generate" else "dist-spin chat runs/NAME"
-        raise UserError(f"{verb} does not take {' '.join(rest) or 'nothing'}", example)
-    if verb == "chat":
-        chat(Path(rest[0]), tokens)
-    else:
-        generate(Path(rest[0]), rest[1], tokens)
-    return EXIT_OK
 
 
-def _jobs(verb: str, rest: list[str]) -> int:
-    from dist_spin.report.status import cancel, logs
+def _bench_options(parser: Parser) -> None:
+    benches = parser.add_subparsers(dest="bench", metavar="BENCH", required=True)
+    for name, meaning in BENCHES.items():
+        more: dict[str, Any] = {}
+        if name == "optimize":
+            usage = f"{parser.prog} optimize SHAPE [key.sub=value ...] [options]"
+            more = {"reads": VERBS["optimize"].reads, "usage": usage, "allow_abbrev": False}
+        late = f"dist_spin.bench.{name}:add_arguments"
+        benches.add_parser(name, help=meaning, description=meaning, late=late, **more)
 
-    path = _run_directory(verb, rest)
-    print(logs(path) if verb == "logs" else cancel(path))
-    return EXIT_OK
+
+CONFIG = "CONFIG.yaml [key.sub=value ...]"
+MODEL = ("model", "rotation", "quant")
+VERBS = {
+    "run": Verb(
+        "learn rotations, quantise, measure: every stage, on this machine",
+        "dist_spin.launch.local_pipeline:run_stages",
+        command.call_run,
+        reads=(*MODEL, "optimize", "quantize", "evaluate", "export", "report", "distributed"),
+        takes=CONFIG,
+    ),
+    "optimize": Verb(
+        "learn the rotations",
+        "dist_spin.optimize.train:train",
+        command.call_stage,
+        reads=(*MODEL, "optimize", "export", "report", "distributed"),
+        takes=CONFIG,
+    ),
+    "quantize": Verb(
+        "merge the rotations and quantise the weights",
+        "dist_spin.quantize.stage:quantize",
+        command.call_quantize,
+        _quantize_options,
+        (*MODEL, "quantize", "export", "distributed"),
+        CONFIG,
+    ),
+    "evaluate": Verb(
+        "measure perplexity and zero-shot tasks",
+        "dist_spin.evaluate.stage:evaluate",
+        command.call_stage,
+        reads=(*MODEL, "quantize", "evaluate", "export", "distributed"),
+        takes=CONFIG,
+    ),
+    "export": Verb(
+        "write the model for another program: hf, compressed-tensors, gguf or executorch",
+        "dist_spin.export.stage:export",
+        command.call_export,
+        _export_options,
+        (*MODEL, "quantize", "export", "distributed"),
+        f"RUN|{CONFIG}",
+    ),
+    "compare": Verb(
+        "measure RTN, GPTQ, SmoothQuant, QuaRot, SpinQuant and ours at several bit widths: the table",
+        "dist_spin.compare.stage:compare",
+        command.call_stage,
+        reads=(*MODEL, "optimize", "quantize", "methods", "evaluate", "compare", "report", "distributed"),
+        takes=CONFIG,
+    ),
+    "report": Verb(
+        "write report.html and report.md: tables and pictures of a run, finished or not",
+        "dist_spin.report.stage:report",
+        command.call_report,
+        reads=(*MODEL, "quantize", "report", "distributed"),
+        takes=f"RUN|{CONFIG}",
+    ),
+    "plot": Verb(
+        "one figure of a run as PNG or SVG; names them if none is given",
+        "dist_spin.report.plot:plot",
+        command.call_on_run,
+        _plot_options,
+    ),
+    "generate": Verb(
+        "let the full-precision and the quantised model continue a text",
+        "dist_spin.evaluate.generate:generate",
+        command.call_on_run,
+        _generate_options,
+    ),
+    "chat": Verb(
+        "ask both models on standard input", "dist_spin.evaluate.generate:chat", command.call_on_run, _chat_options
+    ),
+    "submit": Verb(
+        "hand every missing stage to a cluster as jobs that wait for each other",
+        "dist_spin.launch.slurm_pipeline:submit",
+        command.call_submit,
+        _submit_options,
+        (*MODEL, "optimize", "quantize", "evaluate", "export", "report", "distributed"),
+        CONFIG,
+    ),
+    "status": Verb(
+        "show where a run stands", "dist_spin.report.status:show_status", command.call_on_run, _status_options
+    ),
+    "logs": Verb(
+        "show the end of everything a run's jobs printed",
+        "dist_spin.report.status:logs",
+        command.call_on_run,
+        _run_options,
+    ),
+    "cancel": Verb(
+        "end a run's jobs; they save first", "dist_spin.report.status:cancel", command.call_on_run, _run_options
+    ),
+    "bench": Verb("time a stage on this machine's devices", "", command.call_bench, _bench_options),
+}

@@ -13,6 +13,7 @@ EXIT_NUMERICS = 3  # NaN or infinite loss: the last good checkpoint is kept
 EXIT_HANG = 4  # a collective timed out: another rank died or hangs; start again to resume
 EXIT_MEMORY = 5  # a GPU ran out of memory: settings that take less, or another moment where others use it too
 EXIT_INTERRUPTED = 75  # stopped by a signal after saving (EX_TEMPFAIL): the same command continues
+EXIT_PIPE = 141  # whoever read our output has left (`| head`): 128 + SIGPIPE, as a shell says of its own tools
 
 
 class UserError(Exception):
@@ -45,6 +46,12 @@ class Interrupted(UserError):
 
     exit_code = EXIT_INTERRUPTED
     shared = True
+
+
+class RankLost(UserError):
+    """Another rank did not answer in time, or its connection broke; the process group cannot be used any more."""
+
+    exit_code = EXIT_HANG
 
 
 class OutOfMemory(UserError):

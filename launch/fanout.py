@@ -14,7 +14,7 @@ from dist_spin.config.run import RunConfig
 from dist_spin.errors import EXIT_INTERRUPTED, EXIT_NUMERICS, EXIT_OK, EXIT_USER, UserError
 from dist_spin.quantize.stage import QuantizeJob, prepare_jobs
 from dist_spin.runtime import distributed
-from dist_spin.runtime.progress import Progress, say
+from dist_spin.runtime.progress import Progress, warn
 from dist_spin.runtime.signals import STOPPING
 from dist_spin.storage.run_directory import RunDir, run_dir
 
@@ -66,10 +66,10 @@ def fan_out(
         with SignalForwarder(executor) as signals:
             tasks = open_tasks(quantize_jobs)
             if any(task.layers.start for task in tasks):
-                run_tasks([Task(["--boundaries"], range(0))], executor, quantize_jobs, retries, signals)
+                run_tasks([Task(["--hidden-states"], range(0))], executor, quantize_jobs, retries, signals)
             run_tasks(tasks, executor, quantize_jobs, retries, signals)
         if signals.name:
-            say(f"dist-spin: stopped by {signals.name}; the same command continues")
+            warn(f"dist-spin: stopped by {signals.name}; the same command continues")
             return EXIT_INTERRUPTED
         if unfinished := [
             task.name
@@ -160,7 +160,7 @@ def run_tasks(
                 failure = failure or f"job {task.name} {ending}"
                 executor.stop()
             elif not signals.name:
-                say(f"job {task.name} {ending}; starting it again")
+                warn(f"job {task.name} {ending}; starting it again")
                 queued.insert(0, task)
         latest = finished_count(quantize_jobs, all_layers)
         while done < latest:

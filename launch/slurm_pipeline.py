@@ -21,7 +21,7 @@ from dist_spin.pipeline.export_limits import check_export_target
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.quantize.stage import layer_ranges_of, prepare_jobs
 from dist_spin.runtime import distributed
-from dist_spin.runtime.progress import say
+from dist_spin.runtime.progress import say, warn
 from dist_spin.runtime.slurm import JobState, cancel_jobs, job_states
 from dist_spin.storage.atomic import read_lines
 from dist_spin.storage.locks import Lock
@@ -140,7 +140,7 @@ def _submit_slurm(arguments: list[str], config: RunConfig, run: RunDir, schedule
     if wanted:
         before = optimize
         if wanted[-1][0] > 0:  # ranges that begin inside the model start from stored hidden states
-            before = active.get("boundaries") or submitter.stage("boundaries", [["--boundaries"]], optimize)
+            before = active.get("boundaries") or submitter.stage("boundaries", [["--hidden-states"]], optimize)
         quantize = quantize + submitter.stage("quantize", [["--layers", f"{a}:{b}"] for a, b in wanted], before)
     before = quantize or optimize
     for stage, complete in (
@@ -213,4 +213,4 @@ def warn_of_stuck(states: dict[str, JobState]) -> None:
     """Say it if a job waits for something that will not come by itself."""
     for job, state in states.items():
         if state.reason in REMEDIES:
-            say(f"dist-spin: job {job} waits ({state.reason}); {REMEDIES[state.reason]}, after `dist-spin cancel`")
+            warn(f"dist-spin: job {job} waits ({state.reason}); {REMEDIES[state.reason]}, after `dist-spin cancel`")

@@ -93,7 +93,7 @@ def test_help_lists_verbs_and_explains_every_setting(capsys):
     text = capsys.readouterr().out
     assert all(f"\n  {verb} " in text for verb in VERBS)
     for verb in ("run", "optimize", "quantize", "evaluate"):
-        assert main([verb, "--help"]) == 0
+        assert main([verb, "--help-all"]) == 0
         text = capsys.readouterr().out
         for group, settings in vars(load_config(None, ["model.path=x"])).items():
             names = [f"{group}.{name}" for name in vars(settings)] if hasattr(settings, "__dict__") else [group]

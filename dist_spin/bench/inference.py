@@ -37,9 +37,8 @@ from dist_spin.storage.atomic import write_json
 PLAIN = "none"
 
 
-def main(arguments: list[str]) -> int:
-    """The command line of `dist-spin bench inference`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="dist-spin bench inference", description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `dist-spin bench inference`."""
     parser.add_argument("shape", help="directory with a config.json")
     parser.add_argument(
         "--kernels", default=",".join(KERNELS), help=f"of {', '.join(KERNELS)}; bf16 is always measured"
@@ -65,7 +64,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="auto: on a GPU")
     parser.add_argument("--json", type=Path, help="write all figures here")
-    options = parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the benchmark and print its table; returns the exit code."""
     figures: dict[str, Any] = {}
     for figures in measure(options):
         if options.json:  # after every kernel, so that a run cut short leaves what it had

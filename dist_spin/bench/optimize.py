@@ -60,11 +60,9 @@ ROW = (
 )
 
 
-def main(arguments: list[str]) -> int:
-    """Run the benchmark; rank 0 prints a line per figure and writes JSON where asked."""
-    parser = argparse.ArgumentParser(prog="dist-spin bench optimize", description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `dist-spin bench optimize`."""
     parser.add_argument("shape", help="directory with a config.json")
-    parser.add_argument("settings", nargs="*", help="key.sub=value, as for a run")
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after two that are not")
     parser.add_argument("--layers", type=numbers, default=[0], help="decoder layers, 8,16,...; 0: as the config says")
     parser.add_argument("--sequences", type=numbers, default=[0], help="per step, 1,2,...; 0: optimize.batch_size")
@@ -74,7 +72,10 @@ def main(arguments: list[str]) -> int:
         help="also time the published formulation, every weight rotated in fp64 in every forward; for one sequence on one device",
     )
     parser.add_argument("--json", type=Path, help="write all figures here")
-    options = parser.parse_intermixed_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the benchmark; rank 0 prints a line per figure and writes JSON where asked. Returns the exit code."""
     alone = len(options.layers) == 1 and options.sequences in ([0], [1]) and os.environ.get("WORLD_SIZE", "1") == "1"
     if options.baseline and not (alone and (options.sequences == [1] or "optimize.batch_size=1" in options.settings)):
         raise UserError("--baseline compares one sequence on one device", "add --sequences 1, without torchrun")

@@ -73,9 +73,8 @@ class Stopwatch:
         return {part: sum(a.elapsed_time(b) for a, b in marks) / 1e3 for part, marks in self._marks.items()}
 
 
-def main(arguments: list[str]) -> int:
-    """The command line of `dist-spin bench quantize`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="dist-spin bench quantize", description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `dist-spin bench quantize`."""
     parser.add_argument("--shape", choices=SHAPES, default="8b", help="model whose layer is made")
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
@@ -92,7 +91,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--baseline", action="store_true", help="also time a plain column loop on the same matrices")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    args = parser.parse_args(arguments)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark and print its table; returns the exit code."""
     world = distributed.start(args.device)
     try:
         figures = measure(args, world)

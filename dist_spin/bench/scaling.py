@@ -29,9 +29,8 @@ HEADER = (
 )
 
 
-def main(arguments: list[str]) -> int:
-    """The command line of `dist-spin bench scaling`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="dist-spin bench scaling", description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `dist-spin bench scaling`."""
     parser.add_argument("files", nargs="+", type=Path, help="what `bench optimize --json` wrote")
     parser.add_argument(
         "--shape", type=Path, default=Path("configs/shapes/llama-3-70b"), help="whose figures these are"
@@ -59,7 +58,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--layers-per-job", type=int, default=10, help="of GPTQ in a whole run")
     parser.add_argument("--disk-gb-s", type=float, default=1.0, help="what hidden states and layers are written to")
     parser.add_argument("--start-s", type=float, default=20.0, help="before a process works: imports, CUDA, NCCL")
-    options = parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the table; returns the exit code."""
     machine = model.Machine(
         options.link_gb_s * 1e9, options.copy_gb_s * 1e9, options.contention, options.device_gib * GIB
     )

@@ -36,7 +36,7 @@ from dist_spin.pipeline.model import model_dtype
 from dist_spin.pipeline.self_generated_text import self_text
 from dist_spin.runtime.distributed import World, any_rank, on_rank0, raise_on_any_failure, sum_over_ranks_
 from dist_spin.runtime.host_memory import host_bytes_free
-from dist_spin.runtime.progress import Progress, say
+from dist_spin.runtime.progress import Progress, warn
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.tensor_file import CorruptFile, load_tensors, save_tensors
 
@@ -124,7 +124,7 @@ def resume(student: llm_qat.Student, path: Path) -> tuple[int, list[float]]:
         try:
             return load_tensors(path) if path.exists() else None
         except CorruptFile as error:
-            say(f"{error}; training starts again")
+            warn(f"{error}; training starts again")
             return None
 
     found = on_rank0(find)

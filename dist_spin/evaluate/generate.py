@@ -80,7 +80,7 @@ class Speaker:
         return text
 
 
-def generate(path: Path, prompt: str, tokens: int) -> list[str]:
+def generate(path: Path, prompt: str, tokens: int = TOKENS) -> list[str]:
     """Continue `prompt` with the full-precision model, then with the run's quantised one; one in memory at a time.
 
     Raises:
@@ -96,7 +96,7 @@ def generate(path: Path, prompt: str, tokens: int) -> list[str]:
     return said
 
 
-def chat(path: Path, tokens: int) -> None:
+def chat(path: Path, tokens: int = 4 * TOKENS) -> None:
     """Ask on standard input, line by line, and let both models answer, until an empty line or the end.
 
     Raises:

@@ -33,7 +33,7 @@ from dist_spin.evaluate.targets import EvalTarget, describe, target_identity
 from dist_spin.model.weights import ModelFiles
 from dist_spin.pipeline.model import model_dtype
 from dist_spin.runtime.distributed import World, all_ranks_equal, any_rank, on_rank0, raise_on_any_failure
-from dist_spin.runtime.progress import say
+from dist_spin.runtime.progress import warn
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.atomic import write_json
 from dist_spin.storage.run_directory import RunDir
@@ -159,7 +159,7 @@ def load_tasks(config: RunConfig) -> dict[str, Any]:
             try:
                 found[name] = load_task(name, folder)
             except UserError as error:
-                say(f"dist-spin: {name} is left out: {error}")
+                warn(f"dist-spin: {name} is left out: {error}")
         return list(found)
 
     names = on_rank0(load_all)

@@ -32,7 +32,7 @@ from dist_spin.pipeline.quant_sites import learned_transforms, sites_for, while_
 from dist_spin.pipeline.range_init import make_start
 from dist_spin.pipeline.self_generated_text import self_text
 from dist_spin.runtime.distributed import World, on_rank0, raise_on_any_failure
-from dist_spin.runtime.progress import say
+from dist_spin.runtime.progress import say, warn
 from dist_spin.storage.atomic import write_text
 from dist_spin.storage.checkpoints import checkpoint_path, newest_checkpoint, prune_checkpoints
 from dist_spin.storage.metrics import drop_metrics_after
@@ -260,7 +260,7 @@ def resume(train_state: TrainState) -> None:
         UserError: the checkpoint is of another optimiser.
     """
     identity = {"ranks": train_state.world.size, "engine": train_state.engine.name}
-    checkpoint = on_rank0(lambda: newest_checkpoint(train_state.run, say))
+    checkpoint = on_rank0(lambda: newest_checkpoint(train_state.run, warn))
     if checkpoint is None:
         on_rank0(lambda: train_state.run.event("start", stage="optimize", **identity))
         return

@@ -30,7 +30,7 @@ from dist_spin.runtime.distributed import (
     raise_on_any_failure,
     sum_over_ranks_,
 )
-from dist_spin.runtime.progress import Progress, say
+from dist_spin.runtime.progress import Progress, say, warn
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.checkpoints import CheckpointWriter
 from dist_spin.storage.metrics import append_metrics
@@ -56,7 +56,7 @@ def train(config: RunConfig, world: World, stop: StopRequest | None = None) -> N
     train_state = build_training(config, world)
     steps = config.optimize.steps
     tensorboard = config.report.tensorboard and world.is_rank0
-    scalars = Scalars(train_state.run.path / "tensorboard", train_state.step, say, wanted=tensorboard)
+    scalars = Scalars(train_state.run.path / "tensorboard", train_state.step, warn, wanted=tensorboard)
     progress = Progress("learn rotations: step", steps, train_state.step, show=world.is_rank0)
     writer = CheckpointWriter(lambda state, step: write_checkpoint(train_state, state, step))
     checkpoint_wait = 0.0  # seconds that the step before waited for the writer of checkpoints
@@ -157,7 +157,7 @@ def report_spike(train_state: TrainState, loss: float) -> None:
         train_state.run.event(
             "back_off", step=train_state.step, loss=loss, best=best_state.best_loss, factor=best_state.factor
         )
-        say(
+        warn(
             f"step {train_state.step}: loss {loss:.4f} against {best_state.best_loss:.4f} at best: back to it, "
             f"learning rates times {best_state.factor:g}"
         )

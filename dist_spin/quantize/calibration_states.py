@@ -1,6 +1,6 @@
 """The pass that stores the hidden states entering the first layer of each job, and the way back in.
 
-    dist-spin quantize CONFIG.yaml --boundaries quantize.layers_per_job=10
+    dist-spin quantize CONFIG.yaml --hidden-states quantize.layers_per_job=10
 
 The 16-bit rotated model is run layer by layer; what a job then adds is the rounding error of its own layers only. A job
 that finds its states missing or damaged makes them itself, so every job can be started alone.

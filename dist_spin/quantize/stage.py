@@ -3,7 +3,7 @@
     dist-spin quantize CONFIG.yaml                                       all layers, in this process
     torchrun --nproc_per_node 2 -m dist_spin quantize CONFIG.yaml        the same, shared out over ranks
     dist-spin quantize CONFIG.yaml --layers 10:20                        one job of quantize.layers_per_job=10
-    dist-spin quantize CONFIG.yaml --boundaries                          only what such jobs start from
+    dist-spin quantize CONFIG.yaml --hidden-states                          only what such jobs start from
     dist-spin quantize CONFIG.yaml --cluster local --workers 4           every job, in parallel (see launch/)
 
 Layers are cut into spans of `quantize.layers_per_job`. A span starts from the hidden states of the 16-bit model and sees the
@@ -36,7 +36,7 @@ from dist_spin.pipeline.variants import Variant, build_variant, calibration_toke
 from dist_spin.quantize.calibration_states import CalibrationStates
 from dist_spin.quantize.layer_quantizer import LayerQuantizer
 from dist_spin.runtime.distributed import World, any_rank, on_rank0
-from dist_spin.runtime.progress import Progress, say
+from dist_spin.runtime.progress import Progress, say, warn
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.atomic import write_text
 from dist_spin.storage.hidden_states import HiddenStateFiles
@@ -163,7 +163,7 @@ class QuantizeJob:
 
     def warn(self, text: str) -> None:
         """Say it, and note it in the run's events."""
-        say(text)
+        warn(text)
         self.run.event("set_aside", variant=self.variant.name, problem=text)
 
     def make_embeddings(self) -> None:

@@ -22,7 +22,7 @@ from dist_spin.numerics.activations import kurtosis, peak_over_rms, pooled, summ
 from dist_spin.pipeline.model import model_dtype, open_configured_model
 from dist_spin.pipeline.variants import Variant, build_variant, calibration_tokens, unquantized
 from dist_spin.runtime.distributed import World
-from dist_spin.runtime.progress import Progress, say
+from dist_spin.runtime.progress import Progress, warn
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.activation_stats import (
     SITES,
@@ -80,7 +80,7 @@ def _measure(
             if about["fingerprint"] == identity and about["complete"] == "false":
                 statistics = found
         except CorruptFile as error:
-            say(f"{error}; measuring again")
+            warn(f"{error}; measuring again")
     if statistics.hidden:
         hidden = [h.to(world.device) for h in statistics.hidden]
     else:

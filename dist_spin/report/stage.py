@@ -12,7 +12,7 @@ from dist_spin.report.measure_activations import measure_activations
 from dist_spin.report.page import html_page, markdown_page
 from dist_spin.report.run_summary import load_run_summary
 from dist_spin.runtime.distributed import World
-from dist_spin.runtime.progress import say
+from dist_spin.runtime.progress import say, warn
 from dist_spin.storage.atomic import write_text
 from dist_spin.storage.run_directory import run_dir
 
@@ -35,7 +35,7 @@ def report(config: RunConfig, world: World) -> None:
         except Interrupted:
             raise
         except UserError as error:  # such as a text that only GPTQ would have needed; the rest can be shown
-            say(f"activations are not measured: {error}")
+            warn(f"activations are not measured: {error}")
     write_report(path)
 
 

@@ -109,6 +109,19 @@ def jobs_of(events: list[dict[str, Any]]) -> list[dict[str, str]]:
     ]
 
 
+def show_status(path: Path, *, as_json: bool = False, watching: bool = False) -> None:
+    """Print where a run stands, for a person or as JSON; once, or as `watch` does.
+
+    Raises:
+        UserError: as `status`.
+    """
+    show = (lambda figures: json.dumps(figures, indent=1)) if as_json else status_text
+    if watching:
+        watch(path, show)
+    else:
+        print(show(status(path)))
+
+
 def watch(path: Path, show: Callable[[dict[str, Any]], str]) -> None:
     """Print the figures again and again, in place on a terminal, until ctrl-C or until the results are there."""
     while True:

@@ -94,6 +94,23 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def lost_rank(error: BaseException) -> str | None:
+    """What torch says, in one line, where another rank did not answer in time or its connection broke; None if `error` is
+    something else.
+
+    NCCL and the store raise types of their own. Gloo raises a plain RuntimeError whatever went wrong: a peer that has left, a
+    time-out and our own mistakes (sizes that differ between ranks). Only its message tells them apart, by the file of gloo's
+    transport that it begins with and by "enforce fail" where gloo refuses what it was given.
+    """
+    text = str(error).strip()
+    lost = isinstance(error, dist.DistNetworkError | dist.DistStoreError) or (
+        isinstance(error, dist.DistBackendError) and "ncclInvalid" not in text
+    )
+    if type(error) is RuntimeError:
+        lost = "gloo/transport/" in text and "enforce fail" not in text
+    return text.splitlines()[0][:200] if lost and text else None
+
+
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is set on any rank; every rank gets the same answer. Ask before any branch that leads to a collective."""
     if dist.get_world_size() == 1:

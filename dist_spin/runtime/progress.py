@@ -1,44 +1,43 @@
-"""What a person sees while a stage runs: how far it is and how long it still takes."""
+"""What a stage tells its user: how far it is, how long it still takes, and what happened on the way.
 
-import sys
+Everything goes to the logger `dist_spin`; `dist_spin.runtime.console` shows it.
+"""
+
+import logging
 import time
 
-_latest: "Progress | None" = None
-LINE_EVERY = 5.0  # seconds between lines where the output is no terminal
+LOGGER = logging.getLogger("dist_spin")
 
 
 class Progress:
-    """One line that refreshes on a terminal, or a line now and then in a log; silent on all ranks but the first."""
+    """A loop's progress, logged at every iteration with itself attached, so that a handler may draw it as one line."""
 
-    def __init__(self, what: str, total: int, done: int = 0, show: bool = True) -> None:
-        """`done` of `total` were finished by an earlier start and do not count for the estimate."""
+    def __init__(self, what: str, total: int, done: int = 0, *, show: bool = True) -> None:
+        """`done` of `total` were finished by an earlier start and do not count for the estimate. show: false on ranks whose
+        progress nobody needs to see.
+        """
         self.what, self.total, self.done, self.show = what, total, done, show
-        self._began = self._said = time.monotonic()
+        self._began = time.monotonic()
         self._start = done
-        self._terminal = sys.stderr.isatty()
-        global _latest  # noqa: PLW0603 (a process does one thing at a time)
-        _latest = self
+        # Before the first iteration too, so that a hang in it can be told.
+        LOGGER.debug("%s: %d of %d are done", what, done, total, extra={"progress": self})
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left."""
+        return self.done >= self.total
 
     def advance(self, note: str = "") -> None:
         """One more is done; `note` is shown beside it."""
         self.done += 1
-        now = time.monotonic()
-        last = self.done == self.total
-        if not self.show or not (self._terminal or last or now - self._said > LINE_EVERY):
-            return
-        self._said = now
-        pace = (now - self._began) / (self.done - self._start)
-        left = f"{clock(pace * (self.total - self.done))} left" if not last else f"took {clock(now - self._began)}"
-        line = f"{self.what} {self.done}/{self.total}  {note}  {left}"
-        end = "" if self._terminal and not last else "\n"
-        print(f"\r\033[K{line}" if self._terminal else line, end=end, file=sys.stderr, flush=True)
+        seconds = time.monotonic() - self._began
+        pace = seconds / (self.done - self._start)
+        left = f"took {clock(seconds)}" if self.complete else f"{clock(pace * (self.total - self.done))} left"
+        LOGGER.info("%s %d/%d  %s  %s", self.what, self.done, self.total, note, left, extra={"progress": self})
 
-
-def where() -> str:
-    """What this process is at, for messages about hangs; every rank keeps its own count."""
-    if _latest is None:
-        return "before the first step"
-    return f"{_latest.what} {min(_latest.done + 1, _latest.total)} of {_latest.total}"
+    def position(self) -> str:
+        """The iteration that is being worked on, such as "learn rotations: step 5 of 60"."""
+        return f"{self.what} {min(self.done + 1, self.total)} of {self.total}"
 
 
 def clock(seconds: float) -> str:
@@ -49,5 +48,10 @@ def clock(seconds: float) -> str:
 
 
 def say(text: str) -> None:
-    """One line to the user, on stderr: standard output is for results."""
-    print(text, file=sys.stderr, flush=True)
+    """One line to the user. Standard output is for results, so it is shown on standard error."""
+    LOGGER.info("%s", text)
+
+
+def warn(text: str) -> None:
+    """One line to the user that --quiet does not silence: something was left out, set aside or tried again."""
+    LOGGER.warning("%s", text)

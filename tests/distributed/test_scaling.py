@@ -12,7 +12,8 @@ from tiny import write_model
 
 from dist_spin.bench import scaling_model as model
 from dist_spin.bench.optimize import step_flop
-from dist_spin.bench.scaling import HEADER, main
+from dist_spin.bench.scaling import HEADER
+from dist_spin.cli import main
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 
@@ -194,7 +195,7 @@ def test_the_command_sets_the_model_beside_real_measurements(measured, tmp_path,
     assert job.wait() == [0], job.log.read_text()
     files = [str(measured / "1.json"), str(measured / "2.json")]
     more = ["--predict", "2,4", "--shard-ranks", "0,2", "--quantize", str(tmp_path / "q.json"), "--layers-per-job", "1"]
-    assert main([*files, "--shape", str(measured / "shape"), *more]) == 0
+    assert main(["bench", "scaling", *files, "--shape", str(measured / "shape"), *more]) == 0
     lines = capsys.readouterr().out.splitlines()
     cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines if line.startswith("|")]
     assert cells[0] == list(HEADER)

@@ -1,0 +1,194 @@
+"""One call of the command line, and how the function behind a verb is called.
+
+Everything that a verb needs is imported once its settings are read, so that mistakes in them are answered at once.
+"""
+
+import argparse
+import importlib
+import os
+import socket
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_spin.config.export import ExportConfig
+from dist_spin.config.loader import load_config
+from dist_spin.config.run import RunConfig
+from dist_spin.errors import EXIT_OK, RankLost, UserError
+from dist_spin.model.checkpoint_headers import check_model_path
+from dist_spin.runtime.console import Console, quieten_libraries
+
+FORMATS = typing.get_args(ExportConfig.__annotations__["target"])[1:]  # all but "none"
+EVERYWHERE = {
+    "quiet": "show nothing but warnings and results",
+    "verbose": "show every rank's lines, with time, rank and level, and what libraries say",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One call of the program, taken apart."""
+
+    verb: str
+    function: str  # "module:function"
+    options: argparse.Namespace
+    words: list[str]  # what no option took: CONFIG.yaml and settings
+    console: Console
+
+    def settings(self) -> tuple[RunConfig, list[str]]:
+        """The run's settings, and the words that give them to another process.
+
+        Raises:
+            UserError: as `load_config`, and every rank alike.
+        """
+        path = next((word for word in self.words[:1] if "=" not in word and not word.startswith("--")), None)
+        flags = [f"--{name}" for name in ("quiet", "verbose") if getattr(self.options, name, False)]
+        try:
+            return load_config(path, self.words[1:] if path else self.words), [*self.words, *flags]
+        except UserError as error:
+            raise error.as_shared() from None
+
+    def no_more(self) -> None:
+        """Raise UserError if a word is left that means nothing here."""
+        if self.words:
+            problem = f"{self.verb} does not take {' '.join(self.words)}"
+            raise UserError(problem, f"`dist-spin {self.verb} --help` says what it takes")
+
+
+def load(name: str) -> Callable[..., Any]:
+    """The function that "module:function" names."""
+    module, _, function = name.partition(":")
+    loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return loaded
+
+
+def call_stage(command: Command, config: RunConfig | None = None, part: str = "", **options: Any) -> int:
+    """function(config, world, **options), on every rank, as the one writer of this stage (or `part` of it) of the run."""
+    config = config or command.settings()[0]
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # several ranks agree on it when they open the model
+        check_model_path(config.model.path, dummy=config.model.dummy_weights)
+    if not command.console.verbose:
+        quieten_libraries()
+    from dist_spin.pipeline.stage_context import writing
+    from dist_spin.runtime.distributed import lost_rank, start, stop
+
+    stage = load(command.function)
+    alone = command.verb == "compare" and config.compare.parallel == "rows"
+    part = f"{socket.gethostname()}-{os.getpid()}" if alone else part
+    timeout, lost = config.distributed.timeout_s, None
+    try:
+        world = start(config.distributed.device, timeout, config.distributed.threads, alone=alone)
+        command.console.rank = world.rank
+        with writing(config, world, command.verb, part):
+            stage(config, world, **options)
+    except Exception as error:
+        lost = lost_rank(error)
+        if lost is None:
+            raise
+        who = f"rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')} on {socket.gethostname()}"
+        where = f"no answer from another rank within {timeout} s at {command.console.position()} ({lost})"
+        raise RankLost(f"{who}: {where}", "start again to resume") from error
+    finally:
+        if lost is None:
+            stop()
+    return EXIT_OK
+
+
+def call_quantize(command: Command) -> int:
+    """In this process, one job of it, or all of its jobs in parallel."""
+    options = command.options
+    config, words = command.settings()
+    if options.cluster is None:
+        for name in ("workers", "retries", "slurm"):
+            if getattr(options, name) not in (None, []):
+                raise UserError(f"--{name} is for a fan-out", "add --cluster local (or slurm)", shared=True)
+        part = "{}-{}".format(*options.layers) if options.layers else "boundaries" if options.hidden_states else ""
+        return call_stage(command, config, part, layers=options.layers, hidden_states_only=options.hidden_states)
+    if options.layers or options.hidden_states:
+        problem = "--layers and --hidden-states are single jobs, which --cluster starts itself"
+        raise UserError(problem, "leave one out", shared=True)
+    quieten_libraries()
+    fan_out = load("dist_spin.launch.fanout:fan_out")
+    retries = 3 if options.retries is None else options.retries
+    return fan_out(
+        words, config, options.cluster, workers=options.workers or 0, retries=retries, scheduler=options.slurm
+    )
+
+
+def call_export(command: Command) -> int:
+    """Of a run's directory, with the settings in it, or of the run that a configuration names."""
+    words, output = command.words, command.options.output
+    if words and Path(words[0]).is_dir():
+        run = Path(words[0]).resolve()  # wherever it was moved to since
+        words[:1] = [str(run / "config.yaml"), f"output_dir={run.parent}", f"name={run.name}"]
+    config, _ = command.settings()
+    target = command.options.format or config.export.target
+    if target not in FORMATS:
+        raise UserError(f"there is no export format {target!r}", f"give --format {'|'.join(FORMATS)}", shared=True)
+    return call_stage(command, config, target, target=target, output=output)
+
+
+def call_report(command: Command) -> int:
+    """Of a run's directory, from its files alone; or of the run that a configuration names, which measures first."""
+    if not (command.words and Path(command.words[0]).is_dir()):
+        return call_stage(command)
+    path = Path(command.words.pop(0))
+    command.no_more()
+    check_run_directory(path)
+    quieten_libraries()
+    load("dist_spin.report.stage:write_report")(path)
+    return EXIT_OK
+
+
+def call_run(command: Command) -> int:
+    """function(words, ranks), which starts every stage in processes of its own."""
+    config, words = command.settings()
+    check_model_path(config.model.path, dummy=config.model.dummy_weights)
+    code: int = load(command.function)(words, config.distributed.nproc)
+    return code
+
+
+def call_submit(command: Command) -> int:
+    """function(words, config, cluster, scheduler settings)."""
+    config, words = command.settings()
+    quieten_libraries()
+    code: int = load(command.function)(words, config, command.options.cluster, command.options.slurm)
+    return code
+
+
+def call_on_run(command: Command) -> int:
+    """function(path, **options) of a run's directory, whose text is printed if it returns one."""
+    options = {name: value for name, value in vars(command.options).items() if name not in ("verb", *EVERYWHERE)}
+    for name, value in options.items():  # argparse gives up on optional words once another option came between
+        if value is None and name in ("prompt", "name") and command.words:
+            options[name] = command.words.pop(0)
+    command.no_more()
+    check_run_directory(options["path"])
+    if command.verb == "generate" and options["prompt"] is None:
+        raise UserError("generate is given no text", 'dist-spin generate runs/NAME "some text"')
+    if command.verb in ("plot", "generate", "chat"):
+        quieten_libraries()
+    text = load(command.function)(**{name: value for name, value in options.items() if value is not None})
+    if isinstance(text, str):
+        print(text)
+    return EXIT_OK
+
+
+def call_bench(command: Command) -> int:
+    """run(options) of one file of dist_spin.bench."""
+    bench = command.options.bench
+    if bench == "optimize":
+        command.options.settings = command.words
+    else:
+        command.no_more()
+    quieten_libraries()
+    code: int = load(f"dist_spin.bench.{bench}:run")(command.options)
+    return code
+
+
+def check_run_directory(path: Path) -> None:
+    """Raise UserError if `path` is no run's directory."""
+    if not any((path / name).exists() for name in ("config.yaml", "events.jsonl")):
+        raise UserError(f"{path} is no run directory (it has no config.yaml)", "give runs/NAME", shared=True)
