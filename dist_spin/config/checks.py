@@ -40,13 +40,16 @@ TASKS = (
 
 def shown(value: object) -> str:
     """A value for a message of one line: its repr, the middle left out where it is long."""
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:70]}…{text[-40:]}"
+    return _shortened(repr(value), 120)
 
 
 def one_line(text: str) -> str:
     """A path for a message: as it is, or its repr where a line break or control character would tear the line."""
-    return text if text.isprintable() else repr(text)
+    return _shortened(text if text.isprintable() else repr(text), 400)
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 3 :]}"
 
 
 def require(correct: bool, key: str, value: object, remedy: str) -> None:

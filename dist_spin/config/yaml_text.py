@@ -13,7 +13,7 @@ import yaml
 from dist_spin.config.checks import one_line
 from dist_spin.errors import UserError
 
-MAX_BYTES = 2**18  # a file of all settings with comments has about 2**15
+MAX_BYTES = 2**17  # a file of all settings has 2**13
 MAX_DEPTH = 16  # settings need 3: group, setting, list
 EXAMPLES = "give the path of a YAML file; configs/ has some"
 
@@ -58,10 +58,10 @@ def parse_yaml(text: str) -> Any:
 
 
 def _read_bounded(path: Path) -> bytes:
-    """The bytes of a regular file; a device or a pipe may never end."""
+    """The bytes of a regular file: a device may never end, and what a pipe gives the first process no other one reads."""
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise ValueError("it is no regular file")
+        raise ValueError("it is no regular file, which every process of a run could read")
     with path.open("rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
