@@ -2,10 +2,9 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from tiny import write_model
+from tiny import tiny_run
 from transformers import AutoModelForCausalLM
 
 from dist_spin.cli import main
@@ -48,21 +47,8 @@ def test_pooling_keeps_every_spike_and_bounds_the_size():
 
 @pytest.fixture
 def words(tmp_path):
-    model = write_model("qwen3", tmp_path / "model", layers=3)
-    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(3, 97, (60, 20)))
-    source = f"tokens:{tmp_path / 'tokens.npy'}"
-    return [
-        f"output_dir={tmp_path}",
-        f"model.path={model}",
-        "model.dtype=float64",
-        *(f"{stage}.{key}" for stage in ("optimize", "quantize") for key in ("seq_len=20", f"source={source}")),
-        "optimize.steps=1",
-        "optimize.batch_size=1",
-        "quantize.n_sequences=5",
-        "report.sequences=3",
-        "distributed.device=cpu",
-        "distributed.threads=1",
-    ]
+    sizes = ("optimize.batch_size=1", "quantize.n_sequences=5", "report.sequences=3")
+    return tiny_run(tmp_path, *sizes, kind="qwen3", layers=3, sequences=60)
 
 
 @pytest.mark.usefixtures("restored_process")

@@ -2,10 +2,9 @@
 
 import io
 
-import numpy as np
 import pytest
 import torch
-from tiny import write_model
+from tiny import tiny_run, write_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -24,19 +23,8 @@ def run(tmp_path):
         "{% for m in messages %}{{ 'w90 ' if m.role == 'user' else 'w91 ' }}{{ m.content }} {% endfor %}"
     )
     tokenizer.save_pretrained(model)
-    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(3, 97, (40, 20)))
-    source = f"tokens:{tmp_path / 'tokens.npy'}"
-    settings = [
-        f"output_dir={tmp_path}",
-        f"model.path={model}",
-        "model.dtype=float32",
-        *(f"{stage}.{key}" for stage in ("optimize", "quantize") for key in ("seq_len=20", f"source={source}")),
-        "optimize.steps=1",
-        "optimize.batch_size=1",
-        "quantize.n_sequences=4",
-        "distributed.device=cpu",
-        "distributed.threads=1",
-    ]
+    sizes = ("model.dtype=float32", "optimize.batch_size=1", "quantize.n_sequences=4")
+    settings = tiny_run(tmp_path, *sizes, sequences=40)
     assert main(["optimize", *settings]) == 0
     return tmp_path / "run", settings
 

@@ -4,10 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from tiny import write_model
+from tiny import tiny_run
 from transformers import AutoModelForCausalLM
 
 from dist_spin.cli import main
@@ -29,30 +28,15 @@ pytestmark = pytest.mark.usefixtures("restored_process")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A tiny model, tokens, and a run beside it whose rotations are learned."""
-    place = write_model("gqa_tied", tmp_path_factory.mktemp("model"))
-    np.save(place / "tokens.npy", np.random.default_rng(0).integers(3, 97, (30, 20)))
+    place = tmp_path_factory.mktemp("model")
     assert main(["optimize", *settings(place, place), "quant.a_bits=8"]) == 0
     return place
 
 
 def settings(model: Path, output: Path) -> list[str]:
     """A short run with 16-bit activations, so that weights alone decide what is measured."""
-    source = f"tokens:{model / 'tokens.npy'}"
-    return [
-        f"output_dir={output}",
-        f"model.path={model}",
-        "model.dtype=float64",
-        *(f"{stage}.seq_len=20" for stage in ("optimize", "quantize", "evaluate")),
-        *(f"{stage}.source={source}" for stage in ("optimize", "quantize")),
-        f"evaluate.sources=[{source}]",
-        "optimize.batch_size=2",
-        "optimize.steps=1",
-        "quantize.n_sequences=12",
-        "quantize.baselines=[none]",
-        *(f"quant.{which}_bits=16" for which in "akv"),
-        "distributed.device=cpu",
-        "distributed.threads=1",
-    ]
+    widths = (f"quant.{which}_bits=16" for which in "akv")
+    return tiny_run(output, "quantize.baselines=[none]", *widths, model=model)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import write_model
+from tiny import tiny_run
 
 from dist_spin.compare.plan import at_bits
 from dist_spin.compare.stage import Comparison
@@ -28,12 +28,8 @@ from dist_spin.storage.run_directory import LEARNED, RunDir, run_dir
 
 
 def settings(place: Path, *more: str) -> list[str]:
-    return [
-        f"output_dir={place}",
-        f"model.path={place / 'model'}",
-        "model.dtype=float64",
-        f"optimize.source=tokens:{place / 'learn.npy'}#all",
-        "optimize.seq_len=20",
+    return tiny_run(
+        place,
         "optimize.batch_size=3",
         "optimize.micro_batch_size=3",
         "optimize.steps=3",
@@ -43,23 +39,19 @@ def settings(place: Path, *more: str) -> list[str]:
         "optimize.scales=true",
         "optimize.clips=true",
         "optimize.guard_every=1",
-        f"quantize.source=tokens:{place / 'learn.npy'}#all",
-        "quantize.seq_len=20",
         "quantize.n_sequences=6",
         f"evaluate.sources=[tokens:{place / 'held-out.npy'}#all]",
-        "evaluate.seq_len=20",
-        "evaluate.split=all",
         "evaluate.unquantized_weights=true",
         *more,
-    ]
+        kind="biases",
+        split="#all",
+    )
 
 
 @pytest.fixture
 def place(tmp_path) -> Path:
-    write_model("biases", tmp_path / "model")
-    tokens = np.random.default_rng(0).integers(3, 97, (30, 20))
-    np.save(tmp_path / "learn.npy", tokens)
-    np.save(tmp_path / "held-out.npy", tokens[-8:])
+    settings(tmp_path)
+    np.save(tmp_path / "held-out.npy", np.load(tmp_path / "model" / "tokens.npy")[-8:])
     return tmp_path
 
 

@@ -1,10 +1,9 @@
 """Rotations that start from activations: the descent by hand, the sample, and a run that starts from it."""
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import write_model
+from tiny import tiny_run, write_model
 
 from dist_spin.config.loader import load_config
 from dist_spin.errors import UserError
@@ -88,27 +87,13 @@ def test_the_sample_is_what_the_sites_read(tmp_path):
 
 
 def settings(place, *more):
-    source = f"tokens:{place / 'tokens.npy'}#all"
-    return load_config(
-        None,
-        [
-            f"output_dir={place}",
-            f"model.path={place / 'model'}",
-            "model.dtype=float64",
-            f"optimize.source={source}",
-            *("optimize.seq_len=20", "optimize.batch_size=2", "optimize.steps=2", "optimize.lr=0.1"),
-            f"evaluate.sources=[{source}]",
-            *("evaluate.seq_len=20", "evaluate.split=all", "quantize.method=none", "rotation.init=range"),
-            *more,
-        ],
-    )
+    words = ("optimize.steps=2", "optimize.lr=0.1", "quantize.method=none", "rotation.init=range")
+    return load_config(None, tiny_run(place, *words, *more, split="#all"))
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.setattr("dist_spin.pipeline.range_init.STEPS", 30)
-    write_model("gqa_tied", tmp_path / "model")
-    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(3, 97, (30, 20)))
     return tmp_path
 
 

@@ -13,7 +13,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import write_model
+from tiny import tiny_run
 
 from dist_spin.cli import main
 from dist_spin.errors import UserError
@@ -38,30 +38,13 @@ FIGURES = {
 
 
 def settings(directory: Path, model: Path) -> list[str]:
-    source = f"tokens:{model / 'tokens.npy'}"
-    return [
-        f"output_dir={directory}",
-        "name=tiny",
-        f"model.path={model}",
-        "model.dtype=float32",
-        *(f"{stage}.seq_len=20" for stage in ("optimize", "quantize", "evaluate")),
-        f"optimize.source={source}",
-        f"quantize.source={source}",
-        f"evaluate.sources=[{source}]",
-        "optimize.batch_size=2",
-        "optimize.steps=22",
-        "quantize.n_sequences=8",
-        "quantize.baselines=[none, hadamard]",
-        "distributed.device=cpu",
-        "distributed.threads=1",
-    ]
+    sizes = ("optimize.steps=22", "quantize.n_sequences=8", "quantize.baselines=[none, hadamard]")
+    return tiny_run(directory, "name=tiny", "model.dtype=float32", *sizes, model=model, layers=4, sequences=60)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    place = write_model("gqa_tied", tmp_path_factory.mktemp("model"), layers=4)
-    np.save(place / "tokens.npy", np.random.default_rng(0).integers(3, 97, (60, 20)))
-    return place
+    return tmp_path_factory.mktemp("model")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from statistics import mean, stdev
 
 import numpy as np
 import pytest
-from tiny import write_model
+from tiny import tiny_run
 
 from dist_spin.cli import main
 from dist_spin.report.figures import drawings
@@ -19,17 +19,12 @@ pytestmark = pytest.mark.usefixtures("restored_process")
 
 @pytest.fixture
 def words(tmp_path) -> list[str]:
-    model = write_model("gqa_tied", tmp_path / "model")
-    np.save(model / "tokens.npy", np.random.default_rng(0).integers(3, 97, (40, 20)))
-    source = f"tokens:{model / 'tokens.npy'}"
-    return [
-        *(f"output_dir={tmp_path}", "name=tiny", f"model.path={model}", "model.dtype=float32"),
-        *(f"{stage}.seq_len=20" for stage in ("optimize", "quantize", "evaluate")),
-        *(f"optimize.source={source}", f"quantize.source={source}", f"evaluate.sources=[{source}]"),
-        *("optimize.steps=2", "optimize.batch_size=2", "quantize.n_sequences=4", "evaluate.max_sequences=4"),
+    return tiny_run(
+        tmp_path,
+        *("name=tiny", "model.dtype=float32", "optimize.steps=2", "quantize.n_sequences=4", "evaluate.max_sequences=4"),
         *("compare.methods=[rtn, quarot]", "compare.weights=[rtn]", "compare.bits=[W4A8, W4A4KV4]"),
-        *("distributed.device=cpu", "distributed.threads=1"),
-    ]
+        sequences=40,
+    )
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
-"""Tiny random models of each supported shape, written as real checkpoints to a temporary directory."""
+"""Tiny random models of each supported shape, written as real checkpoints to a temporary directory, and short runs on them."""
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
@@ -57,6 +58,43 @@ def write_model(
                 parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
     model.save_pretrained(directory)
     return directory
+
+
+def tiny_run(
+    directory: Path,
+    *overrides: str,
+    model: Path | None = None,
+    kind: str = "gqa_tied",
+    layers: int = 2,
+    sequences: int = 30,
+    split: str = "",
+) -> list[str]:
+    """Settings of a short run on the CPU, as `load_config(None, …)` and `main([VERB, *…])` take them; one step of learning.
+
+    overrides: `key.sub=value`, which win over what is here. model: its directory, by default `directory`/model; the checkpoint
+    (`kind` of `SHAPES`) and tokens.npy, ids [sequences, 20], are written there where they are missing. split: "#all" makes every
+    stage read all of the ids, instead of the train part for learning and the test part for measuring.
+    """
+    model = model or directory / "model"
+    if not (model / "config.json").exists():
+        write_model(kind, model, layers=layers)
+    if not (model / "tokens.npy").exists():
+        np.save(model / "tokens.npy", np.random.default_rng(0).integers(3, 97, (sequences, 20)))
+    source = f"tokens:{model / 'tokens.npy'}{split}"
+    return [
+        f"output_dir={directory}",
+        f"model.path={model}",
+        "model.dtype=float64",
+        *(f"{stage}.seq_len=20" for stage in ("optimize", "quantize", "evaluate")),
+        *(f"{stage}.source={source}" for stage in ("optimize", "quantize")),
+        f"evaluate.sources=[{source}]",
+        "optimize.batch_size=2",
+        "optimize.steps=1",
+        "quantize.n_sequences=12",
+        "distributed.device=cpu",
+        "distributed.threads=1",
+        *overrides,
+    ]
 
 
 def write_letters(directory: Path) -> None:
