@@ -9,7 +9,7 @@ import re
 EXIT_OK = 0
 EXIT_BUG = 1  # an uncaught exception: ours to fix
 EXIT_USER = 2  # wrong configuration, input or environment: the line printed says what to change
-EXIT_NUMERICS = 3  # NaN or infinite loss: the last good checkpoint is kept
+EXIT_NUMERICS = 3  # NaN or infinite loss or weights: the last good checkpoint is kept
 EXIT_HANG = 4  # a collective timed out: another rank died or hangs; start again to resume
 EXIT_MEMORY = 5  # a GPU ran out of memory: settings that take less, or another moment where others use it too
 EXIT_INTERRUPTED = 75  # stopped by a signal after saving (EX_TEMPFAIL): the same command continues
@@ -39,6 +39,12 @@ class NumericsError(UserError):
 
     exit_code = EXIT_NUMERICS
     shared = True
+
+
+class DamagedWeights(UserError):
+    """The model's own weights hold NaN or infinity; under several ranks only those that read them know."""
+
+    exit_code = EXIT_NUMERICS
 
 
 class Interrupted(UserError):

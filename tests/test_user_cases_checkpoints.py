@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from exported import NO_HAD, settings
+from exported import settings
 from safetensors.torch import load_file, save_file
 from tiny import write_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from user_cases import Tensors, case, configure, refusal, rewrite
 
 from dist_spin.cli import main
 from dist_spin.errors import UserError
@@ -26,16 +27,6 @@ from dist_spin.model.weights import open_model
 pytestmark = pytest.mark.usefixtures("restored_process")
 
 UP, DOWN = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"
-Tensors = dict[str, Tensor]
-
-
-def rewrite(directory: Path, change: Callable[[Tensors], Tensors]) -> None:
-    save_file(change(load_file(directory / "model.safetensors")), directory / "model.safetensors", {"format": "pt"})
-
-
-def configure(directory: Path, **values: object) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def linears(directory: Path, change: Callable[[str, Tensor], Tensors]) -> None:
@@ -182,24 +173,6 @@ def base(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("cases")
     settings(place, "mha")
     return place
-
-
-def case(base: Path, directory: Path, change: Callable[[Path], object]) -> list[str]:
-    """Settings of a run on the model that `change` has changed."""
-    model = directory / "model"
-    shutil.copytree(base / "mha", model)
-    change(model)
-    return [*settings(base, "mha", *NO_HAD), f"model.path={model}", f"output_dir={directory / 'runs'}"]
-
-
-def refusal(capfd, stage: str, words: list[str]) -> str:
-    """The only line that a refused stage prints, after which no run directory is there."""
-    capfd.readouterr()
-    assert main([stage, *words]) == 2
-    printed = capfd.readouterr().err.strip().splitlines()
-    (line,) = (line for line in printed if line.startswith("dist-spin:"))
-    assert "Traceback" not in "".join(printed)
-    return line
 
 
 @pytest.mark.parametrize("name", QUANTISED)

@@ -18,7 +18,8 @@ from dist_spin.evaluate.targets import EvalTarget, describe, target_identity
 from dist_spin.model.architecture import Shape
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
-from dist_spin.pipeline.model import check_vocabulary
+from dist_spin.numerics.finite import dtype_remedy
+from dist_spin.pipeline.model import check_vocabulary, model_dtype
 from dist_spin.runtime.distributed import World, on_rank0, sum_over_ranks_
 from dist_spin.storage.atomic import write_json
 from dist_spin.storage.run_directory import RunDir, run_dir
@@ -114,6 +115,9 @@ def window_losses(
 
     The jobs, (sites, tokens [n, T]), share the cell's weights, so that a layer is read or merged once for all of them.
     Windows are shared out over ranks. `what` is shown while it goes on.
+
+    Raises:
+        NumericsError: names the first layer whose output is not finite.
     """
     model = LayerwiseModel(config, world, files, run_dir(config), target)
     tokens_per_batch = tokens_at_once(world.device, files.shape)
@@ -121,9 +125,16 @@ def window_losses(
     batches = [ids.split(max(1, tokens_per_batch // ids.shape[1])) if len(ids) else () for ids in mine]
     states = iter(model.embed(ids for parts in batches for ids in parts))
     hidden = [[next(states) for _ in parts] for parts in batches]  # for each job: [batch, T, h], ...
-    for layers in model.layers_at(what, [sites for sites, _ in jobs]):
-        for layer, parts in zip(layers, hidden, strict=True):
+    overflows = torch.zeros(files.shape.layers, len(jobs), dtype=torch.float64, device=world.device)
+    for index, layers in enumerate(model.layers_at(what, [sites for sites, _ in jobs])):
+        for job, (layer, parts) in enumerate(zip(layers, hidden, strict=True)):
             parts[:] = [layer(h) for h in parts]
+            for h in parts:  # counted without waiting for the device
+                overflows[index, job] += (~torch.isfinite(h)).any()
+    overflowing = sum_over_ranks_(overflows.cpu()).nonzero()
+    if len(overflowing):
+        problem = f"{target.label}: the output of layer {int(overflowing[0, 0])} is not finite in {config.model.dtype}"
+        raise NumericsError(problem, dtype_remedy(model_dtype(config)))
     head = model.head()
     out = []
     for (_, tokens), ids, parts in zip(jobs, batches, hidden, strict=True):

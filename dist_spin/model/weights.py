@@ -14,10 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dist_spin.errors import UserError
+from dist_spin.errors import DamagedWeights, UserError
 from dist_spin.model.architecture import EMBEDDING, HEAD, Shape
 from dist_spin.model.checkpoint_check import check_tensors
 from dist_spin.model.checkpoint_headers import (
+    DOWNLOAD_AGAIN,
     check_config,
     files_fingerprint,
     first_line,
@@ -27,6 +28,7 @@ from dist_spin.model.checkpoint_headers import (
     read_headers,
 )
 from dist_spin.model.families import check_supported
+from dist_spin.numerics.finite import all_finite, first_not_finite
 
 BASE_PREFIX = "model."
 DUMMY_ROW_BLOCK = 256  # rows drawn from one seed, so that any row range can be made without the rows before it
@@ -87,6 +89,7 @@ class SafetensorsWeights:
 
     Raises:
         UserError: there are none, or the headers and the index do not fit each other.
+        DamagedWeights: from `rows`, where they hold NaN or infinity.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -111,7 +114,12 @@ class SafetensorsWeights:
         if source not in self.tensors:
             raise UserError(f"{self.directory} has no tensor {source}", "check that config.json belongs to the weights")
         with open_safetensors(self.directory / self.tensors[source].file) as file:
-            return file.get_slice(self._stored_name[source])[start:stop].to(device)
+            rows = file.get_slice(self._stored_name[source])[start:stop].to(device)
+        if rows.is_floating_point() and not all_finite(rows):
+            (first, *rest), value = first_not_finite(rows)
+            where = f"{self.directory / self.tensors[source].file}: {source}"
+            raise DamagedWeights(f"{where} holds {value} at {[first + start, *rest]}", DOWNLOAD_AGAIN)
+        return rows
 
     def fingerprint(self) -> str:
         return files_fingerprint(self.directory, {tensor.file for tensor in self.tensors.values()})

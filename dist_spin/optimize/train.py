@@ -15,10 +15,11 @@ from dist_spin.config.run import RunConfig
 from dist_spin.data import batch_indices, rank_share
 from dist_spin.errors import Interrupted, NumericsError
 from dist_spin.numerics.cayley import nearest_orthogonal, orthogonality_error
+from dist_spin.optimize.overflow import overflow_at_start
 from dist_spin.optimize.setup import TrainState, build_training, learning_tokens, write_checkpoint
 from dist_spin.pipeline.export_limits import check_export_target
 from dist_spin.pipeline.initial_rotations import fits_start
-from dist_spin.pipeline.model import open_configured_model
+from dist_spin.pipeline.model import model_dtype, open_configured_model
 from dist_spin.pipeline.preset_rotations import check_not_preset, save_preset_rotations
 from dist_spin.pipeline.quant_sites import clips_at, site_bits, while_learning
 from dist_spin.pipeline.range_init import make_start
@@ -106,6 +107,10 @@ def optimizer_step(train_state: TrainState, loss: float, grad_norm: float) -> di
     settings, best_state, optimizer = train_state.config.optimize, train_state.best_state, train_state.optimizer
     reduced = bitwise_checksum(*gradients(train_state))
     if not math.isfinite(loss + grad_norm):
+        if train_state.step == 0:
+            raise overflow_error(
+                train_state, f"loss {loss}, gradient norm {grad_norm}", train_state.tokens, step_indices(train_state)
+            )
         if best_state is None or best_state.at_best:
             raise NumericsError(
                 f"step {train_state.step + 1}: loss {loss} and gradient norm {grad_norm} are not finite",
@@ -137,7 +142,9 @@ def check_held_out(train_state: TrainState) -> float:
     assert best_state is not None
     loss = held_out_loss(train_state)
     if train_state.step == 0 and not math.isfinite(loss):
-        raise NumericsError(f"the held-out loss is {loss} at the start", "check the model's dtype and the data")
+        assert train_state.held_out is not None
+        held_out = train_state.held_out
+        raise overflow_error(train_state, f"held-out loss {loss}", held_out, list(range(len(held_out))))
     if best_state.update(loss):
         train_state.optimizer.reset(train_state.step)
         report_spike(train_state, loss)
@@ -147,6 +154,12 @@ def check_held_out(train_state: TrainState) -> float:
     if train_state.world.is_rank0 and (is_last or not train_state.step):
         train_state.run.event("held_out", step=train_state.step, loss=loss, best=best_state.best_loss)
     return loss
+
+
+def overflow_error(train_state: TrainState, figures: str, tokens: Tensor, indices: list[int]) -> NumericsError:
+    """The error for what is not finite before the first step on sequences `indices` of `tokens`; every rank calls it."""
+    batches = micro_batches(train_state.world, train_state.micro_batch_size, tokens, indices)
+    return overflow_at_start(train_state.model, (ids for ids, _ in batches), model_dtype(train_state.config), figures)
 
 
 def report_spike(train_state: TrainState, loss: float) -> None:
@@ -165,8 +178,7 @@ def report_spike(train_state: TrainState, loss: float) -> None:
 
 def forward_backward(train_state: TrainState) -> float:
     """Forward and backward of this rank's share of the global batch; returns the loss of the whole batch."""
-    settings = train_state.config.optimize
-    indices = batch_indices(train_state.step, settings.batch_size, len(train_state.tokens), settings.seed)
+    indices = step_indices(train_state)
     total = torch.zeros((), device=train_state.world.device, dtype=torch.float64)
     train_state.engine.requantize_weights(train_state.model, train_state.optimizer.rotations)
     for ids, weights in micro_batches(train_state.world, train_state.micro_batch_size, train_state.tokens, indices):
@@ -176,6 +188,12 @@ def forward_backward(train_state: TrainState) -> float:
         total += loss.detach()
     train_state.engine.assert_sharded(train_state.model, train_state.world)
     return float(sum_over_ranks_(total))
+
+
+def step_indices(train_state: TrainState) -> list[int]:
+    """Which sequences make up the global batch of this step."""
+    settings = train_state.config.optimize
+    return batch_indices(train_state.step, settings.batch_size, len(train_state.tokens), settings.seed)
 
 
 @torch.no_grad()

@@ -12,9 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dist_spin.errors import NumericsError
 from dist_spin.model.architecture import ATTENTION_NORM, LAYER_LINEARS, MLP_NORM
 from dist_spin.model.layers import LayerRunner
 from dist_spin.numerics.coordinate_descent import coordinate_descent
+from dist_spin.numerics.finite import all_finite, dtype_remedy
 from dist_spin.numerics.gptq import (
     GPTQOptions,
     QuantizedWeight,
@@ -28,6 +30,7 @@ from dist_spin.numerics.hessian import TOKEN_CHUNK, Hessian
 from dist_spin.numerics.outlier_columns import condense
 from dist_spin.numerics.quantizer import ROW_TILE, dequantize_weight, quantize_weight
 from dist_spin.runtime.distributed import World, gather_parts, sum_over_ranks_
+from dist_spin.runtime.progress import say
 from dist_spin.storage.quantized_layers import QuantizedLayer
 
 PARTS = ("forward", "hessian", "factor", "solve", "errors")  # what a clock is asked to time
@@ -63,8 +66,11 @@ class LayerQuantizer:
         """Quantise layer `index` and move `hidden` (this rank's sequences, each [1, T, h]) through it, in place.
 
         weights: the layer's parameters by their names within it, rotations merged.
+
+        Raises:
+            NumericsError: the hidden states, or what a linear reads, are not finite.
         """
-        self._layer = self.runner.build(index, weights)
+        self._index, self._layer = index, self.runner.build(index, weights)
         self._kept = self.kept(index)
         self._result = QuantizedLayer(
             {},
@@ -110,14 +116,29 @@ class LayerQuantizer:
         """Quantise the linears of one site and put their dequantised weights into the layer."""
         linears = {role: _linear(self._layer, role) for role in roles}
         mean = self._mean_hessian(inputs, next(iter(linears.values())).weight)
+        diagonal = mean.diagonal()
+        if not all_finite(diagonal):
+            dtype = self.runner.dtype
+            problem = (
+                f"what enters {roles[0]} of layer {self._index} is not finite in {str(dtype).removeprefix('torch.')}"
+            )
+            raise NumericsError(problem, dtype_remedy(dtype))
+        method = self.method
+        if method == "gptq" and not diagonal.any():  # every rank has the same sums
+            method = "rtn"
+            if self.world.is_rank0:
+                names = ", ".join(role.rpartition(".")[2] for role in roles)
+                say(
+                    f"layer {self._index}: the input of {names} is always zero, so that its codes are rounded to nearest"
+                )
         kept, carry = self._kept.get(roles[0]), None
         if kept is not None:
             kept = kept.to(mean.device)
-            if self.method == "gptq":
+            if method == "gptq":
                 with self.clock("factor"):
                     mean, carry = condense(mean, kept, options.percdamp)
         with self.clock("factor"):
-            factor = prepare(mean, options) if self.method == "gptq" else None
+            factor = prepare(mean, options) if method == "gptq" else None
         # Rows do not know one another, so all linears of the site are solved as one; tiles belong to one linear each.
         tiled = [_whole_tiles(linear.weight) for linear in linears.values()]
         stacked = torch.cat(tiled)
