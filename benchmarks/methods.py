@@ -14,7 +14,8 @@ import time
 
 import torch
 
-from dist_spin.compare.method_variants import METHODS, learn, method_variant
+from dist_spin.compare.method_variants import learn, method_variant
+from dist_spin.compare.methods.registry import METHODS
 from dist_spin.config.loader import load_config
 from dist_spin.config.run import RunConfig
 from dist_spin.evaluate.perplexity import measuring_tokens, window_losses
@@ -60,7 +61,8 @@ def main() -> None:
         seconds = time.monotonic() - began
         for weights in options.weights.split(","):
             settings, target = rounded(config, world, files, variant, weights, tokens)
-            row = (METHODS.get(name, name), weights, seconds, perplexities(settings, world, files, target, texts))
+            label = METHODS[name].label if name in METHODS else name
+            row = (label, weights, seconds, perplexities(settings, world, files, target, texts))
             rows.append(row)
             show(row)
     stop()

@@ -15,7 +15,7 @@ import pytest
 from tiny import write_model
 
 from dist_spin.cli import main
-from dist_spin.compare.plan import Entry, group, parts_of, planned, settings_of
+from dist_spin.compare.plan import Trial, plan_trials, settings_of, sharing_key, work_units
 from dist_spin.config.checks import parse_bits
 from dist_spin.config.compare import CompareConfig
 from dist_spin.config.loader import load_config
@@ -76,11 +76,11 @@ def test_bits_are_read_from_text():
 
 def test_the_plan_names_everything_once(words):
     with pytest.raises(UserError, match=r"compare\.methods has 'awq'.*use some of rtn, gptq, "):
-        planned(load_config(None, [*words, "compare.methods=[rtn, awq]"]))
+        plan_trials(load_config(None, [*words, "compare.methods=[rtn, awq]"]))
     config = load_config(None, [*words, "compare.weights=[rtn, gptq]", "compare.spread_seeds=3"])
-    plan = planned(config)
+    plan = plan_trials(config)
     assert len(plan) == len(set(plan))
-    assert plan[0] == Entry("full", 0, "none", (16, 16, 16))
+    assert plan[0] == Trial("full", 0, "none", (16, 16, 16))
     # GPTQ's row is no rotation rounded by GPTQ: neither seeds nor other roundings change it.
     assert [e.weights for e in plan if e.method == "gptq"] == ["gptq", "gptq"]
     for method in ("quarot", "spinquant_no_had"):
@@ -92,29 +92,31 @@ def test_the_plan_names_everything_once(words):
     assert {e.seed for e in plan if e.method == "ours" and e.bits == (16, 4, 4)} == {0, 1}  # the marks
 
 
-def test_parts_learn_nothing_that_another_part_learns(words):
+def test_units_learn_nothing_that_another_unit_learns(words):
     more = ["compare.methods=[gptq, smoothquant, quarot, quarot_no_clips, spinquant_had, ours]"]
     more += ["compare.weights=[rtn, gptq]", "compare.spread_seeds=1", "compare.parallel=rows"]
     config = load_config(None, [*words, *more])
-    plan = planned(config)
-    parts = parts_of(config, plan)
-    assert sorted(map(str, plan)) == sorted(str(e) for groups in parts.values() for some in groups for e in some)
-    for groups in parts.values():
-        assert all(len({group(entry) for entry in some}) == 1 for some in groups)
+    plan = plan_trials(config)
+    units = work_units(config, plan)
+    assert sorted(map(str, plan)) == sorted(str(e) for groups in units.values() for group in groups for e in group)
+    for groups in units.values():
+        assert all(len({sharing_key(trial) for trial in group}) == 1 for group in groups)
 
     def learned_by(name: str) -> set[str]:
-        entries = [entry for some in parts[name] for entry in some]
-        learning = [e for e in entries if e.method in ("ours", "spinquant_had")]
-        places = {settings_of(config, e.method, e.seed, e.weights).name for e in learning}
-        return places | {e.method for e in entries if e.method == "smoothquant"}
+        trials = [trial for group in units[name] for trial in group]
+        learning = [e for e in trials if e.method in ("ours", "spinquant_had")]
+        runs = {settings_of(config, e.method, e.seed, e.weights).name for e in learning}
+        return runs | {e.method for e in trials if e.method == "smoothquant"}
 
-    found = [learned_by(name) for name in parts]
-    assert len(set().union(*found)) == sum(map(len, found)) == 7  # ours x 2 seeds, spinquant x 2 seeds x 2 roundings
-    assert all(found[:6])
-    # The run itself where it is what SpinQuant published: one part has both rows.
+    learned = [learned_by(name) for name in units]
+    assert (
+        len(set().union(*learned)) == sum(map(len, learned)) == 7
+    )  # ours x 2 seeds, spinquant x 2 seeds x 2 roundings
+    assert all(learned[:6])
+    # The run itself where it is what SpinQuant published: one unit has both rows.
     plain = settings_of(config, "spinquant_had", 0, "gptq")
     plain = dataclasses.replace(config, rotation=plain.rotation, quant=plain.quant, optimize=plain.optimize)
-    methods = {e.method for some in parts_of(plain, planned(plain))["learned"] for e in some}
+    methods = {e.method for group in work_units(plain, plan_trials(plain))["learned"] for e in group}
     assert methods == {"ours", "spinquant_had"}
 
 

@@ -9,9 +9,10 @@ import torch
 from tiny import write_model
 
 from dist_spin.cli import main
-from dist_spin.compare import llm_qat_training as llm_qat
 from dist_spin.compare.method_variants import learn, method_variant
-from dist_spin.compare.methods.llm_qat import Student, divergence, predictions, symmetric
+from dist_spin.compare.methods import llm_qat_training
+from dist_spin.compare.methods.llm_qat import symmetric
+from dist_spin.compare.methods.llm_qat_student import Student, divergence, predictions
 from dist_spin.config.loader import load_config
 from dist_spin.errors import Interrupted, UserError
 from dist_spin.evaluate.perplexity import window_losses
@@ -44,11 +45,11 @@ def _group():
     distributed.stop()
 
 
-def prepared(place, *more, kind="gqa_tied"):
-    write_model(kind, place / "model")
+def prepared(directory, *more, kind="gqa_tied"):
+    write_model(kind, directory / "model")
     given = [
-        f"output_dir={place / 'runs'}",
-        f"model.path={place / 'model'}",
+        f"output_dir={directory / 'runs'}",
+        f"model.path={directory / 'model'}",
         "model.dtype=float64",
         "distributed.device=cpu",
         "quantize.source=self",
@@ -68,9 +69,9 @@ def prepared(place, *more, kind="gqa_tied"):
 def student_of(config, files, sites, options=None):
     kind = {"device": CPU, "dtype": torch.float64}
     plain = RotatedWeights(files.weights, files.shape, None, (), **kind)
-    exact, rounding = (LayerRunner(files.config, s, rotated=False, **kind) for s in (Sites(), sites))
+    exact, quantized = (LayerRunner(files.config, s, rotated=False, **kind) for s in (Sites(), sites))
     tied = files.config.tie_word_embeddings
-    return Student(rounding, plain, options or {}, tied), lambda tokens: predictions(exact, plain, tokens)
+    return Student(quantized, plain, options or {}, tied=tied), lambda tokens: predictions(exact, plain, tokens)
 
 
 def trained(config, files, tokens):
@@ -90,7 +91,7 @@ def test_without_quantisers_the_student_is_the_teacher(kind, tmp_path):
 
 
 def test_divergence_and_its_gradients_are_those_of_the_definition(monkeypatch):
-    monkeypatch.setattr("dist_spin.compare.methods.llm_qat.LOGITS_AT_ONCE", 11 * 3)  # three tokens at a time
+    monkeypatch.setattr("dist_spin.compare.methods.llm_qat_student.LOGITS_AT_ONCE", 11 * 3)  # three tokens at a time
     generator = torch.Generator().manual_seed(0)
     sizes = ((2, 5, 6), (11, 6), (2, 5, 6), (11, 6))
     h, w, t, v = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
@@ -106,48 +107,48 @@ def test_divergence_and_its_gradients_are_those_of_the_definition(monkeypatch):
 
 def test_every_weight_is_trained_and_the_loss_falls(tmp_path):
     config, files, tokens = prepared(tmp_path)
-    chosen = trained(config, files, tokens)
-    assert chosen.sites.a.symmetric
-    paths = [chosen.recipe.path(index) for index in range(files.shape.layers + 1)]
+    variant = trained(config, files, tokens)
+    assert variant.sites.a.symmetric
+    paths = [variant.method.path(index) for index in range(files.shape.layers + 1)]
     figures = json.loads(load_tensors(paths[0])[1]["figures"])
     assert figures["last_loss"] < 0.7 * figures["first_loss"]
-    assert not (chosen.recipe.directory / "training.safetensors").exists()
+    assert not (variant.method.directory / "training.safetensors").exists()
     plain = RotatedWeights(files.weights, files.shape, None, (), CPU, torch.float64)
     for index in range(files.shape.layers):
-        before, after = plain.layer(index), chosen.weights.layer(index)
+        before, after = plain.layer(index), variant.weights.layer(index)
         assert before.keys() == after.keys()
         for name, w in before.items():
             assert 1e-4 < float((after[name] - w).abs().mean()) < 0.1, name
     for end in ("embedding", "head_weight", "final_gain"):
-        before, after = getattr(plain, end)(), getattr(chosen.weights, end)()
+        before, after = getattr(plain, end)(), getattr(variant.weights, end)()
         assert 1e-4 < float((after - before).abs().mean()) < 0.1, end
-    assert torch.equal(chosen.weights.embedding(), chosen.weights.head_weight())  # tied weights stay so
+    assert torch.equal(variant.weights.embedding(), variant.weights.head_weight())  # tied weights stay so
 
 
 def test_what_is_rounded_and_measured_is_what_training_saw(tmp_path):
     """The product's own rounding gives the weights that the student last saw, and the same loss."""
     config, files, tokens = prepared(tmp_path, "methods.qat_steps=5", kind="biases")
-    chosen = trained(config, files, tokens)
-    quantize_range(QuantizeJob(config, ALONE, files, chosen, tokens, StopRequest()), 0, files.shape.layers)
-    student, _ = student_of(config, files, chosen.sites, chosen.recipe.options)
+    variant = trained(config, files, tokens)
+    quantize_range(QuantizeJob(config, ALONE, files, variant, tokens, StopRequest()), 0, files.shape.layers)
+    student, _ = student_of(config, files, variant.sites, variant.method.method.weight_options)
     for index in range(files.shape.layers + 1):
         prefix = "" if index == files.shape.layers else f"{index}."
-        for name, w in chosen.recipe.state(index).items():
+        for name, w in variant.method.state(index).items():
             student.masters[f"{prefix}{name}"].copy_(w)
-    student.round()
+    student.update_parameters()
     directory = run_dir(config).layers("llm_qat")
     for index in range(files.shape.layers):
         layer = load_layer(directory / f"{index:03d}.safetensors")[0]
         for name, w in layer.weights(torch.float64, CPU).items():
-            assert torch.equal(w, student.seen[f"{index}.{name}"]), name
-        assert len(student.seen[f"{index}.self_attn.q_proj.weight"][0].unique()) <= 15
-    cell = EvalTarget(chosen, "rtn", fingerprint=identity_hash(layer_identity(config, files, chosen, tokens)))
-    (losses,) = window_losses(config, ALONE, files, cell, [(chosen.sites, tokens)], "text")
+            assert torch.equal(w, student.parameters[f"{index}.{name}"]), name
+        assert len(student.parameters[f"{index}.self_attn.q_proj.weight"][0].unique()) <= 15
+    target = EvalTarget(variant, "rtn", fingerprint=identity_hash(layer_identity(config, files, variant, tokens)))
+    (losses,) = window_losses(config, ALONE, files, target, [(variant.sites, tokens)], "text")
     with torch.no_grad():
-        hidden = torch.nn.functional.embedding(tokens, student.seen["embedding"])
+        hidden = torch.nn.functional.embedding(tokens, student.parameters["embedding"])
         for index, layer in enumerate(student.layers):
             hidden = student.runner.run(layer, index, hidden)
-        logits = student.norm(hidden) @ student.seen["head"].T
+        logits = student.norm(hidden) @ student.parameters["head"].T
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     torch.testing.assert_close(losses.mean(), expected, rtol=1e-9, atol=0)
 
@@ -155,11 +156,11 @@ def test_what_is_rounded_and_measured_is_what_training_saw(tmp_path):
 def test_it_comes_nearer_to_the_model_than_rounding_alone(tmp_path):
     more = ("quantize.n_sequences=256", "methods.qat_steps=100", "methods.qat_batch_size=8", "methods.qat_lr=1e-3")
     config, files, tokens = prepared(tmp_path, *more)
-    chosen = trained(config, files, tokens)
+    variant = trained(config, files, tokens)
     untrained = build_variant(config, files, "none", CPU)
     untrained = dataclasses.replace(untrained, sites=symmetric(untrained.sites))
     apart = {}
-    for each in (chosen, untrained):
+    for each in (variant, untrained):
         quantize_range(QuantizeJob(config, ALONE, files, each, tokens, StopRequest()), 0, files.shape.layers)
         student, teacher = student_of(config, files, each.sites)
         for index in range(files.shape.layers):
@@ -168,7 +169,7 @@ def test_it_comes_nearer_to_the_model_than_rounding_alone(tmp_path):
                 student.masters[f"{index}.{name}"].copy_(w)
         student.masters["embedding"].copy_(each.weights.embedding())
         student.masters["norm"].copy_(each.weights.final_gain())
-        student.round()
+        student.update_parameters()
         fresh = self_text(config, files, 8, 24, 7)  # other text of the same model
         apart[each.name] = float(student.loss(fresh, teacher(fresh)).detach())
     assert apart["llm_qat"] < 0.9 * apart["none"], apart
@@ -176,16 +177,16 @@ def test_it_comes_nearer_to_the_model_than_rounding_alone(tmp_path):
 
 def test_a_stopped_training_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     config, files, tokens = prepared(tmp_path, "methods.qat_steps=6", "name=whole")
-    whole = trained(config, files, tokens).recipe
+    whole = trained(config, files, tokens).method
     other = dataclasses.replace(config, name="parts")
     asked = StopRequest()
     asked.name = "SIGTERM"
     for step in (1, 2):
         with pytest.raises(Interrupted, match=f"after step {step} "):
             learn(other, ALONE, files, "llm_qat", stop=asked)
-    parts = method_variant(other, files, "llm_qat", CPU, tokens).recipe
+    parts = method_variant(other, files, "llm_qat", CPU, tokens).method
     assert [path.name for path in parts.directory.iterdir()] == ["training.safetensors"]
-    monkeypatch.setattr(llm_qat, "SAVE_EVERY", -1.0)  # a state after every step
+    monkeypatch.setattr(llm_qat_training, "SAVE_EVERY", -1.0)  # a state after every step
     learn(other, ALONE, files, "llm_qat")
     expected = [whole.path(index).read_bytes() for index in range(files.shape.layers + 1)]
     assert [parts.path(index).read_bytes() for index in range(files.shape.layers + 1)] == expected
@@ -202,7 +203,7 @@ def test_a_stopped_training_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
 
 def test_a_model_that_does_not_fit_is_refused_in_one_line(tmp_path, monkeypatch):
     config, files, _ = prepared(tmp_path)
-    monkeypatch.setattr(llm_qat, "host_bytes_free", lambda: 1 << 20)
+    monkeypatch.setattr(llm_qat_training, "host_bytes_free", lambda: 1 << 20)
     with pytest.raises(UserError, match=r"trains all weights at once.* the host has"):
         learn(config, ALONE, files, "llm_qat")
 

@@ -8,9 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import write_model
 
-from dist_spin.compare.method_variants import METHODS, WHOLE, MethodRecipe, learn, method_variant
+from dist_spin.cli import main
+from dist_spin.compare.method_states import MethodStates
+from dist_spin.compare.method_variants import learn, method_variant
+from dist_spin.compare.methods.base import Method
 from dist_spin.compare.methods.flatquant import FlatParameters
 from dist_spin.compare.methods.layer_training import FakeQuantLayer
+from dist_spin.compare.methods.registry import METHODS
 from dist_spin.compare.methods.smoothquant import quantized_layer, smoothing
 from dist_spin.compare.methods.transformed_layer import INVERSE, TransformedRunner, clamp, merged
 from dist_spin.config.loader import load_config
@@ -35,11 +39,13 @@ from dist_spin.quantize.stage import QuantizeJob, quantize_range
 from dist_spin.runtime import distributed
 from dist_spin.runtime.distributed import World
 from dist_spin.runtime.signals import StopRequest
+from dist_spin.storage.results import results
+from dist_spin.storage.run_directory import run_dir
 from dist_spin.storage.tensor_file import identity_hash
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, 1, CPU)
-LAYERWISE = sorted(set(METHODS) - set(WHOLE))  # test_llm_qat.py has the other
+LAYERWISE = sorted(name for name in METHODS if not METHODS[name].trains_whole_model)  # test_llm_qat.py has the other
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 pytestmark = pytest.mark.usefixtures("restored_process")
 
@@ -174,8 +180,8 @@ def test_exact_columns_are_those_of_gptq_taken_last():
 # Layers ----------------------------------------------------------------------------------------------------------
 
 
-def task_of(kind, place, n=4, length=24, scale=1.0):
-    files = open_model(str(write_model(kind, place / "model")), dtype=torch.float64)
+def task_of(kind, directory, n=4, length=24, scale=1.0):
+    files = open_model(str(write_model(kind, directory / "model")), dtype=torch.float64)
     weights = RotatedWeights(files.weights, files.shape, None, (), CPU, torch.float64)
     runner = LayerRunner(files.config, Sites(), device=CPU, dtype=torch.float64, rotated=False)
     generator = torch.Generator().manual_seed(0)
@@ -216,7 +222,7 @@ def test_transforms_preserve_the_layer(kind, tmp_path):
     assert float((rounding.run(layer, 0, task.hidden) - expected).abs().max()) > 1e-2  # the quantisers are there
 
 
-@pytest.mark.parametrize("kind", ["gqa_tied", "biases"])
+@pytest.mark.parametrize("kind", ["gqa_tied", "biases", "qwen3"])
 def test_the_layer_in_training_is_the_original_one_at_16_bits(kind, tmp_path):
     """Far from their start, online transforms and merged weights still cancel: every tensor of the state reaches the layer."""
     _, task = task_of(kind, tmp_path)
@@ -248,18 +254,18 @@ def test_known_inverses_are_inverses(tmp_path):
 # Through the stages ----------------------------------------------------------------------------------------------
 
 
-def settings(place, *more):
+def settings(directory, *more):
     torch.manual_seed(0)
     tokens = torch.randint(97, (10, 24)).numpy()
     import numpy as np
 
-    np.save(place / "tokens.npy", tokens)
-    source = f"tokens:{place / 'tokens.npy'}#all"
+    np.save(directory / "tokens.npy", tokens)
+    source = f"tokens:{directory / 'tokens.npy'}#all"
     return load_config(
         None,
         [
-            f"output_dir={place / 'runs'}",
-            f"model.path={place / 'model'}",
+            f"output_dir={directory / 'runs'}",
+            f"model.path={directory / 'model'}",
             "model.dtype=float64",
             f"quantize.source={source}",
             "quantize.n_sequences=8",
@@ -273,16 +279,16 @@ def settings(place, *more):
     )
 
 
-def prepared(place, *more, kind="gqa_tied"):
-    write_model(kind, place / "model")
-    config = settings(place, *more)
+def prepared(directory, *more, kind="gqa_tied"):
+    write_model(kind, directory / "model")
+    config = settings(directory, *more)
     files = open_configured_model(config)
     return config, files, calibration_tokens(config, files)
 
 
-def measured_losses(config, files, cell, tokens):
+def measured_losses(config, files, target, tokens):
     """Mean loss of every window [n]."""
-    (losses,) = window_losses(config, ALONE, files, cell, [(cell.variant.sites, tokens)], "text")
+    (losses,) = window_losses(config, ALONE, files, target, [(target.variant.sites, tokens)], "text")
     return losses
 
 
@@ -290,11 +296,11 @@ def measured_losses(config, files, cell, tokens):
 def test_sixteen_bits_preserve_the_model(name, tmp_path):
     config, files, tokens = prepared(tmp_path, "methods.flat_epochs=1")
     learn(config, ALONE, files, name)
-    chosen = method_variant(config, files, name, CPU, tokens)
-    chosen.sites = Sites(r3=chosen.sites.r3, r4=chosen.sites.r4)
+    variant = method_variant(config, files, name, CPU, tokens)
+    variant.sites = Sites(r3=variant.sites.r3, r4=variant.sites.r4)
     unrotated = build_variant(config, files, "none", CPU)
     plain = EvalTarget(dataclasses.replace(unrotated, sites=Sites()), "none", full_precision=True)
-    losses = [measured_losses(config, files, cell, tokens) for cell in (plain, EvalTarget(chosen, "none"))]
+    losses = [measured_losses(config, files, target, tokens) for target in (plain, EvalTarget(variant, "none"))]
     torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-9)
 
 
@@ -304,35 +310,74 @@ def test_learning_is_stopped_and_resumed_layer_by_layer(tmp_path):
     asked.name = "SIGTERM"
     with pytest.raises(Interrupted, match="after layer 0"):
         learn(config, ALONE, files, "flatquant", stop=asked)
-    recipe = method_variant(config, files, "flatquant", CPU, tokens).recipe
-    assert [recipe.path(i).exists() for i in range(2)] == [True, False]
-    first = recipe.path(0).read_bytes(), recipe.path(0).stat().st_mtime_ns
+    states = method_variant(config, files, "flatquant", CPU, tokens).method
+    assert [states.path(i).exists() for i in range(2)] == [True, False]
+    first = states.path(0).read_bytes(), states.path(0).stat().st_mtime_ns
     learn(config, ALONE, files, "flatquant")
-    assert (recipe.path(0).read_bytes(), recipe.path(0).stat().st_mtime_ns) == first
-    second = recipe.path(1).read_bytes()
-    recipe.path(0).write_bytes(first[0][:-9])  # torn
-    recipe.path(1).unlink()
+    assert (states.path(0).read_bytes(), states.path(0).stat().st_mtime_ns) == first
+    second = states.path(1).read_bytes()
+    states.path(0).write_bytes(first[0][:-9])  # torn
+    states.path(1).unlink()
     learn(config, ALONE, files, "flatquant", layers=(0, 1))
-    assert [recipe.path(i).exists() for i in range(2)] == [True, False]
+    assert [states.path(i).exists() for i in range(2)] == [True, False]
     learn(config, ALONE, files, "flatquant")
-    assert [recipe.path(i).read_bytes() for i in range(2)] == [first[0], second]
+    assert [states.path(i).read_bytes() for i in range(2)] == [first[0], second]
     finer = dataclasses.replace(config, quant=dataclasses.replace(config.quant, a_bits=8))
-    other = method_variant(finer, files, "flatquant", CPU, tokens).recipe
-    assert other.directory != recipe.directory
+    other = method_variant(finer, files, "flatquant", CPU, tokens).method
+    assert other.directory != states.directory
 
 
-def error_after(config, files, tokens, chosen, exact):
+class EvenScale(Method):
+    """Multiplies every input channel of attention by 2, which changes no rounding of floats: as if it were not there."""
+
+    label = "even scale"
+    settings_prefix = "even_"
+    scales = (2.0, 2.0)
+
+    def learn_layer(self, task):
+        return {"attention.scale": torch.tensor(self.scales).repeat(self.shape.hidden // 2)}, {}
+
+
+class UnevenScale(EvenScale):
+    """Makes every second input channel of attention dominate the others."""
+
+    label = "uneven scale"
+    settings_prefix = "uneven_"
+    scales = (1.0, 16.0)
+
+
+def test_a_method_is_one_class_and_one_row_of_the_table(tmp_path, monkeypatch):
+    """Two new methods are planned, learned, kept, rounded and measured by `compare` with nothing but their rows."""
+    config = prepared(tmp_path)[0]
+    monkeypatch.setitem(METHODS, "even", EvenScale)
+    monkeypatch.setitem(METHODS, "uneven", UnevenScale)
+    source = config.quantize.source
+    words = [f"output_dir={config.output_dir}", f"model.path={config.model.path}", "model.dtype=float64"]
+    words += [f"quantize.source={source}", "quantize.n_sequences=8", "quantize.seq_len=24", "distributed.device=cpu"]
+    words += [f"evaluate.sources=[{source}]", "evaluate.seq_len=24", "compare.weights=[rtn]", "compare.bits=[W4A4KV4]"]
+    distributed.stop()
+    assert main(["compare", *words, "compare.methods=[rtn, even, uneven]"]) == 0
+    run = run_dir(config)
+    perplexities = {row["method"]: row["ppl"] for row in results(run, "compare")}
+    assert perplexities.keys() == {"full precision", "RTN", "even scale", "uneven scale"}
+    assert perplexities["even scale"] == perplexities["RTN"]
+    assert perplexities["uneven scale"] != perplexities["RTN"]
+    for name in ("even", "uneven"):
+        assert len(list((run.path / "methods" / name).rglob("*.safetensors"))) == 2  # a state for each layer
+
+
+def error_after(config, files, tokens, variant, exact):
     """How far the window losses are from those of the full-precision model after rounding as the configuration says."""
-    quantize_range(QuantizeJob(config, ALONE, files, chosen, tokens, StopRequest()), 0, files.shape.layers)
-    cell = EvalTarget(chosen, config.quantize.method)
-    cell.fingerprint = identity_hash(layer_identity(config, files, chosen, tokens))
-    losses = measured_losses(config, files, cell, tokens)
+    quantize_range(QuantizeJob(config, ALONE, files, variant, tokens, StopRequest()), 0, files.shape.layers)
+    target = EvalTarget(variant, config.quantize.method)
+    target.fingerprint = identity_hash(layer_identity(config, files, variant, tokens))
+    losses = measured_losses(config, files, target, tokens)
     return float((losses - exact).abs().mean())
 
 
-def with_outliers(place):
+def with_outliers(directory):
     """The tiny model with a few loud channels, as real ones have, which per-token grids do not forgive."""
-    path = place / "model" / "model.safetensors"
+    path = directory / "model" / "model.safetensors"
     tensors = load_file(path)
     for name, tensor in tensors.items():
         if "layernorm" in name:
@@ -376,11 +421,11 @@ def test_flatquant_flattens_a_real_layer(tmp_path):
     plain = RotatedWeights(files.weights, files.shape, None, (), CPU, torch.float32)
     runner = LayerRunner(files.config, Sites(), device=CPU, dtype=torch.float32, rotated=False)
     task = LayerTask(0, runner, plain.layer(0), plain.embedding()[tokens])
-    flat, smooth = (MethodRecipe(config, files, name, CPU, tokens) for name in ("flatquant", "smoothquant"))
+    flat, smooth = (MethodStates(config, files, name, CPU, tokens).method for name in ("flatquant", "smoothquant"))
     outputs, sites = observe(task), sites_for(config, files.shape, rotated=False)
-    rounded = quantized_layer(task, {}, sites, flat.options, task.hidden)
+    rounded = quantized_layer(task, {}, sites, flat.weight_options, task.hidden)
     alone = float((rounded - outputs).square().mean() / (outputs - task.hidden).square().mean())
-    figures = flat.learner(task)[1]
+    figures = flat.learn_layer(task)[1]
     assert figures["last_loss"] < 0.9 * figures["first_loss"]
     assert figures["last_loss"] < 0.5 * alone
-    assert figures["last_loss"] < 0.7 * smooth.learner(task)[1]["error"] < 0.7 * alone
+    assert figures["last_loss"] < 0.7 * smooth.learn_layer(task)[1]["error"] < 0.7 * alone

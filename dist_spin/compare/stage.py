@@ -1,12 +1,12 @@
-"""Measure every system of the published tables that shares our sites and solver, at several bit widths and seeds.
+"""Measure every system of the published tables on the same quantisers and solver, at several bit widths and seeds.
 
     dist-spin compare configs/compare.yaml
     torchrun --nproc_per_node 4 -m dist_spin compare configs/compare.yaml                         a row on all GPUs
     torchrun --nproc_per_node 4 -m dist_spin compare configs/compare.yaml compare.parallel=rows   a row on each GPU
 
-A row is this run under other settings: it goes through the same quantising and measuring, in a directory of its own under
-RUN/compare. Rows that round the same weights share them, whatever their activations. Every measurement is a file in
-RUN/evaluations, so that a second start does only what is missing; the weights are removed once they are measured.
+A row is this run under other settings: its weights are quantised and measured by the same stages, in a directory of its own
+under RUN/compare. Rows with the same quantised weights share them, whatever the bits of their activations. Every measurement is
+a file in RUN/evaluations, so that a second start does only what is missing; the weights are removed once they are measured.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dist_spin.compare.method_variants import METHODS, learn, method_variant
-from dist_spin.compare.plan import FULL, SYSTEMS, Entry, Group, at_bits, clips_text, parts_of, planned, settings_of
+from dist_spin.compare.method_variants import learn, method_variant
+from dist_spin.compare.plan import FULL, Trial, TrialGroup, at_bits, clips_text, plan_trials, settings_of, work_units
 from dist_spin.config.loader import dump_config
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import Interrupted
@@ -46,36 +46,39 @@ from dist_spin.storage.atomic import write_text
 from dist_spin.storage.locks import Held, Lock
 from dist_spin.storage.quantized_layers import embeddings_path, layer_path
 from dist_spin.storage.results import merge_results, public, update_results
-from dist_spin.storage.run_directory import LEARNED, RunDir, run_dir
+from dist_spin.storage.run_directory import RunDir, run_dir
 from dist_spin.storage.tensor_file import identity_hash, read_metadata
 
-STATES_TOGETHER = 1 << 33  # bytes of hidden states that wait beside one another for the same layer
+HIDDEN_STATES_BYTES = 1 << 33  # of all measurements that go through the layers of a model together
 
 
 @dataclass
-class Candidate:
-    """An entry with what it takes to measure it."""
+class PreparedTrial:
+    """A trial with what it takes to measure it."""
 
-    entry: Entry
-    config: RunConfig  # of the entry; its directory is where its layers are made
+    trial: Trial
+    config: RunConfig  # of the trial; its directory is that of its rotations
     target: EvalTarget
-    rows: list[dict[str, Any]]  # one a source, without figures where it was not measured before
+    rows: list[dict[str, Any]]  # one for each text, without figures where it was not measured before
 
     def missing(self) -> list[int]:
-        """The sources that it is to be measured on."""
+        """The indices of the texts that it is still to be measured on."""
         return [i for i, row in enumerate(self.rows) if "ppl" not in row]
+
+
+Measurement = tuple[PreparedTrial, int]  # of a trial on the text with this index
 
 
 @dataclass
 class Comparison:
-    """A comparison at work."""
+    """One process of a comparison."""
 
     config: RunConfig
     world: World
     files: ModelFiles
     stop: StopRequest
     texts: dict[str, Tensor]  # source -> windows [n, T]
-    rows: dict[Entry, list[dict[str, Any]]] = field(default_factory=dict)  # what is measured so far
+    rows: dict[Trial, list[dict[str, Any]]] = field(default_factory=dict)  # what is measured so far
 
     @property
     def run(self) -> RunDir:
@@ -84,17 +87,17 @@ class Comparison:
 
     @cached_property
     def calibration(self) -> Tensor:
-        """What weights are rounded on."""
+        """The text [n, T] that weights are quantised on."""
         return calibration_tokens(self.config, self.files)
 
-    def complete(self, parts: dict[str, list[Group]]) -> dict[str, list[Group]]:
-        """Measure what is missing of parts of the plan, one after the other; returns those that other processes are at.
+    def complete_units(self, units: dict[str, list[TrialGroup]]) -> dict[str, list[TrialGroup]]:
+        """Measure what is missing of units of the plan, one after the other; returns those that other processes are at.
 
         Raises:
             Interrupted: a signal came.
         """
         others = {}
-        for name, groups in parts.items():
+        for name, groups in units.items():
             with contextlib.ExitStack() as held:
                 if self.config.compare.parallel == "rows":
                     try:
@@ -102,128 +105,128 @@ class Comparison:
                     except Held:
                         others[name] = groups
                         continue
-                for entries in groups:
-                    self.complete_group(entries)
+                for group in groups:
+                    self.complete_group(group)
         return others
 
-    def complete_group(self, entries: Group) -> None:
-        """Measure what is missing of entries that share their rotations."""
-        shared: dict[tuple[str, int], list[Candidate]] = {}
-        for candidate in self.candidates(entries):
-            shared.setdefault((candidate.target.fingerprint, candidate.entry.bits[0]), []).append(candidate)
-        for sharing in shared.values():
-            self.measure(sharing)
-            self.note({candidate.entry: [public(row) for row in candidate.rows] for candidate in sharing})
+    def complete_group(self, group: TrialGroup) -> None:
+        """Measure what is missing of a group."""
+        by_weights: dict[tuple[str, int], list[PreparedTrial]] = {}
+        for prepared in self.prepare(group):
+            by_weights.setdefault((prepared.target.fingerprint, prepared.trial.bits[0]), []).append(prepared)
+        for trials in by_weights.values():
+            self.measure(trials)
+            self.record({prepared.trial: [public(row) for row in prepared.rows] for prepared in trials})
             if any_rank(bool(self.stop)):
                 done = f"{len(self.rows)} rows of the table are there"
                 raise Interrupted(f"stopped by a signal; {done}", "the same command continues")
 
-    def note(self, found: dict[Entry, list[dict[str, Any]]]) -> None:
-        """Keep rows, and show them in results.json."""
-        self.rows |= found
-        rows = [row for some in found.values() for row in some]
-        on_rank0(lambda: merge_results(self.run, "compare", rows, row_key))
+    def record(self, rows: dict[Trial, list[dict[str, Any]]]) -> None:
+        """Remember measured rows, and write them into results.json."""
+        self.rows |= rows
+        flat_rows = [row for trial_rows in rows.values() for row in trial_rows]
+        on_rank0(lambda: merge_results(self.run, "compare", flat_rows, row_key))
 
-    def candidates(self, entries: Group) -> list[Candidate]:
-        """Entries of one `group`; what is to be learned for them and missing is learned first."""
-        rotation, weights = SYSTEMS[entries[0].method].rotation, entries[0].weights
-        base = settings_of(self.config, entries[0].method, entries[0].seed, weights)
-        if rotation == LEARNED:
-            self.learn(base)
-        first = build_variant(base, self.files, rotation, self.world.device)
-        out = []
-        for entry in entries:
-            system = SYSTEMS[entry.method]
-            config = at_bits(settings_of(self.config, entry.method, entry.seed, weights), weights, entry.bits)
-            variant = (
-                self.own_way(config, entry.method) if entry.method in METHODS else self.at_sites(first, config, base)
-            )
-            target = EvalTarget(variant, weights, full_precision=entry.method == FULL)
+    def prepare(self, group: TrialGroup) -> list[PreparedTrial]:
+        """The trials of a group, ready to be measured; what they need and is not learned yet is learned first."""
+        first = group[0]
+        base = settings_of(self.config, first.method, first.seed, first.weights)
+        if first.system.learns_rotations:
+            self.learn_rotations(base)
+        shared_variant = build_variant(base, self.files, first.system.rotation, self.world.device)
+        prepared = []
+        for trial in group:
+            system, weights = trial.system, trial.weights
+            config = at_bits(settings_of(self.config, trial.method, trial.seed, weights), weights, trial.bits)
+            if system.is_method:
+                variant = self.learn_method(config, trial.method)
+            else:
+                variant = self.at_sites(shared_variant, config, base)
+            target = EvalTarget(variant, weights, full_precision=trial.method == FULL)
             if weights != "none":
-                target.fingerprint = identity_hash(layer_identity(config, self.files, target.variant, self.calibration))
+                target.fingerprint = identity_hash(layer_identity(config, self.files, variant, self.calibration))
             online = config.rotation.online and variant.rotations is not None
             target.about = {"system": system.label, "clips": clips_text(config), "online": online}
             rows = [described(config, self.files, target, source, tokens) for source, tokens in self.texts.items()]
             rows = [measured_before(self.run, row) or row for row in rows]
-            out.append(Candidate(entry, config, target, rows))
-        return out
+            prepared.append(PreparedTrial(trial, config, target, rows))
+        return prepared
 
     def at_sites(self, variant: Variant, config: RunConfig, base: RunConfig) -> Variant:
-        """A variant, learned under `base`, with the sites of `config`."""
+        """A variant that was learned under `base`, with the sites of `config`."""
         rotated, heads = variant.rotations is not None, bool(variant.sites.heads)
         sites = sites_for(config, self.files.shape, rotated=rotated, heads=heads)
         if (clips := variant.sites.clips) is not None:
             sites = dataclasses.replace(sites, clips=clips_at(config, site_bits(base), clips))
         return dataclasses.replace(variant, sites=sites)
 
-    def own_way(self, config: RunConfig, method: str) -> Variant:
-        """What one of `METHODS` makes for the bits of `config`, learned in the run's own directory unless it is there."""
-        here = dataclasses.replace(config, output_dir=self.config.output_dir, name=self.config.name)
-        learn(here, self.world, self.files, method, stop=self.stop)
-        return method_variant(here, self.files, method, self.world.device, self.calibration)
+    def learn_method(self, config: RunConfig, method: str) -> Variant:
+        """The variant of one of `METHODS` for the bits of `config`; its states are kept in the directory of the run itself."""
+        config = dataclasses.replace(config, output_dir=self.config.output_dir, name=self.config.name)
+        learn(config, self.world, self.files, method, stop=self.stop)
+        return method_variant(config, self.files, method, self.world.device, self.calibration)
 
-    def learn(self, base: RunConfig) -> None:
+    def learn_rotations(self, base: RunConfig) -> None:
         """Learn the rotations of a configuration, unless they are there."""
         if not on_rank0((run_dir(base).rotations / "final.safetensors").exists):
             with writing(base, self.world, "optimize"):
                 train(base, self.world, self.stop)
-            gc.collect()  # sharded modules hold themselves in circles, and what comes next needs their memory
+            gc.collect()  # sharded modules are in reference cycles, and what comes next needs their memory
 
-    def measure(self, candidates: list[Candidate]) -> None:
-        """Measure what is missing of candidates that share their weights, and fill it into their rows."""
-        jobs = [(candidate, i) for candidate in candidates for i in candidate.missing()]
-        first = candidates[0]
-        if jobs:
-            config = first.config if first.target.weights == "none" else self.rounded(first)
+    def measure(self, trials: list[PreparedTrial]) -> None:
+        """Measure what is missing of trials that share their weights, and fill it into their rows."""
+        missing = [(prepared, i) for prepared in trials for i in prepared.missing()]
+        target, seed = trials[0].target, trials[0].trial.seed
+        if missing:
+            config = trials[0].config if target.weights == "none" else self.quantized(trials[0])
             texts = list(self.texts.values())
-            for some in self.fitting(jobs):
+            for batch in self.batches(missing):
                 began = time.monotonic()
-                target, seed = first.target, first.entry.seed
-                what = f"measure {target.label}, {target.weights} weights, seed {seed}, {len(some)} at once"
-                pairs = [(candidate.target.variant.sites, texts[i]) for candidate, i in some]
-                losses = window_losses(config, self.world, self.files, first.target, pairs, what)
-                seconds = (time.monotonic() - began) / len(some)
-                for (candidate, i), mean in zip(some, losses, strict=True):
-                    candidate.rows[i] = recorded(self.run, candidate.rows[i], mean, seconds)
-        if first.target.weights != "none" and not self.config.compare.keep_layers:
-            # Also where nothing was missing: a process that was killed once it had measured left its layers.
-            made = run_dir(self.for_rows(first)).path
-            on_rank0(lambda: shutil.rmtree(made) if made.exists() else None)
+                what = f"measure {target.label}, {target.weights} weights, seed {seed}, {len(batch)} at once"
+                pairs = [(prepared.target.variant.sites, texts[i]) for prepared, i in batch]
+                losses = window_losses(config, self.world, self.files, target, pairs, what)
+                seconds = (time.monotonic() - began) / len(batch)
+                for (prepared, i), mean in zip(batch, losses, strict=True):
+                    prepared.rows[i] = recorded(self.run, prepared.rows[i], mean, seconds)
+        if target.weights != "none" and not self.config.compare.keep_layers:
+            # Also where nothing was missing: a process that was killed after it had measured left its layers.
+            layers = run_dir(self.in_own_directory(trials[0])).path
+            on_rank0(lambda: shutil.rmtree(layers) if layers.exists() else None)
 
-    def for_rows(self, candidate: Candidate) -> RunConfig:
-        """The candidate's configuration in a directory of its own, for layers that only its rows need."""
-        entry, fingerprint = candidate.entry, candidate.target.fingerprint
-        name = f"{entry.method}-seed{entry.seed}-{entry.weights}-{fingerprint[:12]}"
-        return dataclasses.replace(candidate.config, output_dir=str(self.run.path / "compare"), name=name)
+    def batches(self, measurements: list[Measurement]) -> Iterator[list[Measurement]]:
+        """The measurements in lists whose hidden states fit into memory together."""
+        lengths = [tokens.numel() for tokens in self.texts.values()]
+        token_bytes = self.files.shape.hidden * model_dtype(self.config).itemsize / self.world.size
+        batch: list[Measurement] = []
+        for measurement in measurements:
+            if batch and sum(lengths[i] for _, i in (*batch, measurement)) * token_bytes > HIDDEN_STATES_BYTES:
+                yield batch
+                batch = []
+            batch.append(measurement)
+        yield batch
 
-    def fitting(self, jobs: list[tuple[Candidate, int]]) -> Iterator[list[tuple[Candidate, int]]]:
-        """The jobs in lists whose hidden states have room beside one another."""
-        widths = [tokens.numel() for tokens in self.texts.values()]
-        per_token = self.files.shape.hidden * model_dtype(self.config).itemsize / self.world.size
-        some: list[tuple[Candidate, int]] = []
-        for job in jobs:
-            if some and sum(widths[i] for _, i in (*some, job)) * per_token > STATES_TOGETHER:
-                yield some
-                some = []
-            some.append(job)
-        yield some
+    def in_own_directory(self, prepared: PreparedTrial) -> RunConfig:
+        """The configuration of a trial in a directory of its own, for layers that only its rows need."""
+        trial, fingerprint = prepared.trial, prepared.target.fingerprint
+        name = f"{trial.method}-seed{trial.seed}-{trial.weights}-{fingerprint[:12]}"
+        return dataclasses.replace(prepared.config, output_dir=str(self.run.path / "compare"), name=name)
 
-    def rounded(self, candidate: Candidate) -> RunConfig:
-        """The candidate's configuration in the directory where its layers are: of the run itself, or made now."""
-        own = dataclasses.replace(candidate.config, output_dir=self.config.output_dir, name=self.config.name)
-        if on_rank0(lambda: self.finished(own, candidate)):
-            return own
-        config = self.for_rows(candidate)
+    def quantized(self, prepared: PreparedTrial) -> RunConfig:
+        """The configuration of a trial in the directory of its layers: that of the run itself, or one that is filled now."""
+        own_run = dataclasses.replace(prepared.config, output_dir=self.config.output_dir, name=self.config.name)
+        if on_rank0(lambda: self.layers_finished(own_run, prepared)):
+            return own_run
+        config = self.in_own_directory(prepared)
         quantize_variant(
-            QuantizeJob(config, self.world, self.files, candidate.target.variant, self.calibration, self.stop)
+            QuantizeJob(config, self.world, self.files, prepared.target.variant, self.calibration, self.stop)
         )
         return config
 
-    def finished(self, config: RunConfig, candidate: Candidate) -> bool:
-        """Whether the candidate's layers lie in the directory of `config`."""
-        variant = candidate.target.variant
+    def layers_finished(self, config: RunConfig, prepared: PreparedTrial) -> bool:
+        """Whether the layers of a trial are in the directory of `config`."""
+        variant = prepared.target.variant
         directory = run_dir(config).layers(variant.name)
-        paths = [(layer_path(directory, i), candidate.target.fingerprint) for i in range(self.files.shape.layers)]
+        paths = [(layer_path(directory, i), prepared.target.fingerprint) for i in range(self.files.shape.layers)]
         embeddings = embeddings_of(config, self.files, variant)
         if embeddings.bits:
             paths.append((embeddings_path(directory), embeddings.fingerprint))
@@ -231,9 +234,9 @@ class Comparison:
 
 
 def compare(config: RunConfig, world: World) -> list[dict[str, Any]]:
-    """Measure every entry that is missing, write results.json as they come and print the table; returns the rows.
+    """Measure every trial that is missing, write results.json after each and print the table; returns the rows.
 
-    With `compare.parallel=rows` this is one of several processes, of which the last to end prints the table.
+    With `compare.parallel=rows` this is one of several processes, of which the last one to end prints the table.
 
     Raises:
         Interrupted: a signal came; what was measured or learned is kept.
@@ -243,22 +246,22 @@ def compare(config: RunConfig, world: World) -> list[dict[str, Any]]:
     check_export_target(config, files.config)
     texts = {source: measuring_tokens(config, files, source) for source in config.evaluate.sources}
     comparison = Comparison(config, world, files, stop, texts)
-    plan, run = planned(config), comparison.run
-    on_rank0(lambda: note_start(run, config, len(plan) * len(texts)))
-    parts = parts_of(config, plan)
-    if others := comparison.complete(comparison.complete(parts)):  # a second look at what others were at
+    plan, run = plan_trials(config), comparison.run
+    on_rank0(lambda: record_start(run, config, len(plan) * len(texts)))
+    others = comparison.complete_units(work_units(config, plan))
+    if others := comparison.complete_units(others):  # by now other processes may be done or gone
         say(f"other processes are at {', '.join(others)}; the last one to end shows the table")
         return [row for rows in comparison.rows.values() for row in rows]
-    found = [row for entry in plan for row in comparison.rows[entry]]
-    on_rank0(lambda: update_results(run, "compare", found))
+    rows = [row for trial in plan for row in comparison.rows[trial]]
+    on_rank0(lambda: update_results(run, "compare", rows))
     if world.is_rank0:
-        print(comparison_table(found))
+        print(comparison_table(rows))
         say(f"wrote {run.path / 'results.json'}")
-    return found
+    return rows
 
 
-def note_start(run: RunDir, config: RunConfig, rows: int) -> None:
-    """Keep what the report tells of a comparison: how many rows it will have, and its settings unless a stage has done so."""
+def record_start(run: RunDir, config: RunConfig, rows: int) -> None:
+    """Write what the report tells of a comparison: how many rows it will have, and its settings unless a stage has done so."""
     if not (run.path / "config.yaml").exists():
         write_text(run.path / "config.yaml", dump_config(config))
     run.event("compare", rows=rows)

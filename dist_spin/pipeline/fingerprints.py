@@ -37,9 +37,9 @@ def states_identity(config: RunConfig, files: ModelFiles, variant: Variant, toke
 
 def model_identity(config: RunConfig, files: ModelFiles, variant: Variant) -> dict[str, Any]:
     """Everything that decides a variant's 16-bit weights and online Hadamards."""
-    recipe = {} if variant.recipe is None else {"recipe": variant.recipe.fingerprint}
+    method = {} if variant.method is None else {"recipe": variant.method.fingerprint}
     return {
-        **recipe,
+        **method,
         "model": files.weights.fingerprint(),
         "dtype": config.model.dtype,
         "rotations": variant.digest,

@@ -27,34 +27,34 @@ from dist_spin.storage.run_directory import LEARNED, run_dir
 from dist_spin.storage.tensor_file import tensors_digest
 
 
-class Recipe(Protocol):
-    """What another method (`dist_spin.compare.method_variants`) puts into the layers of an unrotated model."""
+class VariantMethod(Protocol):
+    """What a compared method (`dist_spin.compare.method_states`) makes of the layers of an unrotated model."""
 
     @property
     def fingerprint(self) -> str:
-        """A hash of everything that decides it."""
+        """A hash of everything that decides what it makes of them."""
 
     def runner(self, config: Any, sites: Sites, device: torch.device, dtype: torch.dtype) -> LayerRunner:
-        """Builds and runs its layers."""
+        """Builds and runs the layers."""
 
-    def to_round(self, index: int) -> dict[str, Tensor]:
-        """A layer's parameters inside the ranges it has learned for their codes."""
+    def weights_to_quantize(self, index: int) -> dict[str, Tensor]:
+        """The parameters of a layer, clamped to the ranges that the method has learned for their codes."""
 
     @property
-    def clips(self) -> bool:
-        """Whether it has learned such ranges, so that none are searched for."""
+    def sets_weight_ranges(self) -> bool:
+        """Whether the method decides the range of each row of weights, so that no clip is searched for it."""
 
     @property
     def down_bits(self) -> int:
         """Weight bits of down_proj, or 0 for the configuration's."""
 
-    def kept(self, index: int) -> dict[str, Tensor]:
-        """Input columns [n] of a layer's linears that stay exact, by linear."""
+    def exact_columns(self, index: int) -> dict[str, Tensor]:
+        """Input columns [n] of a layer's linears that stay at 16 bits, by linear."""
 
 
 @dataclass
 class Variant:
-    """One rotation of a model: learned, an unlearned baseline, or "none"; or another method, by its recipe.
+    """One rotation of a model: learned, an unlearned baseline, or "none"; or a compared method.
 
     digest: of everything that was learned, made when not given. transforms: learned scales and clips
     (`rotation_files.load_transforms`), which `sites` and `weights` contain.
@@ -65,7 +65,7 @@ class Variant:
     sites: Sites
     weights: RotatedWeights
     transforms: dict[str, Tensor] = field(default_factory=dict)
-    recipe: Recipe | None = None
+    method: VariantMethod | None = None
     digest: str = ""
 
     def __post_init__(self) -> None:
@@ -75,13 +75,13 @@ class Variant:
 
     def runner(self, config: Any, sites: Sites, device: torch.device, dtype: torch.dtype) -> LayerRunner:
         """Builds and runs its layers with `sites`, of a model's `config`."""
-        if self.recipe is not None:
-            return self.recipe.runner(config, sites, device, dtype)
+        if self.method is not None:
+            return self.method.runner(config, sites, device, dtype)
         return LayerRunner(config, sites, device=device, dtype=dtype, rotated=self.rotations is not None)
 
-    def to_round(self, index: int) -> dict[str, Tensor]:
+    def weights_to_quantize(self, index: int) -> dict[str, Tensor]:
         """Parameters of decoder layer `index` as the weight quantiser takes them."""
-        return self.weights.layer(index) if self.recipe is None else self.recipe.to_round(index)
+        return self.weights.layer(index) if self.method is None else self.method.weights_to_quantize(index)
 
 
 def build_variant(config: RunConfig, files: ModelFiles, name: str, device: torch.device) -> Variant:

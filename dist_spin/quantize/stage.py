@@ -205,12 +205,12 @@ class QuantizeJob:
     @cached_property
     def quantizer(self) -> LayerQuantizer:
         """The solver under the configuration's options."""
-        q, options, recipe = self.config.quantize, gptq_options(self.config), self.variant.recipe
+        q, options, method = self.config.quantize, gptq_options(self.config), self.variant.method
         down_bits: int = self.config.quant.down_bits
         kept: dict[str, Any] = {}
-        if recipe is not None:
-            options = dataclasses.replace(options, mse_clip=options.mse_clip and not recipe.clips)
-            down_bits, kept = recipe.down_bits or down_bits, {"kept": recipe.kept}
+        if method is not None:
+            options = dataclasses.replace(options, mse_clip=options.mse_clip and not method.sets_weight_ranges)
+            down_bits, kept = method.down_bits or down_bits, {"kept": method.exact_columns}
         dtype = wide_dtype(self.config)
         return LayerQuantizer(
             self.runner, self.world, q.method, options, dtype, down_bits=down_bits, cd_passes=q.cd_passes, **kept
@@ -239,7 +239,7 @@ def quantize_range(job: QuantizeJob, start: int, stop: int) -> None:
             began = time.monotonic()
             if world.is_rank0:
                 job.run.event("layer_start", variant=name, layer=index, pid=os.getpid(), host=socket.gethostname())
-            layer = job.quantizer.quantize(index, job.variant.to_round(index), hidden)
+            layer = job.quantizer.quantize(index, job.variant.weights_to_quantize(index), hidden)
             figures = worst(layer)
             on_rank0(functools.partial(_finish, written))
             if world.is_rank0:

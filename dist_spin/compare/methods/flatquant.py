@@ -2,29 +2,28 @@
 
 Kronecker pairs at the inputs of attention, MLP and down_proj, a matrix across heads at the input of o_proj, one for keys, one for
 values; each factor is U diag(s) V^T with orthogonal U and V, so that its inverse needs no inversion. A scale per channel, and
-clips of activations, keys, values and weights, are learned beside them.
+clip ratios of activations, keys, values and weights, are learned with them.
 """
 
 import torch
 from torch import Tensor, nn
 
-from dist_spin.compare.methods.layer_training import Schedule, WeightClips, clip_logits, learn
+from dist_spin.compare.methods.layer_training import LayerParameters, TrainedLayerMethod, WeightClips, clip_logits
 from dist_spin.compare.methods.transformed_layer import INVERSE, State
 from dist_spin.model.architecture import Shape
-from dist_spin.model.layer_inputs import READERS, LayerTask, maxima, weight_maxima
-from dist_spin.model.sites_config import Sites
+from dist_spin.model.layer_inputs import READERS, LayerTask, weight_maxima
 from dist_spin.numerics.gptq import GPTQOptions
 from dist_spin.numerics.hadamard import largest_block
 from dist_spin.numerics.kronecker import kronecker_sizes, orthogonal
 from dist_spin.numerics.random_rotations import random_hadamard, random_orthogonal
 
 SCALE_ALPHA = 0.3  # strength of the starting scale, w_max^(1-a) / x_max^a
-LEAST = 1e-5  # of a maximum, so that a channel that is never used gets a finite scale
+MIN_CHANNEL_MAX = 1e-5  # least maximum of a channel, so that one that is never used gets a finite scale
 CLIPPED = ("attention", "mlp", "down", "o", "key", "value")
 
 
 def factor_sizes(shape: Shape) -> dict[str, int]:
-    """Name of each learned factor (as in a state) to its size."""
+    """The size of each learned factor, by its name in a state."""
     sizes = {}
     for site, n in (("attention", shape.hidden), ("mlp", shape.hidden), ("down", shape.intermediate)):
         sizes[f"{site}.left"], sizes[f"{site}.right"] = kronecker_sizes(n)
@@ -32,7 +31,7 @@ def factor_sizes(shape: Shape) -> dict[str, int]:
 
 
 class FlatParameters(nn.Module):
-    """A layer's transforms, scales and clips. All factors lie in one padded stack, which saves launches."""
+    """Transforms, scales and clips of a layer. All factors lie in one padded stack, which saves kernel launches."""
 
     def __init__(
         self,
@@ -42,14 +41,14 @@ class FlatParameters(nn.Module):
         options: dict[str, GPTQOptions],
         seed: int,
     ) -> None:
-        """scales: starting channel scales of attention, mlp and down. weights: the layer's, as stored."""
+        """scales: of the channels of attention, mlp and down, at their start. weights: of the layer, as stored."""
         super().__init__()
         self.sizes = factor_sizes(shape)
         like = scales["attention"]
         widest, count = max(self.sizes.values()), len(self.sizes)
         generator = torch.Generator().manual_seed(seed)
         base = torch.eye(widest, dtype=torch.float64).repeat(2, count, 1, 1)  # U then V
-        inside = torch.zeros(2, count, widest, widest)  # where a factor lies in the padding
+        inside = torch.zeros(2, count, widest, widest)  # 1 at the entries of a factor, 0 in the padding
         for i, n in enumerate(self.sizes.values()):
             make = random_hadamard if largest_block(n) == n else random_orthogonal
             base[0, i, :n, :n] = make(n, generator)
@@ -66,39 +65,40 @@ class FlatParameters(nn.Module):
     inside: Tensor
 
     def state(self) -> State:
-        """See `methods.training.Parameters`."""
+        """See `LayerParameters`."""
         u, v = (self.base @ orthogonal(self.skew * self.inside)).unbind()  # each [factors, widest, widest]
         values = self.log_values.exp()[:, None]
         matrices, inverses = (u * values) @ v.mT, (u / values) @ v.mT
-        out: State = {f"{site}.scale": log.exp() for site, log in self.log_scales.items()}
+        state: State = {f"{site}.scale": log.exp() for site, log in self.log_scales.items()}
         for i, (name, n) in enumerate(self.sizes.items()):
-            out[name], out[name + INVERSE] = matrices[i, :n, :n], inverses[i, :n, :n]
+            state[name], state[name + INVERSE] = matrices[i, :n, :n], inverses[i, :n, :n]
         shrink = torch.sigmoid(self.site_logits)
-        out |= {f"{site}.shrink": shrink[i] for i, site in enumerate(CLIPPED)}
-        return out | self.weight_clips.state()
+        state |= {f"{site}.shrink": shrink[i] for i, site in enumerate(CLIPPED)}
+        return state | self.weight_clips.state()
 
     def transforms(self) -> list[nn.Parameter]:
-        """See `methods.training.Parameters`."""
+        """See `LayerParameters`."""
         return [self.skew, self.log_values, *self.log_scales.values()]
 
     def clips(self) -> list[nn.Parameter]:
-        """See `methods.training.Parameters`."""
+        """See `LayerParameters`."""
         return [self.site_logits, *self.weight_clips.logits]
 
-    def advance(self, share: float) -> None:
+    def start_epoch(self, progress: float) -> None:
         """Nothing changes with time."""
 
 
-def learn_layer(
-    task: LayerTask, sites: Sites, options: dict[str, GPTQOptions], products: torch.dtype, schedule: Schedule
-) -> tuple[State, dict[str, float]]:
-    """The layer's state and its loss in the first and last epoch. Arguments as `methods.training.learn`."""
-    largest, outputs = maxima(task)
-    scales = {}
-    for site in ("attention", "mlp", "down"):
-        w_max = weight_maxima(task.weights, READERS[site]).to(outputs).clamp(min=LEAST)
-        scales[site] = w_max ** (1 - SCALE_ALPHA) / largest[site].clamp(min=LEAST) ** SCALE_ALPHA
-    parameters = FlatParameters(task.runner.shape, scales, task.weights, options, schedule.seed + task.index)
-    figures = learn(task, outputs, parameters, sites, options, products, schedule)
-    state = {name: tensor for name, tensor in parameters.state().items() if not name.endswith(INVERSE)}
-    return {name: tensor.detach().clone() for name, tensor in state.items()}, figures
+class FlatQuant(TrainedLayerMethod):
+    """A state has left, right, scale and shrink of attention, mlp and down, left and shrink of o, key and value, ROLE.shrink."""
+
+    label = "FlatQuant"
+
+    def parameters(self, task: LayerTask, largest: dict[str, Tensor]) -> LayerParameters:
+        """As `TrainedLayerMethod.parameters`; scales start from the maxima of weights and activations."""
+        scales = {}
+        for site in ("attention", "mlp", "down"):
+            w_max = weight_maxima(task.weights, READERS[site]).to(largest[site]).clamp(min=MIN_CHANNEL_MAX)
+            x_max = largest[site].clamp(min=MIN_CHANNEL_MAX)
+            scales[site] = w_max ** (1 - SCALE_ALPHA) / x_max**SCALE_ALPHA
+        seed = self.config.quantize.seed + task.index
+        return FlatParameters(self.shape, scales, task.weights, self.weight_options, seed)

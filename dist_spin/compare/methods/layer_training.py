@@ -1,24 +1,25 @@
-"""Learn a layer's transforms and clips from the full-precision layer alone: the error of its output, by AdamW.
+"""Learn the transforms and clips of a layer from the full-precision layer alone: AdamW on the error of the layer's output.
 
-The layer is transformers' own with the sites of `methods.transformed`; every step its matrices, gains and fake-quantised
-weights are computed from the parameters and put in functionally. The residual stream stays in the runner's wide dtype, because
-the error is a small difference of large numbers; products run in the network's dtype.
+The layer is transformers' own with the modules of `transformed_layer`. In every step its matrices, gains and fake-quantised
+weights are computed from the parameters and put in functionally. The residual stream stays in the wide dtype of the runner,
+because the error is a small difference of large numbers; products run in the dtype of the network.
 """
 
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from dist_spin.compare.methods.base import Figures, Method
 from dist_spin.compare.methods.transformed_layer import INVERSE, State, TransformedRunner, merged
 from dist_spin.data import batch_indices
 from dist_spin.errors import NumericsError
 from dist_spin.model.architecture import ATTENTION_NORM, LAYER_LINEARS, MLP_NORM
-from dist_spin.model.layer_inputs import LayerTask
+from dist_spin.model.layer_inputs import LayerTask, maxima
 from dist_spin.model.sites_config import Sites
 from dist_spin.numerics.gptq import GPTQOptions
 from dist_spin.numerics.learned_clipping import clipped_quantize
@@ -26,6 +27,7 @@ from dist_spin.numerics.learned_clipping import clipped_quantize
 CLIP_LR = 10  # times the rate of the transforms
 CLIP_START = 4.0  # logit: sigmoid(4) = 0.982 of the range
 EAGER_STEPS = 3  # real steps before a CUDA graph is recorded, which warm up every library
+KEY_SITE = "self_attn.key_site"
 # The module of a layer that holds the buffers of each site.
 INPUT_QUANT = {
     "attention": f"{ATTENTION_NORM}.input_quant",
@@ -33,50 +35,76 @@ INPUT_QUANT = {
     "down": "mlp.down_proj.input_quant",
     "o": "self_attn.o_proj.input_quant",
     "value": "self_attn.v_proj.input_quant",
-    "key": "self_attn.key_site.input_quant",
+    "key": f"{KEY_SITE}.input_quant",
 }
+# Tensors of a state that exist in the weights alone.
+MERGED = (("attention", "scale"), ("mlp", "scale"), ("down", "scale"), ("value", "left"))
 WRAPPED_LINEARS = ("self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj")  # linears inside another module
 
 
-class Parameters(Protocol):
-    """What is learned of a layer. An nn.Module too."""
+class LayerParameters(Protocol):
+    """What is learned of a layer. Implementations are nn.Modules."""
 
     def state(self) -> State:
-        """The layer's state as a differentiable function of the parameters, with inverses; wide dtype."""
+        """The state of the layer as a differentiable function of the parameters, with inverses; in the wide dtype."""
 
     def transforms(self) -> list[nn.Parameter]:
-        """Parameters with the plain learning rate."""
+        """The parameters that have the plain learning rate."""
 
     def clips(self) -> list[nn.Parameter]:
-        """Parameters with the rate of clips."""
+        """The parameters that have `CLIP_LR` times the learning rate."""
 
-    def advance(self, share: float) -> None:
-        """Told before each epoch which share of the epochs is over."""
+    def start_epoch(self, progress: float) -> None:
+        """Called before each epoch with the share of the epochs that is over."""
+
+
+class TrainedLayerMethod(Method):
+    """A method whose states are learned by `fit`; a subclass says which parameters a layer has."""
+
+    settings_prefix = "flat_"
+    sets_weight_ranges = True
+
+    def parameters(self, task: LayerTask, largest: dict[str, Tensor]) -> LayerParameters:
+        """The parameters of a layer at their start, in the dtype of `task.hidden`.
+
+        largest: of the input of each site, the largest |x| of each channel.
+        """
+        raise NotImplementedError
+
+    def learn_layer(self, task: LayerTask) -> tuple[State, Figures]:
+        """Figures: the loss of the first and last epoch, relative to what the layer adds to the residual stream."""
+        m = self.config.methods
+        schedule = Schedule(m.flat_epochs, m.flat_batch_size, m.flat_lr, self.config.quantize.seed)
+        largest, outputs = maxima(task)
+        parameters = self.parameters(task, largest)
+        figures = fit(task, outputs, parameters, self.sites, self.weight_options, self.dtype, schedule)
+        state = parameters.state()
+        return {name: t.detach().clone() for name, t in state.items() if not name.endswith(INVERSE)}, figures
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast. rate: of the transforms, falling to 0 along a cosine."""
+    """How long and how fast to learn. lr: of the transforms, falling to 0 along a cosine. seed: of the order of sequences."""
 
     epochs: int
     batch_size: int
-    rate: float
+    lr: float
     seed: int
 
 
-def learn(
+def fit(
     task: LayerTask,
     outputs: Tensor,
-    parameters: Any,
+    parameters: LayerParameters,
     sites: Sites,
     options: dict[str, GPTQOptions],
     products: torch.dtype,
     schedule: Schedule,
-) -> dict[str, float]:
-    """Fit `parameters` (of type `Parameters`) to the layer's outputs [n, T, h]; returns the loss of the first and last epoch.
+) -> Figures:
+    """Fit `parameters` to the outputs [n, T, h] of the layer; returns the mean loss of the first and last epoch.
 
-    options: how each linear's weight is rounded; empty for 16-bit weights. Losses are relative to what the layer adds to
-    the residual stream.
+    options: how the weight of each linear is quantised; empty for 16-bit weights. products: dtype of the inputs of linears.
+    The loss is the mean square error relative to what the layer adds to the residual stream.
 
     Raises:
         NumericsError: the loss is not finite.
@@ -84,8 +112,8 @@ def learn(
     student = FakeQuantLayer(task, parameters, sites, options, products)
     power = float((outputs - task.hidden).square().mean())
     n = len(task.hidden)
-    per_epoch = -(-n // schedule.batch_size)
-    steps = schedule.epochs * per_epoch
+    steps_per_epoch = -(-n // schedule.batch_size)
+    steps = schedule.epochs * steps_per_epoch
     groups = [(parameters.transforms(), 1.0), (parameters.clips(), CLIP_LR)]
 
     def loss(hidden: Tensor, target: Tensor) -> Tensor:
@@ -94,25 +122,25 @@ def learn(
     stepper = Stepper(loss, groups, student.runner.device)
     losses = []
     for epoch in range(schedule.epochs):
-        parameters.advance(epoch / schedule.epochs)
+        parameters.start_epoch(epoch / schedule.epochs)
         total = torch.zeros((), dtype=task.hidden.dtype, device=task.hidden.device)
-        for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
-            chosen = batch_indices(step, schedule.batch_size, n, schedule.seed)
-            rate = schedule.rate * (1 + math.cos(math.pi * step / steps)) / 2
-            total += stepper.step(task.hidden[chosen], outputs[chosen], rate)
-        losses.append(float(total) / per_epoch)
+        for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
+            indices = batch_indices(step, schedule.batch_size, n, schedule.seed)
+            lr = schedule.lr * (1 + math.cos(math.pi * step / steps)) / 2
+            total += stepper.step(task.hidden[indices], outputs[indices], lr)
+        losses.append(float(total) / steps_per_epoch)
         if not math.isfinite(losses[-1]):
             raise NumericsError(f"layer {task.index}: the loss is {losses[-1]}", "lower methods.flat_lr")
     return {"first_loss": losses[0], "last_loss": losses[-1]}
 
 
 class FakeQuantLayer:
-    """The fake-quantised layer as a function of its parameters."""
+    """A layer with fake-quantised weights and activations, as a function of its parameters."""
 
     def __init__(
         self,
         task: LayerTask,
-        parameters: Any,
+        parameters: LayerParameters,
         sites: Sites,
         options: dict[str, GPTQOptions],
         products: torch.dtype,
@@ -127,35 +155,38 @@ class FakeQuantLayer:
         self.layer = self.runner.build(task.index, self.weights)
         narrow = self.runner.context(task.index, task.hidden[:1].to(products))  # rotary factors in the products' dtype
         self.context = {"use_cache": False, **narrow}
-        known = {name for name, _ in self.layer.named_buffers()} | {name for name, _ in self.layer.named_parameters()}
-        self.known = known
+        self.tensor_names = {name for name, _ in (*self.layer.named_buffers(), *self.layer.named_parameters())}
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """hidden [batch, T, h] through the layer."""
+        """hidden [batch, T, h] through the layer, to the same shape."""
         return torch.func.functional_call(self.layer, self._tensors(), (hidden,), self.context)
 
     def _tensors(self) -> dict[str, Tensor]:
+        """The tensors of the layer that the parameters decide, by their names in it."""
         state = self.parameters.state()
         weights = merged(self.weights, state, self.shape)
-        out = {}
+        tensors = {}
         for name, w in weights.items():
             role, _, kind = name.rpartition(".")
             if role in self.options and kind == "weight":
                 w = self._rounded(role, w, state)
             if role in (ATTENTION_NORM, MLP_NORM):
-                out[f"{role}.norm.{kind}"] = w
+                tensors[f"{role}.norm.{kind}"] = w
             else:
-                out[f"{role}.linear.{kind}" if role in WRAPPED_LINEARS else name] = w.to(self.products)
+                tensors[f"{role}.linear.{kind}" if role in WRAPPED_LINEARS else name] = w.to(self.products)
         for name, tensor in state.items():
             site, _, kind = name.removesuffix(INVERSE).rpartition(".")
             if site == "key" and kind == "left":
-                key_site = INPUT_QUANT[site].removesuffix(".input_quant")
-                out[f"{key_site}.inverse" if name.endswith(INVERSE) else f"{key_site}.left"] = tensor
-            elif site in INPUT_QUANT and f"{INPUT_QUANT[site]}.{kind}" in self.known and not name.endswith(INVERSE):
-                out[f"{INPUT_QUANT[site]}.{kind}"] = tensor
-        return out
+                tensors[f"{KEY_SITE}.{'inverse' if name.endswith(INVERSE) else kind}"] = tensor
+            elif site in INPUT_QUANT and (site, kind) not in MERGED and not name.endswith(INVERSE):
+                tensors[f"{INPUT_QUANT[site]}.{kind}"] = tensor
+        # functional_call passes over names that the layer does not have, and the tensor would silently have no effect.
+        unknown = tensors.keys() - self.tensor_names
+        assert not unknown, f"the layer has no {', '.join(sorted(unknown))}"
+        return tensors
 
     def _rounded(self, role: str, w: Tensor, state: State) -> Tensor:
+        """The weight [out, in] of a linear, fake-quantised."""
         o = self.options[role]
         if (shrink := state.get(f"{role}.shrink")) is None:
             one = torch.ones((), dtype=w.dtype, device=w.device)
@@ -164,10 +195,10 @@ class FakeQuantLayer:
 
 
 class Stepper:
-    """One AdamW step after another; on a GPU as a replayed CUDA graph, because a step is a thousand small kernels.
+    """AdamW steps; on a GPU a replayed CUDA graph, because a step is a thousand small kernels.
 
-    loss: of a batch, a function of two tensors whose shapes never change. groups: parameters with the factor of their
-    learning rate.
+    loss: of a batch, a function of two tensors whose shapes never change. groups: lists of parameters, each with the factor
+    by which its learning rate is multiplied.
     """
 
     def __init__(
@@ -179,19 +210,19 @@ class Stepper:
         self.loss, self.count = loss, 0
         groups = [(parameters, factor) for parameters, factor in groups if parameters]
         self.factors = [factor for _, factor in groups]
-        self.rates = [torch.tensor(0.0, device=device) for _ in groups]
-        given = [{"params": group, "lr": rate} for (group, _), rate in zip(groups, self.rates, strict=True)]
+        self.learning_rates = [torch.tensor(0.0, device=device) for _ in groups]
+        param_groups = [{"params": group, "lr": lr} for (group, _), lr in zip(groups, self.learning_rates, strict=True)]
         cuda = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(given, weight_decay=0.0, capturable=cuda)
-        self.recorded = cuda
+        self.optimizer = torch.optim.AdamW(param_groups, weight_decay=0.0, capturable=cuda)
+        self.uses_graph = cuda
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def step(self, hidden: Tensor, target: Tensor, rate: float) -> Tensor:
-        """One optimiser step on a batch; its loss before the step, a scalar on the device."""
-        for tensor, factor in zip(self.rates, self.factors, strict=True):
-            tensor.fill_(rate * factor)
+    def step(self, hidden: Tensor, target: Tensor, lr: float) -> Tensor:
+        """One optimizer step on a batch; its loss before the step, a scalar on the device."""
+        for tensor, factor in zip(self.learning_rates, self.factors, strict=True):
+            tensor.fill_(lr * factor)
         self.count += 1
-        if not self.recorded:
+        if not self.uses_graph:
             return self._step(hidden, target)
         if self.count <= EAGER_STEPS:
             stream = torch.cuda.Stream()
@@ -206,17 +237,17 @@ class Stepper:
             graph = torch.cuda.CUDAGraph()
             try:
                 with torch.cuda.graph(graph):
-                    self.last = self._step(self.hidden, self.target)
+                    self.graph_loss = self._step(self.hidden, self.target)
             except RuntimeError as error:  # a library that cannot be recorded costs speed, no result
                 warnings.warn(f"no CUDA graph ({str(error).splitlines()[0]}): slower", stacklevel=2)
-                self.recorded = False
+                self.uses_graph = False
                 return self._step(hidden, target)
             self.graph = graph
         else:
             self.hidden.copy_(hidden)
             self.target.copy_(target)
         self.graph.replay()
-        return self.last
+        return self.graph_loss
 
     def _step(self, hidden: Tensor, target: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
@@ -227,12 +258,12 @@ class Stepper:
 
 
 def clip_logits(shape: tuple[int, ...], like: Tensor) -> nn.Parameter:
-    """A parameter whose sigmoid is the share of a range that is kept."""
+    """A parameter of this shape, with the dtype and device of `like`, whose sigmoid is a clip ratio."""
     return nn.Parameter(torch.full(shape, CLIP_START, dtype=like.dtype, device=like.device))
 
 
 class WeightClips(nn.Module):
-    """Learned clipping of every linear's rows, or of their groups (learnable weight clipping, Shao et al. 2024, OmniQuant)."""
+    """Learned clip ratios of the rows of every linear, or of their groups (learnable weight clipping of OmniQuant)."""
 
     def __init__(self, weights: dict[str, Tensor], options: dict[str, GPTQOptions], like: Tensor) -> None:
         super().__init__()
@@ -241,7 +272,7 @@ class WeightClips(nn.Module):
         for role in self.roles:
             rows, columns = weights[f"{role}.weight"].shape
             o = options[role]
-            # A symmetric grid has one bound.
+            # A symmetric grid has one bound, an asymmetric one has two.
             shapes.append((1 if o.symmetric else 2, rows, columns // (o.group_size or columns), 1))
         self.logits = nn.ParameterList([clip_logits(shape, like) for shape in shapes])
 

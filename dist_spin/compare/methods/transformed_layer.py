@@ -1,18 +1,18 @@
-"""Decoder layers with invertible transforms at their sites: which tensors say so, how weights take part, how a layer runs.
+"""Decoder layers with invertible transforms at their sites: the tensors that describe them, the merge into weights, the run.
 
-A method's whole result for one layer is a dict of tensors, its state; what is absent is left out of the layer:
+What a method learns of one layer is a dict of tensors, its state. All of these are optional:
 
     attention.scale [h]   mlp.scale [h]   down.scale [intermediate]       per channel, merged (norm gains, rows of up_proj)
-    attention.shift [h]   mlp.shift [h]                                   taken off before the quantiser, added again after it
+    attention.shift [h]   mlp.shift [h]                                   subtracted before the quantiser, added after it
     SITE.left [a, a], SITE.right [b, b] at attention, mlp, down           x (left (x) right), online
     o.left [heads, heads]                                                 mixes heads, online
     value.left [d, d]                                                     v_proj to o_proj, merged
     key.left [d, d]                                                       k left and q left^-T after RoPE, online
-    SITE.shrink [2] at attention, mlp, down, o, key, value                what clipping leaves of the range's two ends
-    SITE.kept [n] int64 at attention, mlp, o                              channels that are not quantised
-    ROLE.shrink [2, out, groups, 1]                                       the same of a weight's rows
+    SITE.shrink [2] at attention, mlp, down, o, key, value                clip ratios of the range's minimum and maximum
+    SITE.kept [n] int64 at attention, mlp, o                              channels that stay exact
+    ROLE.shrink [2, out, groups, 1]                                       clip ratios of the rows of a weight, by group
 
-x is divided by nothing: a scale multiplies x, its inverse the weights. With 16 bits everywhere the layer is the original one.
+A scale multiplies x and divides the weights. With 16 bits everywhere the layer computes what the original one does.
 """
 
 from collections.abc import Callable
@@ -38,23 +38,24 @@ INVERSE = ".inverse"  # beside a matrix: its inverse transpose, where that is kn
 SITE_BEFORE = {role: "attention" if norm == ATTENTION_NORM else "mlp" for role, norm in NORM_BEFORE.items()}
 
 
-class Front(nn.Module):
-    """Transform, then quantise, what a linear reads. Buffers are None where absent.
+class TransformedInputQuant(nn.Module):
+    """Transform and quantise the input of a linear, or a key or value. Buffers are None where the state has none.
 
-    dtype: of the result, if another than the input's; training keeps the residual stream wider than the products.
+    dtype: of the result, if another than that of the input; training keeps the residual stream wider than the products.
     """
 
     left: Tensor | None
     right: Tensor | None
     shift: Tensor | None
     shrink: Tensor | None
-    kept: Tensor | None
+    exact_channels: Tensor | None
 
     def __init__(self, spec: QuantSpec, state: State, site: str, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.spec, self.dtype = spec, dtype
-        for name in ("left", "right", "shift", "shrink", "kept"):
+        for name in ("left", "right", "shift", "shrink"):
             self.register_buffer(name, state.get(f"{site}.{name}"), persistent=False)
+        self.register_buffer("exact_channels", state.get(f"{site}.kept"), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n] to the same."""
@@ -62,9 +63,9 @@ class Front(nn.Module):
             x = x.to(self.dtype)
         if self.left is not None:
             x = apply_pair(x, self.left, self.right)
-        if self.kept is not None and self.spec.enabled:
-            quiet = self._quantize(x.index_fill(-1, self.kept, 0))
-            return quiet.index_copy(-1, self.kept, x.index_select(-1, self.kept))
+        if self.exact_channels is not None and self.spec.enabled:
+            quantized = self._quantize(x.index_fill(-1, self.exact_channels, 0))
+            return quantized.index_copy(-1, self.exact_channels, x.index_select(-1, self.exact_channels))
         if self.shift is None:
             return self._quantize(x)
         shift = self.shift.to(x.dtype)
@@ -80,10 +81,10 @@ class Front(nn.Module):
         return clipped_quantize(x, (shrink[0], shrink[1]), s.bits, s.symmetric, s.group_size)
 
 
-class FrontedNorm(nn.Module):
-    """A norm and the front of the linears that it feeds."""
+class TransformedNorm(nn.Module):
+    """A norm, then the transform and quantiser of the linears that it feeds."""
 
-    def __init__(self, norm: nn.Module, input_quant: Front) -> None:
+    def __init__(self, norm: nn.Module, input_quant: TransformedInputQuant) -> None:
         super().__init__()
         self.norm, self.input_quant = norm, input_quant
 
@@ -92,10 +93,10 @@ class FrontedNorm(nn.Module):
         return self.input_quant(self.norm(x))
 
 
-class ValueBack(nn.Module):
+class TransformedValue(nn.Module):
     """v_proj and the quantiser of the V cache."""
 
-    def __init__(self, linear: nn.Module, input_quant: Front) -> None:
+    def __init__(self, linear: nn.Module, input_quant: TransformedInputQuant) -> None:
         super().__init__()
         self.linear, self.input_quant = linear, input_quant
 
@@ -104,15 +105,15 @@ class ValueBack(nn.Module):
         return self.input_quant(self.linear(x))
 
 
-class KeyFront(nn.Module):
-    """After the position embedding: k goes through a matrix and the quantiser, q through the inverse transpose."""
+class TransformedKey(nn.Module):
+    """After the position embedding: k goes through a matrix and the quantiser, q through the inverse transpose of the matrix."""
 
     left: Tensor | None
     inverse: Tensor | None
 
-    def __init__(self, input_quant: Front, state: State) -> None:
+    def __init__(self, input_quant: TransformedInputQuant, state: State) -> None:
         super().__init__()
-        self.input_quant = input_quant  # holds the clip; its own transform stays empty
+        self.input_quant = input_quant  # has the clip ratios; the matrix is here, since q needs its inverse
         self.register_buffer("left", state.get("key.left"), persistent=False)
         self.register_buffer("inverse", None if self.left is None else inverse(state, "key.left"), persistent=False)
 
@@ -125,14 +126,14 @@ class KeyFront(nn.Module):
 
 def inverse(state: State, name: str) -> Tensor:
     """The inverse transpose of a matrix of a state, in its dtype."""
-    known = state.get(name + INVERSE)
-    return torch.linalg.inv(state[name].double()).mT.to(state[name].dtype) if known is None else known
+    stored = state.get(name + INVERSE)
+    return torch.linalg.inv(state[name].double()).mT.to(state[name].dtype) if stored is None else stored
 
 
 def merged(weights: dict[str, Tensor], state: State, shape: Shape) -> dict[str, Tensor]:
-    """A layer's parameters (names within the layer, norms not folded) with a state's share of them; differentiable.
+    """A layer's parameters (names within the layer, norms not folded) with its state merged into them; differentiable.
 
-    Computed in the dtype of the given tensors: widen both to fp64 for an exact merge.
+    Computed in the dtype of the given tensors: convert both to fp64 for an exact merge.
     """
     out = dict(weights)
     for norm, site in ((ATTENTION_NORM, "attention"), (MLP_NORM, "mlp")):
@@ -143,12 +144,12 @@ def merged(weights: dict[str, Tensor], state: State, shape: Shape) -> dict[str, 
         w, bias = weights[f"{role}.weight"], weights.get(f"{role}.bias")
         if (scale := state.get(f"{site}.scale")) is not None:
             w = w / scale
-        if (turn := state.get("value.left")) is not None:
+        if (value_matrix := state.get("value.left")) is not None:
             if role == "self_attn.o_proj":
                 w = (w.unflatten(1, (-1, shape.head_dim)) @ inverse(state, "value.left")).flatten(1)
             if role == "self_attn.v_proj":
-                w = (turn.mT @ w.unflatten(0, (-1, shape.head_dim))).flatten(0, 1)
-                bias = None if bias is None else (bias.unflatten(0, (-1, shape.head_dim)) @ turn).flatten()
+                w = (value_matrix.mT @ w.unflatten(0, (-1, shape.head_dim))).flatten(0, 1)
+                bias = None if bias is None else (bias.unflatten(0, (-1, shape.head_dim)) @ value_matrix).flatten()
         if f"{site}.left" in state:
             right = inverse(state, f"{site}.right") if f"{site}.right" in state else None
             w = apply_pair(w, inverse(state, f"{site}.left"), right)
@@ -162,23 +163,26 @@ def merged(weights: dict[str, Tensor], state: State, shape: Shape) -> dict[str, 
 
 
 def clamp(weights: dict[str, Tensor], state: State, symmetric: bool) -> dict[str, Tensor]:
-    """Weights moved into their learned ranges, so that a grid over the whole of each row is the clipped grid."""
+    """Weights clamped to the ranges of a state, so that a min-max grid of each row (or group) is the clipped grid.
+
+    weights: a layer's parameters by their names within it. Without ROLE.shrink in the state a weight stays as it is.
+    """
     out = dict(weights)
     for role in LAYER_LINEARS:
         if (shrink := state.get(f"{role}.shrink")) is not None:
             w = weights[f"{role}.weight"]
             low, high = shrink.to(w.device, w.dtype)  # each [out, groups, 1]
             groups = w.unflatten(1, (low.shape[1], -1))
-            least, most = groups.amin(-1, keepdim=True) * low, groups.amax(-1, keepdim=True) * high
+            minimum, maximum = groups.amin(-1, keepdim=True) * low, groups.amax(-1, keepdim=True) * high
             if symmetric:
-                most = torch.maximum(-least, most)
-                least = -most
-            out[f"{role}.weight"] = torch.minimum(torch.maximum(groups, least), most).flatten(1)
+                maximum = torch.maximum(-minimum, maximum)
+                minimum = -maximum
+            out[f"{role}.weight"] = torch.minimum(torch.maximum(groups, minimum), maximum).flatten(1)
     return out
 
 
 class TransformedRunner(LayerRunner):
-    """Builds and runs layers whose sites hold what `states` gives for each; their weights come `merged`."""
+    """Builds and runs layers with the transforms that `states` gives for the index of each; weights come `merged`."""
 
     def __init__(
         self,
@@ -191,30 +195,33 @@ class TransformedRunner(LayerRunner):
         products: torch.dtype | None = None,
         down: QuantSpec | None = None,
     ) -> None:
-        """products: dtype of what linears read, if another than `dtype`. down: its quantiser, if another than `sites.a`."""
+        """products: dtype of the inputs of linears, if another than `dtype`.
+
+        down: quantiser of the input of down_proj, if another than `sites.a`.
+        """
         super().__init__(config, sites, device=device, dtype=dtype, rotated=False)
         self.states, self.products, self.down = states, products, down
 
     def attach(self, layer: nn.Module, index: int, sites: Sites) -> None:
-        """Put a layer's sites into it, in place."""
+        """Put the transforms and quantisers of a layer into it, in place."""
         dtype = accumulation_dtype(self.dtype)
         state = {n: t.to(self.device, dtype if t.is_floating_point() else None) for n, t in self.states(index).items()}
         attention: Any = layer.self_attn
         mlp: Any = layer.mlp
         for name, site in ((ATTENTION_NORM, "attention"), (MLP_NORM, "mlp")):
-            input_quant = Front(sites.a, state, site, self.products)
-            setattr(layer, name, FrontedNorm(getattr(layer, name), input_quant))
-        value = {"value.shrink": state["value.shrink"]} if "value.shrink" in state else {}
-        attention.v_proj = ValueBack(attention.v_proj, Front(sites.v, value, "value"))
-        attention.o_proj = QuantizedInputLinear(Front(sites.o, state, "o"), attention.o_proj)
+            input_quant = TransformedInputQuant(sites.a, state, site, self.products)
+            setattr(layer, name, TransformedNorm(getattr(layer, name), input_quant))
+        # Of values and keys the module has the clip ratios alone: value.left is merged, key.left belongs to TransformedKey.
+        clips: State = {name: state[name] for name in ("value.shrink", "key.shrink") if name in state}
+        attention.v_proj = TransformedValue(attention.v_proj, TransformedInputQuant(sites.v, clips, "value"))
+        attention.key_site = TransformedKey(TransformedInputQuant(sites.k, clips, "key"), state)
+        attention.o_proj = QuantizedInputLinear(TransformedInputQuant(sites.o, state, "o"), attention.o_proj)
         down = sites.a if self.down is None else self.down
-        mlp.down_proj = QuantizedInputLinear(Front(down, state, "down"), mlp.down_proj)
-        key = {"key.shrink": state["key.shrink"]} if "key.shrink" in state else {}
-        attention.key_site = KeyFront(Front(sites.k, key, "key"), state)
+        mlp.down_proj = QuantizedInputLinear(TransformedInputQuant(down, state, "down"), mlp.down_proj)
 
 
 class WeightsAndStates(RotatedWeights):
-    """A model's unrotated weights, and what was learned of each layer: `states` of its index."""
+    """The unrotated weights of a model, and the state of each layer: `states` of its index."""
 
     def __init__(
         self,
@@ -229,18 +236,10 @@ class WeightsAndStates(RotatedWeights):
 
 
 class TransformedWeights(WeightsAndStates):
-    """A model's unrotated weights with the share of each layer's state merged, in fp64."""
+    """The unrotated weights of a model with the state of each layer merged into them, in fp64."""
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """As `RotatedWeights.layer`, merged."""
-        wide = {name: w.double() for name, w in self.raw(index).items()}
+        wide = {name: w.double() for name, w in super().layer(index).items()}
         state = {name: tensor.to(self.device).double() for name, tensor in self.states(index).items()}
         return {name: w.to(self.dtype) for name, w in merged(wide, state, self.shape).items()}
-
-    def raw(self, index: int) -> dict[str, Tensor]:
-        """As they are on disk."""
-        return super().layer(index)
-
-    def to_round(self, index: int, symmetric: bool) -> dict[str, Tensor]:
-        """The layer's parameters inside their learned ranges: what a weight quantiser rounds."""
-        return clamp(self.layer(index), self.states(index), symmetric)

@@ -1,23 +1,22 @@
-"""LLM-QAT as a whole: the model writes its text, is trained on it, and leaves a file per layer.
+"""The training loop of LLM-QAT: the model writes its text and is trained on it as a whole.
 
-    RUN/methods/llm_qat/KEY/training.safetensors        masters and moments, now and then and when a signal comes
-    RUN/methods/llm_qat/KEY/000.safetensors ...         a layer each once training is over, and one more for the ends
+    RUN/methods/llm_qat/KEY/training.safetensors        masters and moments, every `SAVE_EVERY` seconds and upon a signal
+    RUN/methods/llm_qat/KEY/000.safetensors ...         once training is over: each layer, then embedding, norm and head
 
-Every rank holds the whole model and takes its share of each batch: the one method here that does not go layer by layer.
+Every rank holds the whole model and takes its share of each batch.
 """
 
 import functools
 import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dist_spin.compare.methods import llm_qat
-from dist_spin.compare.methods.transformed_layer import State
+from dist_spin.compare.methods.base import SaveState
+from dist_spin.compare.methods.llm_qat_student import WIDE_COPIES, Student, predictions
 from dist_spin.config.run import RunConfig
 from dist_spin.data import batch_indices, rank_share
 from dist_spin.errors import Interrupted, NumericsError, UserError
@@ -50,12 +49,12 @@ def train(
     sites: Sites,
     options: dict[str, GPTQOptions],
     directory: Path,
-    save: Callable[[int, State, dict[str, float]], None],
+    save: SaveState,
     stop: StopRequest,
 ) -> None:
-    """Train, from where `directory` stands, and hand every state to `save` on rank 0; called by all ranks together.
+    """Train, from the state in `directory` if there is one, and `save` the result on rank 0; called by all ranks together.
 
-    options: how each linear's weight is rounded; empty for 16-bit weights.
+    sites: what is quantised at run time. options: how the weight of each linear is quantised; empty for 16-bit weights.
 
     Raises:
         Interrupted: a signal came; the state is saved.
@@ -64,19 +63,19 @@ def train(
     """
     q, m, dtype = config.quantize, config.methods, model_dtype(config)
     raise_on_any_failure(
-        lambda: check_room(files.shape, dtype, min(m.qat_batch_size * q.seq_len, TOKENS_AT_ONCE), world)
+        lambda: check_memory(files.shape, dtype, min(m.qat_batch_size * q.seq_len, TOKENS_AT_ONCE), world)
     )
     tokens = on_rank0(lambda: self_text(config, files, q.n_sequences, q.seq_len, q.seed))
     plain = RotatedWeights(files.weights, files.shape, None, (), world.device, dtype)
-    exact, rounding = (
+    teacher, quantized = (
         LayerRunner(files.config, s, device=world.device, dtype=dtype, rotated=False) for s in (Sites(), sites)
     )
-    targets = llm_qat.predictions(exact, plain, tokens)
-    student = llm_qat.Student(rounding, plain, options, files.config.tie_word_embeddings)
+    targets = predictions(teacher, plain, tokens)
+    student = Student(quantized, plain, options, tied=files.config.tie_word_embeddings)
     path = directory / "training.safetensors"
     done, losses = resume(student, path)
     progress = Progress("LLM-QAT: step", m.qat_steps, done, show=world.is_rank0)
-    saved = time.monotonic()
+    last_save = time.monotonic()
     for step in range(done, m.qat_steps):
         indices = batch_indices(step, m.qat_batch_size, len(tokens), q.seed)
         losses.append(backward(student, world, tokens, targets, indices))
@@ -84,32 +83,36 @@ def train(
             raise NumericsError(f"LLM-QAT, step {step + 1}: the loss is {losses[-1]}", "lower methods.qat_lr")
         student.step(m.qat_lr * (1 + math.cos(math.pi * step / m.qat_steps)) / 2)
         progress.advance(f"loss {losses[-1]:.4f}")
-        asked = any_rank(bool(stop)) and step + 1 < m.qat_steps
-        if asked or any_rank(time.monotonic() - saved > SAVE_EVERY):
-            about = {"steps": str(step + 1), "losses": json.dumps(losses)}
-            on_rank0(functools.partial(save_tensors, path, student.state(), about))
-            saved = time.monotonic()
-        if asked:
+        stopping = any_rank(bool(stop)) and step + 1 < m.qat_steps
+        if stopping or any_rank(time.monotonic() - last_save > SAVE_EVERY):
+            metadata = {"steps": str(step + 1), "losses": json.dumps(losses)}
+            on_rank0(functools.partial(save_tensors, path, student.state(), metadata))
+            last_save = time.monotonic()
+        if stopping:
             raise Interrupted(f"stopped by a signal after step {step + 1} (llm_qat)", "the same command continues")
     tenth = -(-len(losses) // 10)
     figures = {"first_loss": sum(losses[:tenth]) / tenth, "last_loss": sum(losses[-tenth:]) / tenth}
 
     def finish() -> None:
         for index in range(files.shape.layers + 1):
-            save(index, student.trained(index), figures)
+            save(index, student.layer_state(index), figures)
         path.unlink(missing_ok=True)
 
     on_rank0(finish)
 
 
-def backward(student: llm_qat.Student, world: World, tokens: Tensor, targets: Tensor, indices: list[int]) -> float:
-    """Gradients of the mean loss over a batch, reduced over ranks; that loss."""
-    mine = rank_share(indices, world.rank, world.size)
-    at_once = max(1, TOKENS_AT_ONCE // tokens.shape[1])
+def backward(student: Student, world: World, tokens: Tensor, targets: Tensor, indices: list[int]) -> float:
+    """Compute the gradients of the mean loss over a batch, summed over ranks; returns that loss.
+
+    tokens [n, T], targets [n, T, h]: of all sequences. indices: of the sequences in the batch.
+    """
+    own = rank_share(indices, world.rank, world.size)
+    per_pass = max(1, TOKENS_AT_ONCE // tokens.shape[1])
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for lo in range(0, len(mine), at_once):
-        some = mine[lo : lo + at_once]
-        loss = student.loss(tokens[some].to(world.device), targets[some].to(world.device)) * (len(some) / len(indices))
+    for first in range(0, len(own), per_pass):
+        micro_batch = own[first : first + per_pass]
+        loss = student.loss(tokens[micro_batch].to(world.device), targets[micro_batch].to(world.device))
+        loss = loss * (len(micro_batch) / len(indices))
         loss.backward()
         total += loss.detach()
     for gradient in student.gradients():
@@ -117,38 +120,36 @@ def backward(student: llm_qat.Student, world: World, tokens: Tensor, targets: Te
     return float(sum_over_ranks_(total))
 
 
-def resume(student: llm_qat.Student, path: Path) -> tuple[int, list[float]]:
-    """Steps done before and their losses, from the file that rank 0 finds."""
+def resume(student: Student, path: Path) -> tuple[int, list[float]]:
+    """Load the training state that rank 0 finds at `path`; returns how many steps are done, and their losses."""
 
-    def find() -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    def load() -> tuple[dict[str, Tensor], dict[str, str]] | None:
         try:
             return load_tensors(path) if path.exists() else None
         except CorruptFile as error:
             warn(f"{error}; training starts again")
             return None
 
-    found = on_rank0(find)
-    if found is None:
+    saved = on_rank0(load)
+    if saved is None:
         return 0, []
-    state, about = found
-    steps = int(about["steps"])
+    state, metadata = saved
+    steps = int(metadata["steps"])
     student.load(state, steps)
-    return steps, json.loads(about["losses"])
+    return steps, json.loads(metadata["losses"])
 
 
-def check_room(shape: Shape, dtype: torch.dtype, tokens: int, world: World) -> None:
-    """Refuse a model whose training does not fit into the free memory of this rank's device.
-
-    tokens: of one pass.
+def check_memory(shape: Shape, dtype: torch.dtype, tokens: int, world: World) -> None:
+    """Check that training fits into the free memory of this rank's device. tokens: how many go through in one pass.
 
     Raises:
-        UserError: it does not.
+        UserError: it does not fit.
     """
     wide = accumulation_dtype(dtype).itemsize
     weights = shape.layers * (layer_bytes(shape, dtype) // dtype.itemsize) + 2 * shape.vocab * shape.hidden
     activations = shape.layers * kept_bytes(shape, tokens, dtype.itemsize, "layer")
     activations += kept_bytes(shape, tokens, dtype.itemsize, "none", compiled=False) + 4 * wide * LOGITS_AT_ONCE
-    need = weights * (dtype.itemsize + llm_qat.WIDE_COPIES * wide) + activations
+    need = weights * (dtype.itemsize + WIDE_COPIES * wide) + activations
     if world.device.type == "cuda":
         free, where = device_bytes_free(world.device), "GPU"
     else:
