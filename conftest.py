@@ -52,7 +52,7 @@ def forbid_waits(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType, str],
 @pytest.fixture
 def restored_process() -> Iterator[None]:
     """Stages take over signal handlers and torch's threads, which the tests after these want back."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
     kept, threads = {number: signal.getsignal(number) for number in numbers}, torch.get_num_threads()
     yield
     for number, handler in kept.items():

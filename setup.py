@@ -84,7 +84,7 @@ setup(
     package_data={"dist_spin": ["py.typed", "report/*.jinja"]},
     install_requires=RUNTIME,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["dist-spin = dist_spin.cli:main"]},
+    entry_points={"console_scripts": ["dist-spin = dist_spin.__main__:main"]},
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

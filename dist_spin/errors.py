@@ -12,6 +12,7 @@ EXIT_USER = 2  # wrong configuration, input or environment: the line printed say
 EXIT_NUMERICS = 3  # NaN or infinite loss or weights: the last good checkpoint is kept
 EXIT_HANG = 4  # a collective timed out: another rank died or hangs; start again to resume
 EXIT_MEMORY = 5  # a GPU ran out of memory: settings that take less, or another moment where others use it too
+EXIT_ABORTED = 130  # ended at once by ctrl-C: what was saved before is kept, and the same command continues
 EXIT_INTERRUPTED = 75  # stopped by a signal after saving (EX_TEMPFAIL): the same command continues
 EXIT_PIPE = 141  # whoever read our output has left (`| head`): 128 + SIGPIPE, as a shell says of its own tools
 

@@ -7,15 +7,15 @@ launcher holds no state of its own: kill it, start it again, and it does what is
 """
 
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 
 from dist_spin.config.run import RunConfig
-from dist_spin.errors import EXIT_INTERRUPTED, EXIT_NUMERICS, EXIT_OK, EXIT_USER, UserError
+from dist_spin.errors import EXIT_ABORTED, EXIT_INTERRUPTED, EXIT_NUMERICS, EXIT_OK, EXIT_USER, UserError
 from dist_spin.quantize.stage import QuantizeJob, prepare_jobs
 from dist_spin.runtime import distributed
 from dist_spin.runtime.progress import Progress, warn
-from dist_spin.runtime.signals import STOPPING
+from dist_spin.runtime.signals import forwarded_to, leave, leave_terminal
 from dist_spin.storage.run_directory import RunDir, run_dir
 
 from .jobs import Executor, Task
@@ -25,21 +25,17 @@ NON_RETRYABLE = (EXIT_USER, EXIT_NUMERICS)  # the same again would end the same 
 
 @dataclass
 class SignalForwarder:
-    """While its block runs, passes stopping signals on to the jobs and remembers the last one's name."""
+    """Passes stopping signals on to the jobs and remembers the last one's name."""
 
     executor: Executor
     name: str = ""
-    previous: dict[int, object] = field(default_factory=dict)  # signal -> the handler it had before
 
-    def __enter__(self) -> "SignalForwarder":
-        self.previous = {number: signal.signal(number, self._forward) for number in STOPPING}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _forward(self, number: int, frame: FrameType | None) -> None:
+    def forward(self, number: int, frame: FrameType | None) -> None:
+        """A signal handler."""
+        if number == signal.SIGHUP:
+            leave_terminal()
+        if number == signal.SIGINT and self.name:  # jobs of this machine do not outlive their launcher
+            leave("ended at once by a second ctrl-C; the same command continues", EXIT_ABORTED)
         self.name = signal.Signals(number).name
         self.executor.stop()
 
@@ -63,7 +59,10 @@ def fan_out(
     world = distributed.start("cpu", threads=1)
     try:
         quantize_jobs = prepare_jobs(config, world)
-        with SignalForwarder(executor) as signals:
+        signals = SignalForwarder(executor)
+        with forwarded_to(signals.forward):
+            if any(job.stop for job in quantize_jobs):  # it came while the jobs were prepared
+                return EXIT_INTERRUPTED
             tasks = open_tasks(quantize_jobs)
             if any(task.layers.start for task in tasks):
                 run_tasks([Task(["--hidden-states"], range(0))], executor, quantize_jobs, retries, signals)
@@ -152,7 +151,7 @@ def run_tasks(
         for task, code in executor.wait(0.2):
             running -= 1
             note_end(run, task, code)
-            if code == EXIT_OK or (signals.name and code == EXIT_INTERRUPTED):
+            if code == EXIT_OK or (signals.name and code not in NON_RETRYABLE):
                 continue
             task.failures = task.failures + 1 if finished_count(quantize_jobs, task.layers) == task.done_before else 0
             ending = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"

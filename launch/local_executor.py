@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import time
 from collections.abc import Iterable
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -11,10 +12,18 @@ from typing import Any
 import torch
 
 from dist_spin.config.run import RunConfig
-from dist_spin.errors import UserError
+from dist_spin.errors import EXIT_HANG, UserError
 
 from .jobs import Task
 from .worker import work
+
+START_ATTEMPTS = 5
+
+
+class ForkServerLost(UserError):
+    """The process that jobs are forked from is gone, again and again."""
+
+    exit_code = EXIT_HANG
 
 
 class LocalExecutor:
@@ -46,10 +55,24 @@ class LocalExecutor:
         self._logs.mkdir(parents=True, exist_ok=True)
         words = ["quantize", *self._arguments, f"distributed.threads={self._threads}", *task.arguments]
         log = str(self._logs / f"quantize_{task.name}.log")
-        process = self._context.Process(target=work, args=(words, log))
         os.environ.update(self._environments[slot])  # inherited, so that it holds before anything can ask for a GPU
-        process.start()
-        self._running[slot] = (task, process)
+        self._running[slot] = (task, self._start(words, log))
+
+    def _start(self, words: list[str], log: str) -> BaseProcess:
+        """A process that does `words`; if the fork server was killed, multiprocessing starts another when asked again.
+
+        Raises:
+            ForkServerLost: it does not come back.
+        """
+        for _ in range(START_ATTEMPTS):
+            process = self._context.Process(target=work, args=(words, log))
+            try:
+                process.start()
+                return process
+            except (EOFError, OSError) as error:
+                failure = error
+                time.sleep(0.2)
+        raise ForkServerLost(f"no job can be started ({type(failure).__name__}: {failure})", "start again to resume")
 
     def wait(self, seconds: float) -> Iterable[tuple[Task, int]]:
         """Jobs that ended, with their exit codes (negative: killed by that signal)."""

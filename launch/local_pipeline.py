@@ -9,56 +9,102 @@ import time
 from types import FrameType
 
 from dist_spin.errors import EXIT_HANG, EXIT_INTERRUPTED
-from dist_spin.runtime.signals import STOPPING
+from dist_spin.runtime.processes import LISTENING_SOCKET, dependent_environment
+from dist_spin.runtime.signals import forwarded_to, leave_terminal
 
 STAGES = ("optimize", "quantize", "evaluate", "report")
 SINGLE_PROCESS = ("report",)
 GRACE_S = 30.0  # in which the other ranks notice that one is gone
 
 
+class StageRanks:
+    """The processes of the stage at work, and the signals that are passed on to them."""
+
+    def __init__(self) -> None:
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.received: list[int] = []
+        self.sent: list[int] = []
+        self._starting = False
+
+    def start(self, command: list[str], nproc: int) -> None:
+        """Start `nproc` processes; a signal that comes meanwhile reaches them all."""
+        self._starting = True
+        self.processes = []
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))  # nobody but this machine has a part in it
+            listener.listen()
+            for rank, environment in enumerate(environments(nproc, listener)):
+                # A session of its own, so that ctrl-C reaches the stage once, through us.
+                self.processes.append(
+                    subprocess.Popen(
+                        command,
+                        env=os.environ | environment | dependent_environment(),
+                        start_new_session=True,
+                        pass_fds=[] if rank else [listener.fileno()],
+                    )
+                )
+        self._starting = False
+        self._send()
+
+    def forward(self, number: int, frame: FrameType | None) -> None:
+        """A signal handler."""
+        if number == signal.SIGHUP:
+            leave_terminal()
+        self.received.append(number)
+        if not self._starting:
+            self._send()
+
+    def _send(self) -> None:
+        while len(self.sent) < len(self.received):
+            number = self.received[len(self.sent)]
+            if number == signal.SIGINT and not self.sent:
+                number = signal.SIGTERM  # a process that is only starting Python answers SIGINT with a traceback
+            self.sent.append(number)
+            for process in self.processes:
+                process.send_signal(number)
+
+
 def run_stages(arguments: list[str], nproc: int, stages: tuple[str, ...] = STAGES) -> int:
     """Run `stages` in order with the same configuration arguments; returns the first exit code that is not 0.
 
-    Each stage starts `nproc` ranks, those of SINGLE_PROCESS one. A stopping signal is passed on to all of them, so that the stage
-    at work saves and leaves. torchrun is not used here: it turns every failure into exit code 1 and a long report, and
-    SIGUSR1 to it would leave the ranks behind.
+    Each stage starts `nproc` ranks, those of SINGLE_PROCESS one. A stopping signal is passed on to all of them, so that the
+    stage at work saves and leaves; they do not outlive this process. torchrun is not used here: it turns every failure into
+    exit code 1 and a long report, and SIGUSR1 to it would leave the ranks behind.
     """
-    ranks: list[subprocess.Popen[bytes]] = []
-    stopped: list[int] = []
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        stopped.append(number)
-        for rank in ranks:
-            rank.send_signal(number)
-
-    previous = {number: signal.signal(number, forward) for number in STOPPING}
-    try:
+    ranks = StageRanks()
+    with forwarded_to(ranks.forward):
         for stage in stages:
-            for environment in environments(1 if stage in SINGLE_PROCESS else nproc):
-                command = [sys.executable, "-m", "dist_spin", stage, *arguments]
-                # A session of its own, so that ctrl-C reaches the stage once, through us.
-                ranks.append(subprocess.Popen(command, env=os.environ | environment, start_new_session=True))
-            code = exit_code(wait(ranks), stopped)
+            if ranks.received:
+                return EXIT_INTERRUPTED
+            command = [sys.executable, "-m", "dist_spin", stage, *arguments]
+            ranks.start(command, 1 if stage in SINGLE_PROCESS else nproc)
+            code = exit_code(wait(ranks.processes), ranks.sent)
             if code:
                 return code
-            ranks.clear()
-            if stopped and stage != stages[-1]:
-                return EXIT_INTERRUPTED
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     return 0
 
 
-def environments(nproc: int) -> list[dict[str, str]]:
-    """What each of `nproc` ranks on this machine finds in its environment, named as torchrun does."""
+def environments(nproc: int, listener: socket.socket) -> list[dict[str, str]]:
+    """What each of `nproc` ranks on this machine finds in its environment, named as torchrun does.
+
+    listener: a listening socket of 127.0.0.1, over which they find each other; rank 0 inherits it.
+    """
     if nproc == 1:
         return [{}]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    sizes = {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
-    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **sizes, **rendezvous} for rank in range(nproc)]
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(listener.getsockname()[1]),
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),  # c10d tells at length who has left
+        # All ranks are on this machine, so nothing of them listens to another.
+        **{name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")},
+    }
+    sockets = [listener.fileno(), *[-1] * (nproc - 1)]
+    return [
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), LISTENING_SOCKET: str(descriptor), **shared}
+        for rank, descriptor in enumerate(sockets)
+    ]
 
 
 def wait(ranks: list[subprocess.Popen[bytes]]) -> list[int]:
@@ -74,11 +120,11 @@ def wait(ranks: list[subprocess.Popen[bytes]]) -> list[int]:
     return [rank.wait() for rank in ranks]
 
 
-def exit_code(codes: list[int], stopped: list[int]) -> int:
-    """One exit code for all ranks: of the rank that failed, rather than of those that only noticed."""
+def exit_code(codes: list[int], sent: list[int]) -> int:
+    """One exit code for all ranks: of the rank that failed, rather than of those that only noticed. sent: signals."""
     failed = sorted((code for code in codes if code), key=lambda code: code == EXIT_HANG)
     if not failed:
         return 0
-    if -failed[0] in stopped:  # it came before there was anything to save
+    if -failed[0] in sent:  # it came before there was anything to save
         return EXIT_INTERRUPTED
     return failed[0] if failed[0] > 0 else 128 - failed[0]

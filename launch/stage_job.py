@@ -11,6 +11,7 @@ import submitit
 from submitit.core.utils import DelayedSubmission
 
 from dist_spin.errors import EXIT_OK
+from dist_spin.runtime.processes import dependent_environment
 from dist_spin.runtime.slurm import job_states
 
 from .local_pipeline import run_stages
@@ -49,7 +50,9 @@ class StageJob:
         ]
         command += ["-m", "dist_spin", stage, *self.arguments]
         quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # c10d tells at length of every peer that has left
-        self.process = subprocess.Popen(command, env={**os.environ, **quiet}, start_new_session=True)
+        self.process = subprocess.Popen(
+            command, env=os.environ | quiet | dependent_environment(), start_new_session=True
+        )
         code = self.process.wait()
         if should_requeue(code) and not being_cancelled():
             if os.environ.get("SLURM_PROCID", "0") == "0":
@@ -92,7 +95,7 @@ def run_command(arguments: list[str]) -> int:
     environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
     command = [sys.executable, "-m", "dist_spin", *arguments]
     print(" ".join(command), flush=True)
-    return subprocess.run(command, env=environment, check=False).returncode
+    return subprocess.run(command, env=environment | dependent_environment(), check=False).returncode
 
 
 def being_cancelled() -> bool:

@@ -13,16 +13,15 @@ import socket
 import sys
 import threading
 import time
+import typing
 from types import FrameType
 
-from torch.distributed import DistError
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousError
-from torch.distributed.run import parse_args, run
-
 from dist_spin.errors import EXIT_HANG, EXIT_INTERRUPTED, EXIT_OK
+from dist_spin.runtime import processes, signals
 from dist_spin.runtime.processes import children, process_stat
-from dist_spin.runtime.signals import STOPPING
+
+if typing.TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 NOTICE_TIMEOUT_S = 15  # in which torchrun should notice that a rank has failed
 
@@ -33,6 +32,14 @@ def main(arguments: list[str] | None = None) -> int:
     EXIT_INTERRUPTED (75) if any rank saved and left, or was stopped before it could listen; EXIT_HANG (4) if the other
     hosts do not answer; otherwise the code of the first rank that failed, 128 + N if signal N killed it.
     """
+    processes.die_with_parent()
+    signals.watch()  # before the imports, which take seconds
+
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.run import parse_args, run
+
     args = parse_args(arguments)
     if args.rdzv_endpoint and not args.local_addr:
         first = args.rdzv_endpoint.rpartition(":")[0]
@@ -44,13 +51,21 @@ def main(arguments: list[str] | None = None) -> int:
     stopped: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            signals.leave_terminal()
+        if number == signal.SIGINT and not stopped:
+            number = signal.SIGTERM  # a process that is only starting Python answers SIGINT with a traceback
         stopped.append(number)
-        for process in children():
+        ranks = children()
+        if not ranks:
+            signals.leave(f"stopped by {signal.Signals(number).name}; the same command continues", EXIT_INTERRUPTED)
+        for process in ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, number)
 
-    for number in STOPPING:
-        signal.signal(number, forward)
+    for number in signals.STOPPING:
+        signals.set_handler(number, forward)
+    os.environ |= processes.dependent_environment()  # the ranks inherit it
     threading.Thread(target=_leave_after_unnoticed_failure, daemon=True).start()
     try:
         run(args)
@@ -96,7 +111,7 @@ def _exit_code(process: int) -> int:
     return os.waitstatus_to_exitcode(stat.wait_status) % 256 if stat is not None and stat.ended else 0
 
 
-def _code(error: ChildFailedError, stopped: list[int]) -> int:
+def _code(error: "ChildFailedError", stopped: list[int]) -> int:
     codes = [failure.exitcode for failure in error.failures.values()]
     if EXIT_INTERRUPTED in codes or any(-number in codes for number in stopped):
         return EXIT_INTERRUPTED  # every step is saved, so a rank that died of the signal itself has lost nothing

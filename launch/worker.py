@@ -15,12 +15,19 @@ from multiprocessing.connection import wait
 import dist_spin.evaluate.stage
 import dist_spin.optimize.train
 import dist_spin.quantize.stage  # noqa: F401
+from dist_spin.errors import EXIT_HANG
+from dist_spin.runtime.processes import kill_when_parent_dies
 from dist_spin.runtime.signals import STOPPING
+
+FORK_SERVER = os.getpid()  # the process that imported this first: the fork server, or a job that was started afresh
 
 
 def work(arguments: list[str], log: str) -> None:
     """Run one command with its output appended to `log`; the process's exit code is the command's."""
     threading.Thread(target=_die_with_launcher, daemon=True).start()
+    kill_when_parent_dies()  # without the fork server, the launcher would take this job for ended
+    if os.getppid() != FORK_SERVER != os.getpid():
+        os._exit(EXIT_HANG)
     os.setsid()  # ctrl-C reaches the launcher alone, which passes it on once
     for number in STOPPING:
         signal.signal(number, signal.SIG_DFL)

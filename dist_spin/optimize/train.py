@@ -53,8 +53,8 @@ def train(config: RunConfig, world: World, stop: StopRequest | None = None) -> N
         keep_initial_rotations(config, world)
         return
     check_not_preset(config)
-    stop = StopRequest() if stop is None else stop
     train_state = build_training(config, world)
+    stop = StopRequest() if stop is None else stop  # not earlier: until here there is nothing to save
     steps = config.optimize.steps
     tensorboard = config.report.tensorboard and world.is_rank0
     scalars = Scalars(train_state.run.path / "tensorboard", train_state.step, warn, wanted=tensorboard)
@@ -63,10 +63,10 @@ def train(config: RunConfig, world: World, stop: StopRequest | None = None) -> N
     checkpoint_wait = 0.0  # seconds that the step before waited for the writer of checkpoints
     try:
         if train_state.step == 0 and train_state.best_state is not None:
-            check_held_out(train_state)
+            check_held_out(train_state, stop)
         while train_state.step < steps:
             began = time.monotonic()
-            loss = forward_backward(train_state)
+            loss = forward_backward(train_state, stop)
             grad_norm = train_state.optimizer.reduce_gradients()
             figures = optimizer_step(train_state, loss, grad_norm)
             # Logged before the checkpoint, so that none lacks its line; a resumed run drops lines that have no checkpoint.
@@ -76,7 +76,7 @@ def train(config: RunConfig, world: World, stop: StopRequest | None = None) -> N
             checkpoint_wait = on_rank0(lambda: writer.submit(train_state.state(), train_state.step))
             progress.advance(f"loss {loss:.4f}")
             if train_state.step < steps and any_rank(bool(stop)):
-                raise Interrupted(f"stopped by a signal after step {train_state.step}", "the same command continues")
+                raise interrupted(train_state.step)
     except (Interrupted, NumericsError) as reason:
         raise_on_any_failure(writer.close)
         if isinstance(reason, Interrupted) and world.is_rank0:
@@ -132,15 +132,16 @@ def optimizer_step(train_state: TrainState, loss: float, grad_norm: float) -> di
     return {"loss": loss, "grad_norm": grad_norm, "lr": lr, **figures}
 
 
-def check_held_out(train_state: TrainState) -> float:
+def check_held_out(train_state: TrainState, stop: StopRequest | None = None) -> float:
     """Measure the held-out loss; return to the best state after a loss spike, and take it after the last step.
 
     Raises:
+        Interrupted: as `until_stopped`.
         NumericsError: it is not finite where learning starts.
     """
     best_state, is_last = train_state.best_state, train_state.step == train_state.config.optimize.steps
     assert best_state is not None
-    loss = held_out_loss(train_state)
+    loss = held_out_loss(train_state, stop)
     if train_state.step == 0 and not math.isfinite(loss):
         assert train_state.held_out is not None
         held_out = train_state.held_out
@@ -176,12 +177,17 @@ def report_spike(train_state: TrainState, loss: float) -> None:
         )
 
 
-def forward_backward(train_state: TrainState) -> float:
-    """Forward and backward of this rank's share of the global batch; returns the loss of the whole batch."""
+def forward_backward(train_state: TrainState, stop: StopRequest | None = None) -> float:
+    """Forward and backward of this rank's share of the global batch; returns the loss of the whole batch.
+
+    Raises:
+        Interrupted: as `until_stopped`; the step is abandoned, and nothing of it was applied.
+    """
     indices = step_indices(train_state)
     total = torch.zeros((), device=train_state.world.device, dtype=torch.float64)
     train_state.engine.requantize_weights(train_state.model, train_state.optimizer.rotations)
-    for ids, weights in micro_batches(train_state.world, train_state.micro_batch_size, train_state.tokens, indices):
+    batches = micro_batches(train_state.world, train_state.micro_batch_size, train_state.tokens, indices)
+    for ids, weights in until_stopped(batches, train_state.step, stop):
         losses = train_state.model(ids)  # [micro]
         loss = (losses * weights.to(losses.dtype)).sum()
         loss.backward()
@@ -197,14 +203,15 @@ def step_indices(train_state: TrainState) -> list[int]:
 
 
 @torch.no_grad()
-def held_out_loss(train_state: TrainState) -> float:
+def held_out_loss(train_state: TrainState, stop: StopRequest | None = None) -> float:
     """The objective on the held-out sequences, their mean over all ranks."""
     assert train_state.held_out is not None
     total = torch.zeros((), device=train_state.world.device, dtype=torch.float64)
     train_state.engine.requantize_weights(train_state.model, train_state.optimizer.rotations)
     held_out = train_state.held_out
     indices = list(range(len(held_out)))
-    for ids, weights in micro_batches(train_state.world, train_state.micro_batch_size, held_out, indices):
+    batches = micro_batches(train_state.world, train_state.micro_batch_size, held_out, indices)
+    for ids, weights in until_stopped(batches, train_state.step, stop):
         total += (train_state.model(ids) * weights).sum()
     return float(sum_over_ranks_(total))
 
@@ -221,6 +228,25 @@ def micro_batches(world: World, micro: int, tokens: Tensor, indices: list[int]) 
     weights = torch.tensor([1.0] * len(mine) + [0.0] * (len(padded) - len(mine)), device=world.device) / len(indices)
     for i in range(0, len(padded), micro):
         yield tokens[padded[i : i + micro]].to(world.device), weights[i : i + micro]
+
+
+def until_stopped(
+    batches: Iterator[tuple[Tensor, Tensor]], step: int, stop: StopRequest | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same micro-batches; between two of them the ranks ask each other whether one was told to stop.
+
+    Raises:
+        Interrupted: one was; every rank raises. step: the last one that was taken.
+    """
+    for index, batch in enumerate(batches):
+        if stop is not None and index and any_rank(bool(stop)):
+            raise interrupted(step)
+        yield batch
+
+
+def interrupted(step: int) -> Interrupted:
+    """The error of a run that leaves after `step`."""
+    return Interrupted(f"stopped by a signal after step {step}", "the same command continues")
 
 
 def learning_rate(config: RunConfig, step: int) -> float:

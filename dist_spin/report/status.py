@@ -6,6 +6,7 @@ dist-spin cancel runs/quickstart
 """
 
 import json
+import signal
 import socket
 import sys
 import time
@@ -124,6 +125,7 @@ def show_status(path: Path, *, as_json: bool = False, watching: bool = False) ->
 
 def watch(path: Path, show: Callable[[dict[str, Any]], str]) -> None:
     """Print the figures again and again, in place on a terminal, until ctrl-C or until the results are there."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ctrl-C ends the watching in order
     while True:
         figures = status(path)
         print(("\033[H\033[J" if sys.stdout.isatty() else "") + show(figures), flush=True)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_spin.errors import UserError
+from dist_spin.runtime.processes import LISTENING_SOCKET
 
 T = TypeVar("T")
 
@@ -76,16 +77,35 @@ def start(device: str = "auto", timeout_s: int = 600, threads: int = 0, *, alone
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         timeout = datetime.timedelta(seconds=timeout_s)
         if size == 1:
+            env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody else has a part in it
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             env.setdefault("RANK", str(rank))
             env.setdefault("WORLD_SIZE", str(size))
-            dist.init_process_group(backend, timeout=timeout)
+            if store := inherited_store(rank, size, timeout):
+                dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+            else:
+                dist.init_process_group(backend, timeout=timeout)
     if size > 1 and "LOCAL_WORLD_SIZE" not in env:  # Slurm's own start does not set it
         hosts: list[str] = [""] * size
         dist.all_gather_object(hosts, socket.gethostname())
         local_size = hosts.count(socket.gethostname())
     return World(rank, size, local_rank, local_size, device_here)
+
+
+def inherited_store(rank: int, size: int, timeout: datetime.timedelta) -> dist.TCPStore | None:
+    """The store that rank 0 serves at a socket which a launcher on this machine opened; None without such a launcher.
+
+    torch's own listens on every interface, and its port may be taken by another program before it does.
+    """
+    descriptor = os.environ.pop(LISTENING_SOCKET, "")
+    if not descriptor:
+        return None
+    port = int(os.environ["MASTER_PORT"])
+    listening = int(descriptor) if rank == 0 else None
+    return dist.TCPStore(
+        "127.0.0.1", port, size, rank == 0, timeout, wait_for_workers=False, master_listen_fd=listening
+    )
 
 
 def stop() -> None:

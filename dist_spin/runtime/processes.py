@@ -1,8 +1,12 @@
-"""Processes of this machine: which they are, whether they live, and how they ended; read from /proc."""
+"""Processes of this machine: which they are, whether they live, how they ended (read from /proc), and which die together."""
 
+import ctypes
 import os
+import signal
 from pathlib import Path
 from typing import NamedTuple
+
+from dist_spin.errors import EXIT_HANG
 
 
 class ProcessStat(NamedTuple):
@@ -43,3 +47,30 @@ def children() -> list[int]:
     """The process ids of this process's children."""
     tasks = Path("/proc/self/task").iterdir()
     return [int(word) for task in tasks for word in (task / "children").read_text().split()]
+
+
+PARENT = "DIST_SPIN_PARENT"  # in the environment of a process: its launcher's process id
+PR_SET_PDEATHSIG = 1  # prctl(2)
+LISTENING_SOCKET = "DIST_SPIN_LISTENING_SOCKET"  # where ranks meet: the descriptor that rank 0 inherits; -1 for others
+
+
+def dependent_environment() -> dict[str, str]:
+    """What a launcher adds to the environment of the processes that are not to outlive it (see `die_with_parent`)."""
+    return {PARENT: str(os.getpid())}
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the launcher dies that started it and said so; called first of all.
+
+    What runs on without its launcher would hold the run's locks, and nobody would pass a signal on to it.
+    """
+    parent = os.environ.pop(PARENT, "")
+    if parent:
+        kill_when_parent_dies()
+        if os.getppid() != int(parent):  # it died before the kernel was asked
+            os._exit(EXIT_HANG)
+
+
+def kill_when_parent_dies() -> None:
+    """Have the kernel send SIGKILL to this process when the thread that started it has ended."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -1,23 +1,140 @@
-"""Signals that ask a run to save and leave: noted when they come, acted on between steps."""
+"""Signals that ask a process to end. They are noticed at once, even while the main thread waits in native code.
 
+A stage in its loop notes the first one (`StopRequest`), saves and leaves with exit code 75. Before its loop there is nothing to
+save: the process leaves where it stands. A second ctrl-C ends it at once, with exit code 130; every file is written atomically,
+so nothing that was saved is lost.
+"""
+
+import contextlib
+import errno
+import io
+import os
 import signal
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from dist_spin.errors import EXIT_ABORTED, EXIT_INTERRUPTED
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+Handler = Callable[[int, FrameType | None], None]
+
+_requests: "list[weakref.ref[StopRequest]]" = []
+_watching = False  # handlers and the wakeup descriptor belong to the process, so there is one watcher
 
 
 class StopRequest:
-    """Remembers the first stopping signal; a second SIGINT ends the process at once, as an impatient user expects."""
+    """Remembers the first stopping signal that comes during its life; every such object of a process learns of it."""
 
     def __init__(self) -> None:
-        self.name = ""
-        for number in STOPPING:
-            signal.signal(number, self._note)
+        """In the main thread, as Python asks of whoever sets signal handlers."""
+        self.name = ""  # of the signal, such as SIGTERM
+        watch()
+        _requests.append(weakref.ref(self))
 
     def __bool__(self) -> bool:
         return bool(self.name)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.name and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.name = self.name or signal.Signals(number).name
+
+def watch() -> None:
+    """Take over the stopping signals of this process, unless it was started to ignore them (nohup)."""
+    global _watching  # noqa: PLW0603
+    for number in STOPPING:
+        set_handler(number, _handler)
+    if not _watching:
+        _watching = True
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        threading.Thread(target=_watch, args=(read,), name="signals", daemon=True).start()
+
+
+def set_handler(number: signal.Signals, handler: Handler) -> object:
+    """Set a handler, except of a SIGHUP that the process was told to ignore; what was set before."""
+    previous = signal.getsignal(number)
+    if not (number == signal.SIGHUP and previous == signal.SIG_IGN):
+        signal.signal(number, handler)
+    return previous
+
+
+@contextlib.contextmanager
+def forwarded_to(handler: Handler) -> Iterator[None]:
+    """Have `handler` called for every stopping signal while the block runs."""
+    previous = {number: set_handler(number, handler) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)  # type: ignore[arg-type]
+
+
+class Terminal(io.FileIO):
+    """A terminal that may be closed while a run goes on to save: from then on, what is written goes nowhere."""
+
+    def write(self, data: Any) -> int:
+        """As `io.FileIO`."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            leave_terminal()
+            return memoryview(data).nbytes
+
+
+def survive_terminal() -> None:
+    """Replace the standard output streams of this process, those that are terminals, by ones that may be closed."""
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is not None and stream.isatty():
+            raw = io.BufferedWriter(Terminal(descriptor, "w", closefd=False))
+            options = {"encoding": stream.encoding, "errors": stream.errors, "line_buffering": True}
+            setattr(sys, name, io.TextIOWrapper(raw, **options))
+
+
+def leave_terminal() -> None:
+    """After a SIGHUP the terminal is gone, and whatever is still printed to it would be an error."""
+    with contextlib.suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            if os.isatty(stream):
+                os.dup2(nowhere, stream)
+        os.close(nowhere)
+
+
+def leave(text: str, code: int) -> None:
+    """End the process with one line, spoken by rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            start = "\r\033[K" if os.isatty(2) else ""
+            os.write(2, f"{start}dist-spin: {text}\n".encode())
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def _handler(number: int, frame: FrameType | None) -> None:
+    """The watcher acts, in its own thread; this is here because Python wakes it for handled signals alone."""
+
+
+def _watch(descriptor: int) -> None:
+    while numbers := os.read(descriptor, 64):
+        for number in numbers:
+            if number in STOPPING and signal.getsignal(number) is _handler:
+                _act(signal.Signals(number))
+
+
+def _act(number: signal.Signals) -> None:
+    if number == signal.SIGHUP:
+        leave_terminal()
+    requests = [request for reference in list(_requests) if (request := reference()) is not None]
+    if not requests:
+        code = EXIT_ABORTED if number == signal.SIGINT else EXIT_INTERRUPTED
+        leave(f"stopped by {number.name}; the same command continues", code)
+    if number == signal.SIGINT and all(requests):
+        leave("ended at once by a second ctrl-C; the same command continues after what was saved", EXIT_ABORTED)
+    for request in requests:
+        request.name = request.name or number.name

@@ -1,8 +1,12 @@
 """The same run under real launchers: torchrun on two "hosts", and `dist-spin run` with a signal to it."""
 
+import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,12 +16,15 @@ from ranks import free_port
 from safetensors.torch import load_file
 from tiny import write_model
 
+from dist_spin.runtime.processes import process_stat
+from dist_spin.storage.atomic import read_lines
 from dist_spin.storage.checkpoints import checkpoints
 from dist_spin.storage.run_directory import RunDir
 
 pytestmark = pytest.mark.distributed
 
 PATIENCE = 120.0
+LAUNCHERS = (b"torch.distributed.run", b"dist_spin.launch.torchrun")
 
 
 @pytest.fixture
@@ -62,7 +69,7 @@ def ranks_of(launcher: int) -> list[int]:
         queue += pids
         for pid in pids:
             line = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if b"optimize" in line and b"torch.distributed.run" not in line:
+            if b"optimize" in line and not any(name in line for name in LAUNCHERS):
                 found.append(pid)
     return found
 
@@ -110,3 +117,60 @@ def test_a_signal_to_run_reaches_the_ranks_and_the_same_command_continues(words,
         "dist-spin: run run was started with optimize.steps = 2000 and now has 3000; "
         "use another name= for a new run, or set optimize.steps back"
     ]
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, even if nobody has waited for it."""
+    stat = process_stat(pid)
+    return stat is None or stat.ended
+
+
+@pytest.mark.parametrize("launcher", ["run", "torchrun"])
+def test_ranks_die_with_their_launcher_and_the_same_command_continues_at_once(words, tmp_path, launcher):
+    log = tmp_path / "log"
+    command = ["dist_spin", "run", *words, f"output_dir={tmp_path}", "distributed.nproc=2"]
+    if launcher == "torchrun":
+        command = ["dist_spin.launch.torchrun", "--standalone", "--nproc_per_node=2", "-m", "dist_spin", "optimize"]
+        command += [*words, f"output_dir={tmp_path}"]
+    for step in (2, 20):  # the second start goes on where the first one was killed
+        run = start(log, *command)
+        wait_for_step(tmp_path, step, run, log)
+        ranks = ranks_of(run.pid)
+        assert len(ranks) == 2
+        run.kill()
+        run.wait()
+        end = time.monotonic() + 5
+        while not all(gone(pid) for pid in ranks):
+            assert time.monotonic() < end, "ranks outlive their launcher"
+            time.sleep(0.01)
+    assert [event["step"] for event in read_lines(tmp_path / "run" / "events.jsonl") if event["event"] == "resume"]
+
+
+def test_a_closed_terminal_is_a_request_to_stop(words, tmp_path):
+    """The kernel sends SIGHUP, and what is printed afterwards has nowhere to go."""
+    ours, terminal = pty.openpty()
+    command = ["setsid", "--ctty", sys.executable, "-m", "dist_spin", "run", *words, f"output_dir={tmp_path}"]
+    run = subprocess.Popen([*command, "distributed.nproc=2"], stdin=terminal, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    log, closing = tmp_path / "log", threading.Event()
+
+    def read_terminal() -> None:
+        with log.open("ab", buffering=0) as stream:
+            while not closing.is_set():
+                if select.select([ours], [], [], 0.1)[0]:
+                    stream.write(os.read(ours, 4096))
+
+    reader = threading.Thread(target=read_terminal)
+    reader.start()
+    try:
+        wait_for_step(tmp_path, 2, run, log)
+        ranks = ranks_of(run.pid)
+        assert len(ranks) == 2
+    finally:
+        closing.set()
+        reader.join()
+        os.close(ours)
+    assert run.wait(PATIENCE) == 75
+    assert all(gone(pid) for pid in ranks)
+    stopped = [event for event in read_lines(tmp_path / "run" / "events.jsonl") if event["event"] == "interrupted"]
+    assert stopped[-1]["signal"] == "SIGHUP"

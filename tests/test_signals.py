@@ -1,0 +1,136 @@
+"""Signals end a process in order: one line, a documented exit code, no traceback, also while native code runs."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+# A main thread in C, as in a collective: Python's own handlers would wait for it.
+NATIVE = "import ctypes; print('ready', flush=True); ctypes.CDLL(None).sleep(30); ctypes.CDLL(None).sleep(30)"
+WATCHING = f"from dist_spin.runtime import signals; signals.watch(); {NATIVE}"
+LOOPING = """
+import time
+from dist_spin.runtime.signals import StopRequest
+outer, inner = StopRequest(), StopRequest()
+print("ready", flush=True)
+while not outer:
+    time.sleep(0.01)
+print(outer.name, inner.name, flush=True)
+time.sleep(30)
+"""
+
+
+def python(code: str, **options: object) -> "subprocess.Popen[str]":
+    """A Python that has printed its first line."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code], **pipes, **options)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize(
+    ("name", "code"), [("SIGTERM", 75), ("SIGHUP", 75), ("SIGUSR1", 75), ("SIGUSR2", 75), ("SIGINT", 130)]
+)
+def test_before_there_is_anything_to_save_the_process_leaves_at_once(name, code):
+    process = python(WATCHING)
+    began = time.monotonic()
+    process.send_signal(signal.Signals[name])
+    said = process.communicate(timeout=20)[1]
+    assert process.returncode == code
+    assert time.monotonic() - began < 2
+    assert said == f"dist-spin: stopped by {name}; the same command continues\n"
+
+
+def test_of_several_ranks_the_first_one_speaks():
+    process = python(WATCHING, env=os.environ | {"RANK": "1"})
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20)[1] == ""
+    assert process.returncode == 75
+
+
+def test_every_request_of_a_process_learns_of_a_signal_and_a_second_ctrl_c_ends_it():
+    process = python(LOOPING)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "SIGINT SIGINT\n"
+    process.send_signal(signal.SIGTERM)  # a scheduler may repeat itself
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=20)[1]
+    assert process.returncode == 130
+    assert said.count("\n") == 1
+    assert "dist-spin: ended at once by a second ctrl-C" in said
+
+
+def test_a_process_under_nohup_is_not_ended_by_its_terminal():
+    process = python(WATCHING, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 75
+
+
+def test_a_process_dies_with_the_one_that_started_it():
+    child = f"from dist_spin.runtime import processes; processes.die_with_parent(); {NATIVE}"
+    launcher = (
+        "import os, subprocess, sys\nfrom dist_spin.runtime.processes import dependent_environment\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE, text=True,"
+        " env=os.environ | dependent_environment())\n"
+        "child.stdout.readline(); print('ready', flush=True); print(child.pid, flush=True); child.wait()"
+    )
+    process = python(launcher)
+    assert process.stdout is not None
+    pid = int(process.stdout.readline())
+    assert Path(f"/proc/{pid}").exists()
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 5
+    while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_process_whose_launcher_is_gone_already_does_not_begin():
+    code = "from dist_spin.runtime import processes; processes.die_with_parent(); print('it began')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"DIST_SPIN_PARENT": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (4, "")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("module", ["dist_spin", "dist_spin.launch.torchrun"])
+def test_a_signal_while_importing_is_one_line(tmp_path, module, name):
+    """At several moments of the seconds that the imports take, from when Python itself has started."""
+    words = [] if module == "dist_spin" else ["--standalone", "--nproc_per_node=1", "-m", "dist_spin"]
+    words += ["optimize", f"output_dir={tmp_path}", f"model.path={tmp_path}/no-model"]
+    for delay in (0.0, 0.3, 0.8):
+        process = subprocess.Popen([sys.executable, "-m", module, *words], stderr=subprocess.PIPE, text=True)
+        while not watches(process.pid):
+            assert process.poll() is None
+            time.sleep(0.002)
+        time.sleep(delay)
+        process.send_signal(signal.Signals[name])
+        said = process.communicate(timeout=30)[1]
+        if process.returncode == 2:  # it was quicker: the model is not there
+            continue
+        assert process.returncode == (130 if name == "SIGINT" else 75), said
+        assert said == f"dist-spin: stopped by {name}; the same command continues\n"
+
+
+def watches(pid: int) -> bool:
+    """Whether a process has a handler for SIGTERM."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
