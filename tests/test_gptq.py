@@ -145,7 +145,9 @@ def test_error_is_the_outputs_and_below_rounding_to_nearest(options: GPTQOptions
         return float((x @ q.T - outputs).square().sum() / outputs.square().sum())
 
     assert result.error == pytest.approx(relative(result.codes), rel=1e-3)
-    nearest = quantize_weight(w, result.scale, result.zero, options.bits, options.symmetric, options.group_size)
+    nearest = quantize_weight(
+        w, result.scale, result.zero, options.bits, symmetric=options.symmetric, group_size=options.group_size
+    )
     assert result.rtn_error == pytest.approx(relative(nearest), rel=1e-3)
     assert 0 < result.error < 0.7 * result.rtn_error
 
@@ -161,7 +163,9 @@ def test_whole_row_scales_come_from_the_original_weight() -> None:
     w, hessian = problem(6, 32)
     for options in (GPTQOptions(mse_clip=True), GPTQOptions(group_size=8, act_order=True, symmetric=False)):
         result = gptq_quantize(w, hessian, options)
-        scale, zero = weight_scales(w, 4, options.symmetric, options.group_size, options.mse_clip)
+        scale, zero = weight_scales(
+            w, 4, symmetric=options.symmetric, group_size=options.group_size, mse_clip=options.mse_clip
+        )
         assert torch.equal(result.scale, scale)
         assert torch.equal(result.zero, zero)
 

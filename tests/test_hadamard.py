@@ -172,10 +172,10 @@ def test_apply_agrees_with_the_dense_matrix(shape: tuple[int, int], lead: list[i
     x = torch.randn(*lead, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     rotation = dense(n, block)
     expected = x @ (rotation.T if inverse else rotation)
-    y = kronecker_apply(x, kronecker_factors(n, block, torch.float64), inverse)
+    y = kronecker_apply(x, kronecker_factors(n, block, torch.float64), inverse=inverse)
     assert y.shape == x.shape
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
-    torch.testing.assert_close(hadamard_transform(x, block, inverse), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(hadamard_transform(x, block, inverse=inverse), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("n", [n for n in SIZES if n > 8192])
@@ -218,8 +218,8 @@ def test_gradient_is_the_transposed_transform(n: int, block: int) -> None:
     x = torch.randn(3, n, dtype=torch.float64, generator=generator, requires_grad=True)
     g = torch.randn(3, n, dtype=torch.float64, generator=generator)
     for inverse in (False, True):
-        (gradient,) = torch.autograd.grad(kronecker_apply(x, factors, inverse), x, g)
-        torch.testing.assert_close(gradient, kronecker_apply(g, factors, not inverse), rtol=0, atol=1e-13)
+        (gradient,) = torch.autograd.grad(kronecker_apply(x, factors, inverse=inverse), x, g)
+        torch.testing.assert_close(gradient, kronecker_apply(g, factors, inverse=not inverse), rtol=0, atol=1e-13)
 
 
 def test_apply_is_one_graph() -> None:
@@ -239,8 +239,8 @@ def test_library_path_is_the_same_matrix(n: int, block: int, inverse: bool) -> N
         return x @ hadamard_matrix(x.shape[-1]).to(x.dtype) * scale
 
     x = torch.randn(2, 3, n, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    y = transform._library_apply(library, x, block or n, inverse)
-    torch.testing.assert_close(y, hadamard_transform(x, block, inverse), rtol=0, atol=1e-12)
+    y = transform._library_apply(library, x, block or n, inverse=inverse)
+    torch.testing.assert_close(y, hadamard_transform(x, block, inverse=inverse), rtol=0, atol=1e-12)
 
 
 PACKAGE = """
@@ -275,7 +275,7 @@ def test_the_library_is_picked_where_it_can_be_imported(package: Path) -> None:
     library = transform._library()
     assert library is not None
     x = torch.randn(3, 1376, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-    y = transform._library_apply(library, x, 1376, False)
+    y = transform._library_apply(library, x, 1376, inverse=False)
     torch.testing.assert_close(y, x @ dense(1376, 0), rtol=0, atol=1e-12)
 
 

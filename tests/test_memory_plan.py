@@ -64,7 +64,10 @@ def test_70b_on_one_gpu_of_141_gb():
 
 
 def test_learning_with_rounded_weights_keeps_more():
-    per = [kept_bytes(L70, T, 2, "none", True, fake_quant_linears) for fake_quant_linears in (False, True)]
+    per = [
+        kept_bytes(L70, T, 2, "none", compiled=True, fake_quant_linears=fake_quant_linears)
+        for fake_quant_linears in (False, True)
+    ]
     assert per[1] - per[0] == T * 2 * (8192 + 28672)  # inputs of o_proj and down_proj
     levels = [chosen(L70, 60 * GIB, 2, micro=2, w_bits=bits)[1] for bits in (16, 4)]
     assert levels[0].count("none") > levels[1].count("none")
@@ -82,7 +85,9 @@ def test_what_is_chosen_fits_or_is_the_least_there_is(gib, mine, w_bits, shape):
     size, levels = chosen(shape, gib * GIB, mine, w_bits=w_bits)
     assert 1 <= size <= min(mine, MOST_TOKENS // T)
     assert levels == plan(shape, size * T, 2, gib * GIB, True, w_bits < 16)
-    need = {level: kept_bytes(shape, size * T, 2, level, True, w_bits < 16) for level in LEVELS}
+    need = {
+        level: kept_bytes(shape, size * T, 2, level, compiled=True, fake_quant_linears=w_bits < 16) for level in LEVELS
+    }
     taken = sum(need[level] for level in levels) + 2 * need["none"]
     assert taken <= gib * GIB or (size == 1 and levels == ["layer"] * shape.layers)
 

@@ -94,7 +94,7 @@ def test_clip_of_one_is_the_plain_quantiser(symmetric):
     one = torch.ones(())
     for group in (0, 16):
         expected = fake_quantize(x, QuantSpec(4, symmetric, group))
-        assert torch.equal(clipped_quantize(x, (one, one), 4, symmetric, group), expected)
+        assert torch.equal(clipped_quantize(x, (one, one), 4, symmetric=symmetric, group_size=group), expected)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -117,7 +117,7 @@ def test_gradients_are_those_of_straight_through_autograd(symmetric):
     x = torch.randn(5, 32, generator=generator, dtype=torch.float64)
     weight = torch.randn(5, 32, generator=generator, dtype=torch.float64)
     grads = []
-    for call in (plain, lambda x, low, high: clipped_quantize(x, (low, high), 4, symmetric)):
+    for call in (plain, lambda x, low, high: clipped_quantize(x, (low, high), 4, symmetric=symmetric)):
         inputs = [t.clone().requires_grad_() for t in (x, torch.tensor(0.7).double(), torch.tensor(0.8).double())]
         out = call(*inputs)
         (out * weight).sum().backward()
@@ -130,11 +130,11 @@ def test_gradients_are_those_of_straight_through_autograd(symmetric):
 def test_clamped_rows_have_the_learned_grid(symmetric):
     w = torch.randn(6, 32, dtype=torch.float64)
     shrink = torch.rand(1 if symmetric else 2, 6, 2, 1, dtype=torch.float64).expand(2, -1, -1, -1) / 2 + 0.5
-    learned = clipped_quantize(w, (shrink[0], shrink[1]), 4, symmetric, 16, even=True)
+    learned = clipped_quantize(w, (shrink[0], shrink[1]), 4, symmetric=symmetric, group_size=16, even=True)
     name = "self_attn.q_proj"
     inside = clamp({f"{name}.weight": w}, {f"{name}.shrink": shrink}, symmetric)[f"{name}.weight"]
-    scale, zero = weight_scales(inside, 4, symmetric, 16)
-    codes = quantize_weight(inside, scale, zero, 4, symmetric, 16)
+    scale, zero = weight_scales(inside, 4, symmetric=symmetric, group_size=16)
+    codes = quantize_weight(inside, scale, zero, 4, symmetric=symmetric, group_size=16)
     torch.testing.assert_close(dequantize_weight(codes, scale, zero, 16, torch.float64), learned)
 
 

@@ -72,7 +72,7 @@ def test_grid_properties(x: Tensor, bits: int, symmetric: bool, group_size: int,
     x = x.to(dtype)
     spec = QuantSpec(bits, symmetric, group_size)
     codes, scale, zero = quantize_activation(x, spec)
-    lowest, highest = quantizer.code_range(bits, symmetric)
+    lowest, highest = quantizer.code_range(bits, symmetric=symmetric)
     assert codes.dtype == scale.dtype == zero.dtype == dtype
     assert scale.shape == (len(x), WIDTH // (group_size or WIDTH))
     assert torch.equal(codes, codes.round())
@@ -175,19 +175,19 @@ def test_impossible_inputs_are_refused() -> None:
 @unhurried
 @given(matrices(), BITS, st.booleans(), st.sampled_from([0, 2, 4]))
 def test_weight_round_trip(w: Tensor, bits: int, symmetric: bool, group_size: int) -> None:
-    scale, zero = weight_scales(w, bits, symmetric, group_size)
+    scale, zero = weight_scales(w, bits, symmetric=symmetric, group_size=group_size)
     assert scale.dtype == zero.dtype == torch.float32
-    codes = quantize_weight(w, scale, zero, bits, symmetric, group_size)
+    codes = quantize_weight(w, scale, zero, bits, symmetric=symmetric, group_size=group_size)
     back = dequantize_weight(codes, scale, zero, group_size)
-    assert torch.equal(quantize_weight(back, scale, zero, bits, symmetric, group_size), codes)
+    assert torch.equal(quantize_weight(back, scale, zero, bits, symmetric=symmetric, group_size=group_size), codes)
     assert torch.equal(back, fake_quantize(w, QuantSpec(bits, symmetric, group_size)))
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(8, True), (8, False), (4, False)])
 def test_codes_reach_both_ends_of_the_range(bits: int, symmetric: bool) -> None:
     w = torch.linspace(-1, 2, 1001)[None]
-    scale, zero = weight_scales(w, bits, symmetric)
-    codes = quantize_weight(w, scale, zero, bits, symmetric)
+    scale, zero = weight_scales(w, bits, symmetric=symmetric)
+    codes = quantize_weight(w, scale, zero, bits, symmetric=symmetric)
     assert codes.dtype == (torch.uint8 if (bits, symmetric) == (8, False) else torch.int8)
     assert (codes.min().item(), codes.max().item()) == ((-64, 127) if symmetric else (0, 2**bits - 1))
 
@@ -197,8 +197,8 @@ def test_codes_reach_both_ends_of_the_range(bits: int, symmetric: bool) -> None:
 @pytest.mark.parametrize("norm", [2.4, 1.5])
 def test_clip_search_finds_the_best_of_eighty(symmetric: bool, group_size: int, norm: float) -> None:
     w = torch.randn(3, 21, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    scale, zero = weight_scales(w, 3, symmetric, group_size, mse_clip=True, norm=norm)
-    plain, _ = weight_scales(w, 3, symmetric, group_size)
+    scale, zero = weight_scales(w, 3, symmetric=symmetric, group_size=group_size, mse_clip=True, norm=norm)
+    plain, _ = weight_scales(w, 3, symmetric=symmetric, group_size=group_size)
     levels = 3 if symmetric else 7
     for row in range(3):
         for g, group in enumerate(w[row].split(group_size or 21)):
@@ -239,11 +239,11 @@ def test_clip_search_keeps_the_full_range_of_what_is_already_exact() -> None:
 @pytest.mark.parametrize("group_size", [0, 8])
 def test_clip_search_row_by_row_is_bit_identical(group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     w = torch.randn(2 * ROW_TILE + 5, 40, generator=torch.Generator().manual_seed(4))
-    whole = weight_scales(w, 4, True, group_size, mse_clip=True)
-    parts = [weight_scales(rows, 4, True, group_size, mse_clip=True) for rows in w.split(ROW_TILE)]
+    whole = weight_scales(w, 4, symmetric=True, group_size=group_size, mse_clip=True)
+    parts = [weight_scales(rows, 4, symmetric=True, group_size=group_size, mse_clip=True) for rows in w.split(ROW_TILE)]
     assert all(torch.equal(a, torch.cat(b)) for a, b in zip(whole, zip(*parts, strict=True), strict=True))
     monkeypatch.setattr(quantizer, "CPU_SEARCH_ELEMENTS", 1)  # one factor at a time
-    assert torch.equal(weight_scales(w, 4, True, group_size, mse_clip=True)[0], whole[0])
+    assert torch.equal(weight_scales(w, 4, symmetric=True, group_size=group_size, mse_clip=True)[0], whole[0])
 
 
 @pytest.mark.parametrize("mse_clip", [False, True])
@@ -275,7 +275,7 @@ def test_packing_round_trip(symmetric: bool, rows: int, pairs: int, seed: int) -
     codes = torch.randint(lowest, lowest + 16, (rows, 2 * pairs), generator=generator, dtype=torch.int8)
     packed = pack_int4(codes)
     assert (packed.dtype, packed.shape) == (torch.uint8, (rows, pairs))
-    assert torch.equal(unpack_int4(packed, symmetric), codes)
+    assert torch.equal(unpack_int4(packed, symmetric=symmetric), codes)
 
 
 def test_every_byte_unpacks_and_packs_again() -> None:

@@ -48,7 +48,7 @@ def descended(
     w: Tensor, quantized: QuantizedWeight, hessian: Tensor, options: GPTQOptions, cd_passes: int
 ) -> np.ndarray:
     """The oracle: the best of all codes of one column, others held, column after column."""
-    lowest, highest = code_range(options.bits, options.symmetric)
+    lowest, highest = code_range(options.bits, symmetric=options.symmetric)
     group = options.group_size or w.shape[1]
     h = hessian.numpy() + options.percdamp * np.diag(hessian.numpy()).mean() * np.eye(len(hessian))
     weight, codes = w.numpy(), quantized.codes.numpy().astype(int)
@@ -113,7 +113,7 @@ def test_no_row_gets_worse_and_codes_stay_in_range(
     factor = prepare(hessian, options)
     found = solve(w, factor, options)
     refined = coordinate_descent(w, found, hessian, factor, options, cd_passes)
-    lowest, highest = code_range(options.bits, options.symmetric)
+    lowest, highest = code_range(options.bits, symmetric=options.symmetric)
     assert refined.codes.dtype == found.codes.dtype
     assert lowest <= int(refined.codes.min()) <= int(refined.codes.max()) <= highest
     assert torch.equal(refined.scale, found.scale)

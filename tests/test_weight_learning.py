@@ -24,9 +24,9 @@ GRIDS = (
 
 def rounded(w: Tensor, grid: WeightQuantizer) -> Tensor:
     """Q(w) by the quantiser's own functions, without packing."""
-    o = (grid.bits, grid.symmetric, grid.group_size)
-    scale, zero = weight_scales(w, *o, grid.mse_clip, STAGED_CLIP)
-    return dequantize_weight(quantize_weight(w, scale, zero, *o), scale, zero, grid.group_size, w.dtype)
+    how = {"bits": grid.bits, "symmetric": grid.symmetric, "group_size": grid.group_size}
+    scale, zero = weight_scales(w, **how, mse_clip=grid.mse_clip, strides=STAGED_CLIP)
+    return dequantize_weight(quantize_weight(w, scale, zero, **how), scale, zero, grid.group_size, w.dtype)
 
 
 class StraightThrough(WeightSide):

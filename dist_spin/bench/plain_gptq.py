@@ -13,7 +13,7 @@ from dist_spin.numerics.quantizer import code_dtype, code_range, weight_scales
 @torch.no_grad()
 def plain_gptq(w: Tensor, hessian: Tensor, options: GPTQOptions) -> QuantizedWeight:
     """Quantise w [out, in] (Frantar et al. 2022, algorithm 1), columns from left to right, every input live."""
-    lowest, highest = code_range(options.bits, options.symmetric)
+    lowest, highest = code_range(options.bits, symmetric=options.symmetric)
     columns = w.shape[1]
     group = options.group_size or columns
     w = w.to(hessian.dtype).clone()
@@ -22,9 +22,9 @@ def plain_gptq(w: Tensor, hessian: Tensor, options: GPTQOptions) -> QuantizedWei
     )
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     upper = torch.linalg.cholesky(inverse, upper=True)
-    codes = torch.empty(w.shape, dtype=code_dtype(options.bits, options.symmetric), device=w.device)
+    codes = torch.empty(w.shape, dtype=code_dtype(options.bits, symmetric=options.symmetric), device=w.device)
     bits, symmetric, clip, norm = options.bits, options.symmetric, options.mse_clip, options.clip_norm
-    scale, zero = weight_scales(w, bits, symmetric, options.group_size, clip, norm=norm)
+    scale, zero = weight_scales(w, bits, symmetric=symmetric, group_size=options.group_size, mse_clip=clip, norm=norm)
     for start in range(0, columns, options.block_size):
         stop = min(start + options.block_size, columns)
         block = w[:, start:stop].clone()
@@ -34,7 +34,7 @@ def plain_gptq(w: Tensor, hessian: Tensor, options: GPTQOptions) -> QuantizedWei
             g = (start + j) // group
             if options.group_size and (start + j) % group == 0:
                 later = torch.cat([block[:, j:], w[:, stop:]], 1)[:, :group]
-                fitted = weight_scales(later, bits, symmetric, 0, clip, norm=norm)
+                fitted = weight_scales(later, bits, symmetric=symmetric, group_size=0, mse_clip=clip, norm=norm)
                 scale[:, g], zero[:, g] = fitted[0][:, 0], fitted[1][:, 0]
             s, z = scale[:, g], zero[:, g]
             code = torch.clamp(torch.round(block[:, j] / s) + z, lowest, highest)

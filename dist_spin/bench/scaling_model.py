@@ -245,11 +245,20 @@ def grids_time(shape: Shape, point: Point, measured: Fixed, machine: Machine) ->
 def memory(shape: Shape, point: Point) -> float:
     """Peak bytes on one rank: weights, layers being gathered, what passes keep, one layer at work, rotations and their copies."""
     tokens, element = point.tokens, DTYPE.itemsize
-    kind = (True, point.w_bits < 16)  # compiled, gridded
-    kept = sum(count * kept_bytes(shape, tokens, element, level, *kind) for level, count in point.levels.items())
-    gathered = (3 + kind[1]) * layer_bytes(shape, DTYPE, point.w_bits)
+    rounded = point.w_bits < 16
+    kept = sum(
+        count * kept_bytes(shape, tokens, element, level, fake_quant_linears=rounded)
+        for level, count in point.levels.items()
+    )
+    gathered = (3 + rounded) * layer_bytes(shape, DTYPE, point.w_bits)
     rotations = 6 * 4 * (shape.hidden**2 + point.layers * shape.head_dim**2)
-    return shard_bytes(shape, point) + gathered + kept + kept_bytes(shape, tokens, element, "none", *kind) + rotations
+    return (
+        shard_bytes(shape, point)
+        + gathered
+        + kept
+        + kept_bytes(shape, tokens, element, "none", fake_quant_linears=rounded)
+        + rotations
+    )
 
 
 def planned(

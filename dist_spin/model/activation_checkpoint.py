@@ -45,14 +45,15 @@ def kept_bytes(
     tokens: int,
     element: int,
     level: str,
+    *,
     compiled: bool = True,
     fake_quant_linears: bool = False,
     transformed: bool = False,
 ) -> int:
     """Bytes that one layer keeps for `tokens` tokens of one pass, its input included.
 
-    gridded: rotations are learned with rounded weights, whose gradients need the inputs of o_proj and down_proj too.
-    transformed: scales or clips are learned beside them.
+    compiled: by torch.compile. fake_quant_linears: rotations are learned with rounded weights, whose gradients need the
+    inputs of o_proj and down_proj too. transformed: scales or clips are learned beside them.
 
     "none" in a compiled layer is what torch.compile's partitioner was measured to keep (0.70 GiB for 6144 tokens of the
     Llama-3-8B shape; 1.9 GiB for 8192 tokens with scales and clips, counted with a quarter to spare); in an eager one it
@@ -66,13 +67,13 @@ def kept_bytes(
     return tokens * elements * element
 
 
-def plan(shape: Shape, tokens: int, element: int, free: int, *kind: bool) -> list[str]:
+def plan(shape: Shape, tokens: int, element: int, free: int, **kind: bool) -> list[str]:
     """The level of every layer, so that what is kept fits into `free` bytes: as many layers as possible keep more.
 
-    One layer's whole working set is set aside, since recomputation builds it once at a time. kind: the last arguments of
+    One layer's whole working set is set aside, since recomputation builds it once at a time. kind: the keywords of
     `kept_bytes`.
     """
-    need = {level: kept_bytes(shape, tokens, element, level, *kind) for level in LEVELS}
+    need = {level: kept_bytes(shape, tokens, element, level, **kind) for level in LEVELS}
     free -= 2 * need["none"]
     for rich, poor in (("none", "sites"), ("sites", "layer")):
         spare = free - shape.layers * need[poor]

@@ -70,7 +70,7 @@ def skeleton(config: Any) -> Any:
     config._attn_implementation = ATTENTION
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return model.requires_grad_(False).eval()
+    return model.requires_grad_(requires_grad=False).eval()
 
 
 def rotary(model: Any, device: torch.device) -> nn.Module:

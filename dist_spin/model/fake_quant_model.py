@@ -19,7 +19,7 @@ from dist_spin.model.weight_quant import LINEAR_ROLES, FakeQuantLinear, WeightQu
 class FakeQuantLayer(nn.Module):
     """One decoder layer with its sites. level: what it keeps for the backward pass (`recompute.LEVELS`)."""
 
-    def __init__(self, layer: nn.Module, compile: bool) -> None:
+    def __init__(self, layer: nn.Module, *, compile: bool) -> None:
         super().__init__()
         self.layer, self.level = layer, "layer"
         self._run = torch.compile(self._forward) if compile else self._forward
@@ -94,11 +94,11 @@ class FakeQuantModel(nn.Module):
             if weight_quantizer is None:
                 learned = None if transforms is None else transforms.layer(i)
                 unfold = transforms is not None and transforms.scales
-                attach(layer, shape, sites, rotations.r1_param, rotations.r2_params[i], learned, unfold)
+                attach(layer, shape, sites, rotations.r1_param, rotations.r2_params[i], learned, unfold=unfold)
             else:
                 attach_fake_quant(layer, shape, sites, weight_quantizer, rotations.r1_param, rotations.r2_params[i])
         self.embed = base.model.embed_tokens
-        self.layers = nn.ModuleList([FakeQuantLayer(layer, compile) for layer in base.model.layers])
+        self.layers = nn.ModuleList([FakeQuantLayer(layer, compile=compile) for layer in base.model.layers])
         self.head = LossHead(base.config.rms_norm_eps, base.lm_head, teacher_share)
         # In a tuple, because rotary frequencies are no parameters and must not be sharded or cast.
         self._rotary = (rotary(base, device),)

@@ -27,12 +27,12 @@ class LayerRunner:
         """Decoder layer `index` with `weights` (names within the layer, any dtype) and its sites (default: the runner's)."""
         layer: nn.Module = copy.deepcopy(self.base.model.layers[index])
         layer.load_state_dict({k: w.to(self.device, self.dtype) for k, w in weights.items()}, strict=False, assign=True)
-        widen_norms(layer, self.rotated)
+        widen_norms(layer, folded=self.rotated)
         missing = [name for name, p in layer.named_parameters() if p.is_meta]
         assert not missing, f"layer {index} was given no {missing[0]}"
         sites = self.sites if sites is None else sites.to(self.device, self.dtype)
         self.attach(layer, index, sites.layer(index))
-        return layer.requires_grad_(False)
+        return layer.requires_grad_(requires_grad=False)
 
     def attach(self, layer: nn.Module, index: int, sites: Sites) -> None:
         """Put the sites into decoder layer `index`, in place."""

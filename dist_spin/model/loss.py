@@ -47,7 +47,13 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, teacher: Tensor | None, share: float, needs_grad: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        ids: Tensor,
+        teacher: Tensor | None,
+        share: float,
+        needs_grad: bool,  # noqa: FBT001 (autograd hands arguments on by position)
     ) -> Tensor:
         batch, T, h = hidden.shape
         wide = accumulation_dtype(hidden.dtype)

@@ -67,7 +67,7 @@ class RotatedWeights:
     def head(self, eps: float, weight: Tensor | None = None) -> "Head":
         """Final norm and lm_head, or `weight` [vocab, h] in its place."""
         gain = self.final_gain()
-        norm = WideRMSNorm(eps, None if gain is None else nn.Parameter(gain, False))
+        norm = WideRMSNorm(eps, None if gain is None else nn.Parameter(gain, requires_grad=False))
         return Head(norm, self.head_weight() if weight is None else weight)
 
     def final_gain(self) -> Tensor | None:

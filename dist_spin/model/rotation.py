@@ -54,6 +54,7 @@ class Rotations:
         r2: Tensor,
         device: torch.device,
         compute: torch.dtype,
+        *,
         learn: bool = False,
         euclidean: bool = False,
     ) -> None:

@@ -21,7 +21,7 @@ FIRST_CUT = (
 SCALE_AT = {"attention": ATTENTION_NORM, "mlp": MLP_NORM, "down": "up", "o": "value", "v": "value", "k": "key"}
 
 
-def scale_shapes(shape: Shape, shared_keys: bool) -> dict[str, tuple[int, ...]]:
+def scale_shapes(shape: Shape, *, shared_keys: bool) -> dict[str, tuple[int, ...]]:
     """Name of each scale to its shape within a layer.
 
     The names of the norms: after R1, before the linears they feed. up: up_proj's rows, before R4. value: channels of V,
@@ -84,7 +84,9 @@ class ScalesAndClips(Packed):
         """bits: of the quantiser at each of CLIPS."""
         shapes: dict[str, tuple[int, ...]] = {}
         if scales:
-            shapes |= {f"scale.{n}": (shape.layers, *size) for n, size in scale_shapes(shape, shared_keys).items()}
+            shapes |= {
+                f"scale.{n}": (shape.layers, *size) for n, size in scale_shapes(shape, shared_keys=shared_keys).items()
+            }
         if clips:
             shapes["clip"] = (shape.layers, len(CLIP_SITES))
         super().__init__(shapes, device, compute)

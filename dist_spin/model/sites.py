@@ -179,6 +179,7 @@ class DownProjInputQuant(nn.Module):
         spec: QuantSpec,
         hadamard: tuple[Tensor, ...],
         learned: ScaleAndClip = NO_SCALE_OR_CLIP,
+        *,
         unfold: bool = False,
     ) -> None:
         super().__init__()
@@ -207,7 +208,7 @@ class QuantizedInputLinear(nn.Module):
     keep: let recomputation keep the result, for a linear whose result others are computed from (o_proj's feeds the residual).
     """
 
-    def __init__(self, input_quant: nn.Module, linear: nn.Linear, keep: bool = False) -> None:
+    def __init__(self, input_quant: nn.Module, linear: nn.Linear, *, keep: bool = False) -> None:
         super().__init__()
         self.input_quant, self.linear, self.keep = input_quant, linear, keep
 

@@ -81,6 +81,7 @@ def attach(
     r1: RotationParam | None = None,
     r2: RotationParam | None = None,
     learned: dict[str, ScaleAndClip] | None = None,
+    *,
     unfold: bool = False,
 ) -> None:
     """Put the sites into one decoder layer, in place.
@@ -100,11 +101,13 @@ def attach(
     attention.v_proj = ValueSite(attention.v_proj, sites.v, d, r2, at["v"])
     input_quant = OProjInputQuant(sites.o, d, r2, sites.heads, at["o"])
     attention.o_proj = QuantizedInputLinear(input_quant, attention.o_proj, keep=r2 is not None)
-    mlp.down_proj = QuantizedInputLinear(DownProjInputQuant(down_spec, sites.r4, at["down"], unfold), mlp.down_proj)
+    mlp.down_proj = QuantizedInputLinear(
+        DownProjInputQuant(down_spec, sites.r4, at["down"], unfold=unfold), mlp.down_proj
+    )
     attention.key_site = KeySite(sites.k, sites.r3, at["k"])
 
 
-def widen_norms(layer: nn.Module, folded: bool) -> None:
+def widen_norms(layer: nn.Module, *, folded: bool) -> None:
     """Replace a layer's norms by ours, in place; where gains were folded, the two layer norms lose theirs.
 
     Unless the merged layer was given new ones, which are learned scales: then they are not on the meta device any more.

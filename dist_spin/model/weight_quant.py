@@ -65,12 +65,19 @@ class WeightQuantizer:
 
     def fit(self, merged: Tensor) -> "PackedWeight":
         """The grid of rows of a merged weight [rows, in], its scales in fp32 (fp64 for fp64)."""
-        scale, zero = weight_scales(merged, self.bits, self.symmetric, self.group_size, self.mse_clip, STAGED_CLIP)
-        codes = quantize_weight(merged, scale, zero, self.bits, self.symmetric, self.group_size)
+        scale, zero = weight_scales(
+            merged,
+            self.bits,
+            symmetric=self.symmetric,
+            group_size=self.group_size,
+            mse_clip=self.mse_clip,
+            strides=STAGED_CLIP,
+        )
+        codes = quantize_weight(merged, scale, zero, self.bits, symmetric=self.symmetric, group_size=self.group_size)
         stored = pack_nibbles(codes) if self.packs(merged.shape[1]) else codes.view(torch.uint8)
         return PackedWeight(stored, scale, None if self.symmetric else zero)
 
-    def weight(self, packed: "PackedWeight", like: Tensor, again: bool = False) -> Tensor:
+    def weight(self, packed: "PackedWeight", like: Tensor, *, again: bool = False) -> Tensor:
         """The rounded weight in the shape and dtype of `like` [out, in].
 
         again: decode by other arithmetic, to the same bits. A compiler would find that a backward pass needs the value that
@@ -83,7 +90,7 @@ class WeightQuantizer:
 
 def _decoded(spec: WeightQuantizer, stored: Tensor, like: Tensor) -> Tensor:
     if spec.packs(like.shape[1]):
-        return unpack_int4(stored, spec.symmetric)
+        return unpack_int4(stored, symmetric=spec.symmetric)
     return stored.view(torch.int8) if spec.symmetric else stored
 
 
@@ -122,7 +129,9 @@ class FakeQuantLinear(nn.Module):
         groups, wide = width // (spec.group_size or width), accumulation_dtype(linear.weight.dtype)
 
         def frozen(columns: int, dtype: torch.dtype) -> nn.Parameter:
-            return nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=linear.weight.device), False)
+            return nn.Parameter(
+                torch.empty(rows, columns, dtype=dtype, device=linear.weight.device), requires_grad=False
+            )
 
         self.codes = frozen(width // 2 if spec.packs(width) else width, BYTES)
         self.scale = frozen(groups, wide)
@@ -190,6 +199,7 @@ class OutputLinear(nn.Module):
         r1: RotationParam,
         r2: RotationParam | None,
         head_dim: int,
+        *,
         keep: bool,
     ) -> None:
         super().__init__()
@@ -256,7 +266,7 @@ class _OutputProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, a: Tensor, leaf1: Tensor, r1: Tensor, leaf2: Tensor | None, r2: Tensor | None, spec: WeightQuantizer,
-        head_dim: int, keep: bool, *tensors: Tensor,
+        head_dim: int, keep: bool, *tensors: Tensor,  # noqa: FBT001 (autograd hands arguments on by position)
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(a, r1, r2, *tensors)
         ctx.spec, ctx.head_dim, ctx.wide = spec, head_dim, leaf1.dtype
@@ -277,9 +287,11 @@ class _OutputProduct(torch.autograd.Function):
         return d_a, d_r1, None, d_r2, None, None, None, None, *(None,) * len(tensors)
 
 
-def _stacked(spec: WeightQuantizer, tensors: Any, again: bool = False) -> Tensor:
+def _stacked(spec: WeightQuantizer, tensors: Any, *, again: bool = False) -> Tensor:
     """The rounded weights, one below the other; tensors: (weight, codes, scale, zero) of each."""
-    parts = [spec.weight(PackedWeight(*tensors[i + 1 : i + 4]), tensors[i], again) for i in range(0, len(tensors), 4)]
+    parts = [
+        spec.weight(PackedWeight(*tensors[i + 1 : i + 4]), tensors[i], again=again) for i in range(0, len(tensors), 4)
+    ]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -287,7 +299,7 @@ class _Rotate(torch.autograd.Function):
     """x R or x R^T with the Euclidean gradient of R going to its leaf in the leaf's dtype."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, leaf: Tensor, r: Tensor, back: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, leaf: Tensor, r: Tensor, back: bool) -> Tensor:  # noqa: FBT001 (by position)
         ctx.save_for_backward(x, r)
         ctx.wide, ctx.back = leaf.dtype, back
         return x @ (r.T if back else r)
@@ -300,7 +312,7 @@ class _Rotate(torch.autograd.Function):
         return g @ (r if ctx.back else r.T), d_r, None, None
 
 
-def rotate(x: Tensor, rotation: RotationParam, back: bool = False) -> Tensor:
+def rotate(x: Tensor, rotation: RotationParam, *, back: bool = False) -> Tensor:
     """x R (x R^T with `back`) for x [..., n]; differentiable in x and in R, as a plain matrix."""
     return _Rotate.apply(x, rotation.lie_grad, rotation.value, back)
 

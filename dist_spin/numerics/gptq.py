@@ -57,7 +57,7 @@ class GPTQOptions:
     clip_norm: float = CLIP_NORM
 
     def __post_init__(self) -> None:
-        code_range(self.bits, self.symmetric)
+        code_range(self.bits, symmetric=self.symmetric)
         if self.group_size < 0:
             raise ValueError(f"group_size must be 0 (the whole row) or positive, not {self.group_size}")
         if not 0 < self.clip_norm < math.inf:
@@ -71,7 +71,12 @@ class GPTQOptions:
 def fitted_scales(w: Tensor, options: GPTQOptions, group_size: int) -> tuple[Tensor, Tensor]:
     """Scale and zero of w [rows, in] as `weight_scales` finds them under the options, the scale rounded to `scale_dtype`."""
     scale, zero = weight_scales(
-        w, options.bits, options.symmetric, group_size, options.mse_clip, norm=options.clip_norm
+        w,
+        options.bits,
+        symmetric=options.symmetric,
+        group_size=group_size,
+        mse_clip=options.mse_clip,
+        norm=options.clip_norm,
     )
     return scale if options.scale_dtype is None else scale.to(options.scale_dtype).to(scale.dtype), zero
 
@@ -228,7 +233,7 @@ def _solve_tiles(
         scale, zero = tiled(grid[0]), tiled(grid[1])
     position = torch.arange(columns, device=w.device) if factor.order is None else factor.order
     group_of = position // group_size  # [in] group of each solved column
-    codes = torch.empty(tiles.shape, dtype=code_dtype(options.bits, options.symmetric), device=w.device)
+    codes = torch.empty(tiles.shape, dtype=code_dtype(options.bits, symmetric=options.symmetric), device=w.device)
 
     # A group's fit needs its columns fully updated, so no block reaches past a group that waits to be fitted.
     span = columns if grid is not None else group_size
@@ -284,9 +289,9 @@ def solve_block(
     w: [T, B, R], overwritten; feedback: [B, B], unit upper triangular; scale, zero: [T, n, R]; groups: [B], which of the
     n each column uses. Returns codes and residuals w - q at the time of rounding, both [T, B, R]. Elementwise in T, R.
     """
-    lowest, highest = code_range(options.bits, options.symmetric)
+    lowest, highest = code_range(options.bits, symmetric=options.symmetric)
     if (kernels := fused_kernels(w)) is not None:
-        codes = torch.empty(w.shape, dtype=code_dtype(options.bits, options.symmetric), device=w.device)
+        codes = torch.empty(w.shape, dtype=code_dtype(options.bits, symmetric=options.symmetric), device=w.device)
         return codes, kernels.solve_block(w, feedback, scale, zero, groups, codes, lowest, highest)
     scale, zero = scale.index_select(1, groups), zero.index_select(1, groups)  # [T, B, R]
     low, high = lowest - zero, highest - zero  # bounds of round(w / scale), which saves adding zero in the loop
@@ -308,7 +313,7 @@ def output_errors(w: Tensor, quantized: QuantizedWeight, hessian: Tensor, option
     """
     codes, scale, zero = quantized
     w = w.to(hessian.dtype)
-    nearest = quantize_weight(w, scale, zero, options.bits, options.symmetric, options.group_size)
+    nearest = quantize_weight(w, scale, zero, options.bits, symmetric=options.symmetric, group_size=options.group_size)
     figures = torch.zeros(len(w), 3, dtype=torch.float64, device=w.device)
     with exact_products():
         for q, figure in zip((codes, nearest, None), figures.unbind(1), strict=True):

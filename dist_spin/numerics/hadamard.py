@@ -147,7 +147,7 @@ def _core_matrix(k: int) -> Tensor:
     build = _builder(k) if k > 1 else partial(_sylvester, 1)
     assert build is not None  # k came from _core_order
     # Built on request anywhere in a program, kept for good: not as a tensor that autograd would refuse later.
-    with torch.inference_mode(False):
+    with torch.inference_mode(mode=False):
         return build()
 
 

@@ -68,7 +68,7 @@ def kronecker_factors(
     )
 
 
-def kronecker_apply(x: Tensor, factors: tuple[Tensor, ...], inverse: bool = False) -> Tensor:
+def kronecker_apply(x: Tensor, factors: tuple[Tensor, ...], *, inverse: bool = False) -> Tensor:
     """y = x @ (I (x) A (x) B ...), or by the transpose if `inverse`; x and y [..., n], n a multiple of a * b ....
 
     Computes in x.dtype; differentiable in x; plain torch operations without caches, so it compiles into one graph.
@@ -85,7 +85,7 @@ def kronecker_apply(x: Tensor, factors: tuple[Tensor, ...], inverse: bool = Fals
     return y.reshape(x.shape)
 
 
-def hadamard_transform(x: Tensor, block: int = 0, inverse: bool = False) -> Tensor:
+def hadamard_transform(x: Tensor, block: int = 0, *, inverse: bool = False) -> Tensor:
     """x @ (I (x) H_block / sqrt(block)), or its transpose if `inverse`; x [..., n], block 0 means n.
 
     On CUDA the Sylvester part runs in the kernel of the package fast_hadamard_transform where that is installed; the
@@ -94,8 +94,8 @@ def hadamard_transform(x: Tensor, block: int = 0, inverse: bool = False) -> Tens
     block = _check_block(x.shape[-1], block)
     library = None if library_gap(block, x.dtype, x.device) else _library()
     if library is None:
-        return kronecker_apply(x, _cached_factors(block, x.dtype, x.device), inverse)
-    return _library_apply(library, x, block, inverse)
+        return kronecker_apply(x, _cached_factors(block, x.dtype, x.device), inverse=inverse)
+    return _library_apply(library, x, block, inverse=inverse)
 
 
 def library_gap(block: int, dtype: torch.dtype, device: torch.device) -> str:
@@ -121,7 +121,7 @@ def online_transform(x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
     return kronecker_apply(x, factors)
 
 
-def _library_apply(library: Callable[[Tensor, float], Tensor], x: Tensor, block: int, inverse: bool) -> Tensor:
+def _library_apply(library: Callable[[Tensor, float], Tensor], x: Tensor, block: int, *, inverse: bool) -> Tensor:
     """`hadamard_transform` with library(x, scale) = scale * x @ S over the last dimension."""
     core, power = hadamard_core(block)
     y = library(x.reshape(-1, power), block**-0.5)
@@ -142,13 +142,13 @@ def _library() -> Callable[[Tensor, float], Tensor] | None:
 
 @lru_cache(maxsize=64)
 def _cached_factors(block: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    with torch.inference_mode(False):  # autograd refuses to save tensors made in inference mode, and these stay
+    with torch.inference_mode(mode=False):  # autograd refuses to save tensors made in inference mode, and these stay
         return kronecker_factors(block, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=64)
 def _cached_core(core: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
+    with torch.inference_mode(mode=False):
         return _core_matrix(core).to(device, dtype)
 
 

@@ -18,14 +18,20 @@ from dist_spin.numerics.quantizer import _range, _scale_and_zero, code_range
 class _ClippedQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, shrink_low: Tensor, shrink_high: Tensor, bits: int, symmetric: bool, even: bool
+        ctx: Any,
+        x: Tensor,
+        shrink_low: Tensor,
+        shrink_high: Tensor,
+        bits: int,
+        symmetric: bool,  # noqa: FBT001 (autograd hands arguments on by position)
+        even: bool,  # noqa: FBT001
     ) -> Tensor:
         wide = accumulation_dtype(x.dtype)
         low, high = (end.unsqueeze(-1) for end in _range(x))
         clipped = low.to(wide) * shrink_low, high.to(wide) * shrink_high
-        scale, zero = _scale_and_zero(*clipped, bits, symmetric)
+        scale, zero = _scale_and_zero(*clipped, bits, symmetric=symmetric)
         ctx.save_for_backward(x, low, high, shrink_low, shrink_high, scale, zero)
-        lowest, highest = code_range(bits, symmetric)
+        lowest, highest = code_range(bits, symmetric=symmetric)
         ctx.grid = -highest if even else lowest, highest, symmetric
         codes = (x / scale).round_().add_(zero).clamp_(*ctx.grid[:2])
         return codes.sub_(zero).mul_(scale).to(x.dtype)
@@ -63,7 +69,7 @@ class _ClippedQuantize(torch.autograd.Function):
 
 
 def clipped_quantize(
-    x: Tensor, shrink: tuple[Tensor, Tensor], bits: int, symmetric: bool, group_size: int = 0, even: bool = False
+    x: Tensor, shrink: tuple[Tensor, Tensor], bits: int, *, symmetric: bool, group_size: int = 0, even: bool = False
 ) -> Tensor:
     """Quantise and dequantise x [..., d] with a range shrunken by learned factors; same shape and dtype.
 

@@ -61,7 +61,7 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         if self.bits != UNQUANTIZED_BITS:
-            code_range(self.bits, self.symmetric)
+            code_range(self.bits, symmetric=self.symmetric)
         if self.group_size < 0:
             raise ValueError(f"group_size must be 0 (the whole last dimension) or positive, not {self.group_size}")
         if not 0 < self.clip_ratio <= 1:
@@ -76,11 +76,11 @@ class QuantSpec:
     @property
     def steps(self) -> float:
         """Steps of a symmetric grid from 0 to the end of the range."""
-        lowest, highest = code_range(self.bits, True)
+        lowest, highest = code_range(self.bits, symmetric=True)
         return (highest - lowest) / 2 if self.half_steps else highest
 
 
-def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
+def code_range(bits: int, *, symmetric: bool) -> tuple[int, int]:
     """Lowest and highest code. Raises ValueError unless bits is 2 … 8."""
     if not 2 <= bits <= 8:
         raise ValueError(f"bits must be 2 to 8 (or 16 for no quantisation), not {bits}")
@@ -113,18 +113,18 @@ def _over(x: Tensor, number: float) -> Tensor:
     return x / x.new_full((), number)
 
 
-def _scale_and_zero(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def _scale_and_zero(low: Tensor, high: Tensor, bits: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Grid that spans [low, high], low <= 0 <= high. A NaN bound gives a NaN scale, so it shows in the output."""
-    lowest, highest = code_range(bits, symmetric)
+    lowest, highest = code_range(bits, symmetric=symmetric)
     scale = _over(torch.maximum(-low, high), highest) if symmetric else _over(high - low, highest - lowest)
     # An all-zero group, or one so small that its scale is not a normal number, becomes zeros instead of 0/0.
     scale = torch.where(scale < torch.finfo(scale.dtype).tiny, 1.0, scale)
     return scale, torch.zeros_like(scale) if symmetric else torch.round(-low / scale)
 
 
-def _encode(x: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool) -> Tensor:
+def _encode(x: Tensor, scale: Tensor, zero: Tensor, bits: int, *, symmetric: bool) -> Tensor:
     """Codes as floats, so that NaN survives; `scale` and `zero` must broadcast against x."""
-    lowest, highest = code_range(bits, symmetric)
+    lowest, highest = code_range(bits, symmetric=symmetric)
     return torch.clamp(torch.round(x / scale) + zero, lowest, highest)
 
 
@@ -134,7 +134,7 @@ def _encode(x: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool) 
 def _grid(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Scale and zero of an activation's range."""
     if not spec.half_steps:
-        return _scale_and_zero(low, high, spec.bits, spec.symmetric)
+        return _scale_and_zero(low, high, spec.bits, symmetric=spec.symmetric)
     scale = _over(torch.maximum(-low, high), spec.steps)
     return torch.where(scale == 0, 1.0, scale), torch.zeros_like(scale)
 
@@ -152,7 +152,7 @@ def quantize_activation(x: Tensor, spec: QuantSpec, ratio: Tensor | None = None)
     low, high = _range(groups)
     kept = spec.clip_ratio if ratio is None else spec.clip_ratio * ratio.to(low.dtype)
     scale, zero = _grid(low * kept, high * kept, spec)
-    codes = _encode(groups, scale.unsqueeze(-1), zero.unsqueeze(-1), spec.bits, spec.symmetric)
+    codes = _encode(groups, scale.unsqueeze(-1), zero.unsqueeze(-1), spec.bits, symmetric=spec.symmetric)
     return codes.flatten(-2), scale, zero
 
 
@@ -223,7 +223,7 @@ def range_gradients(x: Tensor, g: Tensor, spec: QuantSpec, ratio: Tensor | None 
     low, high = (bound.unsqueeze(-1) for bound in _range(groups))
     kept = spec.clip_ratio if ratio is None else spec.clip_ratio * ratio.to(wide)
     scale, zero = _grid(low * kept, high * kept, spec)
-    lowest, highest = code_range(spec.bits, spec.symmetric)
+    lowest, highest = code_range(spec.bits, symmetric=spec.symmetric)
     raw = torch.round(groups / scale) + zero
     over, under = raw > highest, raw < lowest
     inside = ~(over | under)
@@ -252,6 +252,7 @@ def range_gradients(x: Tensor, g: Tensor, spec: QuantSpec, ratio: Tensor | None 
 def weight_scales(
     w: Tensor,
     bits: int,
+    *,
     symmetric: bool = True,
     group_size: int = 0,
     mse_clip: bool = False,
@@ -269,24 +270,31 @@ def weight_scales(
     groups = _grouped(w.to(_compute_dtype(w)), group_size)  # [out, n, group]
     low, high = _range(groups)
     if not mse_clip:
-        return _scale_and_zero(low, high, bits, symmetric)
+        return _scale_and_zero(low, high, bits, symmetric=symmetric)
     if (kernels := fused_kernels(low)) is not None:
-        bounds = code_range(bits, symmetric)
+        bounds = code_range(bits, symmetric=symmetric)
         searched = range(CLIP_PERCENTAGES[0], CLIP_PERCENTAGES[1])
-        found: tuple[Tensor, Tensor] = kernels.search_clip(
-            w.to(low.dtype), groups.shape[-1], *bounds, symmetric, norm, searched, strides
+        fitted: tuple[Tensor, Tensor] = kernels.search_clip(
+            w.to(low.dtype),
+            groups.shape[-1],
+            *bounds,
+            symmetric=symmetric,
+            norm=norm,
+            percentages=searched,
+            strides=strides,
         )
-        return found
+        return fitted
     # On a CPU the last elements of a loop take the scalar `pow`, whose last bit differs from the vector one's: equal
     # chunks keep a row's result the same whichever rows come with it, and fit the cache. A GPU has one `pow`.
     rows = ROW_TILE if w.device.type == "cpu" else max(1, w.shape[0])
     chunks = zip(groups.split(rows), low.split(rows), high.split(rows), strict=True)
-    scales, zeros = zip(*(_search_clip(*chunk, bits, symmetric, strides, norm) for chunk in chunks), strict=True)
+    fitted_chunks = [_search_clip(*c, bits, symmetric=symmetric, strides=strides, norm=norm) for c in chunks]
+    scales, zeros = zip(*fitted_chunks, strict=True)
     return torch.cat(scales), torch.cat(zeros)
 
 
 def _search_clip(
-    groups: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool, strides: tuple[int, int], norm: float
+    groups: Tensor, low: Tensor, high: Tensor, bits: int, *, symmetric: bool, strides: tuple[int, int], norm: float
 ) -> tuple[Tensor, Tensor]:
     """Best grid among the shrunken ranges; groups [rows, n, group], low and high [rows, n]."""
     members = groups.movedim(-1, 0).unsqueeze(1).contiguous()  # [group, 1, rows, n]: sums fold along whole rows
@@ -307,8 +315,10 @@ def _search_clip(
             percentages = torch.arange(most, least, -step, **kind)[:, None, None]
         for tried in percentages.split(at_once):
             factors = _over(tried, 100)
-            scale, zero = _scale_and_zero(low * factors, high * factors, bits, symmetric)  # [factors, rows, n]
-            error = _encode(members, scale, zero, bits, symmetric).sub_(zero).mul_(scale).sub_(members)
+            scale, zero = _scale_and_zero(
+                low * factors, high * factors, bits, symmetric=symmetric
+            )  # [factors, rows, n]
+            error = _encode(members, scale, zero, bits, symmetric=symmetric).sub_(zero).mul_(scale).sub_(members)
             total, index = _folded_sum(error.abs_().pow_(norm)).min(0, keepdim=True)
             better = ~(total[0] >= best_error)  # the widest range wins a tie; NaN replaces numbers, so it shows
             best_error = torch.where(better, total[0], best_error)
@@ -327,13 +337,13 @@ def _folded_sum(x: Tensor) -> Tensor:
     return x[0]
 
 
-def code_dtype(bits: int, symmetric: bool) -> torch.dtype:
+def code_dtype(bits: int, *, symmetric: bool) -> torch.dtype:
     """int8, except for 8-bit asymmetric codes 0 … 255, which are uint8."""
-    return torch.uint8 if code_range(bits, symmetric)[1] > 127 else torch.int8
+    return torch.uint8 if code_range(bits, symmetric=symmetric)[1] > 127 else torch.int8
 
 
 def quantize_weight(
-    w: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool = True, group_size: int = 0
+    w: Tensor, scale: Tensor, zero: Tensor, bits: int, *, symmetric: bool = True, group_size: int = 0
 ) -> Tensor:
     """Round w [out, in] to the nearest code of its grid (RTN).
 
@@ -341,8 +351,8 @@ def quantize_weight(
     has no code, so w must be finite. Raises ValueError as `weight_scales` does.
     """
     groups = _grouped(w.to(scale.dtype), group_size)  # [out, n, group]
-    codes = _encode(groups, scale.unsqueeze(-1), zero.unsqueeze(-1), bits, symmetric)
-    return codes.flatten(-2).to(code_dtype(bits, symmetric))
+    codes = _encode(groups, scale.unsqueeze(-1), zero.unsqueeze(-1), bits, symmetric=symmetric)
+    return codes.flatten(-2).to(code_dtype(bits, symmetric=symmetric))
 
 
 def dequantize_weight(
@@ -373,7 +383,7 @@ def pack_nibbles(codes: Tensor) -> Tensor:
     return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
 
 
-def unpack_int4(packed: Tensor, symmetric: bool = True) -> Tensor:
+def unpack_int4(packed: Tensor, *, symmetric: bool = True) -> Tensor:
     """Inverse of `pack_int4`: uint8 [..., in / 2] to int8 [..., in]; `symmetric` codes are -8 … 7, others 0 … 15."""
     nibbles = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2).to(torch.int8)
     return (nibbles ^ 8) - 8 if symmetric else nibbles

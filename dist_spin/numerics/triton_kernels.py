@@ -259,6 +259,7 @@ def search_clip(
     group_size: int,
     lowest: int,
     highest: int,
+    *,
     symmetric: bool,
     norm: float,
     percentages: range,

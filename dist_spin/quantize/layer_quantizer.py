@@ -206,7 +206,9 @@ class LayerQuantizer:
     def _round(self, rows: Tensor, o: GPTQOptions) -> QuantizedWeight:
         wide = rows.to(self.hessian_dtype)
         scale, zero = fitted_scales(wide, o, o.group_size)
-        return QuantizedWeight(quantize_weight(wide, scale, zero, o.bits, o.symmetric, o.group_size), scale, zero)
+        return QuantizedWeight(
+            quantize_weight(wide, scale, zero, o.bits, symmetric=o.symmetric, group_size=o.group_size), scale, zero
+        )
 
 
 def _linear(layer: nn.Module, role: str) -> nn.Linear:

@@ -85,7 +85,7 @@ def load_layer(path: Path) -> tuple[QuantizedLayer, str]:
     for name, tensor in tensors.items():
         role, _, kind = name.rpartition(".")
         if kind in ("packed", "codes"):
-            codes = unpack_int4(tensor, header["symmetric"]) if kind == "packed" else tensor
+            codes = unpack_int4(tensor, symmetric=header["symmetric"]) if kind == "packed" else tensor
             scale = tensors[f"{role}.scale"]
             quantized_weights[role] = QuantizedWeight(
                 codes, scale, tensors.get(f"{role}.zero", torch.zeros_like(scale))

@@ -78,7 +78,7 @@ class TransformedInputQuant(nn.Module):
         if self.shrink is None:
             return fake_quantize(x, s)
         shrink = self.shrink.to(accumulation_dtype(x.dtype))
-        return clipped_quantize(x, (shrink[0], shrink[1]), s.bits, s.symmetric, s.group_size)
+        return clipped_quantize(x, (shrink[0], shrink[1]), s.bits, symmetric=s.symmetric, group_size=s.group_size)
 
 
 class TransformedNorm(nn.Module):

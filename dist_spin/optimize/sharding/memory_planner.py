@@ -43,9 +43,13 @@ class Workload:
     recompute: str = "auto"
 
     @property
-    def kind(self) -> tuple[bool, bool, bool]:
-        """What `kept_bytes` asks beside sizes."""
-        return self.compiled, self.w_bits < 16, self.transformed
+    def kind(self) -> dict[str, bool]:
+        """What `kept_bytes` asks beside sizes, by keyword."""
+        return {
+            "compiled": self.compiled,
+            "fake_quant_linears": self.w_bits < 16,
+            "transformed": self.transformed,
+        }
 
     @property
     def layer(self) -> int:
@@ -64,13 +68,13 @@ class Workload:
 
     def kept(self, size: int, level: str) -> int:
         """Bytes that one layer keeps of a pass of `size` sequences."""
-        return kept_bytes(self.shape, size * self.seq_len, self.dtype.itemsize, level, *self.kind)
+        return kept_bytes(self.shape, size * self.seq_len, self.dtype.itemsize, level, **self.kind)
 
     def levels(self, size: int, budget: int) -> list[str]:
         """What each layer keeps of a pass of `size` sequences where `budget` bytes may hold activations."""
         if self.recompute != "auto":
             return [self.recompute] * self.shape.layers
-        return plan(self.shape, size * self.seq_len, self.dtype.itemsize, budget, *self.kind)
+        return plan(self.shape, size * self.seq_len, self.dtype.itemsize, budget, **self.kind)
 
     def fits(self, size: int, budget: int) -> bool:
         """Whether a pass of `size` sequences stays within `budget` bytes."""

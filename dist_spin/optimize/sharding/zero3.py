@@ -56,7 +56,7 @@ class Zero3:
         from deepspeed.utils import set_z3_leaf_module
 
         for part in (model.embed, *model.layers, model.head):
-            set_z3_leaf_module(part, True)
+            set_z3_leaf_module(part, flag=True)
         self._world, self._partition = world, Init()
         self._away = tuple(f"layers.{i}." for i in offloaded)
 
@@ -72,7 +72,7 @@ class Zero3:
 
         for name, empty in list(model.named_parameters()):
             kind = torch.uint8 if empty.dtype == BYTES else empty.dtype  # not every process group gathers BYTES
-            whole: Any = nn.Parameter(torch.empty(empty.shape, dtype=kind, device=model.device), False)
+            whole: Any = nn.Parameter(torch.empty(empty.shape, dtype=kind, device=model.device), requires_grad=False)
             start, stop = self._run(whole.numel())
             stored = parameter_source(name)
             if stored is not None and stop > start:
