@@ -84,7 +84,7 @@ def test_learning_scales_and_clips_keeps_more():
 def test_what_is_chosen_fits_or_is_the_least_there_is(gib, mine, w_bits, shape):
     size, levels = chosen(shape, gib * GIB, mine, w_bits=w_bits)
     assert 1 <= size <= min(mine, MOST_TOKENS // T)
-    assert levels == plan(shape, size * T, 2, gib * GIB, True, w_bits < 16)
+    assert levels == plan(shape, size * T, 2, gib * GIB, compiled=True, fake_quant_linears=w_bits < 16)
     need = {
         level: kept_bytes(shape, size * T, 2, level, compiled=True, fake_quant_linears=w_bits < 16) for level in LEVELS
     }

@@ -14,7 +14,7 @@ from dist_spin.model.merge import folded_rows
 from dist_spin.model.rotate_quantize import RotationParam, ScaleAndClip, rotate_quantize
 from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.rotation import Rotations, initial
-from dist_spin.model.scales_and_clips import ScalesAndClips, first_clip
+from dist_spin.model.scales_and_clips import ScalesAndClips, initial_clip
 from dist_spin.model.sites_config import CLIP_SITES, Sites
 from dist_spin.model.weights import ModelFiles, open_model
 from dist_spin.numerics.cayley import tangent
@@ -207,6 +207,6 @@ def test_clips_start_where_they_hardly_cost_anything_at_their_bits(tmp_path):
     for width, most in ((4, 0.97), (6, 1.0), (8, 1.001)):
         kept, whole = (
             float((range_quantize(x, QuantSpec(width), torch.tensor(ratio)) - x).square().mean())
-            for ratio in (first_clip(width), 1.0)
+            for ratio in (initial_clip(width), 1.0)
         )
         assert kept < most * whole, width

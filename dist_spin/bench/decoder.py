@@ -98,11 +98,11 @@ class Decoder:
         sizes = layer_sizes(shape)
         self.layers = []
         for index in range(layers):
-            made = {
+            kernels = {
                 name: make(kernel, random_weight(size, 10 * index + n, device), fuse, most_tokens)
                 for n, (name, size) in enumerate(sizes.items())
             }
-            self.layers.append(Layer(**made))
+            self.layers.append(Layer(**kernels))
         self._norm, self._add_norm, self._gate, self._rotate = (fuse(f) for f in (norm, add_norm, gate, rotate))
 
     @property
@@ -133,10 +133,10 @@ class Decoder:
         normed = self._norm(total)
         for index, layer in enumerate(self.layers):
             qkv = layer.qkv(normed).view(batch, T, -1, s.head_dim)
-            turned = self._rotate(qkv[:, :, : s.heads + s.kv_heads], cos, sin)  # q and k, [batch, T, heads, d]
+            rotated = self._rotate(qkv[:, :, : s.heads + s.kv_heads], cos, sin)  # q and k, [batch, T, heads, d]
             if r3 is not None:
-                turned = r3(turned)
-            q, k, v = turned[:, :, : s.heads], turned[:, :, s.heads :], qkv[:, :, s.heads + s.kv_heads :]
+                rotated = r3(rotated)
+            q, k, v = rotated[:, :, : s.heads], rotated[:, :, s.heads :], qkv[:, :, s.heads + s.kv_heads :]
             q, k, v = (part.transpose(1, 2) for part in (q, k, v))
             if cache is not None:
                 cache[index][0][:, :, -1:] = k

@@ -1,7 +1,7 @@
 """One online Hadamard on the ways there are to compute it, side by side: R3 (head size) and R4 (intermediate size).
 
 copy                    x read and written once: no transform can be faster
-kronecker               two dense products, `numerics.hadamard.kronecker_apply`, what the product's sites use
+kronecker               two dense products, `numerics.hadamard_transform.kronecker_apply`, what the product's sites use
 compiled kronecker      the same behind torch.compile
 compiled butterfly      log2 stages of sums and differences, a compiled kernel each (as one, they take minutes to compile),
                         and the core as a dense product
@@ -56,16 +56,16 @@ def routes(
     def kronecker(x: Tensor) -> Tensor:
         return kronecker_apply(x, factors)
 
-    found: dict[str, Transform] = {"copy": torch.clone, "kronecker": kronecker}
+    transforms: dict[str, Transform] = {"copy": torch.clone, "kronecker": kronecker}
     missing = {}
     if fuse is not None:
         stage = fuse(halves)
-        found["compiled kronecker"] = fuse(kronecker)
-        found["compiled butterfly"] = lambda x: butterfly(x, signs, power, width**-0.5, stage)
+        transforms["compiled kronecker"] = fuse(kronecker)
+        transforms["compiled butterfly"] = lambda x: butterfly(x, signs, power, width**-0.5, stage)
     else:
         missing["compiled"] = "torch.compile is off"
     if gap := library_gap(width, dtype, device):
         missing[LIBRARY] = gap
     else:
-        found[LIBRARY] = hadamard_transform
-    return found, missing
+        transforms[LIBRARY] = hadamard_transform
+    return transforms, missing

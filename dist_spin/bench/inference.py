@@ -86,8 +86,8 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if options.device == "cuda" and device.type != "cuda":
         raise UserError("--device cuda, but there is no CUDA device", "leave it out")
     batches = _numbers("--batches", options.batches)
-    wanted = list(dict.fromkeys(["bf16", *options.kernels.split(",")]))
-    if unknown := set(wanted) - set(KERNELS):
+    kernels = list(dict.fromkeys(["bf16", *options.kernels.split(",")]))
+    if unknown := set(kernels) - set(KERNELS):
         raise UserError(f"--kernels names {min(unknown)!r}", f"use some of {', '.join(KERNELS)}")
     if not (Path(options.shape) / "config.json").is_file():
         raise UserError(f"{options.shape} has no config.json", "give a directory such as configs/shapes/llama-3-8b")
@@ -107,7 +107,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "hadamard": [],
         "head_ms": bench.head(),
     }
-    for name in wanted:
+    for name in kernels:
         bench.kernel(name, layers)
         for row in bench.rows:
             _compare(row, bench.rows, figures["head_ms"], shape.layers)
@@ -134,9 +134,9 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
         self.kernels: dict[str, dict[str, Any]] = {}
         self.skipped: dict[str, str] = {}
-        self.ends = time.monotonic() + options.budget if options.budget else math.inf
-        wanted = options.compile == "on" or (options.compile == "auto" and device.type == "cuda")
-        self.compiled = wanted and self._compiles()
+        self.deadline = time.monotonic() + options.budget if options.budget else math.inf
+        compile_asked = options.compile == "on" or (options.compile == "auto" and device.type == "cuda")
+        self.compiled = compile_asked and self._compiles()
         self.fuse = functools.cache(self._compile if self.compiled else lambda function: function)
 
     def _compiles(self) -> bool:
@@ -148,12 +148,12 @@ class Bench:
             return False
         return True
 
-    def _late(self, what: str) -> bool:
+    def _out_of_time(self, what: str) -> bool:
         """Whether the time is up, so that `what` is left out."""
-        late = time.monotonic() > self.ends
-        if late:
+        out_of_time = time.monotonic() > self.deadline
+        if out_of_time:
             self.skip(what, "over --budget")
-        return late
+        return out_of_time
 
     def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` compiled for any sizes; 1 is always a case of its own, so a function is compiled several times."""
@@ -173,7 +173,7 @@ class Bench:
 
     def kernel(self, name: str, layers: int) -> None:
         """Every pass of the layers on one kernel, without and with the Hadamards."""
-        if self._late(name):
+        if self._out_of_time(name):
             return
         progress = Progress(f"{name}: pass", len(self._passes()) * len(self.rotations))
         gc.collect()
@@ -192,7 +192,7 @@ class Bench:
                 tokens = batch * (1 if phase == "decode" else self.prefill)
                 what = f"{name}, rotation {rotation}, {phase}, batch {batch}"
                 progress.advance(what)
-                if self._late(what):
+                if self._out_of_time(what):
                     continue
                 if phase == "prefill" and per_token * tokens > self.limit:
                     self.skip(what, f"a pass would take {per_token * tokens:.0f} s, over --limit {self.limit:g}")
@@ -215,16 +215,16 @@ class Bench:
     @functools.cached_property
     def rotations(self) -> dict[str, tuple[Transform | None, Transform | None]]:
         """Name -> R3 and R4 as transforms: none, as Kronecker products, and by the library where it is installed."""
-        ways: dict[str, tuple[Transform | None, Transform | None]] = {PLAIN: (None, None)}
+        rotations: dict[str, tuple[Transform | None, Transform | None]] = {PLAIN: (None, None)}
         try:
-            found = [routes(width, self.dtype, self.device, None)[0] for width in self._widths().values()]
+            r3, r4 = [routes(width, self.dtype, self.device, None)[0] for width in self._widths().values()]
         except NoHadamard as error:
             self.skip("rotation", error)
-            return ways
-        ways["kronecker"] = (found[0]["kronecker"], found[1]["kronecker"])
-        if LIBRARY in found[1]:
-            ways[LIBRARY] = (found[0][LIBRARY], found[1][LIBRARY])
-        return ways
+            return rotations
+        rotations["kronecker"] = (r3["kronecker"], r4["kronecker"])
+        if LIBRARY in r4:
+            rotations[LIBRARY] = (r3[LIBRARY], r4[LIBRARY])
+        return rotations
 
     def _widths(self) -> dict[str, int]:
         return {"R3": self.shape.head_dim, "R4": self.shape.intermediate}
@@ -263,7 +263,7 @@ class Bench:
         fuse = self.fuse if self.compiled else None
         for site, width in self._widths().items():
             try:
-                found, missing = routes(width, self.dtype, self.device, fuse)
+                transforms, missing = routes(width, self.dtype, self.device, fuse)
             except NoHadamard as error:
                 self.skip(site, error)
                 continue
@@ -274,12 +274,12 @@ class Bench:
             sizes = [
                 tokens for tokens in dict.fromkeys([1, max(self.batches), self.prefill, self.most_tokens]) if tokens
             ]
-            for route, transform in found.items():
+            for route, transform in transforms.items():
                 for tokens in sizes:
                     x = self.random(tokens * heads, width)
                     sample = x[:64].double()
                     what = f"{site} by {route}, {tokens} tokens"
-                    if self._late(what):
+                    if self._out_of_time(what):
                         continue
                     try:
                         off = (transform(x)[:64].double() - kronecker_apply(sample, exact)).norm() / sample.norm()
@@ -322,7 +322,7 @@ def table(figures: dict[str, Any]) -> str:
         f"{shape['layers']} layers ({figures['layers_with_own_weights']} with weights of their own); "
         f"decoding at context {figures['context']}, prefill of {figures['prefill']} tokens"
     ]
-    rows, ways = figures["rows"], list(dict.fromkeys(r["rotation"] for r in figures["rows"]))
+    rows, rotations = figures["rows"], list(dict.fromkeys(r["rotation"] for r in figures["rows"]))
     lines: list[tuple[str, ...]] = [
         (
             "pass",
@@ -331,27 +331,33 @@ def table(figures: dict[str, Any]) -> str:
             "layer ms",
             "model tokens/s",
             "over bf16",
-            *(f"with {w}" for w in ways if w != PLAIN),
+            *(f"with {name}" for name in rotations if name != PLAIN),
         )
     ]
     for phase, batch, kernel in dict.fromkeys((r["phase"], r["batch"], r["kernel"]) for r in sorted(rows, key=_order)):
-        by = {r["rotation"]: r for r in rows if (r["phase"], r["batch"], r["kernel"]) == (phase, batch, kernel)}
+        by_rotation = {
+            r["rotation"]: r for r in rows if (r["phase"], r["batch"], r["kernel"]) == (phase, batch, kernel)
+        }
         words = [phase, str(batch), kernel]
-        if PLAIN in by:
-            words += [f"{by[PLAIN]['layer_ms']:.4f}", f"{by[PLAIN]['tokens_per_s']:.4g}", _gain(by[PLAIN])]
+        if PLAIN in by_rotation:
+            words += [
+                f"{by_rotation[PLAIN]['layer_ms']:.4f}",
+                f"{by_rotation[PLAIN]['tokens_per_s']:.4g}",
+                _gain(by_rotation[PLAIN]),
+            ]
         else:
             words += ["", "", ""]
-        lines.append((*words, *(_cost(by.get(way)) for way in ways if way != PLAIN)))
+        lines.append((*words, *(_cost(by_rotation.get(name)) for name in rotations if name != PLAIN)))
     out += [
         "",
         "With: what R3 and R4 add to a layer, and the whole model's speed over bf16 without them.",
         *aligned(lines),
     ]
-    found = figures["hadamard"]
-    names = list(dict.fromkeys(h["route"] for h in found))
+    hadamards = figures["hadamard"]
+    names = list(dict.fromkeys(h["route"] for h in hadamards))
     lines = [("us of", "width", "tokens", *names)]
-    for site, width, tokens in dict.fromkeys((h["site"], h["width"], h["tokens"]) for h in found):
-        us = {h["route"]: f"{h['us']:.1f}" for h in found if (h["site"], h["tokens"]) == (site, tokens)}
+    for site, width, tokens in dict.fromkeys((h["site"], h["width"], h["tokens"]) for h in hadamards):
+        us = {h["route"]: f"{h['us']:.1f}" for h in hadamards if (h["site"], h["tokens"]) == (site, tokens)}
         lines.append((site, str(width), str(tokens), *(us.get(name, "") for name in names)))
     out += ["", *aligned(lines), ""]
     for name, kernel in figures["kernels"].items():

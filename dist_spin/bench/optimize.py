@@ -121,12 +121,12 @@ def measure(options: argparse.Namespace, world: World, sequences: int = 0, layer
     scratch = on_rank0(lambda: tempfile.mkdtemp(prefix="dist-spin-bench-"))
     directory = on_rank0(lambda: _cut(Path(options.shape), Path(scratch), layers))
     blocks = f"{scratch}/tokens.npy"
-    given = [f"model.path={directory}", "model.dummy_weights=true", f"output_dir={scratch}", *options.settings]
-    given += [f"optimize.source=tokens:{blocks}", "optimize.split=all", f"optimize.steps={options.steps + 2}"]
-    config = load_config(None, [*given, *([f"optimize.batch_size={sequences}"] if sequences else [])])
+    settings = [f"model.path={directory}", "model.dummy_weights=true", f"output_dir={scratch}", *options.settings]
+    settings += [f"optimize.source=tokens:{blocks}", "optimize.split=all", f"optimize.steps={options.steps + 2}"]
+    config = load_config(None, [*settings, *([f"optimize.batch_size={sequences}"] if sequences else [])])
     vocab = json.loads((directory / "config.json").read_text())["vocab_size"]
-    wanted = (config.optimize.batch_size, config.optimize.seq_len)
-    on_rank0(lambda: np.save(blocks, np.random.default_rng(0).integers(0, vocab, wanted)))
+    size = (config.optimize.batch_size, config.optimize.seq_len)
+    on_rank0(lambda: np.save(blocks, np.random.default_rng(0).integers(0, vocab, size)))
 
     began = time.monotonic()
     train_state = build_training(config, world)
@@ -179,8 +179,10 @@ def measure(options: argparse.Namespace, world: World, sequences: int = 0, layer
             json_config(directory), sites, world.device, dtype, config.optimize.seq_len, options.steps
         )
         figures |= {f"baseline_{name}": round(value, 4) for name, value in baseline.items()}
-        ours = parts["forward_backward"]
-        figures["times_faster_forward_backward"] = round((baseline["forward_s"] + baseline["backward_s"]) / ours, 2)
+        forward_backward_s = parts["forward_backward"]
+        figures["times_faster_forward_backward"] = round(
+            (baseline["forward_s"] + baseline["backward_s"]) / forward_backward_s, 2
+        )
         figures["times_faster_step"] = round(sum(baseline.values()) / parts["step"], 2)
     on_rank0(lambda: shutil.rmtree(scratch))
     return figures

@@ -207,7 +207,7 @@ def compare_solvers(
     clocked(ours)
     seconds, quantized = clocked(ours)
     plain_seconds, plain = clocked(lambda: plain_gptq(w, mean, options))
-    errors, plain_errors = (output_errors(w, found, mean, options).sum(0).tolist() for found in (quantized, plain))
+    errors, plain_errors = (output_errors(w, q, mean, options).sum(0).tolist() for q in (quantized, plain))
     return {
         "rows": shape.hidden,
         "columns": shape.intermediate,

@@ -94,8 +94,8 @@ def run(options: argparse.Namespace) -> int:
 def read(path: Path) -> list[dict[str, Any]]:
     """The figures in one file of `bench optimize --json`, which holds one configuration or a list of them."""
     try:
-        found = json.loads(path.read_text())
-        rows = found if isinstance(found, list) else [found]
+        content = json.loads(path.read_text())
+        rows = content if isinstance(content, list) else [content]
         if not all({"step_s", "ranks", "tokens_per_step", "recompute"} <= row.keys() for row in rows):
             raise ValueError("figures are missing")
     except (OSError, ValueError, AttributeError) as error:
@@ -117,11 +117,11 @@ def check(row: dict[str, Any], shape: Shape) -> None:
     """
     flop = row["tflops_per_device"] * 1e12 * row["step_s"] * row["ranks"]
     cut = dataclasses.replace(shape, layers=row["layers"])
-    here = step_flop(cut, row["tokens_per_step"], row["tokens_per_step"] // row["sequences"])
-    slack = 0.06e12 * row["step_s"] * row["ranks"] + 0.01 * here  # one decimal of TFLOP/s, and the rounded seconds
-    if abs(flop - here) > slack:
+    expected = step_flop(cut, row["tokens_per_step"], row["tokens_per_step"] // row["sequences"])
+    slack = 0.06e12 * row["step_s"] * row["ranks"] + 0.01 * expected  # one decimal of TFLOP/s, and the rounded seconds
+    if abs(flop - expected) > slack:
         raise UserError(
-            f"a step of {flop:.3g} FLOP was measured, the shape's has {here:.3g}", "give --shape its directory"
+            f"a step of {flop:.3g} FLOP was measured, the shape's has {expected:.3g}", "give --shape its directory"
         )
 
 
@@ -172,17 +172,17 @@ class Reference:
 
     def has(self, ranks: int, shards: int, sequences: int) -> bool:
         """Whether a step of the whole shape was measured there."""
-        wanted = (ranks, shards, sequences, self.shape.layers)
+        key = (ranks, shards, sequences, self.shape.layers)
         points = map(point_of, self.group)
-        return any((p.ranks, p.shards, p.sequences, p.layers) == wanted for p in points)
+        return any((p.ranks, p.shards, p.sequences, p.layers) == key for p in points)
 
     def predict(self, point: model.Point) -> model.Prediction:
         """The model's answer, its memory shifted by what it missed where it was fitted."""
         last = self.last
         requantize = last.get("requantize_s", 0.0) * point.layers / last["layers"]
         fixed = model.Fixed(last["ranks"], last["reduce_s"], last["cayley_s"], last["checkpoint_wait_s"], requantize)
-        found = model.predict(self.shape, point, self.fit, fixed, self.machine)
-        return dataclasses.replace(found, memory=found.memory + self.unaccounted)
+        prediction = model.predict(self.shape, point, self.fit, fixed, self.machine)
+        return dataclasses.replace(prediction, memory=prediction.memory + self.unaccounted)
 
     def planned(self, ranks: int, shards: int, sequences: int) -> model.Point:
         """What a run of the whole shape would choose on `ranks` GPUs."""
@@ -197,20 +197,20 @@ class Reference:
         efficiency = self.efficiency(point, row["step_s"])
         if row["offloaded_layers"]:
             return [*self._head(point), *shown, efficiency]
-        found = self.predict(point)
-        return [*self._head(point), *shown, efficiency, *self._parts(found, row["step_s"])]
+        prediction = self.predict(point)
+        return [*self._head(point), *shown, efficiency, *self._parts(prediction, row["step_s"])]
 
     def predicted(self, ranks: int, shards: int, sequences: int) -> list[str]:
         """A row of the table for what was not measured."""
         point = self.planned(ranks, shards, sequences)
-        found = self.predict(point)
-        if found.memory > self.machine.memory:
-            return [*self._head(point), "does not fit", *[""] * (len(HEADER) - 9), f"{found.memory / GIB:.1f}"]
+        prediction = self.predict(point)
+        if prediction.memory > self.machine.memory:
+            return [*self._head(point), "does not fit", *[""] * (len(HEADER) - 9), f"{prediction.memory / GIB:.1f}"]
         tokens = sequences * point.seq_len
         flop = step_flop(self.shape, tokens, point.seq_len) / ranks
-        share = flop / found.step / (self.last["matmul_tflops"] * 1e12) if self.last["matmul_tflops"] else 0.0
-        shown = ["predicted", f"{tokens / found.step:.0f}", f"{100 * share:.1f}", ""]
-        return [*self._head(point), *shown, self.efficiency(point, found.step), *self._parts(found, None)]
+        share = flop / prediction.step / (self.last["matmul_tflops"] * 1e12) if self.last["matmul_tflops"] else 0.0
+        shown = ["predicted", f"{tokens / prediction.step:.0f}", f"{100 * share:.1f}", ""]
+        return [*self._head(point), *shown, self.efficiency(point, prediction.step), *self._parts(prediction, None)]
 
     def efficiency(self, point: model.Point, step: float) -> str:
         """Percent of the tokens/s per GPU that the fewest ranks reach with the same sequences and layers (~: predicted)."""
@@ -246,8 +246,8 @@ class Reference:
         return f"whole run, {ranks} GPUs, {sequences} sequences per step: {stages} = {total:.0f} s ({total / 60:.1f} minutes)"
 
     def _head(self, point: model.Point) -> list[str]:
-        kept = ", ".join(f"{count} {level}" for level, count in sorted(point.levels.items()))
-        micro_batches = f"{point.micro_batches} x {point.micro} ({kept})"
+        levels = ", ".join(f"{count} {level}" for level, count in sorted(point.levels.items()))
+        micro_batches = f"{point.micro_batches} x {point.micro} ({levels})"
         words = (
             self.last["engine"],
             point.w_bits,
@@ -259,19 +259,19 @@ class Reference:
         )
         return [str(word) for word in words]
 
-    def _parts(self, found: model.Prediction, measured: float | None) -> list[str]:
-        off = "" if measured is None else f"{100 * (found.step / measured - 1):+.1f}"
+    def _parts(self, prediction: model.Prediction, measured: float | None) -> list[str]:
+        off = "" if measured is None else f"{100 * (prediction.step / measured - 1):+.1f}"
         parts = (
-            found.compute,
-            found.copies,
-            found.gather,
-            found.requantize,
-            found.reduce,
-            found.cayley,
-            found.checkpoint_wait,
+            prediction.compute,
+            prediction.copies,
+            prediction.gather,
+            prediction.requantize,
+            prediction.reduce,
+            prediction.cayley,
+            prediction.checkpoint_wait,
         )
-        sizes = (found.gathered, found.memory)
-        return [f"{found.step:.4g}", off, *(f"{x:.4f}" for x in parts), *(f"{x / GIB:.1f}" for x in sizes)]
+        sizes = (prediction.gathered, prediction.memory)
+        return [f"{prediction.step:.4g}", off, *(f"{x:.4f}" for x in parts), *(f"{x / GIB:.1f}" for x in sizes)]
 
 
 def table(rows: list[list[str]]) -> str:

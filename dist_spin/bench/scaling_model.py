@@ -1,6 +1,6 @@
 """A model of one step of rotation learning on N GPUs of a host: what computes, what is gathered, and what hides what.
 
-    step = compute + copies + gathers in the open + grids + all-reduce + Cayley + checkpoint stall
+    step = compute + copies + exposed gathers + requantisation + all-reduce + Cayley + checkpoint wait
 
 Compute is FLOP over a rate that is fitted to measured steps, plus a fixed time per layer and pass; everything else follows
 from bytes and from what was measured at the fewest ranks. Under FSDP2 a decoder layer's frozen weights are gathered twice per
@@ -43,7 +43,7 @@ class Machine:
 class Point:
     """One configuration. shards: ranks that one copy of the weights is spread over. micro: sequences of one pass of one rank.
 
-    levels: layers at each level of recomputation (`recompute.LEVELS`).
+    levels: layers at each level of recomputation (`activation_checkpoint.LEVELS`).
     """
 
     ranks: int
@@ -92,7 +92,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Parts of a step, seconds; `gather` is what does not hide. gathered: bytes that one rank receives in a step."""
+    """Parts of a step, seconds; `gather` is what is exposed. gathered: bytes that one rank receives in a step."""
 
     compute: float
     copies: float
@@ -123,7 +123,7 @@ def layer_flop(shape: Shape, seq_len: int, w_bits: int) -> tuple[float, float]:
 
     With 16-bit weights the two sites rotate (two products of [h, h] forward, one backward each) and weights take no
     gradient; forward + backward is then `bench.optimize.step_flop`. With fewer bits nothing rotates, but every linear has
-    one more product of its size and its gradients of R1 and R2 (model/weight_learning.py).
+    one more product of its size and its gradients of R1 and R2 (model/weight_quant.py).
     """
     h, i, q, kv = shape.hidden, shape.intermediate, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     linears = 2 * (2 * h * q + 2 * h * kv + 3 * h * i)
@@ -139,8 +139,8 @@ def layer_flop(shape: Shape, seq_len: int, w_bits: int) -> tuple[float, float]:
 
 def shard_bytes(shape: Shape, point: Point) -> float:
     """Bytes of frozen weights on one rank."""
-    ends = 2 * shape.vocab * shape.hidden * DTYPE.itemsize
-    return (point.layers * layer_bytes(shape, DTYPE, point.w_bits) + ends) / point.shards
+    embedding_and_head = 2 * shape.vocab * shape.hidden * DTYPE.itemsize
+    return (point.layers * layer_bytes(shape, DTYPE, point.w_bits) + embedding_and_head) / point.shards
 
 
 def hidden_cost(gather: float, compute: float, contention: float) -> float:
@@ -149,45 +149,45 @@ def hidden_cost(gather: float, compute: float, contention: float) -> float:
 
 
 def layers_time(shape: Shape, point: Point, fit: Fit, machine: Machine) -> tuple[float, float, float, float]:
-    """Forward and backward of one step: seconds of compute, copies and gathers in the open; bytes gathered by a rank.
+    """Forward and backward of one step: seconds of compute, copies and exposed gathers; bytes gathered by a rank.
 
-    What is computed twice counts with its measured share, `memory_planner.RECOMPUTE_COST`. The embedding is gathered in the
-    open, at the start of a pass; the head behind the last layer.
+    What is computed twice counts with its measured share, `memory_planner.RECOMPUTE_COST`. Nothing hides the
+    gather of the embedding, at the start of a pass; the head is gathered behind the last layer.
     """
     forward, backward = layer_flop(shape, point.seq_len, point.w_bits)
     backward += (
         (forward + backward) * sum(RECOMPUTE_COST[kind] * count for kind, count in point.levels.items()) / point.layers
     )
     layer = layer_bytes(shape, DTYPE, point.w_bits)
-    end = shape.vocab * shape.hidden * DTYPE.itemsize
+    vocab_matrix = shape.vocab * shape.hidden * DTYPE.itemsize
     received = (point.shards - 1) / point.shards
 
     def seconds(flop: float) -> float:
         return flop * point.tokens / fit.rate + fit.overhead / 2
 
-    gather, gather_end = received * layer / machine.link, received * end / machine.link
-    open_ = gather_end + hidden_cost(gather_end, seconds(forward), machine.contention)
-    open_ += point.layers * sum(hidden_cost(gather, seconds(f), machine.contention) for f in (forward, backward))
-    moved = 2 * point.layers * layer + 2 * end
+    gather, gather_vocab = received * layer / machine.link, received * vocab_matrix / machine.link
+    exposed = gather_vocab + hidden_cost(gather_vocab, seconds(forward), machine.contention)
+    exposed += point.layers * sum(hidden_cost(gather, seconds(f), machine.contention) for f in (forward, backward))
+    moved = 2 * point.layers * layer + 2 * vocab_matrix
     head = 4 * shape.vocab * shape.hidden * point.tokens / fit.rate
     compute = point.layers * (seconds(forward) + seconds(backward)) + head
     # FSDP2 copies what it has gathered into the parameters, on the stream that computes: bytes are read and written.
     copies = 2 * moved / machine.copy
-    return tuple(point.micro_batches * x for x in (compute, copies, open_, received * moved))  # type: ignore[return-value]
+    return tuple(point.micro_batches * x for x in (compute, copies, exposed, received * moved))  # type: ignore[return-value]
 
 
 def fit(shape: Shape, measured: Sequence[tuple[Point, float]], machine: Machine) -> Fit:
-    """Rate and overhead from measured seconds of forward and backward (without grids), by least squares of relative errors.
+    """Rate and overhead from measured seconds of forward and backward, requantisation left out, by relative least squares.
 
     So the achieved rate depends on the tokens of a pass, as t / (t + constant). Where all points have the same number of
-    tokens per pass, or a negative overhead would fit best, the overhead is 0. What is gathered in the open depends on the rate in
-    turn, so both are found by iteration.
+    tokens per pass, or a negative overhead would fit best, the overhead is 0. How much of the gathers is exposed depends on
+    the rate in turn, so both are found by iteration.
     """
-    found = Fit(1e15, 0.0)
+    fitted = Fit(1e15, 0.0)
     for _ in range(50):
         rows = []
         for point, seconds in measured:
-            _, copies, gather, _ = layers_time(shape, point, found, machine)
+            _, copies, gather, _ = layers_time(shape, point, fitted, machine)
             unit = layers_time(shape, point, Fit(1.0, 0.0), machine)[0]  # FLOP
             rows.append((unit / seconds, point.micro_batches * point.layers / seconds, 1 - (copies + gather) / seconds))
         inverse, overhead = _least_squares(rows)
@@ -195,8 +195,8 @@ def fit(shape: Shape, measured: Sequence[tuple[Point, float]], machine: Machine)
             inverse, overhead = sum(a * y for a, _, y in rows) / sum(a * a for a, _, _ in rows), 0.0
         if inverse <= 0:
             raise ValueError("gathers alone take longer than was measured")
-        found = Fit(1 / inverse, overhead)
-    return found
+        fitted = Fit(1 / inverse, overhead)
+    return fitted
 
 
 def _least_squares(rows: list[tuple[float, float, float]]) -> tuple[float, float]:
@@ -231,8 +231,8 @@ def cayley_time(shape: Shape, ranks: int, measured: Fixed, machine: Machine) -> 
     return whole + split / ranks + gather(ranks)
 
 
-def grids_time(shape: Shape, point: Point, measured: Fixed, machine: Machine) -> float:
-    """Fitting the grids of learned weights: rows split over shards, but v, o and down are gathered first (in the open)."""
+def requantize_time(shape: Shape, point: Point, measured: Fixed, machine: Machine) -> float:
+    """Quantising the merged weights anew: rows split over shards, but v, o and down are gathered first (exposed)."""
     kv, q = shape.kv_heads * shape.head_dim, shape.heads * shape.head_dim
     mixed = point.layers * shape.hidden * (kv + q + shape.intermediate) * DTYPE.itemsize
 
@@ -268,8 +268,8 @@ def planned(
     one = Point(ranks, shards, sequences, seq_len, layers, w_bits, 1, {})
     free = machine.memory - GIB - shard_bytes(shape, one) - 14 * shape.hidden**2  # the context; rotations and gradient
     cut = Shape(**{**vars(shape), "layers": layers})
-    work = Workload(cut, one.share, seq_len, DTYPE, shards, w_bits)
-    micro, levels = within(work, int(free) - work.reserved(int(machine.memory)))
+    workload = Workload(cut, one.share, seq_len, DTYPE, shards, w_bits)
+    micro, levels = within(workload, int(free) - workload.reserved(int(machine.memory)))
     counts = {level: levels.count(level) for level in set(levels)}
     return Point(ranks, shards, sequences, seq_len, layers, w_bits, micro, counts)
 
@@ -281,7 +281,7 @@ def predict(shape: Shape, point: Point, fitted: Fit, fixed: Fixed, machine: Mach
         compute,
         copies,
         gather,
-        grids_time(shape, point, fixed, machine) if point.w_bits < 16 else 0.0,
+        requantize_time(shape, point, fixed, machine) if point.w_bits < 16 else 0.0,
         reduce_time(shape, point.layers, point.ranks, fixed, machine),
         cayley_time(shape, point.ranks, fixed, machine),
         fixed.checkpoint_wait,

@@ -80,9 +80,11 @@ class _WeightSide(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         hidden = self._embeddings[0][ids].requires_grad_()
-        places = self._rotary[0](hidden, torch.arange(ids.shape[1], device=ids.device)[None])
+        position_embeddings = self._rotary[0](hidden, torch.arange(ids.shape[1], device=ids.device)[None])
         for layer in self.layers:
-            hidden = checkpoint(layer, hidden, use_reentrant=False, position_embeddings=places, use_cache=False)
+            hidden = checkpoint(
+                layer, hidden, use_reentrant=False, position_embeddings=position_embeddings, use_cache=False
+            )
         return cross_entropy(hidden, self._embeddings[1], ids).mean()
 
 

@@ -15,8 +15,8 @@ LEVELS = ("none", "sites", "layer")
 
 
 def _sites(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = op == torch.ops.dist_spin.kept_matmul.default
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    is_kept_matmul = op == torch.ops.dist_spin.kept_matmul.default
+    return CheckpointPolicy.MUST_SAVE if is_kept_matmul else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _layer(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -36,8 +36,8 @@ def run(layer: nn.Module, level: str, hidden: Tensor, **call: Any) -> Tensor:
     # "layer" needs a policy only where it is compiled: without one, torch 2.11 keeps more than "sites" does, because what
     # happens inside a custom autograd function is not marked for recomputation. Run eagerly, it costs time per operation.
     policy = level == "sites" or torch.compiler.is_compiling()
-    how: dict[str, Any] = {"context_fn": _CONTEXTS[level]} if policy else {}
-    return checkpoint(layer, hidden, use_reentrant=False, preserve_rng_state=False, **how, **call)
+    options: dict[str, Any] = {"context_fn": _CONTEXTS[level]} if policy else {}
+    return checkpoint(layer, hidden, use_reentrant=False, preserve_rng_state=False, **options, **call)
 
 
 def kept_bytes(

@@ -17,7 +17,7 @@ from dist_spin.model.weight_quant import LINEAR_ROLES, FakeQuantLinear, WeightQu
 
 
 class FakeQuantLayer(nn.Module):
-    """One decoder layer with its sites. level: what it keeps for the backward pass (`recompute.LEVELS`)."""
+    """One decoder layer with its sites. level: what it keeps for the backward pass (`activation_checkpoint.LEVELS`)."""
 
     def __init__(self, layer: nn.Module, *, compile: bool) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class LossHead(nn.Module):
 class FakeQuantModel(nn.Module):
     """Embedding, layers and loss of a model on the meta device; an engine shards it and gives it weights.
 
-    Weights are expected folded (norm gains, R4) but not rotated: see `rotation.folded_rows` for what `parameter_source`
+    Weights are expected folded (norm gains, R4) but not rotated: see `merge.folded_rows` for what `parameter_source`
     names. `rotations` and `transforms` stay outside of the module tree, so that no engine touches them. With scales, R4 must
     not be folded. The teacher (`teacher_share` above 0) is the same network with its sites off, run along in one pass. With
     `weight_quantizer`, linears run on the rounded merged weights (model/weight_quant.py), which an engine rounds anew after
@@ -82,9 +82,8 @@ class FakeQuantModel(nn.Module):
         weight_quantizer: WeightQuantizer | None = None,
     ) -> None:
         super().__init__()
-        self.rotated = (
-            None if weight_quantizer is None else rotations.r1_param
-        )  # the basis of the residual stream, if not its own
+        # R1 where the residual stream is kept in the rotated basis, None where it is in its own.
+        self.rotated = None if weight_quantizer is None else rotations.r1_param
         base = skeleton(config).to(dtype)
         self.config, self.device = base.config, device
         shape = Shape.of(config)
@@ -120,14 +119,14 @@ class FakeQuantModel(nn.Module):
         return self.head(hidden, teacher, ids)
 
     def fake_quant_linears(self) -> Iterator[tuple[int, str, FakeQuantLinear]]:
-        """Layer index, role (such as q_proj) and module of every linear that runs on a grid."""
+        """Layer index, role (such as q_proj) and module of every fake-quantised linear."""
         for i, layer in enumerate(self.layers):
             for name, module in layer.named_modules():
                 if isinstance(module, FakeQuantLinear):
                     yield i, LINEAR_ROLES[name.removeprefix("layer.")], module
 
     def set_levels(self, levels: list[str]) -> None:
-        """What each layer keeps for the backward pass (`recompute.LEVELS`)."""
+        """What each layer keeps for the backward pass (`activation_checkpoint.LEVELS`)."""
         for layer, level in zip(self.layers, levels, strict=True):
             cast(FakeQuantLayer, layer).level = level
 
@@ -139,7 +138,7 @@ class FakeQuantModel(nn.Module):
 
 
 def parameter_source(name: str) -> str | None:
-    """The checkpoint name of a `FakeQuantModel` parameter; None for grids, which are fitted, not read."""
+    """The checkpoint name of a `FakeQuantModel` parameter; None for codes and scales, which are fitted, not read."""
     if name.endswith((".codes", ".scale", ".zero")):
         return None
     name = name.replace(".linear.", ".")

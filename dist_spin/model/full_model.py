@@ -1,6 +1,6 @@
 """A whole quantised model as transformers knows it: for `generate()`, pipelines, harnesses and exports' oracle.
 
-    model = assemble(config, sites, layer=weights_of_layer, embedding=e, head=h, rotated=True, device=device, dtype=dtype)
+    model = build_full_model(config, sites, layer=weights_of_layer, embedding=e, head=h, rotated=True, device=device, dtype=dtype)
 
 The class, the modules and the cache are transformers' own; the sites quantise and rotate inside of them. Values are quantised
 before they enter the cache. Keys enter it as they are after the position embedding and are rotated by R3 and quantised each
@@ -43,14 +43,14 @@ def build_full_model(
     runner = LayerRunner(config, sites, device=device, dtype=dtype, rotated=rotated)
     model = runner.base
 
-    def held(weight: Tensor) -> nn.Parameter:
+    def frozen(weight: Tensor) -> nn.Parameter:
         return nn.Parameter(weight.to(device, dtype), requires_grad=False)
 
     for index in range(runner.shape.layers):
         model.model.layers[index] = runner.build(index, layer(index))
-    model.model.embed_tokens.weight = held(embedding)
-    model.model.norm = WideRMSNorm(model.config.rms_norm_eps, None if final_gain is None else held(final_gain))
+    model.model.embed_tokens.weight = frozen(embedding)
+    model.model.norm = WideRMSNorm(model.config.rms_norm_eps, None if final_gain is None else frozen(final_gain))
     model.model.rotary_emb = runner.rotary
-    model.lm_head.weight = held(head)
+    model.lm_head.weight = frozen(head)
     model.config.use_cache = getattr(config, "use_cache", True)
     return model.eval()

@@ -27,45 +27,45 @@ class LayerTask:
     hidden: Tensor
 
 
-def observe(task: LayerTask, see: Callable[[str, Tensor], None] | None = None) -> Tensor:
-    """The layer's outputs [n, T, h]; `see` is told what each site reads, a batch at a time.
+def observe(task: LayerTask, on_input: Callable[[str, Tensor], None] | None = None) -> Tensor:
+    """The layer's outputs [n, T, h]; `on_input` is called with what each site reads, a batch at a time.
 
     Sites and shapes: "attention", "mlp" [batch, T, h], "o" [batch, T, heads * d], "down" [batch, T, intermediate]; and
     "before attention", "before mlp" [batch, T, h], the residual stream in front of their norms.
     """
     layer: Any = task.runner.build(task.index, task.weights)
-    if see is not None:
+    if on_input is not None:
         for site, module in (
             ("attention", getattr(layer, ATTENTION_NORM)),
             ("mlp", getattr(layer, MLP_NORM)),
             ("o", layer.self_attn.o_proj.input_quant),
             ("down", layer.mlp.down_proj.input_quant),
         ):
-            _watch(module, site, see)
+            _watch(module, site, on_input)
         for site, norm in (("before attention", ATTENTION_NORM), ("before mlp", MLP_NORM)):
-            _watch_input(getattr(layer, norm), site, see)
+            _watch_input(getattr(layer, norm), site, on_input)
     batch = max(1, TOKENS_AT_ONCE // task.hidden.shape[1])
     return torch.cat([task.runner.run(layer, task.index, part) for part in task.hidden.split(batch)])
 
 
-def _watch(module: nn.Module, site: str, see: Callable[[str, Tensor], None]) -> None:
-    module.register_forward_hook(lambda _module, _inputs, output: see(site, output))
+def _watch(module: nn.Module, site: str, on_input: Callable[[str, Tensor], None]) -> None:
+    module.register_forward_hook(lambda _module, _inputs, output: on_input(site, output))
 
 
-def _watch_input(module: nn.Module, site: str, see: Callable[[str, Tensor], None]) -> None:
-    module.register_forward_pre_hook(lambda _module, inputs: see(site, inputs[0]))
+def _watch_input(module: nn.Module, site: str, on_input: Callable[[str, Tensor], None]) -> None:
+    module.register_forward_pre_hook(lambda _module, inputs: on_input(site, inputs[0]))
 
 
 def maxima(task: LayerTask) -> tuple[dict[str, Tensor], Tensor]:
     """Largest |x| of each channel at each site, and the layer's outputs [n, T, h]."""
-    found: dict[str, Tensor] = {}
+    largest: dict[str, Tensor] = {}
 
-    def see(site: str, x: Tensor) -> None:
-        largest = x.abs().flatten(0, -2).amax(0)
-        found[site] = torch.maximum(found[site], largest) if site in found else largest
+    def update(site: str, x: Tensor) -> None:
+        of_batch = x.abs().flatten(0, -2).amax(0)
+        largest[site] = torch.maximum(largest[site], of_batch) if site in largest else of_batch
 
-    outputs = observe(task, see)
-    return found, outputs
+    outputs = observe(task, update)
+    return largest, outputs
 
 
 def weight_maxima(weights: dict[str, Tensor], roles: list[str]) -> Tensor:

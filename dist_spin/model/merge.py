@@ -81,7 +81,7 @@ def rotated_layer(
 
     Args:
         r1 [h, h], r2 [d, d]: fp64. r4, heads: fp64 Kronecker factors, empty for none. scales: of this layer, by the names of
-            `transforms.scale_shapes`.
+            `scales_and_clips.scale_shapes`.
 
     Returns:
         name within the layer (`self_attn.q_proj.weight`, ...) to tensor; q/k norms as they are, layer norms left out

@@ -36,7 +36,7 @@ NO_SCALE_OR_CLIP = ScaleAndClip()
 
 @torch.library.custom_op("dist_spin::kept_matmul", mutates_args=())
 def kept_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a [..., k] @ b [k, n]: a matmul of its own name, so that recomputation can keep its result (model/recompute.py)."""
+    """a [..., k] @ b [k, n] under a name of its own, so that model/activation_checkpoint.py can keep its result."""
     return a @ b
 
 

@@ -53,16 +53,16 @@ class RotatedWeights:
         roles = (*LAYER_LINEARS, ATTENTION_NORM, MLP_NORM, "self_attn.q_norm", "self_attn.k_norm")
         names = [f"{role}.{kind}" for role in roles for kind in ("weight", "bias")]
         prefix = layer_name(index)
-        found = [name for name in names if self.source.has(f"{prefix}.{name}")]
-        return {n: self.source.rows(f"{prefix}.{n}", device=self.device).to(self.dtype) for n in found}
+        stored = [name for name in names if self.source.has(f"{prefix}.{name}")]
+        return {n: self.source.rows(f"{prefix}.{n}", device=self.device).to(self.dtype) for n in stored}
 
     def embedding(self) -> Tensor:
         """[vocab, h] in the model's dtype."""
-        return self._end(EMBEDDING)
+        return self._vocab_matrix(EMBEDDING)
 
     def head_weight(self) -> Tensor:
         """lm_head [vocab, h] in the model's dtype."""
-        return self._end(HEAD)
+        return self._vocab_matrix(HEAD)
 
     def head(self, eps: float, weight: Tensor | None = None) -> "Head":
         """Final norm and lm_head, or `weight` [vocab, h] in its place."""
@@ -76,7 +76,7 @@ class RotatedWeights:
             return None
         return self.source.rows(f"{FINAL_NORM}.weight", device=self.device).to(self.dtype)
 
-    def _end(self, name: str) -> Tensor:
+    def _vocab_matrix(self, name: str) -> Tensor:
         if self.rotations is None:
             return self.source.rows(f"{name}.weight", device=self.device).to(self.dtype)
         return rotated_embedding(self.source, name, self.rotations[0], self.device, self.dtype)

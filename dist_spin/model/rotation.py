@@ -43,7 +43,7 @@ def initial(kind: str, shape: Shape, seed: int) -> tuple[Tensor, Tensor]:
 class Rotations:
     """The master copies of R1 and R2 on one device, what the sites see of them, and one packed gradient buffer.
 
-    r1 [h, h], r2 [layers, d, d]: fp32 masters (fp64 when compute is fp64). bases: what the sites hold.
+    r1 [h, h], r2 [layers, d, d]: fp32 masters (fp64 when compute is fp64). r1_param, r2_params: what the sites hold.
     gradient: packed [h*h + layers*d*d] in the masters' dtype; backward accumulates straight into it: the gradients of the
         lie_grads (see `RotationParam`), or with `euclidean` those of R1 and R2 as plain matrices until `to_lie_grad` is called.
     """
@@ -61,7 +61,7 @@ class Rotations:
         self.euclidean = euclidean
         master = accumulation_dtype(compute)
         self.r1, self.r2 = (r.to(device, master, copy=True) for r in (r1, r2))
-        self._seen1, self._seen2 = self.r1.to(compute, copy=True), self.r2.to(compute, copy=True)
+        self._compute_r1, self._compute_r2 = (r.to(compute, copy=True) for r in (self.r1, self.r2))
         lie_grads: list[Tensor | None] = [None] * (1 + len(r2))
         self.gradient = torch.zeros(0, dtype=master, device=device)
         if learn:
@@ -71,9 +71,9 @@ class Rotations:
                 leaf = torch.zeros_like(grad).requires_grad_()
                 leaf.grad = grad  # a view: packed as it accumulates
                 lie_grads[i] = leaf
-        self.r1_param = RotationParam(self._seen1, lie_grads[0])
+        self.r1_param = RotationParam(self._compute_r1, lie_grads[0])
         self.r2_params = [
-            RotationParam(seen, lie_grad) for seen, lie_grad in zip(self._seen2, lie_grads[1:], strict=True)
+            RotationParam(r2, lie_grad) for r2, lie_grad in zip(self._compute_r2, lie_grads[1:], strict=True)
         ]
 
     @property
@@ -93,6 +93,6 @@ class Rotations:
             self.lie_grad2.copy_(self.lie_grad2 @ self.r2.mT)
 
     def refresh(self) -> None:
-        """Show the sites the masters as they are now."""
-        self._seen1.copy_(self.r1)
-        self._seen2.copy_(self.r2)
+        """Copy the masters, as they are now, into what the sites hold."""
+        self._compute_r1.copy_(self.r1)
+        self._compute_r2.copy_(self.r2)

@@ -15,9 +15,8 @@ from dist_spin.model.rotate_quantize import ScaleAndClip
 from dist_spin.model.sites_config import CLIP_SITES
 from dist_spin.numerics.dtypes import accumulation_dtype
 
-FIRST_CUT = (
-    0.05  # of the range, when learning starts at 4 bits; each bit more cuts a quarter of it, as of the rounding error
-)
+# Share of the range that is cut off when learning starts at 4 bits; each bit more cuts a quarter of it, as of the rounding error.
+INITIAL_CUT = 0.05
 SCALE_AT = {"attention": ATTENTION_NORM, "mlp": MLP_NORM, "down": "up", "o": "value", "v": "value", "k": "key"}
 
 
@@ -32,9 +31,9 @@ def scale_shapes(shape: Shape, *, shared_keys: bool) -> dict[str, tuple[int, ...
     return {ATTENTION_NORM: (h,), MLP_NORM: (h,), "up": (shape.intermediate,), "value": (kv, d), "key": (keys, d // 2)}
 
 
-def first_clip(bits: int) -> float:
+def initial_clip(bits: int) -> float:
     """The share of its range that a quantiser of so many bits keeps when learning starts."""
-    return 1 - FIRST_CUT * 4.0 ** -max(0, min(bits, 8) - 4)
+    return 1 - INITIAL_CUT * 4.0 ** -max(0, min(bits, 8) - 4)
 
 
 class Packed:
@@ -81,7 +80,7 @@ class ScalesAndClips(Packed):
         shared_keys: bool,
         bits: dict[str, int],
     ) -> None:
-        """bits: of the quantiser at each of CLIPS."""
+        """bits: of the quantiser at each of CLIP_SITES."""
         shapes: dict[str, tuple[int, ...]] = {}
         if scales:
             shapes |= {
@@ -92,11 +91,11 @@ class ScalesAndClips(Packed):
         super().__init__(shapes, device, compute)
         self.scales = scales
         if clips:
-            first = torch.tensor([first_clip(bits[site]) for site in CLIP_SITES], dtype=torch.float64)
-            self.named(self.parameters)["clip"].copy_(first.logit())
+            initial = torch.tensor([initial_clip(bits[site]) for site in CLIP_SITES], dtype=torch.float64)
+            self.named(self.parameters)["clip"].copy_(initial.logit())
 
     def layer(self, index: int) -> dict[str, ScaleAndClip]:
-        """What the sites of one layer learn, by the names in CLIPS; to be asked for once per layer."""
+        """What the sites of one layer learn, by the names in CLIP_SITES; to be asked for once per layer."""
         leaves = self.leaves(index)
         if "clip" in leaves:
             values, gradient = leaves["clip"].detach(), leaves.pop("clip").grad

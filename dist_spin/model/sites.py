@@ -4,8 +4,8 @@ While rotations are learned with 16-bit weights, nothing but these sites knows a
 with R1 and Q(x R1)(W R1)^T = [Q(x R1) R1^T] W^T, the rotated network is the original one with the activation rotated,
 quantised and rotated back. After a merge the same sites run without a rotation. Row-vector convention throughout: y = x R.
 
-Beside rotations, sites may learn per-channel scales s and clip ratios c, Q_c((x R) * s) / s: these too merge (`merge` in
-model/rotation.py). Inside `plain_sites` every site is the identity, which is how the full-precision teacher runs.
+Beside rotations, sites may learn per-channel scales s and clip ratios c, Q_c((x R) * s) / s: these too merge
+(model/merge.py). Inside `plain_sites` every site is the identity, which is how the full-precision teacher runs.
 
 Modules rather than hooks: hooks gave torch.compile one graph per layer.
 """

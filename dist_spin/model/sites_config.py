@@ -27,7 +27,7 @@ CLIP_SITES = ("attention", "o", "mlp", "down", "k", "v")  # where clips are lear
 class Sites:
     """What happens at each quantised site: quantisers, and the online Hadamards as Kronecker factors (empty: none).
 
-    mlp, down: quantisers of these inputs where they are not those of `a`. clips: learned clip ratios [layers, CLIPS] of
+    mlp, down: quantisers of these inputs where they are not those of `a`. clips: learned clip ratios [layers, sites] of
     merged layers, fp64 on the CPU, which `layer` puts into the quantisers.
     """
 
@@ -44,7 +44,7 @@ class Sites:
 
     @property
     def bits(self) -> dict[str, int]:
-        """Bits of the quantiser at each of CLIPS."""
+        """Bits of the quantiser at each of CLIP_SITES."""
         specs = (self.a, self.o, self.mlp or self.a, self.down or self.a, self.k, self.v)
         return {site: spec.bits for site, spec in zip(CLIP_SITES, specs, strict=True)}
 
@@ -57,10 +57,10 @@ class Sites:
         """The sites of one merged layer, its learned clips on top of the configured ones."""
         if self.clips is None:
             return self
-        kept = dict(zip(CLIP_SITES, self.clips[index].tolist(), strict=True))
+        ratios = dict(zip(CLIP_SITES, self.clips[index].tolist(), strict=True))
 
         def clip(spec: QuantSpec, site: str) -> QuantSpec:
-            return dataclasses.replace(spec, clip_ratio=spec.clip_ratio * kept[site])
+            return dataclasses.replace(spec, clip_ratio=spec.clip_ratio * ratios[site])
 
         return dataclasses.replace(
             self,
@@ -90,21 +90,21 @@ def attach(
     `sites` must lie on the layer's device in its dtype (`Sites.to`) and be this layer's (`Sites.layer`).
 
     Args:
-        learned: what is learned at the sites named in CLIPS. unfold: R4 is not folded into down_proj.
+        learned: what is learned at the sites named in CLIP_SITES. unfold: R4 is not folded into down_proj.
     """
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
-    at = dict.fromkeys(CLIP_SITES, NO_SCALE_OR_CLIP) if learned is None else learned
+    learned_at = dict.fromkeys(CLIP_SITES, NO_SCALE_OR_CLIP) if learned is None else learned
     d, mlp_spec, down_spec = shape.head_dim, sites.mlp or sites.a, sites.down or sites.a
     for name, spec, site in ((ATTENTION_NORM, sites.a, "attention"), (MLP_NORM, mlp_spec, "mlp")):
-        setattr(layer, name, NormSite(getattr(layer, name), spec, r1, at[site]))
-    attention.v_proj = ValueSite(attention.v_proj, sites.v, d, r2, at["v"])
-    input_quant = OProjInputQuant(sites.o, d, r2, sites.heads, at["o"])
+        setattr(layer, name, NormSite(getattr(layer, name), spec, r1, learned_at[site]))
+    attention.v_proj = ValueSite(attention.v_proj, sites.v, d, r2, learned_at["v"])
+    input_quant = OProjInputQuant(sites.o, d, r2, sites.heads, learned_at["o"])
     attention.o_proj = QuantizedInputLinear(input_quant, attention.o_proj, keep=r2 is not None)
     mlp.down_proj = QuantizedInputLinear(
-        DownProjInputQuant(down_spec, sites.r4, at["down"], unfold=unfold), mlp.down_proj
+        DownProjInputQuant(down_spec, sites.r4, learned_at["down"], unfold=unfold), mlp.down_proj
     )
-    attention.key_site = KeySite(sites.k, sites.r3, at["k"])
+    attention.key_site = KeySite(sites.k, sites.r3, learned_at["k"])
 
 
 def widen_norms(layer: nn.Module, *, folded: bool) -> None:

@@ -1,8 +1,8 @@
 """Learning rotations with quantised weights: the layers of the rotated network, and the gradients of their rotations.
 
 With W bits below 16 the rotation cannot stay at the sites: what is rounded is the merged weight. So the residual stream
-is kept in the rotated basis and every linear runs on the grid of its merged weight, W^ = Q(merge(W, R)), which an engine
-fits once per optimiser step (`merged_rows`) and keeps as codes. Straight-through, W^ moves with R as the merged weight
+is kept in the rotated basis and every linear runs on its rounded merged weight, W^ = Q(merge(W, R)), which an engine
+quantises anew once per optimiser step (`merged_rows`) and keeps as codes. Straight-through, W^ moves with R as the merged weight
 does. With a the quantised input of a linear and g the gradient of its output (row-vector convention, y = a W^T):
 
     q, k, gate, up   W^ ~ W R1          dR1 += (g W)^T a
@@ -64,7 +64,7 @@ class WeightQuantizer:
         return self.bits <= 4 and width % 2 == 0
 
     def fit(self, merged: Tensor) -> "PackedWeight":
-        """The grid of rows of a merged weight [rows, in], its scales in fp32 (fp64 for fp64)."""
+        """Codes and scales of rows of a merged weight [rows, in], the scales in fp32 (fp64 for fp64)."""
         scale, zero = weight_scales(
             merged,
             self.bits,
@@ -77,13 +77,13 @@ class WeightQuantizer:
         stored = pack_nibbles(codes) if self.packs(merged.shape[1]) else codes.view(torch.uint8)
         return PackedWeight(stored, scale, None if self.symmetric else zero)
 
-    def weight(self, packed: "PackedWeight", like: Tensor, *, again: bool = False) -> Tensor:
+    def weight(self, packed: "PackedWeight", like: Tensor, *, for_backward: bool = False) -> Tensor:
         """The rounded weight in the shape and dtype of `like` [out, in].
 
-        again: decode by other arithmetic, to the same bits. A compiler would find that a backward pass needs the value that
-        its forward pass had, and keep whole weights of every layer in between.
+        for_backward: decode by other arithmetic, to the same bits. A compiler would find that a backward pass needs the
+        value that its forward pass had, and keep whole weights of every layer in between.
         """
-        codes = _decoded_again(self, packed.codes, like) if again else _decoded(self, packed.codes, like)
+        codes = _decoded_for_backward(self, packed.codes, like) if for_backward else _decoded(self, packed.codes, like)
         zero = torch.zeros_like(packed.scale) if packed.zero is None else packed.zero
         return dequantize_weight(codes, packed.scale, zero, self.group_size, like.dtype)
 
@@ -94,7 +94,7 @@ def _decoded(spec: WeightQuantizer, stored: Tensor, like: Tensor) -> Tensor:
     return stored.view(torch.int8) if spec.symmetric else stored
 
 
-def _decoded_again(spec: WeightQuantizer, stored: Tensor, like: Tensor) -> Tensor:
+def _decoded_for_backward(spec: WeightQuantizer, stored: Tensor, like: Tensor) -> Tensor:
     signed = stored.view(torch.int8)
     if spec.packs(like.shape[1]):
         both = torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1).flatten(-2)  # shifts keep the sign
@@ -113,7 +113,7 @@ class PackedWeight(NamedTuple):
 
 
 class FakeQuantLinear(nn.Module):
-    """The parameters of a linear that runs on the grid of its merged weight; what runs it is its site.
+    """The parameters of a linear whose merged weight is rounded; its site computes the product.
 
     weight [out, in]: folded, unrotated; bias [out]: unrotated; codes (as BYTES), scale, zero: see `PackedWeight`. All frozen.
     """
@@ -142,8 +142,8 @@ class FakeQuantLinear(nn.Module):
         return PackedWeight(self.codes.view(torch.uint8), self.scale, self.zero)
 
 
-class _Part(nn.Module):
-    """Stands where transformers has a linear whose result was computed at the site: takes its columns."""
+class _FusedSlice(nn.Module):
+    """In place of a linear whose result the site in front has computed together with others: takes its columns."""
 
     def __init__(self, start: int, stop: int) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ class _InputProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         a, r1, r2, *tensors = ctx.saved_tensors
-        d_a = g @ _stacked(ctx.spec, tensors, again=True)
+        d_a = g @ _stacked(ctx.spec, tensors, for_backward=True)
         a2, g2 = a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
         weights = tensors[::4]
         d_r2, through, start = None, None, 0
@@ -251,8 +251,8 @@ class _InputProduct(torch.autograd.Function):
             start += len(w)
             if r2 is not None and w is weights[-1]:
                 d_weight = matmul_wide(part.T, a2, ctx.wide).unflatten(0, (-1, ctx.head_dim))  # [heads, d, h]
-                turned = matmul_wide(w, r1, ctx.wide).unflatten(0, (-1, ctx.head_dim))
-                d_r2 = (turned @ d_weight.mT).sum(0)
+                rotated_w = matmul_wide(w, r1, ctx.wide).unflatten(0, (-1, ctx.head_dim))
+                d_r2 = (rotated_w @ d_weight.mT).sum(0)
                 part = _heads(part, r2.T)
             through = part @ w if through is None else torch.addmm(through, part, w)
         assert through is not None
@@ -276,7 +276,7 @@ class _OutputProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         a, r1, r2, *tensors = ctx.saved_tensors
-        d_a = g @ _stacked(ctx.spec, tensors, again=True)
+        d_a = g @ _stacked(ctx.spec, tensors, for_backward=True)
         a2, g2, w = a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1]), tensors[0]
         d_r2 = None
         if r2 is not None:
@@ -287,10 +287,11 @@ class _OutputProduct(torch.autograd.Function):
         return d_a, d_r1, None, d_r2, None, None, None, None, *(None,) * len(tensors)
 
 
-def _stacked(spec: WeightQuantizer, tensors: Any, *, again: bool = False) -> Tensor:
+def _stacked(spec: WeightQuantizer, tensors: Any, *, for_backward: bool = False) -> Tensor:
     """The rounded weights, one below the other; tensors: (weight, codes, scale, zero) of each."""
     parts = [
-        spec.weight(PackedWeight(*tensors[i + 1 : i + 4]), tensors[i], again=again) for i in range(0, len(tensors), 4)
+        spec.weight(PackedWeight(*tensors[i + 1 : i + 4]), tensors[i], for_backward=for_backward)
+        for i in range(0, len(tensors), 4)
     ]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -318,25 +319,25 @@ def rotate(x: Tensor, rotation: RotationParam, *, back: bool = False) -> Tensor:
 
 
 def attach_fake_quant(
-    layer: nn.Module, shape: Shape, sites: Sites, packed: WeightQuantizer, r1: RotationParam, r2: RotationParam
+    layer: nn.Module, shape: Shape, sites: Sites, quantizer: WeightQuantizer, r1: RotationParam, r2: RotationParam
 ) -> None:
-    """Put sites and gridded linears into one decoder layer on the meta device, in place.
+    """Put sites and fake-quantised linears into one decoder layer on the meta device, in place.
 
-    The counterpart of `rotation.attach` for a network that lives in the rotated basis: r1, r2 must have leaves.
+    The counterpart of `sites_config.attach` for a network that lives in the rotated basis: r1, r2 must have leaves.
     """
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
-    for norm, owner, names, second in (
+    for norm, owner, names, value_r2 in (
         (ATTENTION_NORM, attention, ("q_proj", "k_proj", "v_proj"), r2),
         (MLP_NORM, mlp, ("gate_proj", "up_proj"), None),
     ):
-        linears = [FakeQuantLinear(getattr(owner, name), packed) for name in names]
-        setattr(layer, norm, InputLinears(getattr(layer, norm), sites.a, linears, r1, second, shape.head_dim))
+        linears = [FakeQuantLinear(getattr(owner, name), quantizer) for name in names]
+        setattr(layer, norm, InputLinears(getattr(layer, norm), sites.a, linears, r1, value_r2, shape.head_dim))
         start = 0
         for name, linear in zip(names, linears, strict=True):
-            setattr(owner, name, _Part(start, start := start + len(linear.weight)))
+            setattr(owner, name, _FusedSlice(start, start := start + len(linear.weight)))
     attention.v_proj = ValueSite(attention.v_proj, sites.v, shape.head_dim)
-    o, down = (FakeQuantLinear(linear, packed) for linear in (attention.o_proj, mlp.down_proj))
+    o, down = (FakeQuantLinear(linear, quantizer) for linear in (attention.o_proj, mlp.down_proj))
     attention.o_proj = OutputLinear(
         OProjInputQuant(sites.o, shape.head_dim, None), o, r1, r2, shape.head_dim, keep=True
     )

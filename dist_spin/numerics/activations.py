@@ -29,11 +29,11 @@ def kurtosis(x: Tensor) -> Tensor:
 def summary(figures: Tensor) -> Tensor:
     """Mean, median, 99th percentile and maximum of figures [n], fp32 [4] (`SUMMARY`)."""
     ordered = figures.flatten().sort().values  # torch.quantile refuses large inputs
-    at = [ordered[round(q * (len(ordered) - 1))] for q in (0.5, 0.99)]
-    return torch.stack([ordered.double().mean().float(), *at, ordered[-1]]).float()
+    quantiles = [ordered[round(q * (len(ordered) - 1))] for q in (0.5, 0.99)]
+    return torch.stack([ordered.double().mean().float(), *quantiles, ordered[-1]]).float()
 
 
 def pooled(x: Tensor, rows: int, columns: int) -> Tensor:
-    """|x| [T, n] as the maxima of a grid of at most rows x columns cells, fp32: spikes stay visible at any size."""
+    """|x| [T, n] reduced to at most rows x columns cells by the maximum in each, fp32: spikes stay visible at any size."""
     size = (min(rows, x.shape[0]), min(columns, x.shape[1]))
     return torch.nn.functional.adaptive_max_pool2d(x.abs().float()[None], size)[0]

@@ -34,7 +34,7 @@ def coordinate_descent(
 ) -> QuantizedWeight:
     """`quantized` of rows w [rows, in] with better codes after `cd_passes` passes over its columns, from left to right.
 
-    hessian: [in, in] in the solution's dtype, and factor: what `prepare` made of it under the same options. A sweep
+    hessian: [in, in] in the solution's dtype, and factor: what `prepare` made of it under the same options. A pass
     takes rows · in² multiply-adds, GPTQ's own products half of that. Raises ValueError where the three do not fit together.
     """
     rows, columns = w.shape

@@ -186,11 +186,11 @@ def solve(w: Tensor, factor: Factor, options: GPTQOptions) -> QuantizedWeight:
         raise ValueError("the weight holds NaN or infinity")
     live = whole_batches(torch.where(factor.dead, 0, w.to(factor.feedback.dtype)))
     if factor.order is None and group_size < columns:
-        grid = None
+        scales = None
     else:
-        grid = fitted_scales(live, options, options.group_size)
+        scales = fitted_scales(live, options, options.group_size)
     with exact_products():
-        codes, scale, zero = _solve_tiles(live, grid, group_size, factor, options)
+        codes, scale, zero = _solve_tiles(live, scales, group_size, factor, options)
     return QuantizedWeight(codes[:rows], scale[:rows], zero[:rows])
 
 
@@ -218,27 +218,27 @@ def untiled(x: Tensor) -> Tensor:
 
 
 def _solve_tiles(
-    w: Tensor, grid: tuple[Tensor, Tensor] | None, group_size: int, factor: Factor, options: GPTQOptions
+    w: Tensor, scales: tuple[Tensor, Tensor] | None, group_size: int, factor: Factor, options: GPTQOptions
 ) -> QuantizedWeight:
-    """Solve w [tiles * ROW_TILE, in]; `grid` is scale and zero, or None to fit each group when it is reached.
+    """Solve w [tiles * ROW_TILE, in]; `scales`: scale and zero, or None to fit each group when it is reached.
 
     Nothing in here waits for the device: no tensor value decides a branch.
     """
     columns, group_count = w.shape[1], w.shape[1] // group_size
     tiles = tiled(w if factor.order is None else w[:, factor.order])  # [T, in, R]
-    if grid is None:
+    if scales is None:
         scale = tiles.new_ones(len(tiles), group_count, ROW_TILE)  # [T, n, R]
         zero = torch.zeros_like(scale)
     else:
-        scale, zero = tiled(grid[0]), tiled(grid[1])
+        scale, zero = tiled(scales[0]), tiled(scales[1])
     position = torch.arange(columns, device=w.device) if factor.order is None else factor.order
     group_of = position // group_size  # [in] group of each solved column
     codes = torch.empty(tiles.shape, dtype=code_dtype(options.bits, symmetric=options.symmetric), device=w.device)
 
     # A group's fit needs its columns fully updated, so no block reaches past a group that waits to be fitted.
-    span = columns if grid is not None else group_size
+    span = columns if scales is not None else group_size
     for first in range(0, columns, span):
-        if grid is None:
+        if scales is None:
             fitted = _fit_group(tiles[:, first : first + span], options)
             scale[:, first // span], zero[:, first // span] = fitted
         for start in range(first, first + span, options.block_size):
@@ -268,7 +268,7 @@ def _fit_group(tiles: Tensor, options: GPTQOptions) -> tuple[Tensor, Tensor]:
 def propagate_error(tiles: Tensor, feedback: Tensor, residual: Tensor) -> None:
     """Subtract products, such as a block's errors from later columns: tiles [T, n, R] -= feedback [n, B] @ residual [T, B, R].
 
-    Every tile meets a product of one shape, whichever tiles come with it, so its rounding knows no others.
+    Every tile meets a product of one shape, whichever tiles come with it, so its rounding does not depend on the others.
     """
     if not tiles.is_cuda:
         for tile, error in zip(tiles, residual, strict=True):
@@ -277,8 +277,8 @@ def propagate_error(tiles: Tensor, feedback: Tensor, residual: Tensor) -> None:
     if not tiles.numel():
         return
     shared = feedback.expand(GPU_TILES, -1, -1)
-    for some, errors in zip(tiles.split(GPU_TILES), residual.split(GPU_TILES), strict=True):
-        some.baddbmm_(shared, errors, alpha=-1)
+    for batch, batch_residual in zip(tiles.split(GPU_TILES), residual.split(GPU_TILES), strict=True):
+        batch.baddbmm_(shared, batch_residual, alpha=-1)
 
 
 def solve_block(

@@ -32,14 +32,14 @@ class _ClippedQuantize(torch.autograd.Function):
         scale, zero = _scale_and_zero(*clipped, bits, symmetric=symmetric)
         ctx.save_for_backward(x, low, high, shrink_low, shrink_high, scale, zero)
         lowest, highest = code_range(bits, symmetric=symmetric)
-        ctx.grid = -highest if even else lowest, highest, symmetric
-        codes = (x / scale).round_().add_(zero).clamp_(*ctx.grid[:2])
+        ctx.code_range = -highest if even else lowest, highest, symmetric
+        codes = (x / scale).round_().add_(zero).clamp_(*ctx.code_range[:2])
         return codes.sub_(zero).mul_(scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         x, low, high, shrink_low, shrink_high, scale, zero = ctx.saved_tensors
-        lowest, highest, symmetric = ctx.grid
+        lowest, highest, symmetric = ctx.code_range
         g = grad_outputs[0]
         steps = x / scale
         rounded = torch.round(steps)

@@ -16,22 +16,22 @@ class Condensed(NamedTuple):
     """What `condense` makes of a Hessian."""
 
     hessian: Tensor  # [in, in], the others' Schur complement; rows and columns of exact ones are 0, as of dead inputs
-    carry: Tensor  # [in, kept]: what a unit of error in each column adds to the exact ones; 0 in their own rows
+    carry: Tensor  # [in, exact]: what a unit of error in each column adds to the exact ones; 0 in their own rows
 
 
-def condense(hessian: Tensor, kept: Tensor, percdamp: float) -> Condensed:
-    """Take the columns `kept` [n] (distinct indices) out of a Hessian [in, in], fp32 or fp64.
+def condense(hessian: Tensor, exact: Tensor, percdamp: float) -> Condensed:
+    """Take the columns `exact` [n] (distinct indices) out of a Hessian [in, in], fp32 or fp64.
 
     percdamp: times the mean diagonal, added to the exact columns' part before it is inverted.
     """
     damping = percdamp * hessian.diagonal().mean().clamp(min=torch.finfo(hessian.dtype).tiny)
-    inner = hessian[kept][:, kept]
+    inner = hessian[exact][:, exact]
     inner.diagonal().add_(damping)
     with exact_products():
-        carry = torch.linalg.solve(inner, hessian[kept]).T.contiguous()  # [in, kept]
-        left = hessian - carry @ hessian[kept]
-    left = (left + left.T) / 2
-    left[kept] = 0
-    left[:, kept] = 0
-    carry[kept] = 0
-    return Condensed(left, carry)
+        carry = torch.linalg.solve(inner, hessian[exact]).T.contiguous()  # [in, exact]
+        complement = hessian - carry @ hessian[exact]
+    complement = (complement + complement.T) / 2
+    complement[exact] = 0
+    complement[:, exact] = 0
+    carry[exact] = 0
+    return Condensed(complement, carry)

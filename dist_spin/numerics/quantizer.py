@@ -1,6 +1,6 @@
 """Uniform integer quantisers: dynamic for activations, fixed scales for weights.
 
-One grid serves both. A value x becomes the code `clamp(round(x / scale) + zero, lowest, highest)` and comes back as
+Both use the same grid of integers. A value x becomes the code `clamp(round(x / scale) + zero, lowest, highest)` and comes back as
 `(code - zero) * scale`; the symmetric grid has zero = 0 and codes -2^(b-1) … 2^(b-1)-1, the asymmetric one codes
 0 … 2^b-1. Rounding is half to even. Arithmetic is fp32, or fp64 when the input is fp64; a runtime's may differ
 (`QuantSpec.half_steps`).
@@ -131,7 +131,7 @@ def _encode(x: Tensor, scale: Tensor, zero: Tensor, bits: int, *, symmetric: boo
 # Activations -----------------------------------------------------------------------------------------------------
 
 
-def _grid(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def _activation_scale_and_zero(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Scale and zero of an activation's range."""
     if not spec.half_steps:
         return _scale_and_zero(low, high, spec.bits, symmetric=spec.symmetric)
@@ -150,8 +150,8 @@ def quantize_activation(x: Tensor, spec: QuantSpec, ratio: Tensor | None = None)
     wide = _compute_dtype(x)
     groups = _grouped(x if spec.half_steps else x.to(wide), spec.group_size)  # [..., n, group]
     low, high = _range(groups)
-    kept = spec.clip_ratio if ratio is None else spec.clip_ratio * ratio.to(low.dtype)
-    scale, zero = _grid(low * kept, high * kept, spec)
+    clip = spec.clip_ratio if ratio is None else spec.clip_ratio * ratio.to(low.dtype)
+    scale, zero = _activation_scale_and_zero(low * clip, high * clip, spec)
     codes = _encode(groups, scale.unsqueeze(-1), zero.unsqueeze(-1), spec.bits, symmetric=spec.symmetric)
     return codes.flatten(-2), scale, zero
 
@@ -221,8 +221,8 @@ def range_gradients(x: Tensor, g: Tensor, spec: QuantSpec, ratio: Tensor | None 
     wide = _compute_dtype(x)
     groups, g = _grouped(x.to(wide), spec.group_size), _grouped(g.to(wide), spec.group_size)  # [..., n, group]
     low, high = (bound.unsqueeze(-1) for bound in _range(groups))
-    kept = spec.clip_ratio if ratio is None else spec.clip_ratio * ratio.to(wide)
-    scale, zero = _grid(low * kept, high * kept, spec)
+    clip = spec.clip_ratio if ratio is None else spec.clip_ratio * ratio.to(wide)
+    scale, zero = _activation_scale_and_zero(low * clip, high * clip, spec)
     lowest, highest = code_range(spec.bits, symmetric=spec.symmetric)
     raw = torch.round(groups / scale) + zero
     over, under = raw > highest, raw < lowest
@@ -234,7 +234,7 @@ def range_gradients(x: Tensor, g: Tensor, spec: QuantSpec, ratio: Tensor | None 
         d_high, d_low = torch.where(high >= -low, d_bound, 0.0), torch.where(high < -low, -d_bound, 0.0)
     else:
         d_scale = d_scale + (d_over + d_under) * (
-            -low * kept / scale - zero
+            -low * clip / scale - zero
         )  # what rounding the zero adds to the bounds
         d_high = d_over + d_scale / (highest - lowest)
         d_low = d_under - d_scale / (highest - lowest)
@@ -242,7 +242,7 @@ def range_gradients(x: Tensor, g: Tensor, spec: QuantSpec, ratio: Tensor | None 
     d_x = g * inside
     for bound, d_bound in ((high, d_high), (low, d_low)):
         extreme = (groups == bound) & (bound != 0)
-        d_x = d_x + extreme * (d_bound * kept / extreme.sum(-1, keepdim=True).clamp(min=1))
+        d_x = d_x + extreme * (d_bound * clip / extreme.sum(-1, keepdim=True).clamp(min=1))
     return d_x.flatten(-2), d_ratio
 
 
@@ -313,8 +313,8 @@ def _search_clip(
             percentages = (best + offsets[:, None, None]).clamp(least + 1, most)  # [k, rows, n]
         else:
             percentages = torch.arange(most, least, -step, **kind)[:, None, None]
-        for tried in percentages.split(at_once):
-            factors = _over(tried, 100)
+        for candidates in percentages.split(at_once):
+            factors = _over(candidates, 100)
             scale, zero = _scale_and_zero(
                 low * factors, high * factors, bits, symmetric=symmetric
             )  # [factors, rows, n]
@@ -324,7 +324,7 @@ def _search_clip(
             best_error = torch.where(better, total[0], best_error)
             best_scale = torch.where(better, scale.gather(0, index)[0], best_scale)
             best_zero = torch.where(better, zero.gather(0, index)[0], best_zero)
-            best = torch.where(better, tried.expand_as(scale).gather(0, index)[0], best)
+            best = torch.where(better, candidates.expand_as(scale).gather(0, index)[0], best)
     return best_scale, best_zero
 
 

@@ -1,18 +1,18 @@
-"""Learning never ends worse than it started: the best state on held-out text is kept, and returned to after a jump."""
+"""Learning never ends worse than it started: the best state on held-out text is kept, and returned to after a loss spike."""
 
 import math
 
 import torch
 from torch import Tensor
 
-SPIKE_RATIO = 1.05  # held-out loss, as a multiple of the best one, at which learning has jumped
-LR_DECAY_AFTER_SPIKE = 0.5  # of the learning rates, after each jump
+SPIKE_RATIO = 1.05  # held-out loss, as a multiple of the best one, that counts as a loss spike
+LR_DECAY_AFTER_SPIKE = 0.5  # of the learning rates, after each spike
 
 
 class BestState:
     """Keeps the best masters by held-out loss. Equal on all ranks, because the losses that it is told are.
 
-    masters: what is learned, by name; overwritten when the guard returns to the best state.
+    masters: what is learned, by name; overwritten by a return to the best state.
     """
 
     def __init__(self, masters: dict[str, Tensor]) -> None:
@@ -28,7 +28,7 @@ class BestState:
 
     @property
     def factor(self) -> float:
-        """What learning rates are multiplied by: halved after each jump."""
+        """What learning rates are multiplied by: halved after each loss spike."""
         return float(self._figures[1])
 
     @property
@@ -37,16 +37,16 @@ class BestState:
         return not self._figures[2]
 
     def moved(self) -> None:
-        """To be told after every step."""
+        """Note that a step was taken; to be called after every step."""
         self._figures[2] = 1.0
 
     def update(self, loss: float) -> bool:
-        """Take in a held-out loss; True if learning has jumped and the masters are the best ones again."""
+        """Take in a held-out loss; True after a loss spike, when the masters are the best ones again."""
         if loss < self.best_loss:
             for name, tensor in self._masters.items():
                 self._best[name].copy_(tensor)
             self._figures[0], self._figures[2] = loss, 0.0
-        elif not loss <= self.best_loss + (SPIKE_RATIO - 1) * abs(self.best_loss):  # NaN is a jump
+        elif not loss <= self.best_loss + (SPIKE_RATIO - 1) * abs(self.best_loss):  # NaN is a spike
             self.rollback()
             return True
         return False
@@ -70,7 +70,7 @@ class BestState:
         """Take up a saved state.
 
         Raises:
-            KeyError: it is of a run without a guard.
+            KeyError: it is of a run that measured no held-out loss.
         """
         for name, tensor in self.state().items():
             tensor.copy_(state[name])

@@ -27,7 +27,7 @@ class CayleyOptimizer:
     kind "cayley_sgd": the published step, length min(lr, 1/||W||_1), momentum on the Riemannian gradient.
     kind "cayley_adam": Adam in the Lie algebra; lr is the angle, in radians, that one step turns a row (root mean square),
         so that it means the same at every size.
-    euclidean: steps the scales and clips that are learned together with the rotations.
+    adam: steps the scales and clips that are learned together with the rotations.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class CayleyOptimizer:
             factor: of the learning rates of scales and clips at this step.
 
         Returns:
-            figures to log: step lengths, how far the rotations turned, orthogonality error.
+            figures to log: step lengths, angle by which a row turned (root mean square, radians), orthogonality error.
         """
         self.step_count += 1
         clip = min(1.0, self.max_grad_norm / norm) if self.max_grad_norm and norm > 0 else 1.0
@@ -86,11 +86,11 @@ class CayleyOptimizer:
                 alpha = shared_step_size(x, direction, lr, self.world)
                 figures[f"alpha_r{name}"] = float(alpha.mean())
             figures[f"angle_r{name}"] = float((direction * alpha).norm()) / math.sqrt(x.numel() / x.shape[-1])
-            moved = gather_rows(x, direction, alpha, self.world)
+            updated = gather_rows(x, direction, alpha, self.world)
             if self.step_count % self.reproject_every == 0:  # measured where it is about to be removed: at its largest
-                figures[f"orthogonality_r{name}"] = float(orthogonality_error(moved))
-                moved = newton_schulz(moved)
-            x.copy_(moved)
+                figures[f"orthogonality_r{name}"] = float(orthogonality_error(updated))
+                updated = newton_schulz(updated)
+            x.copy_(updated)
         self.rotations.gradient.zero_()
         self.rotations.refresh()
         return figures if self.adam is None else figures | self.adam.step(factor)
@@ -155,16 +155,16 @@ def gather_rows(x: Tensor, direction: Tensor, alpha: Tensor | float, world: Worl
 
     A single matrix [n, n] is split by rows, a stack [layers, d, d] by layers.
     """
-    whole = len(x)
-    share = -(-whole // world.size)
-    start, stop = min(world.rank * share, whole), min((world.rank + 1) * share, whole)
+    count = len(x)
+    share = -(-count // world.size)
+    start, stop = min(world.rank * share, count), min((world.rank + 1) * share, count)
     if x.dim() == 2:
-        mine = retract_rows(x, direction, alpha, start, stop)
+        own_rows = retract_rows(x, direction, alpha, start, stop)
     else:
         length = alpha[start:stop] if isinstance(alpha, Tensor) else alpha
-        mine = retract_rows(x[start:stop], direction[start:stop], length)
+        own_rows = retract_rows(x[start:stop], direction[start:stop], length)
     if world.size == 1:
-        return mine
+        return own_rows
     padded = x.new_zeros(share, *x.shape[1:])
-    padded[: len(mine)] = mine
-    return torch.cat(gather_parts(padded))[:whole]
+    padded[: len(own_rows)] = own_rows
+    return torch.cat(gather_parts(padded))[:count]

@@ -105,8 +105,8 @@ def test_parts_outside_of_the_layers():
     assert model.reduce_time(SHAPE, 3, 2, fixed, machine) == pytest.approx(5.0)
     assert model.reduce_time(SHAPE, 3, 4, fixed, machine) == pytest.approx(5.0 + 0.5 * 1.75)
     # v, o and down of three layers: 2 * 3 * 4 * (4 + 4 + 10) bytes, 6.75 s.
-    assert model.grids_time(SHAPE, point(2), fixed, machine) == pytest.approx(9.0)
-    assert model.grids_time(SHAPE, point(4), fixed, machine) == pytest.approx((9 - 3.375) / 2 + 5.0625)
+    assert model.requantize_time(SHAPE, point(2), fixed, machine) == pytest.approx(9.0)
+    assert model.requantize_time(SHAPE, point(4), fixed, machine) == pytest.approx((9 - 3.375) / 2 + 5.0625)
 
 
 def test_more_ranks_divide_compute_and_weights_and_nothing_else():

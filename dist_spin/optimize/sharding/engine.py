@@ -36,7 +36,7 @@ class Engine(Protocol):
         """Give every rank its own share of every parameter, folded; no collective, so that it may fail on one rank."""
 
     def requantize_weights(self, model: FakeQuantModel, rotations: Rotations) -> None:
-        """Fit the grids of learned weights (`WeightQuantizer`) to the rotations as they are; all ranks must call it."""
+        """Quantise the merged weights (`WeightQuantizer`) anew under the rotations as they are; all ranks must call it."""
 
     def assert_sharded(self, model: nn.Module, world: World) -> None:
         """Every parameter is frozen and holds this rank's share and no more.

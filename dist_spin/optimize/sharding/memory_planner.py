@@ -28,7 +28,7 @@ class Workload:
 
     sequences: of one rank, each of seq_len tokens. shards: ranks that one copy of the weights is spread over.
     transformed: scales or clips are learned too. micro: sequences of one pass, 0: what promises the shortest step.
-    recompute: "auto" or a level (`recompute.LEVELS`).
+    recompute: "auto" or a level (`activation_checkpoint.LEVELS`).
     """
 
     shape: Shape
@@ -63,7 +63,7 @@ class Workload:
         """
         layer = layer_bytes(self.shape, self.dtype, self.w_bits)
         gathered = COPIES * layer + 2 * self.shape.vocab * self.shape.hidden * self.dtype.itemsize
-        gathered += layer if self.w_bits < 16 else 0  # what codes are turned back into, and what grids are fitted to
+        gathered += layer if self.w_bits < 16 else 0  # what codes are decoded to, and what is quantised
         return int(SPARE_SHARE * total) + gathered + (1 << 30)
 
     def kept(self, size: int, level: str) -> int:
@@ -78,8 +78,8 @@ class Workload:
 
     def fits(self, size: int, budget: int) -> bool:
         """Whether a pass of `size` sequences stays within `budget` bytes."""
-        taken = sum(self.kept(size, level) for level in self.levels(size, budget)) + 2 * self.kept(size, "none")
-        return taken <= budget
+        needed = sum(self.kept(size, level) for level in self.levels(size, budget)) + 2 * self.kept(size, "none")
+        return needed <= budget
 
     def cost(self, size: int, budget: int, offloaded: int) -> float:
         """Time of a step in passes of `size` sequences, in tokens that one layer handles in that time."""
@@ -87,7 +87,7 @@ class Workload:
             size * self.seq_len * (1 + RECOMPUTE_COST[level]) + LAUNCH_COST for level in self.levels(size, budget)
         )
         copied = offloaded * H2D_COST / self.shards
-        # One rank fetches ahead, behind what computes (host_layers.py); that several do was not seen.
+        # One rank fetches ahead, behind what computes (prefetch.py); several ranks were not seen to.
         return -(-self.sequences // size) * (max(computed, copied) if self.shards == 1 else computed + copied)
 
 
@@ -98,7 +98,7 @@ def layer_bytes(shape: Shape, dtype: torch.dtype, w_bits: int = 16) -> int:
     return weights * dtype.itemsize + (0 if w_bits == 16 else weights // 2 if w_bits <= 4 else weights)
 
 
-def layers_to_offload(setting: int, work: Workload, world: World, *, to_disk: bool) -> list[int]:
+def layers_to_offload(setting: int, workload: Workload, world: World, *, to_disk: bool) -> list[int]:
     """The layers whose frozen weights stay in pinned host memory and visit the device, spread evenly over the depth.
 
     Args:
@@ -112,12 +112,12 @@ def layers_to_offload(setting: int, work: Workload, world: World, *, to_disk: bo
     if world.device.type == "cpu" and (setting < 0 or not to_disk):
         return []
     # Of the host that has the least, for the host that needs the most: all ranks decide alike.
-    host, layers = -_largest_over_ranks(-host_bytes_free()), work.shape.layers
-    each = _largest_over_ranks(work.layer * world.local_size)
+    host, layers = -_largest_over_ranks(-host_bytes_free()), workload.shape.layers
+    each = _largest_over_ranks(workload.layer * world.local_size)
     if setting < 0:
         room = 0 if to_disk else min(layers, int(HOST_SHARE * host) // each)
         total = torch.cuda.get_device_properties(world.device).total_memory
-        setting = _largest_over_ranks(fewest_or_fastest(work, device_bytes_free(world.device), total, room))
+        setting = _largest_over_ranks(fewest_or_fastest(workload, device_bytes_free(world.device), total, room))
     count = min(setting, layers)
     if count * each > host and not to_disk:
         raise UserError(
@@ -129,61 +129,62 @@ def layers_to_offload(setting: int, work: Workload, world: World, *, to_disk: bo
     return [layers * k // count for k in range(count)]
 
 
-def fewest_or_fastest(work: Workload, free: int, total: int, room: int) -> int:
+def fewest_or_fastest(workload: Workload, free: int, total: int, room: int) -> int:
     """How many layers to keep off a device with `free` of `total` bytes: as many as do not fit, or as promise most.
 
     room: how many the host takes for speed alone.
     """
-    h, layers = work.shape.hidden, work.shape.layers
+    h, layers = workload.shape.hidden, workload.shape.layers
     # masters, gradients, Cayley's and writer's copies
-    rotations = 12 * 4 * (h * h + layers * work.shape.head_dim**2)
-    ends = 2 * work.shape.vocab * h * work.dtype.itemsize // work.shards
-    free -= ends + rotations + work.reserved(total)
+    rotations = 12 * 4 * (h * h + layers * workload.shape.head_dim**2)
+    embedding_and_head = 2 * workload.shape.vocab * h * workload.dtype.itemsize // workload.shards
+    free -= embedding_and_head + rotations + workload.reserved(total)
 
     def budget(offloaded: int) -> int:
-        return free - (layers - offloaded) * work.layer
+        return free - (layers - offloaded) * workload.layer
 
     def cost(offloaded: int) -> float:
-        size, _ = within(work, budget(offloaded), offloaded)
-        return work.cost(size, budget(offloaded), offloaded) + offloaded * PIN_COST
+        size, _ = within(workload, budget(offloaded), offloaded)
+        return workload.cost(size, budget(offloaded), offloaded) + offloaded * PIN_COST
 
-    fewest = next((n for n in range(layers) if work.fits(within(work, budget(n), n)[0], budget(n))), layers)
+    fewest = next((n for n in range(layers) if workload.fits(within(workload, budget(n), n)[0], budget(n))), layers)
     return min(range(fewest, max(fewest, room) + 1), key=cost)
 
 
-def micro_batch_and_levels(work: Workload, world: World, offloaded: int) -> tuple[int, list[str]]:
+def micro_batch_and_levels(workload: Workload, world: World, offloaded: int) -> tuple[int, list[str]]:
     """Sequences of one pass and what each layer keeps of it, once the sharded weights are in memory.
 
     offloaded: layers whose weights come from the host in each pass.
     """
     if world.device.type == "cpu":
-        level = "sites" if work.recompute == "auto" else work.recompute
-        return work.micro or 1, [level] * work.shape.layers
-    return within(work, _budget(work, world), offloaded)
+        level = "sites" if workload.recompute == "auto" else workload.recompute
+        return workload.micro or 1, [level] * workload.shape.layers
+    return within(workload, _activation_budget(workload, world), offloaded)
 
 
-def within(work: Workload, budget: int, offloaded: int = 0) -> tuple[int, list[str]]:
+def within(workload: Workload, budget: int, offloaded: int = 0) -> tuple[int, list[str]]:
     """`micro_batch_and_levels` where `budget` bytes may hold activations. Fewer sequences at once keep more of each."""
-    mine, micro = work.sequences, work.micro
+    micro = workload.micro
     if not micro:
-        equal = {
-            -(-mine // micro_batches) for micro_batches in range(1, mine + 1)
-        }  # 8 sequences at 3 a pass take as long as at 4
-        fitting = (size for size in sorted(equal) if size * work.seq_len <= MOST_TOKENS and work.fits(size, budget))
-        micro = min(fitting, key=lambda size: work.cost(size, budget, offloaded), default=1)
-    return micro, work.levels(micro, budget)
+        # Only sizes that need fewer passes than the next smaller one: 8 sequences at 3 a pass take as long as at 4.
+        sizes = {-(-workload.sequences // micro_batches) for micro_batches in range(1, workload.sequences + 1)}
+        fitting = (
+            size for size in sorted(sizes) if size * workload.seq_len <= MOST_TOKENS and workload.fits(size, budget)
+        )
+        micro = min(fitting, key=lambda size: workload.cost(size, budget, offloaded), default=1)
+    return micro, workload.levels(micro, budget)
 
 
-def _budget(work: Workload, world: World) -> int:
+def _activation_budget(workload: Workload, world: World) -> int:
     """Bytes for activations on the rank that has the fewest."""
     total = torch.cuda.get_device_properties(world.device).total_memory
-    return -_largest_over_ranks(work.reserved(total) - device_bytes_free(world.device))
+    return -_largest_over_ranks(workload.reserved(total) - device_bytes_free(world.device))
 
 
 def device_bytes_free(device: torch.device) -> int:
     """Bytes of a GPU that nobody uses, what torch keeps for later among them."""
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + kept
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + cached
 
 
 def _largest_over_ranks(number: int) -> int:

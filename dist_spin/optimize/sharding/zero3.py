@@ -58,7 +58,7 @@ class Zero3:
         for part in (model.embed, *model.layers, model.head):
             set_z3_leaf_module(part, flag=True)
         self._world, self._partition = world, Init()
-        self._away = tuple(f"layers.{i}." for i in offloaded)
+        self._offloaded = tuple(f"layers.{i}." for i in offloaded)
 
     def load(self, model: FakeQuantModel, source: WeightSource, r4: tuple[Tensor, ...]) -> None:
         """Give every rank its own run of every parameter, read from `source` and folded.
@@ -73,7 +73,7 @@ class Zero3:
         for name, empty in list(model.named_parameters()):
             kind = torch.uint8 if empty.dtype == BYTES else empty.dtype  # not every process group gathers BYTES
             whole: Any = nn.Parameter(torch.empty(empty.shape, dtype=kind, device=model.device), requires_grad=False)
-            start, stop = self._run(whole.numel())
+            start, stop = self._own_range(whole.numel())
             stored = parameter_source(name)
             if stored is not None and stop > start:
                 row = whole[:1].numel()
@@ -83,7 +83,7 @@ class Zero3:
             setattr(model.get_submodule(owner), attribute, whole)
             self._partition._convert_to_deepspeed_param(whole)
             whole.partition()  # keeps this rank's run of what `whole` holds, as `ds_tensor`
-            if name.startswith(self._away):
+            if name.startswith(self._offloaded):
                 whole.ds_tensor.data = self._off_device(whole.ds_tensor)
         largest = max(sum(cast(Any, p).ds_numel for p in layer.parameters()) for layer in model.layers)
         self._hooks = DeepSpeedZeRoOffload(
@@ -98,22 +98,22 @@ class Zero3:
 
     @torch.no_grad()
     def requantize_weights(self, model: FakeQuantModel, rotations: Rotations) -> None:
-        """Q(merge(W, R)) for every gridded linear, in place: each rank fits the rows that its runs of the grid touch."""
+        """Q(merge(W, R)) for every fake-quantised linear, in place: each rank quantises the rows of its own codes and scales."""
         r1 = rotations.r1_param.value
         for index, role, linear in model.fake_quant_linears():
             role, weight = role.rpartition(".")[2], cast(Any, linear.weight)
-            grid: list[Any] = [linear.codes, linear.scale, linear.zero]
-            row_ranges = [_rows(p, *self._run(p.ds_numel)) for p in grid if p is not None]
+            quantized: list[Any] = [linear.codes, linear.scale, linear.zero]
+            row_ranges = [_rows(p, *self._own_range(p.ds_numel)) for p in quantized if p is not None]
             rows = slice(min(first for first, _ in row_ranges), max(last for _, last in row_ranges))
             weight.all_gather()
-            given = weight.data if role in MIXED else weight.data[rows]
-            merged = merged_rows(role, given, rows, r1, rotations.r2_params[index].value, linear.scale.dtype)
+            folded = weight.data if role in MIXED else weight.data[rows]
+            merged = merged_rows(role, folded, rows, r1, rotations.r2_params[index].value, linear.scale.dtype)
             weight.partition()
             if rows.start == rows.stop:
                 continue  # fewer rows than ranks
-            for parameter, fitted in zip(grid, linear.spec.fit(merged), strict=True):
+            for parameter, fitted in zip(quantized, linear.spec.fit(merged), strict=True):
                 if parameter is not None and fitted is not None:
-                    start, stop = self._run(parameter.ds_numel)
+                    start, stop = self._own_range(parameter.ds_numel)
                     before = rows.start * fitted.shape[1]
                     parameter.ds_tensor[: stop - start].copy_(fitted.flatten()[start - before : stop - before])
 
@@ -125,7 +125,7 @@ class Zero3:
             if parameter.ds_tensor.numel() > -(-parameter.ds_numel // world.size) or parameter.requires_grad:
                 raise AssertionError(f"{name} holds more than its share on rank {world.rank} or takes gradients")
 
-    def _run(self, numel: int) -> tuple[int, int]:
+    def _own_range(self, numel: int) -> tuple[int, int]:
         """The elements [start, stop) of a flattened parameter that this rank holds."""
         share = -(-numel // self._world.size)
         return min(self._world.rank * share, numel), min((self._world.rank + 1) * share, numel)
