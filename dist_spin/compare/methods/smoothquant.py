@@ -58,7 +58,9 @@ def quantized_layer(
     weights = merged(wide, state, base.shape)
     for role, o in options.items():
         w = weights[f"{role}.weight"]
-        scale, zero = weight_scales(w, o.bits, symmetric=o.symmetric, group_size=o.group_size)  # a clip search would take most of the time
+        scale, zero = weight_scales(
+            w, o.bits, symmetric=o.symmetric, group_size=o.group_size
+        )  # a clip search would take most of the time
         codes = quantize_weight(w, scale, zero, o.bits, symmetric=o.symmetric, group_size=o.group_size)
         weights[f"{role}.weight"] = dequantize_weight(codes, scale, zero, o.group_size, base.dtype)
     layer = runner.build(task.index, weights)
