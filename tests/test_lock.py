@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_spin.storage.locks import Held, Lock, gone, here, read_owner, stage_lock
+from dist_spin.errors import UserError
+from dist_spin.storage.locks import Held, Lock, exclusive, gone, here, read_owner, stage_lock
 
 QUICK = {"beat": 0.05, "patience": 0.5}
 HOLD = """
@@ -126,6 +127,90 @@ def test_torn_lock_is_taken_over(tmp_path: Path) -> None:
     path.write_text('{"host": "x", "tok')
     with Lock(path, "mine", **QUICK):
         assert read_owner(path)["what"] == "mine"
+
+
+@pytest.mark.parametrize(
+    "content", [b"[1]", b"null", b"{}", b"", b"\xff\xfe\x00", b'{"pid": 7}', b'{"token": [1], "pid": "x"}', b"[" * 9999]
+)
+def test_a_lock_that_says_nothing_of_its_owner_is_taken_over(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "run" / "locks" / "a.lock"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    with Lock(path, "mine", **QUICK):
+        assert read_owner(path)["what"] == "mine"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("changes", [{"pid": None}, {"pid": "7"}, {"began": None, "pid": 1}, {"pid": 2**40}])
+def test_an_owner_of_this_machine_that_cannot_be_a_process_is_gone(tmp_path: Path, changes: dict[str, object]) -> None:
+    path = tmp_path / "a.lock"
+    path.write_text(json.dumps({**here(), "token": "t", **changes}))
+    with Lock(path, "mine", beat=0.05, patience=60):
+        assert read_owner(path)["pid"] == os.getpid()
+
+
+def test_a_directory_in_the_place_of_a_lock_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.lock").mkdir()
+    with pytest.raises(UserError, match=r"a\.lock cannot be") as caught, Lock(tmp_path / "a.lock", "mine", **QUICK):
+        pass
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.lock"]
+
+
+@pytest.mark.parametrize("directory", ["/proc/self/run", "{}/file/run", "{}/" + "n" * 300])
+def test_a_run_directory_that_cannot_be_made_is_one_line(tmp_path: Path, directory: str) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError) as caught, stage_lock(Path(directory.format(tmp_path)), "optimize"):
+        pass
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_killed_taker_over_holds_nobody_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It leaves the marker of the owner whose lock it was taking, and its own file."""
+    path = tmp_path / "run" / "locks" / "a.lock"
+    other = holder(path)
+    other.kill()
+    other.wait()
+    owner = read_owner(path)
+    for patience, machine in ((60.0, owner["machine"]), (0.5, "elsewhere")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(owner))
+        taker = json.dumps({**owner, "token": "taker", "machine": machine})
+        (path.parent / f".a.lock.{owner['token']}.taken").write_text(taker)
+        (path.parent / ".a.lock.taker").write_text(taker)
+        (path.parent / ".a.lock.taker.new").write_text(taker)
+        began = time.monotonic()
+        with caplog.at_level("WARNING", "dist_spin"), Lock(path, "mine", beat=0.05, patience=patience):
+            assert time.monotonic() - began < 5
+        assert f"its owner (other, process {other.pid}" in caplog.text
+        assert "has ended" in caplog.text
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_many_that_meet_a_killed_taker_over_still_hold_it_one_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "a.lock"
+    strange(path)
+    (tmp_path / ".a.lock.t.taken").write_text(json.dumps({**here(), "pid": 2**40, "token": "dead"}))
+    inside, most, entered = 0, 0, 0
+    guard = threading.Lock()
+
+    def want() -> None:
+        nonlocal inside, most, entered
+        with exclusive(path, "mine", **QUICK):
+            with guard:
+                inside, entered = inside + 1, entered + 1
+                most = max(most, inside)
+            time.sleep(0.05)
+            with guard:
+                inside -= 1
+
+    threads = [threading.Thread(target=want) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert (most, entered) == (1, 6)
 
 
 def test_owner_that_was_taken_for_dead_leaves(tmp_path: Path) -> None:

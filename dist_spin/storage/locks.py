@@ -20,6 +20,8 @@ from typing import Any
 
 from dist_spin.errors import EXIT_HANG, UserError
 from dist_spin.runtime.processes import began, machine
+from dist_spin.runtime.progress import warn
+from dist_spin.storage.atomic import user_error
 
 BEAT, PATIENCE = 5.0, 60.0  # seconds
 
@@ -33,6 +35,7 @@ class Lock:
 
     Raises (on entering):
         Held: its owner lives; the message says who it is.
+        UserError: the directory cannot be written, or something else stands where the lock should.
     """
 
     def __init__(self, path: Path, what: str, *, beat: float = BEAT, patience: float = PATIENCE) -> None:
@@ -43,16 +46,10 @@ class Lock:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Lock":
-        mine = self.path.with_name(f".{self.path.name}.{self.owner['token']}")
-        while True:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # whoever held it last removed the empty directory
-                mine.write_text(json.dumps(self.owner))
-                break
         try:
-            self._acquire(mine)
-        finally:
-            mine.unlink(missing_ok=True)
+            self._enter()
+        except OSError as error:
+            raise user_error(error, self.path) from error
         self._thread = threading.Thread(target=self._keep, name=f"lock {self.path.name}", daemon=True)
         self._thread.start()
         return self
@@ -69,6 +66,19 @@ class Lock:
             self.path.parent.rmdir()
             self.path.parent.parent.rmdir()
 
+    def _enter(self) -> None:
+        mine = self.path.with_name(f".{self.path.name}.{self.owner['token']}")
+        while True:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # whoever held it last removed the empty directory
+                mine.write_text(json.dumps(self.owner))
+                break
+        try:
+            self._acquire(mine)
+            self._sweep(mine)
+        finally:
+            mine.unlink(missing_ok=True)
+
     def _acquire(self, mine: Path) -> None:
         while True:
             try:
@@ -79,10 +89,11 @@ class Lock:
             owner, touched = read_owner(self.path), modified(self.path)
             if touched is None:
                 continue  # released in this moment
-            if owner.get("machine") == machine() and not gone(owner):
+            ended = gone(owner)
+            if owner.get("machine") == machine() and not ended:
                 raise self._held(owner)
-            dead = gone(owner) or self._watch(mine, owner, touched)
-            if dead and self._take_over(mine, owner):
+            if (ended or self._watch(mine, owner, touched)) and self._take_over(mine, owner):
+                warn(f"took {self.path} over: its owner ({describe(owner)}) {'has ended' if ended else 'is silent'}")
                 return
 
     def _held(self, owner: dict[str, Any]) -> Held:
@@ -91,27 +102,29 @@ class Lock:
 
     def _watch(self, mine: Path, owner: dict[str, Any], touched: float) -> bool:
         """Wait until the owner is seen alive (raises Held), or has been silent too long (True), or has let go (False)."""
+        told = False
         while True:
-            os.utime(mine)  # the file server's clock
-            now = modified(mine)
-            latest = modified(self.path)
+            now, latest = server_time(mine), modified(self.path)
             if latest is None or read_owner(self.path).get("token") != owner.get("token"):
                 return False
             if latest != touched:
                 raise self._held(owner)
-            if now is not None and now - touched > self.patience:
+            if now - touched > self.patience:
                 return True
+            if not told:
+                warn(f"{self.path} is held ({describe(owner)}): up to {self.patience:.0f} s to see whether it lives")
+                told = True
             time.sleep(self.beat / 4)
 
     def _take_over(self, mine: Path, owner: dict[str, Any]) -> bool:
         """Replace a dead owner's lock. Of several that try, the one that makes the marker of that owner does."""
-        marker = self.path.with_name(f".{self.path.name}.{owner.get('token', 'torn')}.taken")
+        token = owner.get("token")
+        dead = token if isinstance(token, str) and token.isalnum() else "unknown"
+        marker = self.path.with_name(f".{self.path.name}.{dead}.taken")
         try:
             os.link(mine, marker)
         except FileExistsError:
-            age = (modified(mine) or 0) - (modified(marker) or 0)
-            if age > self.patience:
-                marker.unlink(missing_ok=True)  # whoever made it died before it was done
+            self._remove_if_dead(mine, marker)
             time.sleep(self.beat / 4)
             return False
         try:
@@ -123,6 +136,26 @@ class Lock:
             return True
         finally:
             marker.unlink(missing_ok=True)
+
+    def _remove_if_dead(self, mine: Path, file: Path) -> None:
+        """Remove the marker of a process that died before it was done."""
+        holder, touched = read_owner(file), modified(file)
+        if touched is None or not (gone(holder) or server_time(mine) - touched > self.patience):
+            return
+        # Renamed first, because only one process can: another one may have put its own marker there meanwhile.
+        grave = mine.with_suffix(".dead")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(file, grave)
+        if read_owner(grave).get("token") != holder.get("token"):
+            with contextlib.suppress(FileExistsError, FileNotFoundError):
+                os.link(grave, file)
+        grave.unlink(missing_ok=True)
+
+    def _sweep(self, mine: Path) -> None:
+        """Remove what processes left that were killed while they asked for this lock."""
+        for file in self.path.parent.glob(f".{self.path.name}.*"):
+            if not file.name.startswith(mine.name):
+                self._remove_if_dead(mine, file)
 
     def _keep(self) -> None:
         while not self._released.wait(self.beat):
@@ -140,9 +173,9 @@ class Lock:
 
 
 @contextlib.contextmanager
-def exclusive(path: Path, what: str) -> Iterator[None]:
-    """Hold `path` for a moment, such as to change a file; waits while another process does."""
-    lock = Lock(path, what)
+def exclusive(path: Path, what: str, *, beat: float = BEAT, patience: float = PATIENCE) -> Iterator[None]:
+    """Hold `path` for a moment, such as to change a file; waits while another process does. beat, patience: as for Lock."""
+    lock = Lock(path, what, beat=beat, patience=patience)
     with contextlib.ExitStack() as held:
         while True:
             try:
@@ -186,27 +219,41 @@ def here() -> dict[str, Any]:
 
 def gone(owner: dict[str, Any]) -> bool:
     """Whether the owner ran on this machine and is no more; of other machines nobody can tell."""
-    return owner.get("machine") == machine() and began(owner["pid"]) != owner["began"]
+    pid = owner.get("pid")
+    return owner.get("machine") == machine() and (not isinstance(pid, int) or began(pid) != owner.get("began"))
 
 
 def describe(owner: dict[str, Any]) -> str:
     """Who holds a lock."""
+    if "pid" not in owner:
+        return "it does not say whom"
     job = f", Slurm job {owner['job']}" if "job" in owner else ""
     return f"{owner.get('what', 'unknown')}, process {owner.get('pid')} on {owner.get('host')}{job}"
 
 
 def read_owner(path: Path) -> dict[str, Any]:
-    """The owner written in a lock, {} if there is none."""
+    """The owner written in a lock, {} if there is none or it says something else."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        owner = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return owner if isinstance(owner, dict) else {}
 
 
 def modified(path: Path) -> float | None:
-    """When a file was touched, seconds; None if it is not there. Opened first, so that NFS asks the server again."""
+    """When a file was touched, seconds; None if it is not there. Opened first, so that NFS asks the server again.
+
+    Raises:
+        OSError: it is not a file that can be read.
+    """
     try:
         with path.open("rb") as stream:
             return os.fstat(stream.fileno()).st_mtime
     except FileNotFoundError:
         return None
+
+
+def server_time(file: Path) -> float:
+    """The time of the file server, seconds: it touches `file`, which is ours."""
+    os.utime(file)
+    return modified(file) or 0.0
