@@ -145,7 +145,8 @@ def call_report(command: Command) -> int:
 def call_run(command: Command) -> int:
     """function(words, ranks), which starts every stage in processes of its own."""
     config, words = command.settings()
-    check_model_path(config.model.path, dummy=config.model.dummy_weights)
+    lengths = {f"{stage}.seq_len": getattr(config, stage).seq_len for stage in ("optimize", "quantize", "evaluate")}
+    check_model_path(config.model.path, dummy=config.model.dummy_weights, lengths=lengths)
     code: int = load(command.function)(words, config.distributed.nproc)
     return code
 

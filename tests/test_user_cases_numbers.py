@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from exported import settings
-from user_cases import Tensors, case, refusal, rewrite
+from user_cases import WHOLE_WEIGHTS, Tensors, case, refusal, rewrite
 
 from dist_spin.cli import main
 from dist_spin.numerics.finite import all_finite, first_not_finite
@@ -16,7 +16,6 @@ from dist_spin.storage.run_directory import RunDir
 
 pytestmark = pytest.mark.usefixtures("restored_process")
 
-WHOLE_WEIGHTS = ["quantize.method=none", "quant.w_bits=16"]
 DOWN = "model.layers.1.mlp.down_proj.weight"
 UP, GATE = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj.weight"
 

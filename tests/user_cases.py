@@ -12,6 +12,7 @@ from torch import Tensor
 from dist_spin.cli import main
 
 Tensors = dict[str, Tensor]
+WHOLE_WEIGHTS = ["quantize.method=none", "quant.w_bits=16"]  # nothing but activations, keys and values is quantised
 
 
 def rewrite(directory: Path, change: Callable[[Tensors], Tensors]) -> None:

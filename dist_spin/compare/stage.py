@@ -29,6 +29,7 @@ from dist_spin.errors import Interrupted
 from dist_spin.evaluate.perplexity import described, measured_before, measuring_tokens, recorded, window_losses
 from dist_spin.evaluate.tables import comparison_table, row_key
 from dist_spin.evaluate.targets import EvalTarget
+from dist_spin.model.context import check_context
 from dist_spin.model.weights import ModelFiles
 from dist_spin.optimize.train import train
 from dist_spin.pipeline.embeddings import embeddings_of
@@ -247,6 +248,10 @@ def compare(config: RunConfig, world: World) -> list[dict[str, Any]]:
     texts = {source: measuring_tokens(config, files, source) for source in config.evaluate.sources}
     comparison = Comparison(config, world, files, stop, texts)
     plan, run = plan_trials(config), comparison.run
+    if any(trial.system.learns_rotations for trial in plan):
+        check_context("optimize.seq_len", config.optimize.seq_len, files.config)
+    if any(trial.weights != "none" for trial in plan):
+        check_context("quantize.seq_len", config.quantize.seq_len, files.config)
     on_rank0(lambda: record_start(run, config, len(plan) * len(texts)))
     others = comparison.complete_units(work_units(config, plan))
     if others := comparison.complete_units(others):  # by now other processes may be done or gone

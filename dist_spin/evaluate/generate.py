@@ -8,9 +8,9 @@ Both models decode greedily, so that every difference comes from quantisation.
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,9 +21,10 @@ from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.evaluate.layerwise_model import load_full_model
 from dist_spin.evaluate.targets import EvalTarget, eval_targets
+from dist_spin.model.context import context_length
 from dist_spin.model.weights import ModelFiles
 from dist_spin.pipeline.fingerprints import layer_identity
-from dist_spin.pipeline.model import open_configured_model
+from dist_spin.pipeline.model import check_vocabulary, open_configured_model
 from dist_spin.pipeline.variants import calibration_tokens
 from dist_spin.runtime import distributed
 from dist_spin.runtime.distributed import World
@@ -33,6 +34,8 @@ from dist_spin.storage.run_directory import RunDir
 from dist_spin.storage.tensor_file import identity_hash
 
 TOKENS = 64  # of one answer, unless asked for otherwise
+
+T = TypeVar("T")
 
 
 class Speaker:
@@ -70,12 +73,20 @@ class Speaker:
         return self.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
 
     def answer(self, question: str, tokens: int) -> str:
-        """The next turn of this model's own conversation."""
+        """The next turn of this model's own conversation, shorter than `tokens` where the model's context ends.
+
+        Raises:
+            UserError: the conversation fills the context.
+        """
         self.conversation.append({"role": "user", "content": question})
         ids = self.tokenizer.apply_chat_template(
             self.conversation, add_generation_prompt=True, return_tensors="pt", return_dict=False
         )
-        text = self.write(ids, tokens)
+        room = (context_length(self.model.config) or sys.maxsize) - ids.shape[1]
+        if room < 1:
+            problem = f"the conversation has {ids.shape[1]} tokens, which fill the model's context"
+            raise UserError(problem, "start a new one: dist-spin chat")
+        text = self.write(ids, min(tokens, room))
         self.conversation.append({"role": "assistant", "content": text})
         return text
 
@@ -84,13 +95,23 @@ def generate(path: Path, prompt: str, tokens: int = TOKENS) -> list[str]:
     """Continue `prompt` with the full-precision model, then with the run's quantised one; one in memory at a time.
 
     Raises:
-        UserError: `path` is no run directory, it is not quantised yet, or the prompt is empty.
+        UserError: `path` is no run directory, it is not quantised yet, or the prompt is empty or too long.
     """
     said = []
-    for speaker in _speakers(path):
-        ids = speaker.tokenizer(prompt, return_tensors="pt")["input_ids"]
+
+    def prompt_ids(files: ModelFiles) -> Tensor:
+        ids: Tensor = files.tokenizer()(prompt, return_tensors="pt")["input_ids"]
         if not ids.numel():
             raise UserError("the prompt is empty", 'dist-spin generate runs/NAME "some text"')
+        context, length = context_length(files.config), ids.shape[1]
+        if context is not None and length + tokens > context:
+            problem = f"{tokens} tokens after a prompt of {length} are longer than the model's context of {context}"
+            raise UserError(
+                problem, f"give --tokens {context - length}" if length < context else "give a shorter prompt"
+            )
+        return check_vocabulary(ids, files.shape, "the prompt")
+
+    for speaker, ids in _speakers(path, prompt_ids):
         said.append(speaker.write(ids, tokens))
         del speaker
     return said
@@ -102,7 +123,7 @@ def chat(path: Path, tokens: int = 4 * TOKENS) -> None:
     Raises:
         UserError: as `generate`; or the model has no chat template.
     """
-    speakers = list(_speakers(path))
+    speakers = [speaker for speaker, _ in _speakers(path, lambda files: None)]
     if not speakers[0].tokenizer.chat_template:
         raise UserError("this model has no chat template", "let it continue a text: dist-spin generate")
     say("Ask something; an empty line ends.")
@@ -115,8 +136,11 @@ def chat(path: Path, tokens: int = 4 * TOKENS) -> None:
             speaker.answer(question, tokens)
 
 
-def _speakers(path: Path) -> Iterator[Speaker]:
-    """The full-precision model of a run, then its quantised one with the learned rotations."""
+def _speakers(path: Path, prepare: Callable[[ModelFiles], T]) -> Iterator[tuple[Speaker, T]]:
+    """The full-precision model of a run, then its quantised one with the learned rotations.
+
+    Each comes with what `prepare` made of the model's files before weights were read.
+    """
     settings = path / "config.yaml"
     if not settings.exists():
         raise UserError(f"{path} is no run directory (it has no config.yaml)", "give runs/NAME")
@@ -125,8 +149,9 @@ def _speakers(path: Path) -> Iterator[Speaker]:
     world = distributed.start(config.distributed.device, config.distributed.timeout_s, config.distributed.threads)
     try:
         files = open_configured_model(config)
+        prepared = prepare(files)
         targets = eval_targets(config, files, world.device)
         for target in (targets[0], targets[-1]):
-            yield Speaker(config, world, files, RunDir(place), target)
+            yield Speaker(config, world, files, RunDir(place), target), prepared
     finally:
         distributed.stop()

@@ -16,6 +16,7 @@ from dist_spin.errors import NumericsError
 from dist_spin.evaluate.layerwise_model import LayerwiseModel
 from dist_spin.evaluate.targets import EvalTarget, describe, target_identity
 from dist_spin.model.architecture import Shape
+from dist_spin.model.context import check_context
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.finite import dtype_remedy
@@ -32,6 +33,7 @@ BYTES_PER_CHANNEL = 32  # of the MLP for each token on its way through: copies, 
 def measuring_tokens(config: RunConfig, files: ModelFiles, source: str) -> Tensor:
     """The windows [n, T] of one source."""
     e = config.evaluate
+    check_context("evaluate.seq_len", e.seq_len, files.config)
     tokenizer = None if source.startswith("tokens:") else files.tokenizer()
     tokens = on_rank0(lambda: load_tokens(source, e.split, e.seq_len, tokenizer))
     check_vocabulary(tokens, files.shape, source)

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import safe_open
 
 from dist_spin.errors import UserError
+from dist_spin.model.context import check_context
 from dist_spin.model.families import check_supported
 
 INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -42,16 +43,18 @@ class StoredTensor:
     shape: tuple[int, ...]
 
 
-def check_model_path(path: str, *, dummy: bool = False) -> None:
+def check_model_path(path: str, *, dummy: bool = False, lengths: dict[str, int] | None = None) -> None:
     """Refuse a model on this machine that cannot be used, from its path, config.json and headers alone.
 
     Hub ids are left to `open_model`, which downloads them.
 
     Args:
         dummy: only config.json is to be read.
+        lengths: of the sequences that it is to take, in tokens, by the setting that gives each.
 
     Raises:
-        UserError: there is nothing at `path`, or it is damaged, of an unsupported architecture or already quantised.
+        UserError: there is nothing at `path`, it is damaged, of an unsupported architecture or already quantised, or its
+            context is too short.
     """
     if path.startswith("package:"):
         gguf_in_package(path.removeprefix("package:"))
@@ -59,7 +62,9 @@ def check_model_path(path: str, *, dummy: bool = False) -> None:
         if not Path(path).expanduser().is_file():
             raise UserError(f"GGUF file {path} does not exist", "check model.path")
     elif (directory := local_directory(path)) is not None:
-        check_config(directory, dummy=dummy)
+        content = check_config(directory, dummy=dummy)
+        for setting, tokens in (lengths or {}).items():
+            check_context(setting, tokens, content)
         if not dummy:
             check_not_quantised(directory, read_headers(directory))
 
@@ -99,8 +104,9 @@ def gguf_in_package(package: str) -> Path:
     return gguf_files[0]
 
 
-def check_config(directory: Path, *, dummy: bool = False) -> None:
-    """Refuse a config.json that cannot be read, is of an unsupported architecture, or says that weights are quantised.
+def check_config(directory: Path, *, dummy: bool = False) -> dict[str, Any]:
+    """The content of config.json. Refuse one that cannot be read, is of an unsupported architecture, or says that weights are
+    quantised.
 
     Raises:
         UserError: says which.
@@ -120,6 +126,7 @@ def check_config(directory: Path, *, dummy: bool = False) -> None:
     if quantization and not dummy:
         method = quantization_method(quantization)
         raise UserError(f"{directory} is already quantised ({method}, says its config.json)", GIVE_16_BIT)
+    return content
 
 
 def quantization_method(quantization: Any) -> str:

@@ -52,5 +52,6 @@ def build_full_model(
     model.model.norm = WideRMSNorm(model.config.rms_norm_eps, None if final_gain is None else frozen(final_gain))
     model.model.rotary_emb = runner.rotary
     model.lm_head.weight = frozen(head)
-    model.config.use_cache = getattr(config, "use_cache", True)
+    # The skeleton asks for no cache, and transformers took its generation settings from there.
+    model.config.use_cache = model.generation_config.use_cache = True
     return model.eval()

@@ -13,6 +13,7 @@ from dist_spin.config.run import RunConfig
 from dist_spin.data import load_tokens, tokens_fingerprint
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import layer_name
+from dist_spin.model.context import check_context
 from dist_spin.model.fake_quant_model import FakeQuantModel
 from dist_spin.model.rotation import Rotations
 from dist_spin.model.scales_and_clips import ScalesAndClips
@@ -212,6 +213,7 @@ def build_transforms(config: RunConfig, files: ModelFiles, sites: Sites, device:
 def learning_tokens(config: RunConfig, files: ModelFiles) -> Tensor:
     """The sequences [n, T] to learn from; of the model's own text as many as the steps take."""
     settings = config.optimize
+    check_context("optimize.seq_len", settings.seq_len, files.config)
     if settings.source == SELF:
         count = max(1, settings.steps * settings.batch_size)
         return on_rank0(lambda: self_text(config, files, count, settings.seq_len, settings.seed))

@@ -11,6 +11,7 @@ from dist_spin.config.checks import SELF
 from dist_spin.config.run import RunConfig
 from dist_spin.data import calibration_windows
 from dist_spin.errors import UserError
+from dist_spin.model.context import check_context
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.rotation import initial
@@ -116,8 +117,13 @@ def build_variant(config: RunConfig, files: ModelFiles, name: str, device: torch
 
 
 def calibration_tokens(config: RunConfig, files: ModelFiles) -> Tensor:
-    """The calibration sequences [n, T] of a configuration."""
+    """The calibration sequences [n, T] of a configuration.
+
+    Raises:
+        UserError: they cannot be read, or do not fit the model's context or vocabulary.
+    """
     q = config.quantize
+    check_context("quantize.seq_len", q.seq_len, files.config)
     if q.source == SELF:
         return on_rank0(lambda: self_text(config, files, q.n_sequences, q.seq_len, q.seed))
     tokenizer = None if q.source.startswith("tokens:") else files.tokenizer()
