@@ -30,10 +30,10 @@ pytestmark = pytest.mark.usefixtures("restored_process")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    place = write_model("gqa_tied", tmp_path_factory.mktemp("model"))
-    np.save(place / "tokens.npy", np.random.default_rng(0).integers(3, 97, (60, 20)))
-    np.save(place / "other.npy", np.random.default_rng(1).integers(3, 60, (40, 20)))
-    return place
+    path = write_model("gqa_tied", tmp_path_factory.mktemp("model"))
+    np.save(path / "tokens.npy", np.random.default_rng(0).integers(3, 97, (60, 20)))
+    np.save(path / "other.npy", np.random.default_rng(1).integers(3, 60, (40, 20)))
+    return path
 
 
 @pytest.fixture
@@ -182,14 +182,14 @@ def test_interrupted_and_resumed_nothing_is_done_twice(capfd, tmp_path, words):
     first = capfd.readouterr()
     assert "the same command continues" in first.err
     assert first.out == ""
-    kept = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files.glob("*.json")}
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files.glob("*.json")}
     part = rows_of(run.path)
-    assert 0 < len(part) <= len(kept)
+    assert 0 < len(part) <= len(before)
 
     assert main(["compare", *words]) == 0
     second = capfd.readouterr()
-    for path, before in kept.items():
-        assert (path.stat().st_mtime_ns, path.read_bytes()) == before
+    for path, content in before.items():
+        assert (path.stat().st_mtime_ns, path.read_bytes()) == content
     rows = rows_of(run.path)
     # 2 texts x (full precision + 2 widths x (gptq + 5 systems x 2 seeds)); a row is a measurement, and each was made once.
     assert len(rows) == 2 * (1 + 2 * (1 + 5 * 2))
@@ -264,7 +264,7 @@ def test_layers_that_a_killed_process_left_are_gone_after_the_next_start(capfd, 
 
 def test_the_table_shows_mean_spread_and_the_best():
     def row(system: str, ppl: float, seed: int = 0, **changed) -> dict:
-        found = {
+        common = {
             "system": system,
             "clips": "none",
             "weights": "rtn",
@@ -273,7 +273,7 @@ def test_the_table_shows_mean_spread_and_the_best():
             "k_bits": 4,
             "v_bits": 4,
         }
-        return found | {"seed": seed, "dataset": "text", "ppl": ppl, "tokens": 60, "seq_len": 20} | changed
+        return common | {"seed": seed, "dataset": "text", "ppl": ppl, "tokens": 60, "seq_len": 20} | changed
 
     full = {"w_bits": 16, "a_bits": 16, "k_bits": 16, "v_bits": 16, "weights": "none"}
     rows = [row("full precision", 2.0, **full), row("RTN", 11.0), row("QuaRot", 9.0, clips="quarot")]

@@ -47,7 +47,7 @@ def _group():
 
 def prepared(directory, *more, kind="gqa_tied"):
     write_model(kind, directory / "model")
-    given = [
+    words = [
         f"output_dir={directory / 'runs'}",
         f"model.path={directory / 'model'}",
         "model.dtype=float64",
@@ -60,7 +60,7 @@ def prepared(directory, *more, kind="gqa_tied"):
         "methods.qat_batch_size=4",
         "methods.qat_lr=2e-3",
     ]
-    config = load_config(None, [*given, *more])
+    config = load_config(None, [*words, *more])
     files = open_configured_model(config)
     q = config.quantize
     return config, files, self_text(config, files, q.n_sequences, q.seq_len, q.seed)
@@ -96,11 +96,11 @@ def test_divergence_and_its_gradients_are_those_of_the_definition(monkeypatch):
     sizes = ((2, 5, 6), (11, 6), (2, 5, 6), (11, 6))
     h, w, t, v = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
     h.requires_grad_(), w.requires_grad_()
-    found = divergence(h, w, t, v)
+    loss = divergence(h, w, t, v)
     p, q = (t @ v.T).softmax(-1), (h @ w.T).softmax(-1)
     expected = (p * (p.log() - q.log())).sum(-1).mean()
-    torch.testing.assert_close(found, expected)
-    both = [torch.autograd.grad(x, (h, w)) for x in (found, expected)]
+    torch.testing.assert_close(loss, expected)
+    both = [torch.autograd.grad(x, (h, w)) for x in (loss, expected)]
     for ours, theirs in zip(*both, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -230,8 +230,8 @@ def test_a_comparison_has_its_row(tmp_path):
         distributed.stop()
         assert main(["compare", *words]) == 0
         rows = json.loads((run_dir(config).path / "results.json").read_text())
-        found = {(row["method"], row["w_bits"], row["a_bits"]): row["ppl"] for row in rows}
-        assert len(found) == 5
-        assert found["LLM-QAT", 4, 4] != found["RTN", 4, 4]
-    kept = list((run_dir(config).path / "methods" / "llm_qat").iterdir())
-    assert len(kept) == 2  # each width is trained for
+        perplexities = {(row["method"], row["w_bits"], row["a_bits"]): row["ppl"] for row in rows}
+        assert len(perplexities) == 5
+        assert perplexities["LLM-QAT", 4, 4] != perplexities["RTN", 4, 4]
+    directories = list((run_dir(config).path / "methods" / "llm_qat").iterdir())
+    assert len(directories) == 2  # each width is trained for

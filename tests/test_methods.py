@@ -132,7 +132,7 @@ def test_clamped_rows_have_the_learned_grid(symmetric):
     shrink = torch.rand(1 if symmetric else 2, 6, 2, 1, dtype=torch.float64).expand(2, -1, -1, -1) / 2 + 0.5
     learned = clipped_quantize(w, (shrink[0], shrink[1]), 4, symmetric=symmetric, group_size=16, even=True)
     name = "self_attn.q_proj"
-    inside = clamp({f"{name}.weight": w}, {f"{name}.shrink": shrink}, symmetric)[f"{name}.weight"]
+    inside = clamp({f"{name}.weight": w}, {f"{name}.shrink": shrink}, symmetric=symmetric)[f"{name}.weight"]
     scale, zero = weight_scales(inside, 4, symmetric=symmetric, group_size=16)
     codes = quantize_weight(inside, scale, zero, 4, symmetric=symmetric, group_size=16)
     torch.testing.assert_close(dequantize_weight(codes, scale, zero, 16, torch.float64), learned)
@@ -153,16 +153,16 @@ def test_exact_columns_are_those_of_gptq_taken_last():
         @ torch.randn(24, 24, generator=generator).double()
     )
     hessian, w = x.T @ x, torch.randn(128, 24, generator=generator, dtype=torch.float64)
-    kept = torch.tensor([3, 11, 17])
-    quiet = w.index_fill(1, kept, 0)
+    outliers = torch.tensor([3, 11, 17])
+    remaining = w.index_fill(1, outliers, 0)
     options = GPTQOptions(percdamp=0.0)
-    condensed = condense(hessian, kept, 1e-12)
-    quantized = solve(quiet, prepare(condensed.hessian, options), options)
+    condensed = condense(hessian, outliers, 1e-12)
+    quantized = solve(remaining, prepare(condensed.hessian, options), options)
     rounded = dequantize_weight(*quantized, 0, torch.float64)
-    columns = w[:, kept] + (quiet - rounded) @ condensed.carry
+    columns = w[:, outliers] + (remaining - rounded) @ condensed.carry
 
-    others = [i for i in range(24) if i not in kept.tolist()]
-    order = [*others, *kept.tolist()]
+    others = [i for i in range(24) if i not in outliers.tolist()]
+    order = [*others, *outliers.tolist()]
     upper = torch.linalg.cholesky(torch.linalg.inv(hessian[order][:, order]), upper=True)
     left, out = w[:, order].clone(), torch.zeros(128, 24, dtype=torch.float64)
     for j in range(24):
@@ -174,7 +174,7 @@ def test_exact_columns_are_those_of_gptq_taken_last():
         left[:, j:] -= ((left[:, j] - q) / upper[j, j])[:, None] * upper[j, j:]
         out[:, order[j]] = q
     torch.testing.assert_close(rounded[:, others], out[:, others])
-    torch.testing.assert_close(columns, out[:, kept], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(columns, out[:, outliers], rtol=1e-6, atol=1e-6)
 
 
 # Layers ----------------------------------------------------------------------------------------------------------

@@ -29,33 +29,33 @@ def quarot(files: ModelFiles, bits: int = 16, clips: str = "none", seed: int = 3
     return build_variant(resolve_presets(config), files, "quarot", CPU)
 
 
-def logits(files: ModelFiles, chosen: Variant, ids: torch.Tensor) -> torch.Tensor:
-    runner = LayerRunner(files.config, chosen.sites, device=CPU, dtype=torch.float64, rotated=True)
-    hidden = chosen.weights.embedding()[ids]
+def logits(files: ModelFiles, variant: Variant, ids: torch.Tensor) -> torch.Tensor:
+    runner = LayerRunner(files.config, variant.sites, device=CPU, dtype=torch.float64, rotated=True)
+    hidden = variant.weights.embedding()[ids]
     for i in range(files.shape.layers):
-        hidden = runner.run(runner.build(i, chosen.weights.layer(i)), i, hidden)
-    return chosen.weights.head(files.config.rms_norm_eps).logits(hidden)
+        hidden = runner.run(runner.build(i, variant.weights.layer(i)), i, hidden)
+    return variant.weights.head(files.config.rms_norm_eps).logits(hidden)
 
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_the_function_is_preserved_at_16_bits(kind, tmp_path):
     files = open_model(str(write_model(kind, tmp_path)))
     ids = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(1))
-    chosen = quarot(files)
-    assert chosen.sites.heads
+    variant = quarot(files)
+    assert variant.sites.heads
     reference = reference_logits(files, ids, torch.float64)
-    assert relative(logits(files, chosen, ids), reference) < 1e-9
+    assert relative(logits(files, variant, ids), reference) < 1e-9
     # The step across heads is really there: without it the weights belong to another network.
-    chosen.sites = sites_for(RunConfig(model=ModelConfig("unused")), files.shape)
-    assert relative(logits(files, chosen, ids), reference) > 1e-2
+    variant.sites = sites_for(RunConfig(model=ModelConfig("unused")), files.shape)
+    assert relative(logits(files, variant, ids), reference) > 1e-2
 
 
 def test_the_weights_are_those_of_the_definition(tmp_path):
     files = open_model(str(write_model("mha", tmp_path)))
-    chosen, shape = quarot(files), files.shape
+    variant, shape = quarot(files), files.shape
     assert (shape.hidden, shape.heads, shape.head_dim) == (48, 4, 12)
-    assert chosen.rotations is not None
-    r1, r2 = chosen.rotations
+    assert variant.rotations is not None
+    r1, r2 = variant.rotations
     h12 = hadamard_matrix(12).double() / 12**0.5
     h4 = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=torch.float64) / 2
     assert all(torch.allclose(r, h12) for r in r2)
@@ -64,7 +64,7 @@ def test_the_weights_are_those_of_the_definition(tmp_path):
     assert 0 < int((signs.diagonal() < 0).sum()) < 48
     raw = {name: files.weights.rows(f"model.layers.1.self_attn.{name}_proj.weight") for name in "vo"}
     gain = files.weights.rows("model.layers.1.input_layernorm.weight")
-    merged = chosen.weights.layer(1)
+    merged = variant.weights.layer(1)
     # y = x W^T everywhere: o_proj reads a (H4 (x) H12) where it read a, v_proj leaves v (I (x) H12).
     torch.testing.assert_close(merged["self_attn.o_proj.weight"], r1.T @ raw["o"] @ torch.kron(h4, h12))
     v = torch.kron(torch.eye(4, dtype=torch.float64), h12).T @ (raw["v"] * gain) @ r1
@@ -90,10 +90,10 @@ def test_heads_without_a_hadamard_are_mixed_in_blocks(tmp_path, monkeypatch):
         monkeypatch.setattr(SHAPES["mha"], "num_key_value_heads", heads)
         monkeypatch.setattr(SHAPES["mha"], "head_dim", 16)
         files = open_model(str(write_model("mha", tmp_path / str(heads))))
-        chosen = quarot(files)
-        assert [len(f) for f in chosen.sites.heads] == [mixed] * bool(mixed)
+        variant = quarot(files)
+        assert [len(f) for f in variant.sites.heads] == [mixed] * bool(mixed)
         ids = torch.randint(3, 97, (1, 12), generator=torch.Generator().manual_seed(1))
-        assert relative(logits(files, chosen, ids), reference_logits(files, ids, torch.float64)) < 1e-9
+        assert relative(logits(files, variant, ids), reference_logits(files, ids, torch.float64)) < 1e-9
 
 
 def test_the_clip_preset(tmp_path):

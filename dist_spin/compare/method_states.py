@@ -114,7 +114,7 @@ class MethodStates:
 
     def weights_to_quantize(self, index: int) -> dict[str, Tensor]:
         """The parameters of a layer, clamped to the ranges that the method has learned for their codes."""
-        return clamp(self.weights.layer(index), self.state(index), self.config.quant.w_symmetric)
+        return clamp(self.weights.layer(index), self.state(index), symmetric=self.config.quant.w_symmetric)
 
     def runner(self, config: Any, sites: Sites, device: torch.device, dtype: torch.dtype) -> LayerRunner:
         """Builds and runs layers with the states in them."""

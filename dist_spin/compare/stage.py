@@ -183,9 +183,9 @@ class Comparison:
             texts = list(self.texts.values())
             for batch in self.batches(missing):
                 began = time.monotonic()
-                what = f"measure {target.label}, {target.weights} weights, seed {seed}, {len(batch)} at once"
+                description = f"measure {target.label}, {target.weights} weights, seed {seed}, {len(batch)} at once"
                 pairs = [(prepared.target.variant.sites, texts[i]) for prepared, i in batch]
-                losses = window_losses(config, self.world, self.files, target, pairs, what)
+                losses = window_losses(config, self.world, self.files, target, pairs, description)
                 seconds = (time.monotonic() - began) / len(batch)
                 for (prepared, i), mean in zip(batch, losses, strict=True):
                     prepared.rows[i] = recorded(self.run, prepared.rows[i], mean, seconds)

@@ -37,8 +37,8 @@ def words(tmp_path) -> list[str]:
 
 
 def perplexities(tmp_path: Path, name: str) -> dict[tuple, float]:
-    found = json.loads(Path(tmp_path, name, "results.json").read_text())
-    return {(r["system"], r["weights"], r["a_bits"], r["seed"]): r["ppl"] for r in found}
+    rows = json.loads(Path(tmp_path, name, "results.json").read_text())
+    return {(r["system"], r["weights"], r["a_bits"], r["seed"]): r["ppl"] for r in rows}
 
 
 def test_two_ranks_measure_what_one_does(tmp_path, words):
@@ -70,12 +70,12 @@ def test_processes_that_take_whole_rows(tmp_path, words):
     job.signal(signal.SIGTERM, 0)
     job.signal(signal.SIGKILL, 1)
     assert job.wait() == [EXIT_INTERRUPTED, -signal.SIGKILL], job.log.read_text()
-    kept = measured()
+    before = measured()
     again = Job(2, command, "compare", *many, log=tmp_path / "log")
     assert again.wait() == [0, 0], again.log.read_text()
     said = again.log.read_text()
     assert said.count("tokens in windows of") >= 1  # the table, by the last one to end
-    assert kept.items() <= measured().items()
+    assert before.items() <= measured().items()
 
     # Alone, and not by parts: the same rows in the same order, each of them one measurement.
     one = Job(1, command, "compare", "name=one", *words, "compare.parallel=ranks", log=tmp_path / "log1")

@@ -37,16 +37,16 @@ def test_two_ranks_learn_what_one_does(tmp_path):
         "quantize.seq_len=16",
         "methods.flat_epochs=2",
     ]
-    found: list[dict[str, bytes]] = []
+    contents: list[dict[str, bytes]] = []
     for size in (1, 2):
-        place = tmp_path / f"runs{size}"
-        job = Job(size, learn_both, [*words, f"output_dir={place}"], log=tmp_path / "log")
+        output_dir = tmp_path / f"runs{size}"
+        job = Job(size, learn_both, [*words, f"output_dir={output_dir}"], log=tmp_path / "log")
         assert job.wait() == [0] * size, job.log.read_text()
-        paths = sorted(place.rglob("*.safetensors"))
-        found.append({str(path.relative_to(place)): path.read_bytes() for path in paths})
-    assert [Path(name).name for name in found[0]].count("rotations.safetensors") == 1
-    assert len(found[0]) == 4  # DartQuant's layers are gone once its rotations are there
-    assert found[0] == found[1]
+        paths = sorted(output_dir.rglob("*.safetensors"))
+        contents.append({str(path.relative_to(output_dir)): path.read_bytes() for path in paths})
+    assert [Path(name).name for name in contents[0]].count("rotations.safetensors") == 1
+    assert len(contents[0]) == 4  # DartQuant's layers are gone once its rotations are there
+    assert contents[0] == contents[1]
 
 
 def train_whole(words: list[str]) -> None:
@@ -69,15 +69,15 @@ def test_a_whole_model_is_trained_on_any_number_of_ranks(tmp_path):
         *("model.dtype=float64", "distributed.device=cpu", "quantize.n_sequences=6", "quantize.seq_len=12"),
         *("methods.qat_steps=3", "methods.qat_batch_size=3", "methods.qat_lr=1e-3"),
     ]
-    found = []
+    tensors = []
     for size in (1, 2, 4):  # four: one of them has no sequence
-        place = tmp_path / f"runs{size}"
-        job = Job(size, train_whole, [*words, f"output_dir={place}"], log=tmp_path / "log")
+        output_dir = tmp_path / f"runs{size}"
+        job = Job(size, train_whole, [*words, f"output_dir={output_dir}"], log=tmp_path / "log")
         assert job.wait() == [0] * size, job.log.read_text()
-        files = sorted((place / "run" / "methods").rglob("*.safetensors"))
-        found.append({f"{path.name} {name}": t for path in files for name, t in load_file(path).items()})
-    assert len(found[0]) == 2 * 9 + 2
-    for other in found[1:]:
-        assert other.keys() == found[0].keys()
+        files = sorted((output_dir / "run" / "methods").rglob("*.safetensors"))
+        tensors.append({f"{path.name} {name}": t for path in files for name, t in load_file(path).items()})
+    assert len(tensors[0]) == 2 * 9 + 2
+    for other in tensors[1:]:
+        assert other.keys() == tensors[0].keys()
         for name, tensor in other.items():
-            assert (tensor - found[0][name]).abs().max() < 1e-8, name
+            assert (tensor - tensors[0][name]).abs().max() < 1e-8, name

@@ -29,9 +29,9 @@ class AffineParameters(OmniParameters):
     def value_matrix(self) -> tuple[Tensor, Tensor]:
         """As `OmniParameters.value_matrix`; entries outside the band are 0."""
         values = self.log_values.exp()
-        off = torch.where((self.distance > 0) & (self.distance <= self.band), self.off_diagonal, 0)
-        off = DOMINANCE * off / off.abs().sum(-1, keepdim=True).clamp(min=1)
-        matrix = values[:, None] * (torch.eye(len(values), dtype=off.dtype, device=off.device) + off)
+        entries = torch.where((self.distance > 0) & (self.distance <= self.band), self.off_diagonal, 0)
+        entries = DOMINANCE * entries / entries.abs().sum(-1, keepdim=True).clamp(min=1)
+        matrix = values[:, None] * (torch.eye(len(values), dtype=entries.dtype, device=entries.device) + entries)
         return matrix, torch.linalg.inv_ex(matrix)[0].mT
 
     def transforms(self) -> list[nn.Parameter]:

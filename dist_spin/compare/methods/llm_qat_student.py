@@ -98,7 +98,9 @@ class Student:
                 role, _, kind = name.rpartition(".")
                 if kind == "weight" and role in LAYER_LINEARS and role in options:
                     o = options[role]
-                    self.weight_specs[f"{index}.{name}"] = QuantSpec(o.bits, o.symmetric, o.group_size)
+                    self.weight_specs[f"{index}.{name}"] = QuantSpec(
+                        o.bits, symmetric=o.symmetric, group_size=o.group_size
+                    )
         wide = accumulation_dtype(runner.dtype)
         self.masters = {name: p.detach().to(wide, copy=True) for name, p in self.parameters.items()}
         for name, parameter in self.parameters.items():

@@ -151,12 +151,12 @@ def check_memory(shape: Shape, dtype: torch.dtype, tokens: int, world: World) ->
     activations += kept_bytes(shape, tokens, dtype.itemsize, "none", compiled=False) + 4 * wide * LOGITS_AT_ONCE
     need = weights * (dtype.itemsize + WIDE_COPIES * wide) + activations
     if world.device.type == "cuda":
-        free, where = device_bytes_free(world.device), "GPU"
+        free, memory = device_bytes_free(world.device), "GPU"
     else:
-        free, where = host_bytes_free() // world.local_size, "host"
+        free, memory = host_bytes_free() // world.local_size, "host"
     if need > free:
         raise UserError(
-            f"LLM-QAT trains all weights at once, which takes {need / 2**30:.1f} GiB, and the {where} has "
+            f"LLM-QAT trains all weights at once, which takes {need / 2**30:.1f} GiB, and the {memory} has "
             f"{free / 2**30:.1f} GiB free for each process",
             "leave llm_qat out, or use a smaller model",
         )

@@ -135,10 +135,10 @@ def merged(weights: dict[str, Tensor], state: State, shape: Shape) -> dict[str, 
 
     Computed in the dtype of the given tensors: convert both to fp64 for an exact merge.
     """
-    out = dict(weights)
+    result = dict(weights)
     for norm, site in ((ATTENTION_NORM, "attention"), (MLP_NORM, "mlp")):
         if (scale := state.get(f"{site}.scale")) is not None:
-            out[f"{norm}.weight"] = weights[f"{norm}.weight"] * scale
+            result[f"{norm}.weight"] = weights[f"{norm}.weight"] * scale
     for role in LAYER_LINEARS:
         site = SITE_BEFORE.get(role, "down" if role == "mlp.down_proj" else "o")
         w, bias = weights[f"{role}.weight"], weights.get(f"{role}.bias")
@@ -156,18 +156,18 @@ def merged(weights: dict[str, Tensor], state: State, shape: Shape) -> dict[str, 
         if role == "mlp.up_proj" and (scale := state.get("down.scale")) is not None:
             w = w * scale[:, None]
             bias = None if bias is None else bias * scale
-        out[f"{role}.weight"] = w
+        result[f"{role}.weight"] = w
         if bias is not None:
-            out[f"{role}.bias"] = bias
-    return out
+            result[f"{role}.bias"] = bias
+    return result
 
 
-def clamp(weights: dict[str, Tensor], state: State, symmetric: bool) -> dict[str, Tensor]:
+def clamp(weights: dict[str, Tensor], state: State, *, symmetric: bool) -> dict[str, Tensor]:
     """Weights clamped to the ranges of a state, so that a min-max grid of each row (or group) is the clipped grid.
 
     weights: a layer's parameters by their names within it. Without ROLE.shrink in the state a weight stays as it is.
     """
-    out = dict(weights)
+    clamped = dict(weights)
     for role in LAYER_LINEARS:
         if (shrink := state.get(f"{role}.shrink")) is not None:
             w = weights[f"{role}.weight"]
@@ -177,8 +177,8 @@ def clamp(weights: dict[str, Tensor], state: State, symmetric: bool) -> dict[str
             if symmetric:
                 maximum = torch.maximum(-minimum, maximum)
                 minimum = -maximum
-            out[f"{role}.weight"] = torch.minimum(torch.maximum(groups, minimum), maximum).flatten(1)
-    return out
+            clamped[f"{role}.weight"] = torch.minimum(torch.maximum(groups, minimum), maximum).flatten(1)
+    return clamped
 
 
 class TransformedRunner(LayerRunner):
