@@ -8,6 +8,7 @@ Everything that a verb needs is imported when it is used, so that help and mista
 
 import argparse
 import os
+import signal
 import sys
 from argparse import SUPPRESS
 from collections.abc import Callable
@@ -36,7 +37,7 @@ class Verb:
     function: str  # "module:function", imported when the verb is used
     call: Callable[[command.Command], int]  # how that function is called
     options: Callable[["Parser"], object] = lambda parser: None
-    reads: tuple[str, ...] = ()  # groups of settings
+    reads: tuple[str, ...] = ()  # groups of settings; not `optimize` where all that is asked is whether steps is 0
     takes: str = ""  # what follows the verb, where it is no option
 
 
@@ -53,6 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
         return EXIT_PIPE
+    except (
+        KeyboardInterrupt
+    ):  # end as every other program does that ctrl-C ends, which launchers know from other failures
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise
 
 
 def _main(words: list[str]) -> int:

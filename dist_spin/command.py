@@ -88,7 +88,7 @@ def call_stage(command: Command, config: RunConfig | None = None, part: str = ""
         if lost is None:
             raise
         who = f"rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')} on {socket.gethostname()}"
-        where = f"no answer from another rank within {timeout} s at {command.console.position()} ({lost})"
+        where = f"no answer from another rank within {timeout} s {command.console.position()} ({lost})"
         raise RankLost(f"{who}: {where}", "start again to resume") from error
     finally:
         if lost is None:

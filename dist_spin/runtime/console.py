@@ -62,8 +62,10 @@ class Console(logging.Handler):
             self._write(f"{text}\n")
 
     def position(self) -> str:
-        """What this process is at, for messages about hangs; every rank keeps its own count."""
-        return "before the first step" if self.progress is None else self.progress.position()
+        """Where this process is, for messages about hangs, such as "at learn rotations: step 5 of 60"; every rank keeps its own
+        count.
+        """
+        return "before the first step" if self.progress is None else f"at {self.progress.position()}"
 
     def leave_line(self) -> None:
         """Let what others write begin on a line of its own."""
