@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from dist_spin.model.attention import select_attention
+
 LAYER_LINEARS = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -21,7 +23,6 @@ LAYER_LINEARS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
-ATTENTION = "dist_spin"  # the name of our attention function in transformers' registry (model/sites.py registers it)
 ATTENTION_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
@@ -67,7 +68,7 @@ def skeleton(config: Any) -> Any:
     config = copy.deepcopy(config)
     config.tie_word_embeddings = False  # rotation folds the final norm into lm_head alone
     config.use_cache = False
-    config._attn_implementation = ATTENTION
+    select_attention(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return model.requires_grad_(requires_grad=False).eval()

@@ -45,6 +45,16 @@ def _kept_backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
     return g @ b.T, None  # b is a frozen weight
 
 
+@kept_matmul.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(*a.shape[:-1], b.shape[-1])
+
+
+kept_matmul.register_autograd(
+    _kept_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1])
+)
+
+
 def matmul_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b for 2-D operands with the result in `dtype`, without rounding the sum to the operands' dtype on the way."""
     if a.dtype == dtype:

@@ -12,21 +12,15 @@ Modules rather than hooks: hooks gave torch.compile one graph per layer.
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-from dist_spin.model.architecture import ATTENTION
 from dist_spin.model.rotate_quantize import (
     NO_SCALE_OR_CLIP,
     RotationParam,
     ScaleAndClip,
     _differentiable,
-    _kept_backward,
     _times,
     clipped,
     kept_matmul,
@@ -52,16 +46,6 @@ def plain_sites() -> Iterator[None]:
         yield
     finally:
         _mode.plain = False
-
-
-@kept_matmul.register_fake
-def _(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(*a.shape[:-1], b.shape[-1])
-
-
-kept_matmul.register_autograd(
-    _kept_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1])
-)
 
 
 class WideRMSNorm(nn.Module):
@@ -222,7 +206,7 @@ class QuantizedInputLinear(nn.Module):
 
 
 class KeySite(nn.Module):
-    """The online Hadamard R3 on q and k after RoPE and the quantiser of the K cache; called by our attention function.
+    """The online Hadamard R3 on q and k after RoPE and the quantiser of the K cache; called by model/attention.py.
 
     With a learned scale t [kv_heads or 1, d / 2], one number for both channels of a RoPE pair (j, j + d/2), which therefore
     commutes with RoPE: Q((k * t) R3) and (q / t) R3.
@@ -250,18 +234,3 @@ class KeySite(nn.Module):
 def _per_query_head(scale: Tensor, heads: int) -> Tensor:
     """[kv_heads or 1, d] repeated for the query heads of each group: [heads, d]."""
     return scale.repeat_interleave(heads // scale.shape[0], 0)
-
-
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    """transformers' SDPA attention with the layer's `key_site` applied to q and k (post-RoPE, before repeat_kv)."""
-    site = getattr(module, "key_site", None)
-    if site is not None:
-        query, key = site(query, key)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-
-
-# Both registries, or padding and sliding windows are silently lost.
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
