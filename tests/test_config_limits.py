@@ -13,6 +13,8 @@ from dist_spin.cli import main
 from dist_spin.config.loader import RENAMED, dump_config, load_config
 from dist_spin.config.yaml_text import MAX_BYTES, MAX_DEPTH
 from dist_spin.errors import UserError
+from dist_spin.numerics.gptq import MAX_DAMPING
+from dist_spin.pipeline.fingerprints import gptq_options
 
 MODEL = "model.path=some/model"
 
@@ -100,7 +102,7 @@ def test_whole_numbers_have_an_upper_limit_that_the_message_gives(key, most):
 @pytest.mark.parametrize(
     "key",
     [
-        *("optimize.lr", "optimize.scale_lr", "optimize.clip_lr", "optimize.max_grad_norm", "quantize.percdamp"),
+        *("optimize.lr", "optimize.scale_lr", "optimize.clip_lr", "optimize.max_grad_norm"),
         *("methods.flat_lr", "methods.dart_lr", "methods.qat_lr", "export.shard_gb"),
     ],
 )
@@ -111,6 +113,13 @@ def test_fractions_stay_within_fp32(key):
         assert error.remedy == "use at most 3.403e+38"
     assert error_of(None, MODEL, f"{key}=.nan").remedy == "it takes a number"
     load_config(None, [MODEL, f"{key}=3.4e38"])
+
+
+def test_damping_is_what_the_solver_takes():
+    error = error_of(None, MODEL, "quantize.percdamp=10.01")
+    assert (error.problem, error.remedy) == ("quantize.percdamp is 10.01", f"use at most {MAX_DAMPING:g}")
+    assert gptq_options(load_config(None, [MODEL, "quantize.percdamp=10"])).percdamp == MAX_DAMPING
+    assert error_of(None, MODEL, "quantize.clip_norm=101").remedy == "use at most 100"
 
 
 @pytest.mark.parametrize("key", ["optimize.lr", "quantize.percdamp", "quant.a_clip_ratio", "export.shard_gb"])

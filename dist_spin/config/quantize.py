@@ -4,17 +4,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dist_spin.config.checks import (
+    FP32_TINY,
     MAX_CHANNELS,
     MAX_COUNT,
     MAX_SEED,
     MAX_SEQ_LEN,
     MAX_TOKENS,
-    check_positive,
     check_range,
     check_source,
     check_text,
     check_unique,
-    require,
 )
 
 
@@ -58,10 +57,9 @@ class QuantizeConfig:
         most = MAX_TOKENS // self.seq_len
         check_range("quantize.n_sequences", self.n_sequences, 1, most, "use 1 or more")
         check_range("quantize.seed", self.seed, 0, MAX_SEED, "use 0 or more")
-        check_positive("quantize.percdamp", self.percdamp, "use a fraction above 0, such as 0.01")
+        check_range("quantize.percdamp", self.percdamp, FP32_TINY, 10.0, "use a fraction above 0, such as 0.01")
         check_range("quantize.block_size", self.block_size, 1, MAX_CHANNELS, "use 1 or more")
-        check_positive("quantize.clip_norm", self.clip_norm, "use a number above 0, such as 2")
-        require(self.clip_norm <= 100, "quantize.clip_norm", self.clip_norm, "use at most 100")
+        check_range("quantize.clip_norm", self.clip_norm, FP32_TINY, 100.0, "use a number above 0, such as 2")
         check_range("quantize.cd_passes", self.cd_passes, 0, MAX_COUNT, "use 0 or more")
         check_range(
             "quantize.layers_per_job", self.layers_per_job, 0, MAX_COUNT, "use a number of layers, or 0 for all"
