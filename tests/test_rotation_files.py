@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dist_spin.errors import UserError
-from dist_spin.storage.rotations import load_rotations, save_final
+from dist_spin.storage.rotations import finished_rotations, load_rotations, save_final
 from dist_spin.storage.run_directory import RunDir
 
 HIDDEN, HEAD, LAYERS = 12, 4, 3
@@ -146,3 +146,58 @@ def test_one_changed_byte_of_our_own_file_is_refused(run):
     path.write_bytes(bytes(damaged))
     assert load_file(path).keys() == {"R1", "R2"}
     assert "checksum" in refused(path)
+
+
+def truncated(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
+
+
+def emptied(content: bytes) -> bytes:
+    return b""
+
+
+def zeroed(content: bytes) -> bytes:
+    return bytes(len(content))
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped, emptied, zeroed])
+def test_damaged_final_rotations_are_set_aside_and_named_to_who_reads_them(run, damage):
+    path, said = run.rotations / "final.safetensors", []
+    assert finished_rotations(run, said.append)
+    assert said == []
+    path.write_bytes(damage(path.read_bytes()))
+    assert "`dist-spin optimize` of that run makes it again" in refused(path)
+    assert not finished_rotations(run, said.append)
+    assert not path.exists()
+    assert (run.rotations / "final.stale").exists()
+    assert len(said) == 1
+    assert "making it again from the newest checkpoint" in said[0]
+    assert "\n" not in said[0]
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped, emptied, zeroed, None])
+def test_a_damaged_or_missing_r_bin_is_made_again_to_the_same_bytes(run, damage):
+    path, said = run.rotations / "R.bin", []
+    whole = path.read_bytes()
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage(whole))
+    assert finished_rotations(run, said.append)
+    assert path.read_bytes() == whole
+    assert said == [f"{path} is {'missing' if damage is None else 'damaged'}; making it again from final.safetensors"]
+    assert finished_rotations(run, said.append)
+    assert len(said) == 1
+
+
+def test_an_r_bin_of_other_rotations_is_made_again(run, tmp_path):
+    other = RunDir(tmp_path / "other")
+    save_final(other, R1.mT, R2, {"step": "100"})
+    (run.rotations / "R.bin").write_bytes((other.rotations / "R.bin").read_bytes())
+    assert finished_rotations(run, [].append)
+    assert torch.equal(load(run.rotations / "R.bin")[0], R1.float().double())

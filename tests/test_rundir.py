@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 from dist_spin.errors import UserError
-from dist_spin.storage.atomic import append_line, atomic, read_lines, write_json, write_text
+from dist_spin.storage.atomic import append_line, atomic, read_lines, remove_leftovers, write_json, write_text
 from dist_spin.storage.checkpoints import checkpoint_path, checkpoints, newest_checkpoint, prune_checkpoints
 from dist_spin.storage.metrics import append_metrics, drop_metrics_after, read_metrics
+from dist_spin.storage.rotations import save_final
 from dist_spin.storage.run_directory import RunDir, check_fingerprint
 from dist_spin.storage.tensor_file import CorruptFile, load_tensors, save_tensors, tensors_digest
 
@@ -66,6 +68,36 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path):
     )
     assert subprocess.run([sys.executable, "-c", code, str(target)], check=False).returncode == -9
     assert target.read_text() == "old"
+
+
+def test_what_killed_writers_leave_is_removed_and_nothing_of_living_ones(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from dist_spin.storage.atomic import atomic\n"
+        "with atomic(Path(sys.argv[1])) as temporary:\n"
+        "    print(temporary.name, flush=True); sys.stdin.read()"
+    )
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "layers" / "000.safetensors")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    dead, living = (writer.stdout.readline().strip() for writer in writers)
+    writers[0].kill()
+    writers[0].wait()
+    elsewhere = {age: f".000.safetensors.00000000-7-8-{age:08x}.tmp" for age in (60, 7200)}
+    for age, name in elsewhere.items():
+        (tmp_path / "layers" / name).write_text("of another machine")
+        os.utime(tmp_path / "layers" / name, (time.time() - age,) * 2)
+    (tmp_path / "layers" / ".own.tmp").write_text("a file of the user's")
+    assert {dead, living} <= set(listing(tmp_path / "layers"))
+    remove_leftovers(tmp_path)
+    assert listing(tmp_path / "layers") == sorted([living, elsewhere[60], ".own.tmp"])
+    writers[1].communicate("", timeout=30)
+    assert (tmp_path / "layers" / "000.safetensors").exists()
 
 
 def test_tensors_come_back_bit_by_bit_with_their_metadata(tmp_path):
@@ -193,6 +225,33 @@ def test_a_torn_last_line_is_left_out(tmp_path):
     assert read_lines(path) == [{"step": 1}, {"step": 2}]
 
 
+def test_a_line_after_a_torn_one_is_whole(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"event": "a"}\n{"event": "b", "ti')
+    append_line(path, {"event": "c"})
+    append_line(path, {"event": "d"})
+    assert [line["event"] for line in read_lines(path)] == ["a", "c", "d"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 40, b"\xff\xfe\n", b"[1]\nnull\n7\n", b"[" * 9999, b"{" * 9999])
+def test_damaged_lines_are_left_out(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(damage)
+    assert read_lines(path) == []
+    append_line(path, {"step": 1})
+    assert read_lines(path) == [{"step": 1}]
+
+
+def test_where_no_checkpoint_is_whole_it_is_said_and_none_is_used(tmp_path):
+    run, said = RunDir(tmp_path), []
+    for step in (1, 2):
+        checkpoint_path(run, step).parent.mkdir(exist_ok=True)
+        checkpoint_path(run, step).write_bytes(b"")
+    assert newest_checkpoint(run, said.append) is None
+    assert len(said) == 3
+    assert said[2] == f"no checkpoint in {run.rotations} is whole: learning begins again"
+
+
 def test_a_directory_that_cannot_be_made_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written") as caught:
@@ -222,6 +281,7 @@ def test_a_full_device_is_one_line_and_loses_nothing(small_device):
     attempts = (
         lambda: save_tensors(checkpoint_path(run, 1), large, {"step": "1"}),
         lambda: save_tensors(checkpoint_path(run, 2), large, {"step": "2"}),
+        lambda: save_final(run, large["R1"], large["R1"][None], {}),  # R.bin comes first
         lambda: write_text(run.path / "report.txt", "x" * 200_000),
         lambda: [append_line(run.path / "metrics.jsonl", {"x": "x" * 9999}) for _ in range(10)],
     )
@@ -235,6 +295,24 @@ def test_a_full_device_is_one_line_and_loses_nothing(small_device):
     assert torch.equal(found[0]["R1"], state()["R1"])
     assert (run.path / "report.txt").read_text() == "old"
     assert listing(run.rotations) == ["step_000001.safetensors"]  # no scraps that keep the device full
+
+
+def test_rotations_over_the_file_size_limit_are_a_user_error(tmp_path):
+    code = (
+        "import resource, sys, torch; from dist_spin.storage.run_directory import RunDir\n"
+        "from dist_spin.storage.rotations import save_final; from dist_spin.storage.tensor_file import save_tensors\n"
+        "from dist_spin.errors import UserError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "run, r = RunDir(sys.argv[1]), torch.eye(64)\n"
+        "for write in (lambda: save_final(run, r, r[None], {}), lambda: save_tensors(run.path / 'x', {'r': r}, {})):\n"
+        "    try: write()\n"
+        "    except UserError as error: print(error, error.exit_code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    assert all(os.strerror(errno.EFBIG) in line and line.endswith(" 2") for line in lines)
+    assert listing(tmp_path / "rotations") == []
 
 
 def test_a_writer_over_its_file_size_limit_fails_as_a_user_error(tmp_path):

@@ -20,9 +20,10 @@ from dist_spin.pipeline.export_limits import check_clips, check_target
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.pipeline.variants import build_variant
 from dist_spin.runtime.distributed import World
-from dist_spin.runtime.progress import say
+from dist_spin.runtime.progress import say, warn
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.atomic import write_text
+from dist_spin.storage.rotations import finished_rotations
 from dist_spin.storage.run_directory import LEARNED, run_dir
 
 
@@ -44,6 +45,7 @@ def export(config: RunConfig, world: World, target: str, output: Path | None = N
     check_clips(target, config, learned.sites.clips is not None)
     job = ExportJob(config, run, files, learned, target, stop)
     job.check_run()
+    finished_rotations(run, warn)  # which makes R.bin again if that is damaged
     if finished(directory, job.fingerprint):
         say(f"{directory} is complete")
         return directory

@@ -264,7 +264,12 @@ def resume(train_state: TrainState) -> None:
     identity = {"ranks": train_state.world.size, "engine": train_state.engine.name}
     checkpoint = on_rank0(lambda: newest_checkpoint(train_state.run, warn))
     if checkpoint is None:
-        on_rank0(lambda: train_state.run.event("start", stage="optimize", **identity))
+
+        def note_start() -> None:
+            drop_metrics_after(train_state.run.path, 0)  # of a step that was killed before its checkpoint
+            train_state.run.event("start", stage="optimize", **identity)
+
+        on_rank0(note_start)
         return
     state, metadata = checkpoint
     try:

@@ -35,7 +35,7 @@ from dist_spin.runtime.progress import Progress, say, warn
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.checkpoints import CheckpointWriter
 from dist_spin.storage.metrics import append_metrics
-from dist_spin.storage.rotations import save_final
+from dist_spin.storage.rotations import finished_rotations, save_final
 from dist_spin.storage.tensorboard import Scalars
 
 
@@ -290,7 +290,6 @@ def log_step(train_state: TrainState, figures: dict[str, float], scalars: Scalar
 
 def finish(train_state: TrainState) -> None:
     """Re-orthogonalise in fp64 and write the files that other stages and other tools read."""
-    final = train_state.run.rotations / "final.safetensors"
 
     def write() -> None:
         rotations, adam, config = train_state.optimizer.rotations, train_state.optimizer.adam, train_state.config
@@ -307,8 +306,10 @@ def finish(train_state: TrainState) -> None:
             "orthogonality_r2": float(orthogonality_error(r2)),
         }
         train_state.run.event("done", stage="optimize", step=train_state.step, **errors)
-        say(f"wrote {final} and R.bin")
+        say(f"wrote {train_state.run.rotations / 'final.safetensors'} and R.bin")
 
-    if train_state.world.is_rank0 and final.exists():
-        say(f"rotations of run {train_state.config.name} are complete")
-    on_rank0(lambda: None if final.exists() else write())
+    if on_rank0(lambda: finished_rotations(train_state.run, warn)):
+        if train_state.world.is_rank0:
+            say(f"rotations of run {train_state.config.name} are complete")
+    else:
+        on_rank0(write)

@@ -19,8 +19,9 @@ from dist_spin.numerics.cayley import nearest_orthogonal
 from dist_spin.pipeline.export_limits import check_clips
 from dist_spin.pipeline.initial_rotations import starting_rotations
 from dist_spin.runtime.distributed import on_rank0
+from dist_spin.runtime.progress import warn
 from dist_spin.storage.atomic import write_text
-from dist_spin.storage.rotations import clip_bits, load_transforms, save_final
+from dist_spin.storage.rotations import clip_bits, finished_rotations, load_transforms, save_final
 from dist_spin.storage.run_directory import run_dir
 from dist_spin.storage.tensor_file import read_metadata, tensors_digest
 
@@ -43,7 +44,7 @@ def save_preset_rotations(config: RunConfig, shape: Shape) -> None:
         transforms = load_transforms(preset) if preset else {}
         digest = tensors_digest({"R1": r1, "R2": r2, **transforms})
         check_clips(config.export.target, config, "clip" in transforms)
-        if path.exists():
+        if finished_rotations(run, warn):
             if (read_metadata(path) or {}).get("given") != digest:
                 problem = (
                     f"run {config.name} holds other rotations than those of {config.rotation.load or 'its settings'}"

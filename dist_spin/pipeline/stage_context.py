@@ -1,6 +1,7 @@
 """What surrounds every stage: its lock, and its entry in the run's events."""
 
 import contextlib
+import os
 import resource
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from dist_spin.config.run import RunConfig
 from dist_spin.errors import Interrupted, UserError
 from dist_spin.runtime.distributed import World, on_rank0
 from dist_spin.runtime.environment import environment
+from dist_spin.storage.atomic import remove_leftovers
 from dist_spin.storage.locks import stage_lock
 from dist_spin.storage.run_directory import run_dir
 
@@ -24,9 +26,10 @@ def writing(config: RunConfig, world: World, stage: str, part: str = "") -> Iter
         Held: another process works on the same stage or part.
     """
     run = run_dir(config)
-    new = on_rank0(lambda: not run.path.exists())
+    new = on_rank0(lambda: not os.path.lexists(run.path))
     with contextlib.ExitStack() as held:
         on_rank0(lambda: held.enter_context(stage_lock(run.path, stage, part)))
+        on_rank0(lambda: remove_leftovers(run.path))
         about = environment(world)
         on_rank0(lambda: run.event("job", stage=stage, part=part, **about))
         began = time.monotonic()

@@ -2,9 +2,12 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
-import tempfile
+import re
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,11 @@ from typing import Any
 from safetensors import SafetensorError
 
 from dist_spin.errors import UserError
+from dist_spin.runtime.processes import began, machine
+
+SUFFIX = ".tmp"
+TEMPORARY = re.compile(r"\..+\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<began>\d+)-[0-9a-f]{8}" + re.escape(SUFFIX))
+FOREIGN_AGE_S = 3600.0
 
 
 @contextlib.contextmanager
@@ -21,12 +29,10 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the device is full, or the directory may not be written.
     """
-    temporary: Path | None = None
+    temporary = path.with_name(f".{path.name}.{_writer()}-{uuid.uuid4().hex[:8]}{SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        temporary.touch(mode=0o600, exist_ok=False)
         yield temporary
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
@@ -36,12 +42,40 @@ def atomic(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise user_error(error, path) from error
     except SafetensorError as error:  # safetensors reports a full disk as its own kind of error
-        if "os error 28" in str(error) or "No space left" in str(error):
-            raise user_error(OSError(errno.ENOSPC, "No space left on device"), path) from error
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise user_error(OSError(int(number[1]), os.strerror(int(number[1]))), path) from error
         raise
     finally:
-        if temporary is not None:
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _writer() -> str:
+    """Names this process among those of all machines and times."""
+    return f"{_machine()}-{os.getpid()}-{began(os.getpid())}"
+
+
+def _machine() -> str:
+    return hashlib.sha256(machine().encode()).hexdigest()[:8]
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove the temporary files below `directory` of writers that were killed; those of living ones stay.
+
+    Of a process of this machine it is known whether it lives. A writer elsewhere, or of before this machine was started
+    again, counts as dead when its file was not written to for FOREIGN_AGE_S.
+    """
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            if match := TEMPORARY.fullmatch(name):
+                with contextlib.suppress(OSError):
+                    file = Path(folder, name)
+                    if match["machine"] == _machine():
+                        dead = began(int(match["pid"])) != int(match["began"])
+                    else:
+                        dead = time.time() - file.stat().st_mtime > FOREIGN_AGE_S
+                    if dead:
+                        file.unlink()
 
 
 def _umask() -> int:
@@ -83,18 +117,37 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
     """Append one JSON line; short appends of one write are whole even with several writers."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as stream:
-            stream.write(json.dumps(value) + "\n")
+        with path.open("ab+") as stream:
+            stream.seek(0, os.SEEK_END)
+            if stream.tell():
+                stream.seek(-1, os.SEEK_END)
+                torn = stream.read(1) != b"\n"  # its writer was killed
+            else:
+                torn = False
+            stream.write(b"\n" * torn + json.dumps(value).encode() + b"\n")
     except OSError as error:
         raise user_error(error, path) from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file, [] if there is none; a torn last line (a writer was killed) is left out."""
-    if not path.exists():
+    """The JSON objects of a file, a line each, [] if there is none; lines that were torn (a writer was killed) or damaged
+    are left out.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        text = path.read_text(errors="replace")
+    except FileNotFoundError:
         return []
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror})", "check the directory and its permissions"
+        ) from error
     lines = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                lines.append(value)
     return lines

@@ -97,6 +97,7 @@ def checkpoints(run: RunDir) -> list[tuple[int, Path]]:
 
 def newest_checkpoint(run: RunDir, warn: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, str]] | None:
     """The newest checkpoint that is whole; a damaged one is set aside, said through `warn`, and the one before it used."""
+    damaged = False
     for _, path in checkpoints(run):
         try:
             return load_tensors(path)
@@ -105,6 +106,9 @@ def newest_checkpoint(run: RunDir, warn: Callable[[str], None]) -> tuple[dict[st
             os.replace(path, aside)
             warn(f"{error}; kept as {aside.name}, using the checkpoint before it")
             run.event("checkpoint_corrupt", file=path.name, problem=str(error))
+            damaged = True
+    if damaged:
+        warn(f"no checkpoint in {run.rotations} is whole: learning begins again")
     return None
 
 

@@ -24,5 +24,5 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def drop_metrics_after(run: Path, step: int) -> None:
     """Remove the lines of all steps after `step`, whose states were never saved."""
     if (run / NAME).exists():
-        lines = [json.dumps(line) + "\n" for line in read_metrics(run) if line["step"] <= step]
+        lines = [json.dumps(line) + "\n" for line in read_metrics(run) if line.get("step", step + 1) <= step]
         write_text(run / NAME, "".join(lines))

@@ -1,6 +1,8 @@
 """Rotation files that people exchange: ours (safetensors) and the published `R.bin` naming."""
 
+import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ from torch import Tensor
 from dist_spin.errors import UserError
 from dist_spin.storage.atomic import atomic
 from dist_spin.storage.run_directory import RunDir
-from dist_spin.storage.tensor_file import HEADER, load_tensors, read_metadata, save_tensors
+from dist_spin.storage.tensor_file import HEADER, load_tensors, read_metadata, save_tensors, set_aside
 
 R2_NAME = "model.layers.{}.self_attn.R2"
+FINAL = "final.safetensors"
 CLIP_BITS = "clip_bits"  # in the metadata, as JSON
 
 
@@ -32,11 +35,51 @@ def save_final(
     """
     if bits:
         metadata = {**metadata, CLIP_BITS: json.dumps(bits)}
-    named = {"R1": r1.float().cpu(), **{R2_NAME.format(i): r.float().cpu().clone() for i, r in enumerate(r2)}}
-    with atomic(run.rotations / "R.bin") as temporary:
-        torch.save(named, temporary)
+    _save_r_bin(run, r1, r2)
     # Last, because its presence says that learning is complete.
-    save_tensors(run.rotations / "final.safetensors", {"R1": r1, "R2": r2, **(transforms or {})}, metadata)
+    save_tensors(run.rotations / FINAL, {"R1": r1, "R2": r2, **(transforms or {})}, metadata)
+
+
+def _published(r1: Tensor, r2: Tensor) -> dict[str, Tensor]:
+    """R1 and R2 in fp32 under the published names."""
+    return {"R1": r1.float().cpu(), **{R2_NAME.format(i): r.float().cpu().clone() for i, r in enumerate(r2)}}
+
+
+def _save_r_bin(run: RunDir, r1: Tensor, r2: Tensor) -> None:
+    buffer = io.BytesIO()  # torch's own writer says nothing of why a file cannot be written, and names it in its bytes
+    torch.save(_published(r1, r2), buffer)
+    with atomic(run.rotations / "R.bin") as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def finished_rotations(run: RunDir, warn: Callable[[str], None]) -> bool:
+    """Whether the run has its final rotations. Damaged ones are set aside, saying so; R.bin is made again where it needs it."""
+    path = run.rotations / FINAL
+    if not path.exists():
+        return False
+    try:
+        tensors = _read(path)
+        r1, r2 = tensors["R1"], tensors["R2"]
+    except Exception as error:  # the parsers of a damaged file raise many kinds
+        problem = str(error).removeprefix(f"{path}: ").splitlines() or ["cannot be read"]
+        set_aside(path, problem[0], "making it again from the newest checkpoint", warn)
+        return False
+    restore_r_bin(run, r1, r2, warn)
+    return True
+
+
+def restore_r_bin(run: RunDir, r1: Tensor, r2: Tensor, warn: Callable[[str], None]) -> None:
+    """Write R.bin again if it does not hold these R1 [h, h] and R2 [layers, d, d], in fp32."""
+    path = run.rotations / "R.bin"
+    expected = _published(r1, r2)
+    try:
+        stored = _read(path)
+        whole = stored.keys() == expected.keys() and all(torch.equal(stored[name], r) for name, r in expected.items())
+    except Exception:  # as above
+        whole = False
+    if not whole:
+        warn(f"{path} is {'damaged' if path.exists() else 'missing'}; making it again from {FINAL}")
+        _save_r_bin(run, r1, r2)
 
 
 def _read(path: Path) -> Any:
@@ -54,6 +97,7 @@ def load_rotations(path: Path, hidden: int, head_dim: int, layers: int) -> tuple
     Raises:
         UserError: the file is missing, unreadable, not orthogonal, or belongs to a model of another size.
     """
+    remedy = "`dist-spin optimize` of that run makes it again" if path.name == FINAL else "check rotation.load"
     if not path.is_file():
         raise UserError(f"rotation file {path} does not exist", "check rotation.load")
     try:
@@ -66,9 +110,7 @@ def load_rotations(path: Path, hidden: int, head_dim: int, layers: int) -> tuple
         shapes = tuple(r1.shape), tuple(r2.shape)
     except Exception as error:  # a file of somebody else may hold anything
         problem = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise UserError(
-            f"{path} is not a rotation file for {layers} layers ({problem})", "check rotation.load"
-        ) from error
+        raise UserError(f"{path} is not a rotation file for {layers} layers ({problem})", remedy) from error
     wanted = (hidden, hidden), (layers, head_dim, head_dim)
     if shapes != wanted or count != layers:
         raise UserError(

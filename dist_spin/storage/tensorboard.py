@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dist_spin.storage.atomic import user_error
+
 
 class Scalars:
     """Writes scalars, or does nothing where that is switched off or TensorBoard is not installed.
@@ -25,9 +27,12 @@ class Scalars:
             self._open()
         if self._writer is None:
             return
-        for name, value in figures.items():
-            self._writer.add_scalar(f"{stage}/{name}", value, step)
-        self._writer.flush()
+        try:
+            for name, value in figures.items():
+                self._writer.add_scalar(f"{stage}/{name}", value, step)
+            self._writer.flush()
+        except OSError as error:
+            raise user_error(error, self._directory) from error
 
     def _open(self) -> None:
         """At the first step, so that a start with nothing left to do writes no file."""
@@ -37,4 +42,7 @@ class Scalars:
             self._say(f"no TensorBoard scalars ({error}); pip install tensorboard, or set report.tensorboard=false")
             self._wanted = False
             return
-        self._writer = SummaryWriter(str(self._directory), purge_step=self._step + 1)
+        try:
+            self._writer = SummaryWriter(str(self._directory), purge_step=self._step + 1)
+        except OSError as error:
+            raise user_error(error, self._directory) from error

@@ -2,6 +2,7 @@
 
 import random
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,67 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(runs, uninterru
     assert f"step_{newest:06d}.safetensors: checksum does not match" in runs.said()
     assert "using the checkpoint before it" in runs.said()
     assert runs.events("resume")[0]["step"] == before == newest - 1
+
+
+def steps_logged(runs: Runs) -> list[int]:
+    return [line["step"] for line in read_lines(runs.run.path / "metrics.jsonl")]
+
+
+def test_no_step_stands_twice_after_a_kill_before_the_first_checkpoint(runs, uninterrupted):
+    runs.run.path.mkdir()
+    (runs.run.path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "lo')
+    assert runs.finish(1)
+    assert steps_logged(runs) == list(range(1, STEPS + 1))
+
+
+def test_a_run_that_lost_all_checkpoints_begins_again_to_the_same_bytes(runs, uninterrupted):
+    job = runs.start(2)
+    job.wait_for(lambda: runs.step() >= 4)
+    job.signal(signal.SIGTERM, 0)
+    assert job.wait() == [75, 75]
+    for _, path in checkpoints(runs.run):
+        path.write_bytes(path.read_bytes()[:-7])
+    assert runs.finish(2) == uninterrupted.final()
+    assert "learning begins again" in runs.said()
+    assert steps_logged(runs) == list(range(1, STEPS + 1))
+
+
+def test_damaged_results_are_made_again_from_the_last_checkpoint(runs, uninterrupted):
+    for name in ("final.safetensors", "R.bin"):
+        before = runs.finish(2), (runs.run.rotations / "R.bin").read_bytes()
+        damaged = bytearray((runs.run.rotations / name).read_bytes())
+        damaged[len(damaged) // 2] ^= 4
+        (runs.run.rotations / name).write_bytes(bytes(damaged))
+        assert (runs.finish(2), (runs.run.rotations / "R.bin").read_bytes()) == before
+        assert runs.final() == uninterrupted.final()
+        assert "making it again from" in runs.said()
+        assert steps_logged(runs) == list(range(1, STEPS + 1))
+
+
+def test_a_signal_is_noticed_between_two_micro_batches(runs):
+    """One step takes far longer than this test; nothing of it is taken, and nothing of it is written."""
+    job = runs.start(2, "optimize.batch_size=20000", "optimize.micro_batch_size=1")
+    job.wait_for(lambda: bool(runs.events("start")))
+    time.sleep(0.5)  # into the first step
+    job.signal(signal.SIGTERM, 1)  # to one rank: the other learns of it
+    began = time.monotonic()
+    assert job.wait() == [75, 75], runs.said()
+    assert time.monotonic() - began < 10
+    assert steps_logged(runs) == []
+    assert runs.step() == 0
+    assert "Traceback" not in runs.said()
+
+
+def test_a_second_ctrl_c_ends_a_stage_at_once(runs, uninterrupted):
+    job = runs.start(1, "optimize.batch_size=20000", "optimize.micro_batch_size=20000")
+    job.wait_for(lambda: bool(runs.events("start")))
+    time.sleep(0.5)  # into the first step
+    job.signal(signal.SIGINT, 0)
+    time.sleep(0.5)
+    job.signal(signal.SIGINT, 0)
+    assert job.wait() == [130], runs.said()
+    assert "ended at once by a second ctrl-C" in runs.said()
+    assert "Traceback" not in runs.said()
 
 
 def test_a_finished_run_does_nothing_again(uninterrupted):
