@@ -113,6 +113,10 @@ class Parser(argparse.ArgumentParser):
         """As argparse's, then the settings."""
         return super().format_help() + (f"\n{config_help(self.reads)}" if self.reads else "")
 
+    def print_help(self, file: Any = None) -> None:
+        """As argparse's, which swallows the error of a reader who has left."""
+        print(self.format_help(), end="", file=file)
+
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print."""
         verb = self.prog.removeprefix("dist-spin ")

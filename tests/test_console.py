@@ -1,0 +1,190 @@
+"""What the command line shows: help by verb, log lines and progress on terminals and in files, pipes that nobody reads."""
+
+import io
+import logging
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from tiny import write_model
+
+from dist_spin.cli import VERBS, main
+from dist_spin.config.help import config_help
+from dist_spin.errors import EXIT_HANG, EXIT_PIPE
+from dist_spin.runtime.console import CLEAR, Console, shown_on
+from dist_spin.runtime.distributed import lost_rank
+from dist_spin.runtime.progress import LOGGER, Progress, say, warn
+
+SECTIONS = {section.partition(" ")[0]: section for section in config_help().strip().split("\n\n")}
+LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d rank (\d+) (\w+) (.*)")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_help_of_a_verb_has_the_settings_that_it_reads_and_no_others(capsys):
+    for name, verb in VERBS.items():
+        assert main([name, "--help"]) == main(["help", name]) == 0
+        text = capsys.readouterr().out
+        assert text.startswith(f"usage: dist-spin {name}")
+        for group, section in SECTIONS.items():
+            read = group in verb.reads or (group == "The" and verb.reads)
+            assert text.count(section) == (2 if read else 0), (name, group)
+    for words in (["run", "--help-all"], ["optimize", "configs/none.yaml", "--help-all", "a=b"]):
+        assert main(words) == 0
+        text = capsys.readouterr().out
+        assert all(section in text for section in SECTIONS.values())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["optimize", "none.yaml", "optimize.steps=3"],
+        ["optimize", "none.yaml", "--optimize.steps=3"],
+        ["optimize", "none.yaml", "--optimize.steps", "3"],
+        ["--quiet", "optimize", "none.yaml", "--name", "x"],
+        ["quantize", "--layers", "0:1", "none.yaml", "--optimize.lr", "-1", "a.b=c"],
+        ["quantize", "none.yaml", "quant.w_bits=4", "--layers=0:1", "--verbose", "--quant.k_bits=8"],
+        ["quantize", "none.yaml", "--slurm=partition=gpu", "--cluster", "local", "--slurm", "qos=x", "--workers=2"],
+        ["quantize", "--boundaries", "none.yaml"],
+        ["export", "none.yaml", "--format", "hf", "export.profile=no-had", "--output=/nowhere"],
+        ["submit", "none.yaml", "--cluster=local", "optimize.steps=3"],
+    ],
+)
+def test_settings_and_options_may_stand_in_any_form_and_order(capsys, words):
+    assert main(words) == 2  # the words were understood: what is missing is the file
+    assert capsys.readouterr().err.startswith("dist-spin: cannot read none.yaml: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["quantize", "--layers", "0-3"], "--layers: '0-3' is not A:B"),
+        (["quantize", "--layers"], "--layers: expected one argument"),
+        (["quantize", "--cluster", "sky"], "--cluster: invalid choice: 'sky'"),
+        (["generate", "runs/none", "text", "--tokens", "-3"], "--tokens: '-3' is no whole number"),
+        (["cancel"], "required: RUN"),
+        (["logs", "runs/none", "more"], "logs does not take more"),
+        (["bench", "speed"], "invalid choice: 'speed'"),
+        (["bench", "scaling"], "required: files"),
+    ],
+)
+def test_mistakes_in_options_are_one_line_with_the_help_to_ask_for(capsys, words, problem):
+    assert main(words) == 2
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert said.out == ""
+    assert problem in line
+    assert f"; `dist-spin {' '.join(words[: 2 if words[1:] == ['scaling'] else 1])} --help` says what it takes" in line
+
+
+def test_a_log_line_clears_the_line_of_progress_on_a_terminal_and_draws_it_again():
+    stream = Terminal()
+    with shown_on(Console(stream)):
+        progress = Progress("step", 3)
+        assert stream.getvalue() == ""
+        progress.advance("loss 2")
+        first = stream.getvalue()
+        assert re.fullmatch(re.escape(CLEAR) + r"step 1/3  loss 2  \d:\d\d left", first)
+        say("a checkpoint was damaged")
+        redrawn = stream.getvalue().removeprefix(first)
+        assert redrawn == f"{CLEAR}a checkpoint was damaged\n{first.removeprefix(CLEAR)}"
+        progress.advance()
+        progress.advance()
+        assert stream.getvalue().endswith("\n")
+        say("done")
+        assert stream.getvalue().endswith(f"\n{CLEAR}done\n")
+        Progress("layer", 9).advance()
+    assert stream.getvalue().endswith(" left\n")  # what follows begins a line of its own
+    assert max(map(len, stream.getvalue().split(CLEAR))) < 80
+
+
+def said(rank: int = 0, **options: bool) -> list[tuple[str, ...]]:
+    """Rank, level and text of the lines in a file."""
+    stream = io.StringIO()
+    with shown_on(Console(stream, rank, **options)):
+        progress = Progress("step", 2)
+        progress.advance()
+        say("told")
+        warn("warned")
+        progress.advance()
+    lines = [LINE.fullmatch(line) for line in stream.getvalue().splitlines()]
+    return [line.groups() for line in lines if line is not None or pytest.fail(stream.getvalue())]
+
+
+def test_lines_in_a_file_carry_time_rank_and_level_and_other_ranks_are_quiet():
+    told, warned = ("0", "INFO", "told"), ("0", "WARNING", "warned")
+    progress = ("0", "INFO", "step 2/2    took 0:00")  # the first came before its time
+    assert said() == [told, warned, progress]
+    assert said(quiet=True) == [warned]
+    assert said(verbose=True) == [("0", "DEBUG", "step: 0 of 2 are done"), told, warned, progress]
+    assert said(rank=3) == said(rank=3, quiet=True) == [("3", "WARNING", "warned")]
+    assert ("3", "INFO", "told") in said(rank=3, verbose=True)
+
+
+def test_every_rank_knows_where_it_is_though_it_says_nothing():
+    console = Console(io.StringIO(), rank=1)
+    with shown_on(console):
+        assert console.position() == "before the first step"
+        progress = Progress("layer", 2, show=False)
+        assert console.position() == "at layer 1 of 2"
+        progress.advance()
+        assert console.position() == "at layer 2 of 2"
+
+
+def test_a_command_leaves_the_logger_as_it_found_it(capsys):
+    before = (LOGGER.level, LOGGER.propagate, list(LOGGER.handlers))
+    assert main(["status", "/nowhere"]) == 2
+    assert (LOGGER.level, LOGGER.propagate, LOGGER.handlers) == before
+    assert logging.getLogger("dist_spin") is LOGGER
+
+
+@pytest.mark.parametrize("words", [["run", "--help-all"], ["--help"]])
+def test_a_reader_who_leaves_ends_a_command_quietly(words):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "dist_spin", *words]
+    ended = subprocess.run(command, check=False, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (EXIT_PIPE, "")
+
+
+def test_a_lost_rank_is_told_from_other_errors():
+    transport = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer\nmore"
+    assert lost_rank(RuntimeError(transport)) == transport.splitlines()[0]
+    assert lost_rank(dist.DistNetworkError("the client socket has timed out")) == "the client socket has timed out"
+    assert lost_rank(dist.DistBackendError("NCCL error: remote process exited")) is not None
+    for error in (
+        RuntimeError("a request timed out"),
+        RuntimeError("[enforce fail at gloo/gloo/transport/tcp/pair.cc:456] op.preamble.length <= op.nbytes. 4 vs 2"),
+        dist.DistBackendError("NCCL error: ncclInvalidUsage: This usually reflects invalid usage of NCCL library."),
+        ConnectionError("the hub does not answer: Connection refused"),
+    ):
+        assert lost_rank(error) is None
+
+
+@pytest.mark.distributed
+def test_ranks_that_never_come_are_lost_ranks(tmp_path):
+    model = write_model("mha", tmp_path / "model")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": "0"}
+    words = [f"model.path={model}", f"output_dir={tmp_path}", "distributed.device=cpu", "distributed.timeout_s=3"]
+    command = [sys.executable, "-m", "dist_spin", "optimize", *words]
+    ended = subprocess.run(command, check=False, env=os.environ | alone, capture_output=True, text=True)
+    assert ended.returncode == EXIT_HANG, ended.stderr
+    (line,) = (line for line in ended.stderr.splitlines() if line.startswith("dist-spin: "))
+    assert line.startswith(
+        f"dist-spin: rank 0 of 2 on {socket.gethostname()}: no answer from another rank within 3 s before"
+    )
+    assert line.endswith("; start again to resume")
+    assert "Traceback" not in ended.stderr
+    assert not Path(tmp_path / "run").exists()
