@@ -4,9 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from tiny import write_model
+from tiny import tiny_run, write_model
 from torch import Tensor
 
 from dist_spin.cli import main
@@ -33,24 +32,8 @@ def settings(place: Path, kind: str, *more: str, dtype: str = "float32") -> list
     """Settings of a short run on a tiny model, which is made if it is not there; 4-bit keys and values."""
     model = place / kind
     if not model.exists():
-        place.mkdir(exist_ok=True)
         write_model(kind, model, dtype=getattr(torch, dtype))
-        np.save(place / "tokens.npy", np.random.default_rng(0).integers(3, 97, (30, 20)))
-    source = f"tokens:{place / 'tokens.npy'}"
-    return [
-        f"output_dir={place / 'runs'}",
-        f"model.path={model}",
-        f"model.dtype={dtype}",
-        *(f"{stage}.seq_len=20" for stage in ("optimize", "quantize", "evaluate")),
-        *(f"{stage}.source={source}" for stage in ("optimize", "quantize")),
-        f"evaluate.sources=[{source}]",
-        "optimize.batch_size=2",
-        "optimize.steps=1",
-        "quantize.n_sequences=12",
-        "distributed.device=cpu",
-        "distributed.threads=1",
-        *more,
-    ]
+    return tiny_run(place / "runs", f"model.dtype={dtype}", *more, model=model)
 
 
 def make_run(words: list[str], *stages: str) -> Path:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import write_model
+from tiny import tiny_run
 from transformers import AutoModelForCausalLM
 
 from dist_spin.config.loader import load_config
@@ -25,15 +25,9 @@ def _group():
 
 
 def prepared(place, *more):
-    write_model("gqa_tied", place / "model")
-    given = [
-        f"output_dir={place / 'runs'}",
-        f"model.path={place / 'model'}",
-        "model.dtype=float64",
-        "quantize.source=self",
-    ]
-    sizes = ["quantize.n_sequences=20", "quantize.seq_len=12", "distributed.device=cpu"]
-    config = load_config(None, [*given, *sizes, *more])
+    sizes = ["quantize.n_sequences=20", "quantize.seq_len=12"]
+    words = tiny_run(place / "runs", "quantize.source=self", *sizes, *more, model=place / "model")
+    config = load_config(None, words)
     return config, open_configured_model(config)
 
 

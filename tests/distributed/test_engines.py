@@ -5,13 +5,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from ranks import Job, command
 from safetensors.torch import load_file
 from test_stopping import Runs
-from tiny import write_model
 
 from dist_spin.config.distributed import DistributedConfig
 from dist_spin.errors import UserError
@@ -169,9 +167,7 @@ def test_both_engines_learn_the_same_rotations(words, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_changes_its_engine_at_every_stop(tmp_path):
-    place = write_model("gqa_tied", tmp_path / "model")
-    np.save(place / "tokens.npy", np.random.default_rng(0).integers(3, 97, (40, 20)))
-    whole, changing = Runs(place, tmp_path / "whole"), Runs(place, tmp_path / "changing")
+    whole, changing = (Runs(tmp_path / "model", tmp_path / name) for name in ("whole", "changing"))
     for runs in (whole, changing):
         runs.log.parent.mkdir()
     expected = whole.finish(2)

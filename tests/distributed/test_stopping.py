@@ -10,7 +10,7 @@ import pytest
 import torch
 from ranks import Job, command
 from safetensors.torch import load_file, save_file
-from tiny import write_model
+from tiny import tiny_run, write_model
 
 from dist_spin.storage.atomic import read_lines
 from dist_spin.storage.checkpoints import checkpoints, newest_checkpoint
@@ -23,10 +23,8 @@ STEPS = 24
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A tiny model with its tokens beside it."""
-    place = write_model("gqa_tied", tmp_path_factory.mktemp("model"))
-    np.save(place / "tokens.npy", np.random.default_rng(0).integers(3, 97, (40, 20)))
-    return place
+    """Where a tiny model and its tokens are, or will be."""
+    return tmp_path_factory.mktemp("model")
 
 
 class Runs:
@@ -34,20 +32,16 @@ class Runs:
 
     def __init__(self, model: Path, place: Path) -> None:
         self.run, self.log = RunDir(place / "run"), place / "log"
-        self.words = [
-            f"output_dir={place}",
-            f"model.path={model}",
-            "model.dtype=float64",
-            f"optimize.source=tokens:{model / 'tokens.npy'}",
-            "optimize.seq_len=20",
+        self.words = tiny_run(
+            place,
             "optimize.batch_size=3",
             f"optimize.steps={STEPS}",
             "optimize.momentum=0.5",  # so that there is optimiser state to lose
             "optimize.reproject_every=5",
-            "distributed.device=cpu",
-            "distributed.threads=1",
             "distributed.timeout_s=30",
-        ]
+            model=model,
+            sequences=40,
+        )
 
     def start(self, size: int, *more: str) -> Job:
         return Job(size, command, "optimize", *self.words, *more, log=self.log)

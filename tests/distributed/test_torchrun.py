@@ -10,11 +10,10 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from ranks import free_port
 from safetensors.torch import load_file
-from tiny import write_model
+from tiny import tiny_run
 
 from dist_spin.runtime.processes import process_stat
 from dist_spin.storage.atomic import read_lines
@@ -29,22 +28,8 @@ LAUNCHERS = (b"torch.distributed.run", b"dist_spin.launch.torchrun")
 
 @pytest.fixture
 def words(tmp_path) -> list[str]:
-    place = write_model("gqa_tied", tmp_path / "model")
-    np.save(place / "tokens.npy", np.random.default_rng(0).integers(3, 97, (40, 20)))
-    source = f"tokens:{place / 'tokens.npy'}"
-    return [
-        f"model.path={place}",
-        "model.dtype=float64",
-        *(f"{stage}.seq_len=20" for stage in ("optimize", "quantize", "evaluate")),
-        f"optimize.source={source}",
-        f"quantize.source={source}",
-        f"evaluate.sources=[{source}]",
-        "quantize.n_sequences=4",
-        "optimize.batch_size=3",
-        "optimize.steps=2000",  # ended by a signal, unless a test says less
-        "distributed.device=cpu",
-        "distributed.threads=1",
-    ]
+    sizes = ("quantize.n_sequences=4", "optimize.batch_size=3")
+    return tiny_run(tmp_path, *sizes, "optimize.steps=2000", sequences=40)  # ended by a signal, unless a test says less
 
 
 def start(log: Path, *command: str) -> subprocess.Popen[bytes]:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import task_files
 from ranks import Job, command
-from tiny import write_letters, write_model
+from tiny import tiny_run, write_letters, write_model
 
 pytestmark = pytest.mark.distributed
 
@@ -16,22 +16,16 @@ def test_two_ranks_measure_what_one_measures(tmp_path):
     write_letters(model)
     task_files.write_piqa(tmp_path / "tasks", 7)
     task_files.write_lambada(tmp_path / "tasks", 5)
-    words = [
-        f"model.path={model}",
+    words = tiny_run(
+        tmp_path,
         "model.dtype=float32",
         "quant.w_bits=16",
         "rotation.r4_block=16",
         "optimize.source=pydoc",
-        "optimize.seq_len=20",
-        "optimize.steps=1",
-        "optimize.batch_size=2",
         "evaluate.sources=[]",
         "evaluate.tasks=[piqa,siqa,lambada_openai]",
         f"evaluate.tasks_dir={tmp_path / 'tasks'}",
-        "distributed.device=cpu",
-        "distributed.threads=1",
-    ]
-    words.append(f"output_dir={tmp_path}")
+    )
     alone = Job(1, command, "optimize", *words, log=tmp_path / "optimize")
     assert alone.wait() == [0], alone.log.read_text()
     found = []
