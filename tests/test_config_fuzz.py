@@ -89,7 +89,17 @@ SPLICES = [
         b"true",
         b"''",
     ),
-    *("é".encode(), "\u2028".encode(), "\ufeff".encode(), "名".encode(), "𝟙".encode(), "²".encode(), b"\xed\xa0\x80"),
+    *(
+        b'"\\UFFFFFFFF"',
+        b"\n%YAML 1." + b"9" * 5000 + b"\n",
+        "é".encode(),
+        "\u2028".encode(),
+        "\ufeff".encode(),
+        "名".encode(),
+        "𝟙".encode(),
+        "²".encode(),
+        b"\xed\xa0\x80",
+    ),
 ]
 
 

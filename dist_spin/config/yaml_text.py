@@ -25,25 +25,25 @@ def read_yaml(path: str) -> dict[Any, Any]:
         UserError: the file cannot be read, is no regular file, is larger than MAX_BYTES or no UTF-8; it is no YAML as
             `parse_yaml` wants it; or it holds something else than a mapping.
     """
-    place = one_line(path)
+    printed = one_line(path)
     try:
         text = _read_bounded(Path(path)).decode("utf-8")
     except OSError as error:
-        raise UserError(f"cannot read {place}: {error.strerror}", EXAMPLES) from error
+        raise UserError(f"cannot read {printed}: {error.strerror}", EXAMPLES) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {place}: it is not UTF-8 text", EXAMPLES) from error
+        raise UserError(f"cannot read {printed}: it is not UTF-8 text", EXAMPLES) from error
     except ValueError as error:
-        raise UserError(f"cannot read {place}: {error}", EXAMPLES) from error
+        raise UserError(f"cannot read {printed}: {error}", EXAMPLES) from error
     try:
         content = parse_yaml(text)
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
-        where = f"{place}, line {mark.line + 1}" if mark else place
+        where = f"{printed}, line {mark.line + 1}" if mark else printed
         raise UserError(
             f"{where}: {' '.join(str(problem).split())}", "write `key: value`, indented by spaces"
         ) from error
     if not isinstance(content or {}, dict):
-        raise UserError(f"{place} holds no settings", "write `key: value` lines; configs/ has examples")
+        raise UserError(f"{printed} holds no settings", "write `key: value` lines; configs/ has examples")
     return content or {}
 
 
@@ -54,7 +54,14 @@ def parse_yaml(text: str) -> Any:
         yaml.YAMLError: syntax, a key that is set twice, nesting deeper than MAX_DEPTH, an alias of a mapping or list, or
             aliases that make the text longer than MAX_BYTES characters.
     """
-    return yaml.load(text, Loader=_TextLoader)  # its scalars all stay text, and no tag builds an object: safe
+    loader = _TextLoader(text)  # its scalars all stay text, and no tag builds an object: safe
+    try:
+        return loader.get_single_data()
+    except (ValueError, OverflowError) as error:  # PyYAML hands "\UFFFFFFFF" and endless version numbers to Python
+        problem = "a character or number that is too large"
+        raise yaml.scanner.ScannerError(problem=problem, problem_mark=loader.get_mark()) from error
+    finally:
+        loader.dispose()
 
 
 def _read_bounded(path: Path) -> bytes:
