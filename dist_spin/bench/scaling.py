@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     figures = [row for path in options.files for row in read(path)]
     for row in figures:
         check(row, shape)
-    rows, whole = [], []
+    rows, whole_runs = [], []
     for group in grouped(figures):
         reference = Reference(group, shape, machine)
         rows += [reference.measured(row) for row in sorted(group, key=order)]
@@ -84,10 +84,10 @@ def run(options: argparse.Namespace) -> int:
                         rows.append(reference.predicted(ranks, shards, sequences))
             if options.quantize and reference.w_bits == 16:
                 seconds = json.loads(options.quantize.read_text())
-                places = sorted({reference.ranks, *options.predict})
-                whole += [reference.whole_run(ranks, sequences, seconds, options) for ranks in places]
+                gpus = sorted({reference.ranks, *options.predict})
+                whole_runs += [reference.whole_run(ranks, sequences, seconds, options) for ranks in gpus]
     print(table(rows))
-    print("\n".join(whole))
+    print("\n".join(whole_runs))
     return 0
 
 

@@ -222,13 +222,13 @@ def reduce_time(shape: Shape, layers: int, ranks: int, measured: Fixed, machine:
 def cayley_time(shape: Shape, ranks: int, measured: Fixed, machine: Machine) -> float:
     """The Cayley step: products split over ranks by rows of R1, elementwise work done by all, shares gathered."""
     size = 4 * shape.hidden**2
-    whole = min(ELEMENTWISE_PASSES * size / machine.copy, measured.cayley)
+    elementwise = min(ELEMENTWISE_PASSES * size / machine.copy, measured.cayley)
 
     def gather(n: int) -> float:
         return (n - 1) / n * size / machine.link
 
-    split = max(measured.cayley - whole - gather(measured.ranks), 0.0) * measured.ranks
-    return whole + split / ranks + gather(ranks)
+    split = max(measured.cayley - elementwise - gather(measured.ranks), 0.0) * measured.ranks
+    return elementwise + split / ranks + gather(ranks)
 
 
 def requantize_time(shape: Shape, point: Point, measured: Fixed, machine: Machine) -> float:
@@ -246,7 +246,7 @@ def memory(shape: Shape, point: Point) -> float:
     """Peak bytes on one rank: weights, layers being gathered, what passes keep, one layer at work, rotations and their copies."""
     tokens, element = point.tokens, DTYPE.itemsize
     rounded = point.w_bits < 16
-    kept = sum(
+    activations = sum(
         count * kept_bytes(shape, tokens, element, level, fake_quant_linears=rounded)
         for level, count in point.levels.items()
     )
@@ -255,7 +255,7 @@ def memory(shape: Shape, point: Point) -> float:
     return (
         shard_bytes(shape, point)
         + gathered
-        + kept
+        + activations
         + kept_bytes(shape, tokens, element, "none", fake_quant_linears=rounded)
         + rotations
     )

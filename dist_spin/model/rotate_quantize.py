@@ -40,18 +40,18 @@ def kept_matmul(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
-def _kept_backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+@kept_matmul.register_fake
+def _kept_matmul_shape(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(*a.shape[:-1], b.shape[-1])
+
+
+def _kept_matmul_backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
     (b,) = ctx.saved_tensors
     return g @ b.T, None  # b is a frozen weight
 
 
-@kept_matmul.register_fake
-def _(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(*a.shape[:-1], b.shape[-1])
-
-
 kept_matmul.register_autograd(
-    _kept_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1])
+    _kept_matmul_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1])
 )
 
 
@@ -169,12 +169,12 @@ def clipped(x: Tensor, spec: QuantSpec, learned: ScaleAndClip) -> Tensor:
     return range_quantize(x, spec, None if learned.clip is None else learned.clip.sigmoid())
 
 
-def _times(x: Tensor, log_scale: Tensor, sign: int = 1) -> Tensor:
+def scale_channels(x: Tensor, log_scale: Tensor, sign: int = 1) -> Tensor:
     """x * s, or x / s for sign -1, in x's dtype; differentiable in both."""
     return (x * (sign * log_scale).exp()).to(x.dtype)
 
 
-def _differentiable(rotation: RotationParam, dtype: torch.dtype) -> Tensor:
+def differentiable_rotation(rotation: RotationParam, dtype: torch.dtype) -> Tensor:
     """R with its gradient path: the value of (I + Omega) R at Omega = 0, differentiable in Omega in the lie_grad's dtype."""
     if rotation.lie_grad is None:
         return rotation.value.to(dtype)

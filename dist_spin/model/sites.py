@@ -1,4 +1,4 @@
-"""The places of a decoder layer where activations are quantised, as thin modules around transformers' own.
+"""The sites of a decoder layer, where activations are quantised, as thin modules around transformers' own.
 
 While rotations are learned with 16-bit weights, nothing but these sites knows about a rotation: because RMSNorm commutes
 with R1 and Q(x R1)(W R1)^T = [Q(x R1) R1^T] W^T, the rotated network is the original one with the activation rotated,
@@ -20,11 +20,11 @@ from dist_spin.model.rotate_quantize import (
     NO_SCALE_OR_CLIP,
     RotationParam,
     ScaleAndClip,
-    _differentiable,
-    _times,
     clipped,
+    differentiable_rotation,
     kept_matmul,
     rotate_quantize,
+    scale_channels,
 )
 from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.numerics.hadamard_transform import kronecker_apply, online_transform
@@ -32,6 +32,8 @@ from dist_spin.numerics.quantizer import QuantSpec, fake_quantize
 
 
 class _Mode:
+    """Not an argument: transformers' own forward passes lie between whoever decides and the sites."""
+
     plain = False
 
 
@@ -107,9 +109,9 @@ class ValueSite(nn.Module):
             return v
         v = v.unflatten(-1, (-1, self.head_dim))  # [..., kv_heads, d]
         if self.rotation is not None:
-            v = v @ _differentiable(self.rotation, v.dtype)
+            v = v @ differentiable_rotation(self.rotation, v.dtype)
         if self.learned.scale is not None:
-            v = _times(v, self.learned.scale)
+            v = scale_channels(v, self.learned.scale)
         return clipped(v, self.spec, self.learned).flatten(-2)
 
 
@@ -148,8 +150,8 @@ class OProjInputQuant(nn.Module):
             return a
         a = a.unflatten(-1, (-1, self.head_dim))
         if self.learned.scale is not None:
-            a = _times(a, _per_query_head(self.learned.scale, a.shape[-2]), -1)
-        return (a @ _differentiable(self.rotation, a.dtype).T).flatten(-2)
+            a = scale_channels(a, _per_query_head(self.learned.scale, a.shape[-2]), -1)
+        return (a @ differentiable_rotation(self.rotation, a.dtype).T).flatten(-2)
 
 
 class DownProjInputQuant(nn.Module):
@@ -175,7 +177,7 @@ class DownProjInputQuant(nn.Module):
         if _mode.plain and (self.unfold or not self.hadamard):
             return m
         if self.learned.scale is not None and not _mode.plain:
-            m = _times(m, self.learned.scale)
+            m = scale_channels(m, self.learned.scale)
         if self.hadamard:
             m = online_transform(m, self.hadamard)
         if _mode.plain:
@@ -183,7 +185,7 @@ class DownProjInputQuant(nn.Module):
         m = clipped(m, self.spec, self.learned)
         if self.unfold and self.hadamard:
             m = kronecker_apply(m, self.hadamard, inverse=True)
-        return m if self.learned.scale is None else _times(m, self.learned.scale, -1)
+        return m if self.learned.scale is None else scale_channels(m, self.learned.scale, -1)
 
 
 class QuantizedInputLinear(nn.Module):
@@ -224,8 +226,8 @@ class KeySite(nn.Module):
             return query, key
         if self.learned.scale is not None:
             t = torch.cat((self.learned.scale, self.learned.scale), -1)  # [kv_heads or 1, d]
-            query = _times(query, _per_query_head(t, query.shape[1]).unsqueeze(-2), -1)
-            key = _times(key, t.unsqueeze(-2))
+            query = scale_channels(query, _per_query_head(t, query.shape[1]).unsqueeze(-2), -1)
+            key = scale_channels(key, t.unsqueeze(-2))
         if self.hadamard:
             query, key = online_transform(query, self.hadamard), online_transform(key, self.hadamard)
         return query, clipped(key, self.spec, self.learned)

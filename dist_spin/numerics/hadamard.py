@@ -52,7 +52,7 @@ _CIRCULANTS = {
 _INT8_ONE = torch.ones(1, 1, dtype=torch.int8, device="cpu")
 _INT8_TWO = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8, device="cpu")
 # A single core above this is slow to apply; only 924 is met among model sizes.
-_CORE_LIMIT = 512
+CORE_LIMIT = 512
 
 
 class NoHadamard(ValueError):
@@ -69,7 +69,7 @@ def hadamard_core(n: int) -> tuple[int, int]:
 
     Raises NoHadamard if n is not a positive int or no core is known for it.
     """
-    _check_order(n)
+    check_order(n)
     core = _core_order(n)
     if core is None:
         raise NoHadamard(f"no Hadamard matrix of order {n} is known here; its largest block is {largest_block(n)}")
@@ -82,7 +82,7 @@ def hadamard_matrix(n: int) -> Tensor:
     Builds all n^2 entries: for large n apply `kronecker_factors` instead.
     """
     core, power = hadamard_core(n)
-    return torch.kron(_core_matrix(core), _sylvester(power))
+    return torch.kron(core_matrix(core), sylvester(power))
 
 
 def largest_block(n: int) -> int:
@@ -91,13 +91,14 @@ def largest_block(n: int) -> int:
     I_{n/b} (x) H_b with b = largest_block(n) is the fall-back for a width without a Hadamard matrix of its own: every
     block is rotated alike and blocks do not mix. Raises NoHadamard if n is not a positive int.
     """
-    _check_order(n)
+    check_order(n)
     odd = n // _power_of_two_in(n)
     divisors = [d for d in range(1, odd + 1, 2) if odd % d == 0]
     return max(d * (n // odd) for d in divisors if _core_order(d * (n // odd)) is not None)
 
 
-def _check_order(n: int) -> None:
+def check_order(n: int) -> None:
+    """Raise NoHadamard unless n is a positive int."""
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise NoHadamard(f"the order of a Hadamard matrix is a positive integer, not {n!r}")
 
@@ -112,8 +113,8 @@ def _core_order(n: int) -> int | None:
         return 1
     candidates = [n // power << j for j in range(2, power.bit_length())]
     known = next((k for k in candidates if _builder(k) is not None), None)
-    if known is not None and known > _CORE_LIMIT:
-        return next((k for k in candidates if _split(k)), known)
+    if known is not None and known > CORE_LIMIT:
+        return next((k for k in candidates if split_core(k)), known)
     return known
 
 
@@ -126,12 +127,12 @@ def _builder(k: int) -> Callable[[], Tensor] | None:
         return partial(_paley_two, k // 2 - 1)
     if k // 4 in _CIRCULANTS:
         return partial(_goethals_seidel, k // 4)
-    parts = _split(k)
+    parts = split_core(k)
     return partial(_product, *parts) if parts else None
 
 
 @cache
-def _split(k: int) -> tuple[int, int] | None:
+def split_core(k: int) -> tuple[int, int] | None:
     """(a, b) with a b = k, both of them orders of cores, of the least sum; or None."""
     for a in range(math.isqrt(k) // 4 * 4, 8, -4):
         b = k // a
@@ -142,17 +143,17 @@ def _split(k: int) -> tuple[int, int] | None:
 
 
 @cache
-def _core_matrix(k: int) -> Tensor:
-    """int8 [k, k]; shared, so never to be written to."""
-    build = _builder(k) if k > 1 else partial(_sylvester, 1)
+def core_matrix(k: int) -> Tensor:
+    """The core of order k, int8 [k, k]; shared, so never to be written to."""
+    build = _builder(k) if k > 1 else partial(sylvester, 1)
     assert build is not None  # k came from _core_order
     # Built on request anywhere in a program, kept for good: not as a tensor that autograd would refuse later.
     with torch.inference_mode(mode=False):
         return build()
 
 
-def _sylvester(power: int) -> Tensor:
-    """int8 [power, power] for a power of two."""
+def sylvester(power: int) -> Tensor:
+    """Sylvester's Hadamard matrix, int8 [power, power] for a power of two."""
     matrix = _INT8_ONE
     while len(matrix) < power:
         matrix = torch.kron(_INT8_TWO, matrix)
@@ -160,7 +161,7 @@ def _sylvester(power: int) -> Tensor:
 
 
 def _product(a: int, b: int) -> Tensor:
-    return torch.kron(_core_matrix(a), _core_matrix(b))
+    return torch.kron(core_matrix(a), core_matrix(b))
 
 
 def _paley_one(q: int) -> Tensor:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from dist_spin.numerics.hadamard import (
-    _CORE_LIMIT,
-    _check_order,
-    _core_matrix,
-    _split,
-    _sylvester,
+    CORE_LIMIT,
+    check_order,
+    core_matrix,
     hadamard_core,
     hadamard_matrix,
+    split_core,
+    sylvester,
 )
 
 # One dense matrix beats two up to here on an H100 (bfloat16; twice as fast at 1024, slower at 2048). Powers of two only:
@@ -52,8 +52,8 @@ def kronecker_factors(
     block = _check_block(n, block)
     core, power = hadamard_core(block)
     scale = block**-0.5
-    if core > _CORE_LIMIT and (parts := _split(core)):
-        matrices = [_core_matrix(k) for k in parts] + [_sylvester(power)] * (power > 1)
+    if core > CORE_LIMIT and (parts := split_core(core)):
+        matrices = [core_matrix(k) for k in parts] + [sylvester(power)] * (power > 1)
         first = 2.0 ** -round(math.log2(parts[0]) / 2)  # a power of two, which every format keeps
         scales = (first, *_scales(scale / first, parts[1])) if power > 1 else _scales(scale, parts[0])
         return tuple(m.to(device, dtype) * s for m, s in zip(matrices, scales, strict=True))
@@ -64,7 +64,7 @@ def kronecker_factors(
     scale_left, scale_right = _scales(scale, left)
     return (
         hadamard_matrix(left).to(device, dtype) * scale_left,
-        _sylvester(right).to(device, dtype) * scale_right,
+        sylvester(right).to(device, dtype) * scale_right,
     )
 
 
@@ -105,7 +105,7 @@ def library_gap(block: int, dtype: torch.dtype, device: torch.device) -> str:
     if dtype not in _LIBRARY_DTYPES:
         return f"its kernel does not take {dtype}"
     core, power = hadamard_core(block)
-    if core > _CORE_LIMIT or not 1 < power <= _LIBRARY_LIMIT:
+    if core > CORE_LIMIT or not 1 < power <= _LIBRARY_LIMIT:
         return f"a dense core of order {core} is left of the order {block}"
     return "" if _library() else "the package fast_hadamard_transform is not installed, or does not load"
 
@@ -149,12 +149,12 @@ def _cached_factors(block: int, dtype: torch.dtype, device: torch.device) -> tup
 @lru_cache(maxsize=64)
 def _cached_core(core: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(mode=False):
-        return _core_matrix(core).to(device, dtype)
+        return core_matrix(core).to(device, dtype)
 
 
 def _check_block(n: int, block: int) -> int:
     """The order of the Hadamard matrix that the caller means by `block`."""
-    _check_order(n)
+    check_order(n)
     if block < 0 or (block and n % block):
         raise ValueError(f"a Hadamard block of {block} does not divide the width {n}")
     return block or n

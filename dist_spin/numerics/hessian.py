@@ -9,7 +9,7 @@ PANELS = 8  # a symmetric product computed in 8 panels of its upper block triang
 
 
 class Hessian:
-    """Sum of x xᵀ over tokens. `total` [in, in] and `count` are raw, so partial sums of several ranks add up.
+    """Sum of x xᵀ over tokens. `total` [in, in] and `count` are raw sums, so that those of several ranks add up.
 
     The order of summation is fixed by the order of `add` calls alone. `dtype` is fp32, or fp64 for exact comparisons. On
     a GPU, half-precision inputs fill only the upper block triangle of `total`; `mean` mirrors it.
@@ -42,11 +42,6 @@ class Hessian:
                 chunk = chunk.to(self.total.dtype)
                 self.total.addmm_(chunk.T, chunk)
         self.count += tokens.shape[0]
-
-    def merge(self, other: "Hessian") -> None:
-        """Add the partial sum of other tokens."""
-        self.total += other.total
-        self.count += other.count
 
     def mean(self) -> Tensor:
         """H = (2/n) Σ x xᵀ, [in, in]. Raises ValueError when no token was added."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_spin.numerics.dtypes import accumulation_dtype
-from dist_spin.numerics.quantizer import _range, _scale_and_zero, code_range
+from dist_spin.numerics.quantizer import code_range, scale_and_zero, value_range
 
 
 class _ClippedQuantize(torch.autograd.Function):
@@ -27,9 +27,9 @@ class _ClippedQuantize(torch.autograd.Function):
         even: bool,  # noqa: FBT001
     ) -> Tensor:
         wide = accumulation_dtype(x.dtype)
-        low, high = (end.unsqueeze(-1) for end in _range(x))
+        low, high = (end.unsqueeze(-1) for end in value_range(x))
         clipped = low.to(wide) * shrink_low, high.to(wide) * shrink_high
-        scale, zero = _scale_and_zero(*clipped, bits, symmetric=symmetric)
+        scale, zero = scale_and_zero(*clipped, bits, symmetric=symmetric)
         ctx.save_for_backward(x, low, high, shrink_low, shrink_high, scale, zero)
         lowest, highest = code_range(bits, symmetric=symmetric)
         ctx.code_range = -highest if even else lowest, highest, symmetric

@@ -102,7 +102,7 @@ def _grouped(x: Tensor, group_size: int) -> Tensor:
     return x.unflatten(-1, (width // group, group))
 
 
-def _range(x: Tensor) -> tuple[Tensor, Tensor]:
+def value_range(x: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest value over the last dimension, the range stretched to include 0."""
     low, high = torch.aminmax(x, dim=-1)
     return low.clamp(max=0), high.clamp(min=0)
@@ -113,7 +113,7 @@ def _over(x: Tensor, number: float) -> Tensor:
     return x / x.new_full((), number)
 
 
-def _scale_and_zero(low: Tensor, high: Tensor, bits: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+def scale_and_zero(low: Tensor, high: Tensor, bits: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Grid that spans [low, high], low <= 0 <= high. A NaN bound gives a NaN scale, so it shows in the output."""
     lowest, highest = code_range(bits, symmetric=symmetric)
     scale = _over(torch.maximum(-low, high), highest) if symmetric else _over(high - low, highest - lowest)
@@ -134,7 +134,7 @@ def _encode(x: Tensor, scale: Tensor, zero: Tensor, bits: int, *, symmetric: boo
 def _activation_scale_and_zero(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Scale and zero of an activation's range."""
     if not spec.half_steps:
-        return _scale_and_zero(low, high, spec.bits, symmetric=spec.symmetric)
+        return scale_and_zero(low, high, spec.bits, symmetric=spec.symmetric)
     scale = _over(torch.maximum(-low, high), spec.steps)
     return torch.where(scale == 0, 1.0, scale), torch.zeros_like(scale)
 
@@ -149,7 +149,7 @@ def quantize_activation(x: Tensor, spec: QuantSpec, ratio: Tensor | None = None)
     """
     wide = _compute_dtype(x)
     groups = _grouped(x if spec.half_steps else x.to(wide), spec.group_size)  # [..., n, group]
-    low, high = _range(groups)
+    low, high = value_range(groups)
     clip = spec.clip_ratio if ratio is None else spec.clip_ratio * ratio.to(low.dtype)
     scale, zero = _activation_scale_and_zero(low * clip, high * clip, spec)
     codes = _encode(groups, scale.unsqueeze(-1), zero.unsqueeze(-1), spec.bits, symmetric=spec.symmetric)
@@ -220,7 +220,7 @@ def range_gradients(x: Tensor, g: Tensor, spec: QuantSpec, ratio: Tensor | None 
     """
     wide = _compute_dtype(x)
     groups, g = _grouped(x.to(wide), spec.group_size), _grouped(g.to(wide), spec.group_size)  # [..., n, group]
-    low, high = (bound.unsqueeze(-1) for bound in _range(groups))
+    low, high = (bound.unsqueeze(-1) for bound in value_range(groups))
     clip = spec.clip_ratio if ratio is None else spec.clip_ratio * ratio.to(wide)
     scale, zero = _activation_scale_and_zero(low * clip, high * clip, spec)
     lowest, highest = code_range(spec.bits, symmetric=spec.symmetric)
@@ -268,9 +268,9 @@ def weight_scales(
     Raises ValueError for bits outside 2 … 8 and a group that does not divide `in`.
     """
     groups = _grouped(w.to(_compute_dtype(w)), group_size)  # [out, n, group]
-    low, high = _range(groups)
+    low, high = value_range(groups)
     if not mse_clip:
-        return _scale_and_zero(low, high, bits, symmetric=symmetric)
+        return scale_and_zero(low, high, bits, symmetric=symmetric)
     if (kernels := fused_kernels(low)) is not None:
         bounds = code_range(bits, symmetric=symmetric)
         searched = range(CLIP_PERCENTAGES[0], CLIP_PERCENTAGES[1])
@@ -315,9 +315,7 @@ def _search_clip(
             percentages = torch.arange(most, least, -step, **kind)[:, None, None]
         for candidates in percentages.split(at_once):
             factors = _over(candidates, 100)
-            scale, zero = _scale_and_zero(
-                low * factors, high * factors, bits, symmetric=symmetric
-            )  # [factors, rows, n]
+            scale, zero = scale_and_zero(low * factors, high * factors, bits, symmetric=symmetric)  # [factors, rows, n]
             error = _encode(members, scale, zero, bits, symmetric=symmetric).sub_(zero).mul_(scale).sub_(members)
             total, index = _folded_sum(error.abs_().pow_(norm)).min(0, keepdim=True)
             better = ~(total[0] >= best_error)  # the widest range wins a tie; NaN replaces numbers, so it shows

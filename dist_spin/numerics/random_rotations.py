@@ -3,11 +3,7 @@
 import torch
 from torch import Tensor
 
-from dist_spin.numerics.hadamard import _check_order, hadamard_matrix, largest_block
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Random rotations
-# ---------------------------------------------------------------------------------------------------------------------
+from dist_spin.numerics.hadamard import check_order, hadamard_matrix, largest_block
 
 
 def random_hadamard(n: int, generator: torch.Generator, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -29,7 +25,7 @@ def random_orthogonal(n: int, generator: torch.Generator, dtype: torch.dtype = t
     Without that sign fix Q depends on the QR routine (Mezzadri 2007, Notices of the AMS 54, section 5). Computed in
     float64, then cast; `generator` is a CPU one.
     """
-    _check_order(n)
+    check_order(n)
     gaussian = torch.randn(n, n, generator=generator, dtype=torch.float64, device="cpu")
     q, r = torch.linalg.qr(gaussian)
     return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).to(dtype)

@@ -142,9 +142,7 @@ def shared_step_size(x: Tensor, direction: Tensor, lr: float, world: World) -> T
     """`step_size`, the columns of a single matrix shared out over ranks; a stack of small ones is computed everywhere."""
     if x.dim() == 3 or world.size == 1:
         return step_size(x, direction, lr)
-    share = -(-len(x) // world.size)
-    columns = slice(min(world.rank * share, len(x)), min((world.rank + 1) * share, len(x)))
-    sums = column_sums(x, direction, columns)
+    sums = column_sums(x, direction, slice(*world.own_range(len(x))))
     largest = torch.zeros(1, dtype=x.dtype, device=x.device) if not sums.numel() else sums.amax(-1)[None]
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return capped_step(largest[0], lr)
@@ -156,8 +154,7 @@ def gather_rows(x: Tensor, direction: Tensor, alpha: Tensor | float, world: Worl
     A single matrix [n, n] is split by rows, a stack [layers, d, d] by layers.
     """
     count = len(x)
-    share = -(-count // world.size)
-    start, stop = min(world.rank * share, count), min((world.rank + 1) * share, count)
+    start, stop = world.own_range(count)
     if x.dim() == 2:
         own_rows = retract_rows(x, direction, alpha, start, stop)
     else:
@@ -165,6 +162,6 @@ def gather_rows(x: Tensor, direction: Tensor, alpha: Tensor | float, world: Worl
         own_rows = retract_rows(x[start:stop], direction[start:stop], length)
     if world.size == 1:
         return own_rows
-    padded = x.new_zeros(share, *x.shape[1:])
+    padded = x.new_zeros(-(-count // world.size), *x.shape[1:])
     padded[: len(own_rows)] = own_rows
     return torch.cat(gather_parts(padded))[:count]

@@ -35,6 +35,11 @@ class World:
         """Whether this is rank 0, which writes files and talks to the user."""
         return self.rank == 0
 
+    def own_range(self, count: int) -> tuple[int, int]:
+        """This rank's [start, stop) of `count` items in equal ranges; those of the last ranks are shorter or empty."""
+        share = -(-count // self.size)
+        return min(self.rank * share, count), min((self.rank + 1) * share, count)
+
 
 def start(device: str = "auto", timeout_s: int = 600, threads: int = 0, *, alone: bool = False) -> World:
     """Join (or make) the process group and pick this rank's device.

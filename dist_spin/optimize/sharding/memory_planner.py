@@ -66,7 +66,7 @@ class Workload:
         gathered += layer if self.w_bits < 16 else 0  # what codes are decoded to, and what is quantised
         return int(SPARE_SHARE * total) + gathered + (1 << 30)
 
-    def kept(self, size: int, level: str) -> int:
+    def activation_bytes(self, size: int, level: str) -> int:
         """Bytes that one layer keeps of a pass of `size` sequences."""
         return kept_bytes(self.shape, size * self.seq_len, self.dtype.itemsize, level, **self.kind)
 
@@ -78,7 +78,9 @@ class Workload:
 
     def fits(self, size: int, budget: int) -> bool:
         """Whether a pass of `size` sequences stays within `budget` bytes."""
-        needed = sum(self.kept(size, level) for level in self.levels(size, budget)) + 2 * self.kept(size, "none")
+        needed = sum(
+            self.activation_bytes(size, level) for level in self.levels(size, budget)
+        ) + 2 * self.activation_bytes(size, "none")
         return needed <= budget
 
     def cost(self, size: int, budget: int, offloaded: int) -> float:
@@ -87,7 +89,7 @@ class Workload:
             size * self.seq_len * (1 + RECOMPUTE_COST[level]) + LAUNCH_COST for level in self.levels(size, budget)
         )
         copied = offloaded * H2D_COST / self.shards
-        # One rank fetches ahead, behind what computes (prefetch.py); several ranks were not seen to.
+        # One rank copies the next layer while one computes (prefetch.py); with several ranks no overlap was measured.
         return -(-self.sequences // size) * (max(computed, copied) if self.shards == 1 else computed + copied)
 
 

@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO-3: the frozen weights partitioned over all ranks, gathered a layer at a time; rotations stay replicated outside.
 
 Nothing is trained by DeepSpeed here, so that none of its optimisers and compiled operators is needed: only its partitioned
-parameters and the hooks that gather and release them (Rajbhandari et al. 2020, ZeRO, stage 3). A partition is a run of
+parameters and the hooks that gather and release them (Rajbhandari et al. 2020, ZeRO, stage 3). A partition is a range of
 the flattened parameter: rank r holds elements [r p, (r + 1) p), p = ceil(numel / ranks).
 """
 
@@ -61,9 +61,9 @@ class Zero3:
         self._offloaded = tuple(f"layers.{i}." for i in offloaded)
 
     def load(self, model: FakeQuantModel, source: WeightSource, r4: tuple[Tensor, ...]) -> None:
-        """Give every rank its own run of every parameter, read from `source` and folded.
+        """Give every rank its own range of every parameter, read from `source` and folded.
 
-        Only the rows of this rank's run are ever read; besides its partitions a rank holds one unfilled parameter.
+        Only the rows of this rank's range are ever read; besides its partitions a rank holds one unfilled parameter.
 
         Raises:
             UserError: the folder for offloaded weights cannot be written.
@@ -72,19 +72,21 @@ class Zero3:
 
         for name, empty in list(model.named_parameters()):
             kind = torch.uint8 if empty.dtype == BYTES else empty.dtype  # not every process group gathers BYTES
-            whole: Any = nn.Parameter(torch.empty(empty.shape, dtype=kind, device=model.device), requires_grad=False)
-            start, stop = self._own_range(whole.numel())
+            parameter: Any = nn.Parameter(
+                torch.empty(empty.shape, dtype=kind, device=model.device), requires_grad=False
+            )
+            start, stop = self._world.own_range(parameter.numel())
             stored = parameter_source(name)
             if stored is not None and stop > start:
-                row = whole[:1].numel()
+                row = parameter[:1].numel()
                 first, last = start // row, -(-stop // row)
-                folded_rows(source, stored, whole.data[first:last], first, r4)
+                folded_rows(source, stored, parameter.data[first:last], first, r4)
             owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, whole)
-            self._partition._convert_to_deepspeed_param(whole)
-            whole.partition()  # keeps this rank's run of what `whole` holds, as `ds_tensor`
+            setattr(model.get_submodule(owner), attribute, parameter)
+            self._partition._convert_to_deepspeed_param(parameter)
+            parameter.partition()  # keeps this rank's range of what `parameter` holds, as `ds_tensor`
             if name.startswith(self._offloaded):
-                whole.ds_tensor.data = self._off_device(whole.ds_tensor)
+                parameter.ds_tensor.data = self._off_device(parameter.ds_tensor)
         largest = max(sum(cast(Any, p).ds_numel for p in layer.parameters()) for layer in model.layers)
         self._hooks = DeepSpeedZeRoOffload(
             model,
@@ -103,7 +105,7 @@ class Zero3:
         for index, role, linear in model.fake_quant_linears():
             role, weight = role.rpartition(".")[2], cast(Any, linear.weight)
             quantized: list[Any] = [linear.codes, linear.scale, linear.zero]
-            row_ranges = [_rows(p, *self._own_range(p.ds_numel)) for p in quantized if p is not None]
+            row_ranges = [_rows(p, *self._world.own_range(p.ds_numel)) for p in quantized if p is not None]
             rows = slice(min(first for first, _ in row_ranges), max(last for _, last in row_ranges))
             weight.all_gather()
             folded = weight.data if role in MIXED else weight.data[rows]
@@ -113,7 +115,7 @@ class Zero3:
                 continue  # fewer rows than ranks
             for parameter, fitted in zip(quantized, linear.spec.fit(merged), strict=True):
                 if parameter is not None and fitted is not None:
-                    start, stop = self._own_range(parameter.ds_numel)
+                    start, stop = self._world.own_range(parameter.ds_numel)
                     before = rows.start * fitted.shape[1]
                     parameter.ds_tensor[: stop - start].copy_(fitted.flatten()[start - before : stop - before])
 
@@ -124,11 +126,6 @@ class Zero3:
                 raise AssertionError(f"{name} is not sharded: a gathered copy outlived its step")
             if parameter.ds_tensor.numel() > -(-parameter.ds_numel // world.size) or parameter.requires_grad:
                 raise AssertionError(f"{name} holds more than its share on rank {world.rank} or takes gradients")
-
-    def _own_range(self, numel: int) -> tuple[int, int]:
-        """The elements [start, stop) of a flattened parameter that this rank holds."""
-        share = -(-numel // self._world.size)
-        return min(self._world.rank * share, numel), min((self._world.rank + 1) * share, numel)
 
     def _off_device(self, partition: Tensor) -> Tensor:
         if self.folder is None:
