@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,19 +10,10 @@ import torch
 from torch import Tensor
 
 from dist_spin.export.directory import Shards
+from dist_spin.export.tokenizer import copy_tokenizer
 from dist_spin.model.architecture import ATTENTION_NORM, EMBEDDING, FINAL_NORM, HEAD, MLP_NORM, layer_name
 from dist_spin.model.weights import ModelFiles
 from dist_spin.storage.atomic import write_json
-
-COPIED = (
-    "tokenizer*",
-    "*.model",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "*.jinja",
-    "generation_config.json",
-)
 
 
 def write_checkpoint(
@@ -61,12 +51,19 @@ def write_checkpoint(
     config.dtype = dtype
     config.save_pretrained(directory)
     content = json.loads((directory / "config.json").read_text())
-    write_json(directory / "config.json", content | extra)
+    write_json(directory / "config.json", content | legacy_fields(config, dtype) | extra)
     copy_tokenizer(files, directory)
 
 
-def copy_tokenizer(files: ModelFiles, directory: Path) -> None:
-    """Copy the tokenizer's files and the generation config of the original model."""
-    copied = {path for pattern in COPIED for path in files.directory.glob(pattern)}
-    for path in sorted(copied):
-        shutil.copyfile(path, directory / path.name)
+def legacy_fields(config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """Entries of config.json under the names that transformers before version 5 reads them by.
+
+    Args:
+        config: from transformers, with one position embedding for all layers in `rope_parameters`.
+    """
+    fields: dict[str, Any] = {"torch_dtype": str(dtype).removeprefix("torch.")}
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    if "rope_theta" in rope:
+        fields["rope_theta"] = rope.pop("rope_theta")
+        fields["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+    return fields

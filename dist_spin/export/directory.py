@@ -1,6 +1,8 @@
 """Directories that appear whole or not at all, and safetensors shards written as their tensors come."""
 
 import contextlib
+import fnmatch
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,7 +11,50 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dist_spin.errors import UserError
+from dist_spin.export.tokenizer import COPIED
 from dist_spin.storage.atomic import atomic, sync_directory, user_error, write_json
+
+FILES = "dist_spin/files.json"
+OWN_FILES = (  # of exports before version 0.2, which have no list
+    "README.md",
+    "config.json",
+    "dist_spin.json",
+    "dist_spin/*.safetensors",
+    "dist_spin/R.bin",
+    "model-?????-of-?????.safetensors",
+    "model.safetensors.index.json",
+    "consolidated.00.pth",
+    "params.json",
+)
+
+
+def foreign_files(directory: Path) -> list[str]:
+    """Files in the directory of an earlier export that it did not write, by their paths within.
+
+    An export lists its files in `dist_spin/files.json`; of one that has no list, what is named as exports name their files
+    is taken for its own.
+
+    Raises:
+        UserError: the directory cannot be read.
+    """
+    try:
+        present = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir())
+        listed = json.loads((directory / FILES).read_text()) if (directory / FILES).exists() else None
+    except ValueError:
+        listed = None
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read ({error.strerror})", "check its permissions") from error
+    if isinstance(listed, list):
+        return [name for name in present if name not in listed]
+    own = (*OWN_FILES, *COPIED)
+    return [name for name in present if not any(fnmatch.fnmatch(name, pattern) for pattern in own)]
+
+
+def list_files(directory: Path) -> None:
+    """Write `dist_spin/files.json`: everything in a finished directory, so that what a user adds later is known as his."""
+    names = [str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir()]
+    write_json(directory / FILES, sorted({*names, FILES}))
 
 
 @contextlib.contextmanager

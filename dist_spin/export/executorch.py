@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_spin.export.checkpoint import copy_tokenizer
 from dist_spin.export.export_job import DirectoryWriter, ExportFormat, ExportJob
 from dist_spin.export.sidecar import write_description
+from dist_spin.export.tokenizer import copy_tokenizer
 from dist_spin.model.architecture import ATTENTION_NORM, MLP_NORM
 from dist_spin.numerics.gptq import QuantizedWeight
 from dist_spin.pipeline.export_limits import model_params

@@ -31,6 +31,8 @@ from dist_spin.storage.tensor_file import FOREIGN, CorruptFile, identity_hash, r
 from dist_spin.version import __version__
 
 DirectoryWriter = Callable[[Path], None]  # writes an export's own files into an empty directory
+# What the card tells of a measurement; seconds and other figures of how it was made decide nothing.
+CARD_FIGURES = ("dataset", "w_bits", "a_bits", "k_bits", "v_bits", "method", "weights", "ppl")
 REQUANTIZE = "run `dist-spin quantize` with the settings of this export"
 
 
@@ -106,7 +108,7 @@ class ExportJob:
             "shard_gb": self.config.export.shard_gb,
             "layers": self.quantised and self.layers_fingerprint,
             "ends": embeddings,
-            "results": self.results,  # the card tells them
+            "results": [{name: row.get(name) for name in CARD_FIGURES} for row in self.results],
             "dist_spin": __version__,
         }
         return identity_hash(model | export)

@@ -245,7 +245,9 @@ def _downloaded(hub_id: str, revision: str | None, config_only: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = ["*.json", "*.model", "*.jinja", "tokenizer*"] + ([] if config_only else ["*.safetensors"])
+    patterns = ["*.json", "*.model", "*.jinja", "tokenizer*", "vocab.*", "merges.txt"] + (
+        [] if config_only else ["*.safetensors"]
+    )
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:
