@@ -8,7 +8,6 @@ Everything that a verb needs is imported when it is used, so that help and mista
 
 import argparse
 import os
-import signal
 import sys
 from argparse import SUPPRESS
 from collections.abc import Callable
@@ -54,12 +53,6 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
         return EXIT_PIPE
-    except (
-        KeyboardInterrupt
-    ):  # end as every other program does that ctrl-C ends, which launchers know from other failures
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
-        raise
 
 
 def _main(words: list[str]) -> int:
@@ -136,7 +129,10 @@ def _parser() -> Parser:
     for name, meaning in command.EVERYWHERE.items():
         everywhere.add_argument(f"--{name}", action="store_true", default=SUPPRESS, help=meaning)
     table = "\n".join(f"  {name:10}{verb.what}" for name, verb in VERBS.items())
-    epilog = f"verbs:\n{table}\n\n`dist-spin VERB --help` explains a verb and lists the settings that it reads."
+    more = (
+        "`dist-spin VERB --help` explains a verb and lists the settings that it reads; --help-all lists every setting."
+    )
+    epilog = f"verbs:\n{table}\n\n{more}"
     common: dict[str, Any] = {"parents": [everywhere], "allow_abbrev": False}  # --name VALUE sets `name`, not --names
     parser = Parser(prog="dist-spin", usage="dist-spin VERB ...", epilog=epilog, **common)
     verbs = parser.add_subparsers(dest="verb", prog="dist-spin", help=SUPPRESS, required=True)

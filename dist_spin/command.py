@@ -50,6 +50,11 @@ class Command:
         except UserError as error:
             raise error.as_shared() from None
 
+    def quieten(self) -> None:
+        """Leave standard error to our own lines, unless --verbose asks for what libraries say."""
+        if not self.console.verbose:
+            quieten_libraries()
+
     def no_more(self) -> None:
         """Raise UserError if a word is left that means nothing here."""
         if self.words:
@@ -69,8 +74,7 @@ def call_stage(command: Command, config: RunConfig | None = None, part: str = ""
     config = config or command.settings()[0]
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # several ranks agree on it when they open the model
         check_model_path(config.model.path, dummy=config.model.dummy_weights)
-    if not command.console.verbose:
-        quieten_libraries()
+    command.quieten()
     from dist_spin.pipeline.stage_context import writing
     from dist_spin.runtime.distributed import lost_rank, start, stop
 
@@ -109,7 +113,7 @@ def call_quantize(command: Command) -> int:
     if options.layers or options.hidden_states:
         problem = "--layers and --hidden-states are single jobs, which --cluster starts itself"
         raise UserError(problem, "leave one out", shared=True)
-    quieten_libraries()
+    command.quieten()
     fan_out = load("dist_spin.launch.fanout:fan_out")
     retries = 3 if options.retries is None else options.retries
     return fan_out(
@@ -137,7 +141,7 @@ def call_report(command: Command) -> int:
     path = Path(command.words.pop(0))
     command.no_more()
     check_run_directory(path)
-    quieten_libraries()
+    command.quieten()
     load("dist_spin.report.stage:write_report")(path)
     return EXIT_OK
 
@@ -154,7 +158,7 @@ def call_run(command: Command) -> int:
 def call_submit(command: Command) -> int:
     """function(words, config, cluster, scheduler settings)."""
     config, words = command.settings()
-    quieten_libraries()
+    command.quieten()
     code: int = load(command.function)(words, config, command.options.cluster, command.options.slurm)
     return code
 
@@ -170,7 +174,7 @@ def call_on_run(command: Command) -> int:
     if command.verb == "generate" and options["prompt"] is None:
         raise UserError("generate is given no text", 'dist-spin generate runs/NAME "some text"')
     if command.verb in ("plot", "generate", "chat"):
-        quieten_libraries()
+        command.quieten()
     text = load(command.function)(**{name: value for name, value in options.items() if value is not None})
     if isinstance(text, str):
         print(text)
@@ -184,7 +188,7 @@ def call_bench(command: Command) -> int:
         command.options.settings = command.words
     else:
         command.no_more()
-    quieten_libraries()
+    command.quieten()
     code: int = load(f"dist_spin.bench.{bench}:run")(command.options)
     return code
 

@@ -14,7 +14,6 @@ import io
 import json
 import math
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -85,7 +84,6 @@ class LayerwiseLM(TemplateLM):
         super().__init__()
         self._parts = (config, world, files, run, target)
         self.tokenizer = files.tokenizer()
-        self._terminal = sys.stderr
 
     @property
     def eot_token_id(self) -> int:
@@ -111,15 +109,14 @@ class LayerwiseLM(TemplateLM):
         config, world, files, run, target = self._parts
         if not all_ranks_equal(int(hashlib.sha256(json.dumps(requests).encode()).hexdigest()[:15], 16)):
             raise UserError("ranks read different data for the same tasks", "give evaluate.tasks_dir one shared copy")
-        with contextlib.redirect_stderr(self._terminal):
-            return log_likelihoods(
-                lambda: LayerwiseModel(config, world, files, run, target),
-                world,
-                [(context, continuation) for _, context, continuation in requests],
-                max_length=resolve_max_length(files.config, self.tokenizer),
-                token_bytes=files.shape.hidden * model_dtype(config).itemsize,
-                what=f"zero-shot, {target.label}, {target.weights} weights",
-            )
+        return log_likelihoods(
+            lambda: LayerwiseModel(config, world, files, run, target),
+            world,
+            [(context, continuation) for _, context, continuation in requests],
+            max_length=resolve_max_length(files.config, self.tokenizer),
+            token_bytes=files.shape.hidden * model_dtype(config).itemsize,
+            what=f"zero-shot, {target.label}, {target.weights} weights",
+        )
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Not asked for by any task of `SOURCES`."""
