@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import write_model
+from tiny import tiny_run, write_model
 
 from dist_spin.cli import main
 from dist_spin.compare.plan import Trial, plan_trials, settings_of, sharing_key, work_units
@@ -30,36 +30,19 @@ pytestmark = pytest.mark.usefixtures("restored_process")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
+    """A checkpoint with two texts; `tiny_run` adds tokens.npy."""
     path = write_model("gqa_tied", tmp_path_factory.mktemp("model"))
-    np.save(path / "tokens.npy", np.random.default_rng(0).integers(3, 97, (60, 20)))
     np.save(path / "other.npy", np.random.default_rng(1).integers(3, 60, (40, 20)))
     return path
 
 
 @pytest.fixture
 def words(model, tmp_path) -> list[str]:
-    source = f"tokens:{model / 'tokens.npy'}"
-    return [
-        f"output_dir={tmp_path}",
-        "name=tiny",
-        f"model.path={model}",
-        "model.dtype=float64",
-        *(f"{stage}.seq_len=20" for stage in ("optimize", "quantize", "evaluate")),
-        f"optimize.source={source}",
-        "optimize.batch_size=2",
-        "optimize.steps=2",
-        "optimize.optimizer=cayley_adam",
-        "optimize.lr=0.02",
-        f"quantize.source={source}",
-        "quantize.n_sequences=8",
-        f"evaluate.sources=[{source}, {source.replace('tokens.npy', 'other.npy')}]",
-        "compare.methods=[gptq, hadamard, quarot, quarot_no_clips, spinquant_no_had, ours]",
-        "compare.bits=[W4A16, W4A4KV4]",
-        "compare.weights=[gptq]",
-        "compare.seeds=[0, 1]",
-        "distributed.device=cpu",
-        "distributed.threads=1",
-    ]
+    texts = ", ".join(f"tokens:{model / name}" for name in ("tokens.npy", "other.npy"))
+    more = ["optimize.steps=2", "optimize.optimizer=cayley_adam", "optimize.lr=0.02", "quantize.n_sequences=8"]
+    more += ["compare.methods=[gptq, hadamard, quarot, quarot_no_clips, spinquant_no_had, ours]"]
+    more += ["compare.bits=[W4A16, W4A4KV4]", "compare.weights=[gptq]", "compare.seeds=[0, 1]"]
+    return tiny_run(tmp_path, "name=tiny", f"evaluate.sources=[{texts}]", *more, model=model, sequences=60)
 
 
 def rows_of(run: Path) -> list[dict]:

@@ -3,10 +3,9 @@
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 import torch
-from tiny import write_model
+from tiny import tiny_run
 
 from dist_spin.cli import main
 from dist_spin.compare.method_variants import learn, method_variant
@@ -45,22 +44,14 @@ def _group():
     distributed.stop()
 
 
+def settings(directory, *more, kind="gqa_tied"):
+    sizes = ["quantize.n_sequences=8", "quantize.seq_len=24", "quantize.method=rtn"]
+    learning = ["methods.qat_steps=30", "methods.qat_batch_size=4", "methods.qat_lr=2e-3"]
+    return tiny_run(directory / "runs", *sizes, *learning, *more, model=directory / "model", kind=kind, split="#all")
+
+
 def prepared(directory, *more, kind="gqa_tied"):
-    write_model(kind, directory / "model")
-    words = [
-        f"output_dir={directory / 'runs'}",
-        f"model.path={directory / 'model'}",
-        "model.dtype=float64",
-        "distributed.device=cpu",
-        "quantize.source=self",
-        "quantize.method=rtn",
-        "quantize.n_sequences=8",
-        "quantize.seq_len=24",
-        "methods.qat_steps=30",
-        "methods.qat_batch_size=4",
-        "methods.qat_lr=2e-3",
-    ]
-    config = load_config(None, [*words, *more])
+    config = load_config(None, settings(directory, "quantize.source=self", *more, kind=kind))
     files = open_configured_model(config)
     q = config.quantize
     return config, files, self_text(config, files, q.n_sequences, q.seq_len, q.seed)
@@ -219,13 +210,10 @@ def test_sites_are_symmetric_and_clip_nothing(tmp_path):
 
 
 def test_a_comparison_has_its_row(tmp_path):
-    config = prepared(tmp_path, "methods.qat_steps=4")[0]
-    words = [f"output_dir={tmp_path / 'runs'}", f"model.path={tmp_path / 'model'}", "model.dtype=float64"]
-    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(3, 97, (4, 24)))
-    source = f"tokens:{tmp_path / 'tokens.npy'}#all"
-    words += [f"evaluate.sources=[{source}]", "evaluate.seq_len=24", "quantize.n_sequences=4", "quantize.seq_len=24"]
-    words += [f"quantize.source={source}", "methods.qat_steps=4", "methods.qat_lr=2e-3", "distributed.device=cpu"]
-    words += ["compare.methods=[rtn, llm_qat]", "compare.weights=[rtn]", "compare.bits=[W4A4KV4, W16A8]"]
+    more = ["methods.qat_steps=4", "quantize.n_sequences=4", "quantize.seq_len=20"]
+    more += ["compare.methods=[rtn, llm_qat]", "compare.weights=[rtn]", "compare.bits=[W4A4KV4, W16A8]"]
+    words = settings(tmp_path, *more)
+    config = load_config(None, words)
     for _ in range(2):
         distributed.stop()
         assert main(["compare", *words]) == 0

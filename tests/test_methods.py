@@ -3,10 +3,11 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import write_model
+from tiny import tiny_run, write_model
 
 from dist_spin.cli import main
 from dist_spin.compare.method_states import MethodStates
@@ -255,33 +256,17 @@ def test_known_inverses_are_inverses(tmp_path):
 
 
 def settings(directory, *more):
+    model = directory / "model"
+    model.mkdir(exist_ok=True)
     torch.manual_seed(0)
-    tokens = torch.randint(97, (10, 24)).numpy()
-    import numpy as np
-
-    np.save(directory / "tokens.npy", tokens)
-    source = f"tokens:{directory / 'tokens.npy'}#all"
-    return load_config(
-        None,
-        [
-            f"output_dir={directory / 'runs'}",
-            f"model.path={directory / 'model'}",
-            "model.dtype=float64",
-            f"quantize.source={source}",
-            "quantize.n_sequences=8",
-            "quantize.seq_len=24",
-            "quantize.method=rtn",
-            f"evaluate.sources=[{source}]",
-            "evaluate.seq_len=24",
-            "methods.flat_epochs=4",
-            *more,
-        ],
-    )
+    np.save(model / "tokens.npy", torch.randint(97, (10, 24)).numpy())
+    sizes = ["quantize.n_sequences=8", "quantize.seq_len=24", "evaluate.seq_len=24", "methods.flat_epochs=4"]
+    return tiny_run(directory / "runs", *sizes, "quantize.method=rtn", *more, model=model, split="#all")
 
 
 def prepared(directory, *more, kind="gqa_tied"):
     write_model(kind, directory / "model")
-    config = settings(directory, *more)
+    config = load_config(None, settings(directory, *more))
     files = open_configured_model(config)
     return config, files, calibration_tokens(config, files)
 
@@ -348,16 +333,13 @@ class UnevenScale(EvenScale):
 
 def test_a_method_is_one_class_and_one_row_of_the_table(tmp_path, monkeypatch):
     """Two new methods are planned, learned, kept, rounded and measured by `compare` with nothing but their rows."""
-    config = prepared(tmp_path)[0]
     monkeypatch.setitem(METHODS, "even", EvenScale)
     monkeypatch.setitem(METHODS, "uneven", UnevenScale)
-    source = config.quantize.source
-    words = [f"output_dir={config.output_dir}", f"model.path={config.model.path}", "model.dtype=float64"]
-    words += [f"quantize.source={source}", "quantize.n_sequences=8", "quantize.seq_len=24", "distributed.device=cpu"]
-    words += [f"evaluate.sources=[{source}]", "evaluate.seq_len=24", "compare.weights=[rtn]", "compare.bits=[W4A4KV4]"]
+    more = ["compare.methods=[rtn, even, uneven]", "compare.weights=[rtn]", "compare.bits=[W4A4KV4]"]
+    words = tiny_run(tmp_path, *more, split="#all")
     distributed.stop()
-    assert main(["compare", *words, "compare.methods=[rtn, even, uneven]"]) == 0
-    run = run_dir(config)
+    assert main(["compare", *words]) == 0
+    run = run_dir(load_config(None, words))
     perplexities = {row["method"]: row["ppl"] for row in results(run, "compare")}
     assert perplexities.keys() == {"full precision", "RTN", "even scale", "uneven scale"}
     assert perplexities["even scale"] == perplexities["RTN"]
@@ -391,7 +373,7 @@ def with_outliers(directory):
 def test_methods_are_better_than_rounding_alone(rounding, tmp_path):
     write_model("gqa_tied", tmp_path / "model")
     with_outliers(tmp_path)
-    config = settings(tmp_path, f"quantize.method={rounding}", "methods.flat_epochs=12")
+    config = load_config(None, settings(tmp_path, f"quantize.method={rounding}", "methods.flat_epochs=12"))
     files = open_configured_model(config)
     tokens = calibration_tokens(config, files)
     reference = build_variant(config, files, "none", CPU)

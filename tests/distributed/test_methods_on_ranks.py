@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from ranks import Job
 from safetensors.torch import load_file
-from tiny import write_model
+from tiny import tiny_run
 
 pytestmark = pytest.mark.distributed
 
@@ -27,20 +26,12 @@ def learn_both(words: list[str]) -> None:
 
 
 def test_two_ranks_learn_what_one_does(tmp_path):
-    write_model("gqa_tied", tmp_path / "model", layers=3)
-    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(3, 97, (8, 16)))
-    words = [
-        f"model.path={tmp_path / 'model'}",
-        "model.dtype=float64",
-        f"quantize.source=tokens:{tmp_path / 'tokens.npy'}#all",
-        "quantize.n_sequences=8",
-        "quantize.seq_len=16",
-        "methods.flat_epochs=2",
-    ]
+    more = ["quantize.n_sequences=8", "quantize.seq_len=16", "methods.flat_epochs=2"]
     contents: list[dict[str, bytes]] = []
     for size in (1, 2):
         output_dir = tmp_path / f"runs{size}"
-        job = Job(size, learn_both, [*words, f"output_dir={output_dir}"], log=tmp_path / "log")
+        words = tiny_run(output_dir, *more, model=tmp_path / "model", layers=3, split="#all")
+        job = Job(size, learn_both, words, log=tmp_path / "log")
         assert job.wait() == [0] * size, job.log.read_text()
         paths = sorted(output_dir.rglob("*.safetensors"))
         contents.append({str(path.relative_to(output_dir)): path.read_bytes() for path in paths})
@@ -63,16 +54,13 @@ def train_whole(words: list[str]) -> None:
 
 
 def test_a_whole_model_is_trained_on_any_number_of_ranks(tmp_path):
-    write_model("gqa_tied", tmp_path / "model")
-    words = [
-        f"model.path={tmp_path / 'model'}",
-        *("model.dtype=float64", "distributed.device=cpu", "quantize.n_sequences=6", "quantize.seq_len=12"),
-        *("methods.qat_steps=3", "methods.qat_batch_size=3", "methods.qat_lr=1e-3"),
-    ]
+    more = ["quantize.n_sequences=6", "quantize.seq_len=12"]
+    more += ["methods.qat_steps=3", "methods.qat_batch_size=3", "methods.qat_lr=1e-3"]
     tensors = []
     for size in (1, 2, 4):  # four: one of them has no sequence
         output_dir = tmp_path / f"runs{size}"
-        job = Job(size, train_whole, [*words, f"output_dir={output_dir}"], log=tmp_path / "log")
+        words = tiny_run(output_dir, *more, model=tmp_path / "model")
+        job = Job(size, train_whole, words, log=tmp_path / "log")
         assert job.wait() == [0] * size, job.log.read_text()
         files = sorted((output_dir / "run" / "methods").rglob("*.safetensors"))
         tensors.append({f"{path.name} {name}": t for path in files for name, t in load_file(path).items()})
