@@ -125,15 +125,15 @@ class _HelpAll(argparse.Action):
 
 
 def _parser() -> Parser:
-    everywhere = argparse.ArgumentParser(add_help=False)
-    for name, meaning in command.EVERYWHERE.items():
-        everywhere.add_argument(f"--{name}", action="store_true", default=SUPPRESS, help=meaning)
     table = "\n".join(f"  {name:10}{verb.what}" for name, verb in VERBS.items())
     more = (
         "`dist-spin VERB --help` explains a verb and lists the settings that it reads; --help-all lists every setting."
     )
     epilog = f"verbs:\n{table}\n\n{more}"
-    common: dict[str, Any] = {"parents": [everywhere], "allow_abbrev": False}  # --name VALUE sets `name`, not --names
+    common: dict[str, Any] = {
+        "parents": [_everywhere()],
+        "allow_abbrev": False,
+    }  # --name VALUE sets `name`, not --names
     parser = Parser(prog="dist-spin", usage="dist-spin VERB ...", epilog=epilog, **common)
     verbs = parser.add_subparsers(dest="verb", prog="dist-spin", help=SUPPRESS, required=True)
     for name, verb in VERBS.items():
@@ -142,6 +142,14 @@ def _parser() -> Parser:
         if verb.reads:
             own.add_argument("--help-all", action=_HelpAll, nargs=0, help="as --help, with every setting there is")
         verb.options(own)
+    return parser
+
+
+def _everywhere() -> argparse.ArgumentParser:
+    """The options of every verb."""
+    parser = argparse.ArgumentParser(add_help=False)
+    for name, meaning in command.EVERYWHERE.items():
+        parser.add_argument(f"--{name}", action="store_true", default=SUPPRESS, help=meaning)
     return parser
 
 
@@ -220,10 +228,10 @@ def _status_options(parser: Parser) -> None:
 def _bench_options(parser: Parser) -> None:
     benches = parser.add_subparsers(dest="bench", metavar="BENCH", required=True)
     for name, meaning in BENCHES.items():
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {"parents": [_everywhere()]}
         if name == "optimize":
             usage = f"{parser.prog} optimize SHAPE [key.sub=value ...] [options]"
-            more = {"reads": VERBS["optimize"].reads, "usage": usage, "allow_abbrev": False}
+            more |= {"reads": VERBS["optimize"].reads, "usage": usage, "allow_abbrev": False}
         late = f"dist_spin.bench.{name}:add_arguments"
         benches.add_parser(name, help=meaning, description=meaning, late=late, **more)
 

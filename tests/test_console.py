@@ -74,6 +74,7 @@ def test_settings_and_options_may_stand_in_any_form_and_order(capsys, words):
         (["logs", "runs/none", "more"], "logs does not take more"),
         (["bench", "speed"], "invalid choice: 'speed'"),
         (["bench", "scaling"], "required: files"),
+        (["bench", "scaling", "--quiet", "none.json", "--steps", "a"], "--steps: invalid int value: 'a'"),
     ],
 )
 def test_mistakes_in_options_are_one_line_with_the_help_to_ask_for(capsys, words, problem):
@@ -82,7 +83,7 @@ def test_mistakes_in_options_are_one_line_with_the_help_to_ask_for(capsys, words
     (line,) = said.err.splitlines()
     assert said.out == ""
     assert problem in line
-    assert f"; `dist-spin {' '.join(words[: 2 if words[1:] == ['scaling'] else 1])} --help` says what it takes" in line
+    assert f"; `dist-spin {' '.join(words[: 2 if 'scaling' in words else 1])} --help` says what it takes" in line
 
 
 def test_a_log_line_clears_the_line_of_progress_on_a_terminal_and_draws_it_again():
@@ -144,6 +145,28 @@ def test_a_command_leaves_the_logger_as_it_found_it(capsys):
     assert main(["status", "/nowhere"]) == 2
     assert (LOGGER.level, LOGGER.propagate, LOGGER.handlers) == before
     assert logging.getLogger("dist_spin") is LOGGER
+
+
+def test_help_and_mistakes_answer_without_torch():
+    code = """if True:
+        import sys
+        from dist_spin.cli import main
+        for words, code in (
+            (["--help"], 0),
+            (["run", "--help-all"], 0),
+            (["quantize", "none.yaml", "--layers", "0:3"], 2),
+            (["optimize", "optimize.steps=3"], 2),
+            (["export", "model.path=/none", "--format", "hf"], 2),
+            (["status", "/none"], 2),
+            (["chat", "/none"], 2),
+            (["bench", "--help"], 0),
+        ):
+            assert main(words) == code, words
+            loaded = {"torch", "transformers", "numpy"} & set(sys.modules)
+            assert not loaded, (words, loaded)
+    """
+    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize("words", [["run", "--help-all"], ["--help"]])
