@@ -127,7 +127,7 @@ def _at_least_one(n_tokens: int, seq_len: int, source: str, split: str) -> int:
     return n_tokens // seq_len
 
 
-def _stream(source: str, split: str, tokenizer: "PreTrainedTokenizerBase | None", by_line: bool) -> Tensor:
+def _stream(source: str, split: str, tokenizer: "PreTrainedTokenizerBase | None", *, by_line: bool) -> Tensor:
     """Token ids of one split, int64 [n_tokens]."""
     if tokenizer is None:
         raise UserError(f"{source} is text and the model has no tokenizer", "give a tokens:PATH.npy source instead")

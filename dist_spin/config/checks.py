@@ -52,7 +52,7 @@ def _shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 3 :]}"
 
 
-def require(correct: bool, key: str, value: object, remedy: str) -> None:
+def require(correct: bool, key: str, value: object, remedy: str) -> None:  # noqa: FBT001 (a condition, as of assert)
     """Raise UserError, naming the setting `key` and its value, unless `correct`."""
     if not correct:
         raise UserError(f"{key} is {shown(value)}", remedy)

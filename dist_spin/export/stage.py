@@ -42,7 +42,7 @@ def export(config: RunConfig, world: World, target: str, output: Path | None = N
     run = run_dir(config)
     directory = output or run.export / target
     learned = build_variant(config, files, LEARNED, world.device)
-    check_clips(target, config, learned.sites.clips is not None)
+    check_clips(target, config, clips=learned.sites.clips is not None)
     job = ExportJob(config, run, files, learned, target, stop)
     job.check_run()
     finished_rotations(run, warn)  # which makes R.bin again if that is damaged

@@ -185,7 +185,7 @@ def open_model(
     else:
         directory = local_directory(path) or _downloaded(path, revision, config_only=dummy)
     check_config(directory, dummy=dummy)
-    config = _read_config(directory, trust_remote_code)
+    config = _read_config(directory, trust_remote_code=trust_remote_code)
     check_supported(config.model_type)
     if dummy:
         return ModelFiles(config, DummyWeights(config, dtype), directory, trust_remote_code)
@@ -194,7 +194,7 @@ def open_model(
     return ModelFiles(config, weights, directory, trust_remote_code, tuple(notes))
 
 
-def _read_config(directory: Path, trust_remote_code: bool) -> Any:
+def _read_config(directory: Path, *, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     try:
@@ -241,7 +241,7 @@ def _converted_gguf(file: Path, dtype: torch.dtype, cache: Path) -> Path:
     return target
 
 
-def _downloaded(hub_id: str, revision: str | None, config_only: bool) -> Path:
+def _downloaded(hub_id: str, revision: str | None, *, config_only: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 

@@ -52,10 +52,10 @@ def check_target(target: str, config: RunConfig, model: Any, *, starting: bool) 
         model_params(model, config.quant.w_group_size)
         _check_executorch(config, shape)
     if starting:
-        check_clips(target, config, config.optimize.clips)
+        check_clips(target, config, clips=config.optimize.clips)
 
 
-def check_clips(target: str, config: RunConfig, clips: bool) -> None:
+def check_clips(target: str, config: RunConfig, *, clips: bool) -> None:
     """Refuse learned clips of activations that a runtime quantises: none takes a part of the range.
 
     Elsewhere clips belong to quantisers that `dist_spin.load` alone puts back, with their clips.

@@ -43,7 +43,7 @@ def save_preset_rotations(config: RunConfig, shape: Shape) -> None:
         preset = Path(config.rotation.load) if config.rotation.load else None
         transforms = load_transforms(preset) if preset else {}
         digest = tensors_digest({"R1": r1, "R2": r2, **transforms})
-        check_clips(config.export.target, config, "clip" in transforms)
+        check_clips(config.export.target, config, clips="clip" in transforms)
         if finished_rotations(run, warn):
             if (read_metadata(path) or {}).get("given") != digest:
                 problem = (

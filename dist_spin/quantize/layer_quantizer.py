@@ -181,7 +181,7 @@ class LayerQuantizer:
             if kept is not None and columns is not None:
                 self._result.others |= {f"{role}.kept": kept.clone(), f"{role}.columns": columns[span]}
                 dequantized[:, kept] = columns[span]
-            linear.weight = nn.Parameter(dequantized, False)
+            linear.weight = nn.Parameter(dequantized, requires_grad=False)
 
     def _mean_hessian(self, inputs: Iterable[Tensor], weight: Tensor) -> Tensor:
         """H over the sequences of all ranks, [in, in]."""

@@ -46,7 +46,7 @@ from dist_spin.storage.tensor_file import identity_hash
 
 
 def quantize(
-    config: RunConfig, world: World, layers: tuple[int, int] | None = None, hidden_states_only: bool = False
+    config: RunConfig, world: World, layers: tuple[int, int] | None = None, *, hidden_states_only: bool = False
 ) -> None:
     """Quantise the learned variant and all baselines.
 
@@ -59,11 +59,11 @@ def quantize(
         UserError: the configuration or the run directory is in the way.
     """
     for job in prepare_jobs(config, world):
-        quantize_variant(job, layers, hidden_states_only)
+        quantize_variant(job, layers, hidden_states_only=hidden_states_only)
 
 
 def quantize_variant(
-    job: "QuantizeJob", layers: tuple[int, int] | None = None, hidden_states_only: bool = False
+    job: "QuantizeJob", layers: tuple[int, int] | None = None, *, hidden_states_only: bool = False
 ) -> None:
     """What `quantize` does, for one variant."""
     selected = job.layer_ranges if layers is None else ranges_within(job.layer_ranges, layers)

@@ -168,7 +168,7 @@ def _surface(values: dict[str, np.ndarray[Any, Any]]) -> Callable[[], Figure]:
             for axis in (place.xaxis, place.yaxis, place.zaxis):
                 axis.set_pane_color((0, 0, 0, 0))
                 axis.line.set_color(ink())
-            place.grid(False)
+            place.grid(visible=False)
             place.view_init(24, -60)
             figure.text(left + 0.02, 0.93, NAMES.get(variant, variant))
         return figure

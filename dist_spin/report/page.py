@@ -49,7 +49,7 @@ def markdown_page(summary: RunSummary) -> str:
     return _template("report.md.jinja", autoescape=False).render(**_content(summary), table=_markdown_table)
 
 
-def _template(name: str, autoescape: bool) -> jinja2.Template:
+def _template(name: str, *, autoescape: bool) -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=autoescape, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )

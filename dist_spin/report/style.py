@@ -130,7 +130,7 @@ def legend(figure: Figure, axes: Axes, columns: int = 3) -> None:
         )
 
 
-def as_svg(draw: Callable[[], Figure], title: str, standalone: bool = False) -> str:
+def as_svg(draw: Callable[[], Figure], title: str, *, standalone: bool = False) -> str:
     """An `<svg>` element with transparent ground that takes its neutral colour from the page, or its own where it is a file.
 
     title: what a reader hears who does not see it.

@@ -136,7 +136,7 @@ def lost_rank(error: BaseException) -> str | None:
     return text.splitlines()[0][:200] if lost and text else None
 
 
-def any_rank(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:  # noqa: FBT001 (its only argument)
     """Whether `flag` is set on any rank; every rank gets the same answer. Ask before any branch that leads to a collective."""
     if dist.get_world_size() == 1:
         return flag
