@@ -88,17 +88,12 @@ class OptimizeConfig:
         check_text("optimize.split", self.split)
         check_range("optimize.seq_len", self.seq_len, 2, MAX_SEQ_LEN, "next-token loss needs 2 tokens or more")
         check_range("optimize.steps", self.steps, 0, MAX_COUNT, "use a number of steps, or 0 to learn nothing")
-        check_range(
-            "optimize.batch_size", self.batch_size, 1, min(MAX_BATCH, MAX_TOKENS // self.seq_len), "use 1 or more"
-        )
+        most = min(MAX_BATCH, MAX_TOKENS // self.seq_len)
+        check_range("optimize.batch_size", self.batch_size, 1, most, "use 1 or more")
         if self.source == SELF:  # all of it is written and held before the first step
             written = MAX_TOKENS // (self.batch_size * self.seq_len)
-            require(
-                self.steps <= written,
-                "optimize.steps",
-                self.steps,
-                f"the model writes text for at most {written} steps",
-            )
+            own = f"the model writes text for at most {written} steps"
+            require(self.steps <= written, "optimize.steps", self.steps, own)
         size = f"optimize.batch_size is {self.batch_size}, so use at most that"
         require(0 <= self.micro_batch_size <= self.batch_size, "optimize.micro_batch_size", self.micro_batch_size, size)
         check_positive("optimize.lr", self.lr, "use a number above 0")

@@ -61,9 +61,10 @@ class QuantConfig:
             value = getattr(self, name)
             whole = f"quant.clips={self.clips} sets it to {ratio}, so leave it out, or use quant.clips=none"
             require(value in (1.0, ratio), f"quant.{name}", value, whole)
-        for name in ("w_bits", "embedding_bits", "head_bits", "a_bits", "k_bits", "v_bits"):
-            bits = getattr(self, name)
-            require(bits in BITS, f"quant.{name}", bits, "use 2 to 8 bits, or 16 = off")
+        widths = {"w": self.w_bits, "embedding": self.embedding_bits, "head": self.head_bits}
+        widths |= {"a": self.a_bits, "k": self.k_bits, "v": self.v_bits}
+        for prefix, bits in widths.items():
+            require(bits in BITS, f"quant.{prefix}_bits", bits, "use 2 to 8 bits, or 16 = off")
         same = "use 2 to 8 bits, or 0 for the same as quant.w_bits"
         require(self.down_bits in (0, *BITS[:-1]), "quant.down_bits", self.down_bits, same)
         if self.w_bits == 16:  # nothing would read them
@@ -71,10 +72,9 @@ class QuantConfig:
             require(self.down_bits == 0, "quant.down_bits", self.down_bits, f"{off} 0")
             require(self.embedding_bits == 16, "quant.embedding_bits", self.embedding_bits, f"{off} 16")
             require(self.head_bits == 16, "quant.head_bits", self.head_bits, f"{off} 16")
-        for name in ("a_clip_ratio", "k_clip_ratio", "v_clip_ratio"):
-            ratio = getattr(self, name)
-            fraction = "use a fraction above 0 and up to 1; 1 clips nothing"
-            require(FP32_TINY <= ratio <= 1, f"quant.{name}", ratio, fraction)
-        for name in ("w_group_size", "k_group_size", "v_group_size"):
-            channels = "use a number of channels, or 0 for the whole row or head"
-            check_range(f"quant.{name}", getattr(self, name), 0, MAX_CHANNELS, channels)
+        fraction = "use a fraction above 0 and up to 1; 1 clips nothing"
+        for prefix, ratio in {"a": self.a_clip_ratio, "k": self.k_clip_ratio, "v": self.v_clip_ratio}.items():
+            require(FP32_TINY <= ratio <= 1, f"quant.{prefix}_clip_ratio", ratio, fraction)
+        channels = "use a number of channels, or 0 for the whole row or head"
+        for prefix, size in {"w": self.w_group_size, "k": self.k_group_size, "v": self.v_group_size}.items():
+            check_range(f"quant.{prefix}_group_size", size, 0, MAX_CHANNELS, channels)

@@ -46,16 +46,8 @@ class RunConfig:
         plain = "use a plain directory name; output_dir says where it lies"
         require(self.name not in ("", ".", "..") and "/" not in self.name, "name", self.name, plain)
         check_text("name", self.name)
-        require(
-            not self.name.startswith("-"),
-            "name",
-            self.name,
-            "begin it with another character, since it looks like an option",
-        )
-        require(
-            len(self.name.encode()) <= MAX_NAME,
-            "name",
-            self.name,
-            f"use at most {MAX_NAME} bytes: files are named after it",
-        )
+        option = "begin it with another character, since it looks like an option"
+        require(not self.name.startswith("-"), "name", self.name, option)
+        short = f"use at most {MAX_NAME} bytes: files are named after it"
+        require(len(self.name.encode()) <= MAX_NAME, "name", self.name, short)
         check_path("output_dir", self.output_dir)
