@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from house import circle, contents, imports, rooms
+from house import circle, contents, floors, imports, rooms
 
 from dist_spin.cli import main
 from dist_spin.config.run import RunConfig
@@ -165,6 +165,15 @@ def test_the_floors_drawn_are_those_that_the_linter_holds() -> None:
     for room, targets in rooms(modules()).items():
         if room != "dist_spin":  # the public `load` in its __init__.py reaches up, when it is called
             assert [target for target in targets if standing[target] >= standing[room]] == [], room
+
+
+def test_the_figures_of_the_picture_are_counted() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    graph = rooms(modules())
+    figures = [
+        int(re.findall(r"\d+", line)[-1]) for line in text.splitlines() if line.startswith(("| rooms", "| floors"))
+    ]
+    assert figures == [len(graph) + len(["slurm", "benchmarks", "setup.py"]), max(floors(graph).values())]
 
 
 def anchors(page: Path) -> set[str]:
