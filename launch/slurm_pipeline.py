@@ -23,10 +23,10 @@ from dist_spin.quantize.stage import layer_ranges_of, prepare_jobs
 from dist_spin.runtime import distributed
 from dist_spin.runtime.progress import say, warn
 from dist_spin.runtime.slurm import JobState, cancel_jobs, job_states
-from dist_spin.storage.atomic import read_lines
 from dist_spin.storage.locks import Lock
 from dist_spin.storage.results import results
 from dist_spin.storage.run_directory import RunDir, run_dir
+from dist_spin.storage.run_records import read_events
 
 from .local_pipeline import SINGLE_PROCESS
 from .stage_job import PipelineJob, StageJob
@@ -161,9 +161,7 @@ def _submit_slurm(arguments: list[str], config: RunConfig, run: RunDir, schedule
 
 def active_jobs(run: RunDir) -> dict[str, list[str]]:
     """Stage -> ids of its submitted jobs that Slurm still has work for; those that wait for a failed job are cancelled."""
-    stages = {
-        line["job"]: line["stage"] for line in read_lines(run.path / "events.jsonl") if line["event"] == "submitted"
-    }
+    stages = {line["job"]: line["stage"] for line in read_events(run.path) if line["event"] == "submitted"}
     states = job_states(stages)
     cancel_jobs(job for job, state in states.items() if state.reason == "DependencyNeverSatisfied")
     out: dict[str, list[str]] = {}
@@ -174,8 +172,12 @@ def active_jobs(run: RunDir) -> dict[str, list[str]]:
 
 
 def _parts(run: RunDir, job: str) -> list[str]:
-    lines = read_lines(run.path / "events.jsonl")
-    return [word for line in lines if line["event"] == "submitted" and line["job"] == job for word in line["part"]]
+    return [
+        word
+        for line in read_events(run.path)
+        if line["event"] == "submitted" and line["job"] == job
+        for word in line["part"]
+    ]
 
 
 def missing_ranges(config: RunConfig, *, learned: bool) -> list[tuple[int, int]]:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from dist_spin.compare.method_variants import learn, method_variant
 from dist_spin.compare.plan import FULL, Trial, TrialGroup, at_bits, clips_text, plan_trials, settings_of, work_units
-from dist_spin.config.loader import dump_config
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import Interrupted
 from dist_spin.evaluate.perplexity import described, measured_before, measuring_tokens, recorded, window_losses
@@ -43,11 +42,11 @@ from dist_spin.quantize.stage import QuantizeJob, quantize_variant
 from dist_spin.runtime.distributed import World, any_rank, on_rank0
 from dist_spin.runtime.progress import say
 from dist_spin.runtime.signals import StopRequest
-from dist_spin.storage.atomic import write_text
 from dist_spin.storage.locks import Held, Lock
 from dist_spin.storage.quantized_layers import embeddings_path, layer_path
 from dist_spin.storage.results import merge_results, public, update_results
 from dist_spin.storage.run_directory import RunDir, run_dir
+from dist_spin.storage.run_records import keep_settings
 from dist_spin.storage.tensor_file import identity_hash, read_metadata
 
 HIDDEN_STATES_BYTES = 1 << 33  # of all measurements that go through the layers of a model together
@@ -267,6 +266,5 @@ def compare(config: RunConfig, world: World) -> list[dict[str, Any]]:
 
 def record_start(run: RunDir, config: RunConfig, rows: int) -> None:
     """Write what the report tells of a comparison: how many rows it will have, and its settings unless a stage has done so."""
-    if not (run.path / "config.yaml").exists():
-        write_text(run.path / "config.yaml", dump_config(config))
+    keep_settings(run.path, config)
     run.event("compare", rows=rows)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 
-from dist_spin.config.loader import load_config
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.evaluate.layerwise_model import load_full_model
@@ -31,6 +30,7 @@ from dist_spin.runtime.distributed import World
 from dist_spin.runtime.progress import say
 from dist_spin.storage.results import bits_label
 from dist_spin.storage.run_directory import RunDir
+from dist_spin.storage.run_records import read_settings
 from dist_spin.storage.tensor_file import identity_hash
 
 TOKENS = 64  # of one answer, unless asked for otherwise
@@ -141,17 +141,14 @@ def _speakers(path: Path, prepare: Callable[[ModelFiles], T]) -> Iterator[tuple[
 
     Each comes with what `prepare` made of the model's files before weights were read.
     """
-    settings = path / "config.yaml"
-    if not settings.exists():
-        raise UserError(f"{path} is no run directory (it has no config.yaml)", "give runs/NAME")
-    place = path.resolve()  # a run may have been moved since
-    config = load_config(str(settings), [f"output_dir={place.parent}", f"name={place.name}"])
+    run = RunDir(path.resolve())  # a run may have been moved since
+    config = read_settings(path, [f"output_dir={run.path.parent}", f"name={run.path.name}"])
     world = distributed.start(config.distributed.device, config.distributed.timeout_s, config.distributed.threads)
     try:
         files = open_configured_model(config)
         prepared = prepare(files)
         targets = eval_targets(config, files, world.device)
         for target in (targets[0], targets[-1]):
-            yield Speaker(config, world, files, RunDir(place), target), prepared
+            yield Speaker(config, world, files, run, target), prepared
     finally:
         distributed.stop()

@@ -1,10 +1,8 @@
 """Perplexity: windows of text through the model, and the file that keeps each figure."""
 
-import json
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from dist_spin.config.run import RunConfig
 from dist_spin.data import load_tokens, tokens_fingerprint
 from dist_spin.errors import NumericsError
 from dist_spin.evaluate.layerwise_model import LayerwiseModel
+from dist_spin.evaluate.measurements import load_rows, save_rows
 from dist_spin.evaluate.targets import EvalTarget, describe, target_identity
 from dist_spin.model.architecture import Shape
 from dist_spin.model.context import check_context
@@ -22,11 +21,11 @@ from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.finite import dtype_remedy
 from dist_spin.pipeline.model import check_vocabulary, model_dtype
 from dist_spin.runtime.distributed import World, on_rank0, sum_over_ranks_
-from dist_spin.storage.atomic import write_json
 from dist_spin.storage.run_directory import RunDir, run_dir
 from dist_spin.storage.tensor_file import identity_hash
 
 TOKENS_AT_ONCE = 4096  # of hidden states that go through a layer together, at least
+LARGEST_LOSS = 700.0  # nats; e^709 leaves the range of fp64
 BYTES_PER_CHANNEL = 32  # of the MLP for each token on its way through: copies, some of them in the quantiser's fp32
 
 
@@ -77,31 +76,25 @@ def described(config: RunConfig, files: ModelFiles, target: EvalTarget, source: 
     return {"method": target.label, **row, "tokens": tokens.numel(), "identity": identity, **target.about}
 
 
-def measurement_path(run: RunDir, row: dict[str, Any]) -> Path:
-    """The file of a measurement."""
-    return run.path / "evaluations" / f"{row['identity']}.json"
-
-
 def measured_before(run: RunDir, row: dict[str, Any]) -> dict[str, Any] | None:
     """`row` with its figures if it was measured before, under whatever name."""
-    path = measurement_path(run, row)
-    before = on_rank0(lambda: json.loads(path.read_text()) if path.exists() else None)
-    return None if before is None else before | row
+    rows = load_rows(run, row["identity"])
+    return None if rows is None else rows[0] | row
 
 
 def recorded(run: RunDir, row: dict[str, Any], losses: Tensor, seconds: float) -> dict[str, Any]:
     """`row` with its figures, kept in a file.
 
     Raises:
-        NumericsError: the mean of `losses` is not finite.
+        NumericsError: the mean of `losses` is not finite, or too large for a perplexity.
     """
     mean = float(losses.mean())
-    if not math.isfinite(mean):
+    if not mean < LARGEST_LOSS:
         raise NumericsError(
             f"{row['method']} on {row['dataset']}: the loss is {mean}", "check the model's dtype and the quantisers"
         )
     row = row | {"ppl": math.exp(mean), "seconds": round(seconds, 2), "losses": losses.tolist()}
-    on_rank0(lambda: write_json(measurement_path(run, row), row))
+    save_rows(run, row["identity"], [row])
     return row
 
 

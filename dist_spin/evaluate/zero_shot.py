@@ -8,7 +8,6 @@ out, with a line that says so.
 """
 
 import contextlib
-import functools
 import hashlib
 import io
 import json
@@ -28,13 +27,13 @@ from dist_spin.data import require_hub
 from dist_spin.errors import Interrupted, NumericsError, UserError
 from dist_spin.evaluate.layerwise_model import LayerwiseModel
 from dist_spin.evaluate.loglikelihood import log_likelihoods
+from dist_spin.evaluate.measurements import load_rows, save_rows
 from dist_spin.evaluate.targets import EvalTarget, describe, target_identity
 from dist_spin.model.weights import ModelFiles
 from dist_spin.pipeline.model import model_dtype
 from dist_spin.runtime.distributed import World, all_ranks_equal, any_rank, on_rank0, raise_on_any_failure
 from dist_spin.runtime.progress import warn
 from dist_spin.runtime.signals import StopRequest
-from dist_spin.storage.atomic import write_json
 from dist_spin.storage.run_directory import RunDir
 from dist_spin.storage.tensor_file import identity_hash
 
@@ -245,12 +244,14 @@ def measure(
     """One cell on all tasks, those of them from their files that were measured before; the others together."""
     model = {**describe(config, target), "layers": target.fingerprint, **target_identity(config, files, target)}
     limit = config.evaluate.task_limit
-    paths: dict[str, Path] = {}
-    for name, task in tasks.items():
-        about = {"task": name, "limit": limit, "data": digest(task, limit), "lm_eval": lm_eval.__version__}
-        paths[name] = run.path / "evaluations" / f"{identity_hash({**model, **about})}.json"
-    before = on_rank0(lambda: {n: json.loads(path.read_text()) for n, path in paths.items() if path.exists()})
-    missing = {name: task for name, task in tasks.items() if name not in before}
+    identities = {
+        name: identity_hash(
+            {**model, "task": name, "limit": limit, "data": digest(task, limit), "lm_eval": lm_eval.__version__}
+        )
+        for name, task in tasks.items()
+    }
+    measured = {name: load_rows(run, identity) for name, identity in identities.items()}
+    missing = {name: task for name, task in tasks.items() if measured[name] is None}
     if missing:
         lm = LayerwiseLM(config, world, files, run, target)
         began = time.monotonic()
@@ -275,9 +276,9 @@ def measure(
             if not all(math.isfinite(row["value"]) for row in rows):
                 problem = f"{target.label} on {name}: the log-likelihoods are not finite"
                 raise NumericsError(problem, "check the model's dtype and the quantisers")
-            on_rank0(functools.partial(write_json, paths[name], rows))
-            before[name] = rows
-    return on_rank0(lambda: [row for name in tasks for row in before[name]])
+            save_rows(run, identities[name], rows)
+            measured[name] = rows
+    return on_rank0(lambda: [row for rows in measured.values() for row in rows or ()])
 
 
 def digest(task: Any, limit: int) -> str:

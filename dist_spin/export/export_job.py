@@ -1,6 +1,5 @@
 """What an export format is, and one export: what is read of the run, checked, and written."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,10 +22,11 @@ from dist_spin.pipeline.embeddings import embeddings_of
 from dist_spin.pipeline.export_limits import QUANTISED
 from dist_spin.pipeline.fingerprints import WEIGHT_SETTINGS, flat, layer_identity
 from dist_spin.pipeline.variants import Variant, calibration_tokens
-from dist_spin.runtime.progress import Progress
+from dist_spin.runtime.progress import Progress, warn
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.quantized_layers import QuantizedLayer, layer_path, load_embeddings, load_layer
-from dist_spin.storage.run_directory import RunDir
+from dist_spin.storage.results import load_results
+from dist_spin.storage.run_directory import RunDir, read_fingerprint
 from dist_spin.storage.tensor_file import FOREIGN, CorruptFile, identity_hash, read_metadata
 from dist_spin.version import __version__
 
@@ -76,8 +76,7 @@ class ExportJob:
     @cached_property
     def results(self) -> list[dict[str, Any]]:
         """What `evaluate` measured."""
-        path = self.run.path / "results.json"
-        return json.loads(path.read_text()) if path.exists() else []
+        return load_results(self.run, warn)
 
     @property
     def sites(self) -> Sites:
@@ -119,8 +118,7 @@ class ExportJob:
         Raises:
             UserError: names the first thing that does not fit.
         """
-        path = self.run.path / "fingerprint.json"
-        fingerprint = json.loads(path.read_text()) if path.exists() else {}
+        fingerprint = read_fingerprint(self.run.path / "fingerprint.json") or {}
         sites = {k: v for k, v in flat(self.config.quant, "quant").items() if not k.startswith(WEIGHT_SETTINGS)}
         current = {"model weights": self.files.weights.fingerprint(), **flat(self.config.rotation, "rotation"), **sites}
         for name, value in current.items():

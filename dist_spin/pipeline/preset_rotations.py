@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist_spin.config.loader import dump_config
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
@@ -20,9 +19,9 @@ from dist_spin.pipeline.export_limits import check_clips
 from dist_spin.pipeline.initial_rotations import starting_rotations
 from dist_spin.runtime.distributed import on_rank0
 from dist_spin.runtime.progress import warn
-from dist_spin.storage.atomic import write_text
 from dist_spin.storage.rotations import clip_bits, finished_rotations, load_transforms, save_final
 from dist_spin.storage.run_directory import run_dir
+from dist_spin.storage.run_records import keep_settings
 from dist_spin.storage.tensor_file import read_metadata, tensors_digest
 
 EXACT = 1e-5  # largest entry of R R^T - I that is left alone: files in fp32 stay as they are, to the bit
@@ -53,8 +52,7 @@ def save_preset_rotations(config: RunConfig, shape: Shape) -> None:
             return
         bits = clip_bits(preset) if preset else None
         save_final(run, orthogonal(r1), orthogonal(r2), {"step": "0", "given": digest}, transforms, bits)
-        if not (run.path / "config.yaml").exists():
-            write_text(run.path / "config.yaml", dump_config(config))
+        keep_settings(run.path, config)
 
     on_rank0(keep)
 

@@ -23,7 +23,6 @@ from typing import Any
 
 from torch import Tensor
 
-from dist_spin.config.loader import dump_config
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import Interrupted, UserError
 from dist_spin.model.layers import LayerRunner
@@ -38,10 +37,10 @@ from dist_spin.quantize.layer_quantizer import LayerQuantizer
 from dist_spin.runtime.distributed import World, any_rank, on_rank0
 from dist_spin.runtime.progress import Progress, say, warn
 from dist_spin.runtime.signals import StopRequest
-from dist_spin.storage.atomic import write_text
 from dist_spin.storage.hidden_states import HiddenStateFiles
 from dist_spin.storage.quantized_layers import QuantizedLayer, finished_layer, layer_path, save_layer
 from dist_spin.storage.run_directory import LEARNED, RunDir, run_dir
+from dist_spin.storage.run_records import keep_settings
 from dist_spin.storage.tensor_file import identity_hash
 
 
@@ -92,8 +91,7 @@ def prepare_jobs(config: RunConfig, world: World) -> list["QuantizeJob"]:
     run = run_dir(config)
 
     def note() -> None:
-        if not (run.path / "config.yaml").exists():
-            write_text(run.path / "config.yaml", dump_config(config))
+        keep_settings(run.path, config)
         run.event("quantize", layers=files.shape.layers, layers_per_job=config.quantize.layers_per_job)
 
     on_rank0(note)

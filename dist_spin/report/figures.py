@@ -48,39 +48,49 @@ PAIRS = {
 
 
 def _learning(summary: RunSummary) -> Iterator[Drawing]:
+    """Loss, the figures of `PAIRS` and the gradient norm, by step."""
     lines = summary.metrics
     if not lines:
         return
     first, last = lines[0], lines[-1]
-    caption = f"from {first['loss']:.4f} at step {first['step']} to {last['loss']:.4f} at step {last['step']}"
-    loss = _curves(lines, {"": "loss"}, "loss, nats")
-    yield Drawing("loss", "learning", "Loss", f"Training loss in nats, every step on other text, {caption}.", loss)
+    change = f"from {first['loss']:.4f} at step {first['step']} to {last['loss']:.4f} at step {last['step']}"
+    caption = f"Training loss in nats, every step on other text, {change}."
+    yield Drawing("loss", "learning", "Loss", caption, _curves(lines, {"": "loss"}, "loss, nats"))
     for key, (name, title, label, text) in PAIRS.items():
-        columns = {r: f"{key}_{r.lower()}" for r in ("R1", "R2")}
-        values = {r: [line[column] for line in lines if column in line] for r, column in columns.items()}
+        columns = {rotation: f"{key}_{rotation.lower()}" for rotation in ("R1", "R2")}
+        values = {rotation: _by_step(lines, column)[1] for rotation, column in columns.items()}
         if not all(values.values()):
             continue
-        ends = "; ".join(f"{r} from {short(found[0])} to {short(found[-1])}" for r, found in values.items())
-        draw = _curves(lines, columns, label, "lr" if key == "alpha" else "")
-        yield Drawing(name, "learning", title, f"{text}: {ends}.", draw)
-    caption = f"from {short(first['grad_norm'])} to {short(last['grad_norm'])}"
-    caption = f"Joint norm of the gradients of R1 and R2 before clipping, {caption}."
-    norm = _curves(lines, {"": "grad_norm"}, "gradient norm")
-    yield Drawing("gradient-norm", "learning", "Gradient norm", caption, norm)
+        changes = "; ".join(f"{rotation} from {short(y[0])} to {short(y[-1])}" for rotation, y in values.items())
+        draw = _curves(lines, columns, label, limit="lr" if key == "alpha" else "")
+        yield Drawing(name, "learning", title, f"{text}: {changes}.", draw)
+    norms = _by_step(lines, "grad_norm")[1]
+    if norms:
+        caption = "Joint norm of the gradients of R1 and R2 before clipping, "
+        caption += f"from {short(norms[0])} to {short(norms[-1])}."
+        draw = _curves(lines, {"": "grad_norm"}, "gradient norm")
+        yield Drawing("gradient-norm", "learning", "Gradient norm", caption, draw)
 
 
-def _curves(lines: list[dict[str, Any]], columns: dict[str, str], label: str, bound: str = "") -> Callable[[], Figure]:
-    """Columns of metrics.jsonl by step, named by series; `bound`: one more, drawn as a limit."""
+def _by_step(lines: list[dict[str, Any]], column: str) -> tuple[list[int], list[float]]:
+    """The steps that have a figure in metrics.jsonl, and the figure."""
+    points = [(line["step"], line[column]) for line in lines if column in line]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _curves(
+    lines: list[dict[str, Any]], columns: dict[str, str], label: str, *, limit: str = ""
+) -> Callable[[], Figure]:
+    """Columns of metrics.jsonl by step, named by series. limit: a column that is drawn as the others' upper limit."""
 
     def draw() -> Figure:
         figure, axes = one_axes()
-        for place, (series, column) in enumerate(columns.items()):
-            at = [(line["step"], line[column]) for line in lines if column in line]
-            every = markers_every(len(at), place)
-            axes.plot(*zip(*at, strict=True), **style_of(series or LEARNED), markevery=every, label=series or None)
-        if bound:
-            limits = [line[bound] for line in lines]
-            axes.plot([line["step"] for line in lines], limits, color=ink(), linestyle=":", label=f"bound ({bound})")
+        for number, (series, column) in enumerate(columns.items()):
+            steps, values = _by_step(lines, column)
+            every = markers_every(len(steps), number)
+            axes.plot(steps, values, **style_of(series or LEARNED), markevery=every, label=series or None)
+        if limit:
+            axes.plot(*_by_step(lines, limit), color=ink(), linestyle=":", label=f"bound ({limit})")
         axes.set_xlabel("step")
         axes.set_ylabel(label)
         whole_numbers(axes)

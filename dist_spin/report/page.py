@@ -1,5 +1,6 @@
 """A report as one HTML page without scripts or addresses to load, and as Markdown."""
 
+import functools
 import importlib.resources
 import shlex
 from typing import Any
@@ -49,6 +50,7 @@ def markdown_page(summary: RunSummary) -> str:
     return _template("report.md.jinja", autoescape=False).render(**_content(summary), table=_markdown_table)
 
 
+@functools.cache
 def _template(name: str, *, autoescape: bool) -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=autoescape, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined

@@ -1,19 +1,21 @@
 """Everything a report is made of, read from a run's files alone; what is not there yet is named, never an error."""
 
-import json
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from dist_spin.errors import UserError
+from dist_spin.model.architecture import LAYER_LINEARS
 from dist_spin.numerics.activations import SUMMARY
 from dist_spin.storage.activation_stats import SITES, load_statistics
-from dist_spin.storage.atomic import read_lines
+from dist_spin.storage.atomic import parse_json
+from dist_spin.storage.checked_json import has_entries, is_mapping, is_number
 from dist_spin.storage.metrics import read_metrics
+from dist_spin.storage.results import load_results
 from dist_spin.storage.run_directory import LEARNED, RunDir
+from dist_spin.storage.run_records import check_is_run, read_events, read_settings
 from dist_spin.storage.tensor_file import CorruptFile, read_metadata
 
 
@@ -62,7 +64,7 @@ class RunSummary:
         """Largest entry of |R R^T - I| of the finished rotations, by "r1" and "r2"."""
         done: dict[str, Any] = next((e for e in reversed(self.events) if e["event"] == "done"), {})
         prefix = "orthogonality_"
-        return {key.removeprefix(prefix): value for key, value in done.items() if key.startswith(prefix)}
+        return {k.removeprefix(prefix): v for k, v in done.items() if k.startswith(prefix) and is_number(v)}
 
     @property
     def planned_rows(self) -> int:
@@ -84,15 +86,14 @@ def load_run_summary(path: Path) -> RunSummary:
     """Read a run directory.
 
     Raises:
-        UserError: `path` is no run directory.
+        UserError: `path` is no run directory, or its config.yaml is damaged.
     """
     run = RunDir(path)
-    if not any((path / name).exists() for name in ("config.yaml", "events.jsonl")):
-        raise UserError(f"{path} is no run directory (it has no config.yaml)", "give runs/NAME, or its configuration")
-    summary = RunSummary(run, events=read_lines(path / "events.jsonl"), metrics=read_metrics(path))
+    check_is_run(path)
+    summary = RunSummary(run, events=read_events(path), metrics=read_metrics(path))
     if (path / "config.yaml").exists():
-        summary.config_text = (path / "config.yaml").read_text()
-        summary.config = yaml.safe_load(summary.config_text)
+        summary.config = dataclasses.asdict(read_settings(path))
+        summary.config_text = (path / "config.yaml").read_text(encoding="utf-8")
     else:
         summary.missing.append("configuration: no stage has begun")
     _results(summary)
@@ -103,9 +104,7 @@ def load_run_summary(path: Path) -> RunSummary:
 
 
 def _results(summary: RunSummary) -> None:
-    path = summary.run.path / "results.json"
-    if path.exists():
-        summary.rows = json.loads(path.read_text())
+    summary.rows = load_results(summary.run, summary.missing.append)
     compared = len(summary.of_stage("compare"))
     if compared < summary.planned_rows:
         summary.missing.append(
@@ -130,13 +129,13 @@ def _layers(summary: RunSummary) -> None:
     if baselines.is_dir():
         directories |= {path.name: path / "layers" for path in sorted(baselines.iterdir())}
     for variant, directory in directories.items():
-        found: dict[int, dict[str, dict[str, float]]] = {}
-        for path in sorted(directory.glob("[0-9]*.safetensors")):
-            metadata = read_metadata(path)
-            if metadata and "layer" in metadata:
-                found[int(path.stem)] = json.loads(metadata["layer"])["figures"]
-        if found:
-            summary.layers[variant] = found
+        figures = {
+            int(path.stem): layer
+            for path in sorted(directory.glob("[0-9]*.safetensors"))
+            if path.stem.isdecimal() and (layer := _rounding_figures(path))
+        }
+        if figures:
+            summary.layers[variant] = figures
     wanted = summary.config.get("quantize", {})
     unquantized = wanted.get("method") == "none" or summary.config.get("quant", {}).get("w_bits") == 16
     if unquantized or (summary.only_compared and not summary.layers):
@@ -147,6 +146,17 @@ def _layers(summary: RunSummary) -> None:
         if not done or done < total:
             count = f"{done} of {total} layers are" if total else "no layer is"
             summary.missing.append(f"rounding errors ({variant}): {count} quantised (dist-spin quantize)")
+
+
+def _rounding_figures(path: Path) -> dict[str, dict[str, float]] | None:
+    """Figures of each linear (`QuantizedLayer.figures`) from the header of a layer's file; None where it is damaged."""
+    try:
+        figures = parse_json((read_metadata(path) or {})["layer"])["figures"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    kinds = dict.fromkeys(("error", "rtn_error"), is_number)
+    whole = is_mapping(figures) and figures.keys() == set(LAYER_LINEARS)
+    return figures if whole and all(is_mapping(x) and has_entries(x, kinds) for x in figures.values()) else None
 
 
 def _activations(summary: RunSummary) -> None:
@@ -178,7 +188,8 @@ def stages(summary: RunSummary) -> list[dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {}
     for event in summary.events:
         if event["event"] in ("job", "stage_end"):
-            entry = out.setdefault(event["stage"], {"starts": 0, "ends": 0, "seconds": 0.0, "host": 0, "gpu": 0})
+            new = {"devices": "", "ranks": 0, "starts": 0, "ends": 0, "seconds": 0.0, "host": 0, "gpu": 0}
+            entry = out.setdefault(event["stage"], new)
             if event["event"] == "job":
                 entry["starts"] += 1
                 entry["ranks"] = event["ranks"]
@@ -187,7 +198,7 @@ def stages(summary: RunSummary) -> list[dict[str, Any]]:
                 entry["ends"] += 1
                 entry["seconds"] += event["seconds"]
                 entry["host"] = max(entry["host"], event["peak_host_bytes"])
-                entry["gpu"] = max(entry["gpu"], event.get("peak_gpu_bytes", 0))
+                entry["gpu"] = max(entry["gpu"], event.get("peak_gpu_bytes") or 0)
     return [{"stage": stage, **entry} for stage, entry in out.items() if entry["ends"]]
 
 

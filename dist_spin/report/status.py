@@ -14,16 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from dist_spin.errors import UserError
 from dist_spin.runtime.processes import process_stat
-from dist_spin.runtime.progress import clock
+from dist_spin.runtime.progress import clock, warn
 from dist_spin.runtime.slurm import cancel_jobs, job_states, output_files
-from dist_spin.storage.atomic import read_lines
+from dist_spin.storage.checked_json import has_entries, is_mapping, is_text, read_json
 from dist_spin.storage.checkpoints import checkpoints
 from dist_spin.storage.metrics import read_metrics
+from dist_spin.storage.results import load_results
 from dist_spin.storage.run_directory import LEARNED, RunDir
+from dist_spin.storage.run_records import check_is_run, read_events, read_settings
+from dist_spin.storage.tensor_file import CorruptFile
 
 WATCH_EVERY = 2.0  # seconds
 LAST_LINES = 20  # of each log
@@ -34,20 +34,18 @@ def status(path: Path) -> dict[str, Any]:
     """Figures of a run: steps, loss, time left, quantised layers per variant, results.
 
     Raises:
-        UserError: `path` is no run directory.
+        UserError: `path` is no run directory, or its config.yaml is damaged.
     """
     run = RunDir(path)
     events = run_events(path)
-    settings = path / "config.yaml"
-    if not settings.exists():  # submitted, and no job has begun yet
+    if not (path / "config.yaml").exists():  # submitted, and no job has begun yet
         return {"run": str(path), "jobs": jobs_of(events), "last_event": last_event(events)}
-    config = yaml.safe_load(settings.read_text())
+    config = read_settings(path)
     metrics = read_metrics(path)
-    steps = config["optimize"]["steps"]
+    steps = config.optimize.steps
     complete = (run.rotations / "final.safetensors").exists()
     step = metrics[-1]["step"] if metrics else 0
-    pace = sorted(line["seconds"] for line in metrics[-20:])
-    results = path / "results.json"
+    pace = sorted(line["seconds"] for line in metrics[-20:] if "seconds" in line)
     return {
         "run": str(path),
         "optimize": {
@@ -58,8 +56,8 @@ def status(path: Path) -> dict[str, Any]:
             "seconds_left": 0 if complete or not pace else pace[len(pace) // 2] * (steps - step),
             "checkpoints": [number for number, _ in checkpoints(run)],
         },
-        "quantize": {name: layer_states(run, name, events) for name in (LEARNED, *config["quantize"]["baselines"])},
-        "results": json.loads(results.read_text()) if results.exists() else [],
+        "quantize": {name: layer_states(run, name, events) for name in (LEARNED, *config.quantize.baselines)},
+        "results": load_results(run, warn),
         "planned_rows": next((e["rows"] for e in reversed(events) if e["event"] == "compare"), 0),
         "exports": exports(run),
         "report": (path / "report.html").exists(),
@@ -70,11 +68,19 @@ def status(path: Path) -> dict[str, Any]:
 
 def exports(run: RunDir) -> list[dict[str, str]]:
     """Format, profile and directory of every finished export inside the run."""
-    found = []
+    finished = []
     for file in sorted(run.export.glob("[!.]*/dist_spin.json")):
-        about = json.loads(file.read_text())
-        found.append({"format": about["format"], "profile": about["profile"], "path": str(file.parent)})
-    return found
+        try:
+            sidecar = read_json(file)
+        except CorruptFile as error:
+            warn(f"{error}; export the model again")
+            continue
+        described = {"format": is_text, "profile": is_text}
+        if not is_mapping(sidecar) or not has_entries(sidecar, described):
+            warn(f"{file} describes no export; export the model again")
+            continue
+        finished.append({**{name: sidecar[name] for name in described}, "path": str(file.parent)})
+    return finished
 
 
 def run_events(path: Path) -> list[dict[str, Any]]:
@@ -83,9 +89,8 @@ def run_events(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: `path` is no run directory.
     """
-    if not any((path / name).exists() for name in ("config.yaml", "events.jsonl")):
-        raise UserError(f"{path} is no run directory (it has no config.yaml)", "give runs/NAME")
-    return read_lines(path / "events.jsonl")
+    check_is_run(path)
+    return read_events(path)
 
 
 def last_event(events: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -99,9 +104,8 @@ def jobs_of(events: list[dict[str, Any]]) -> list[dict[str, str]]:
     for event in events:
         if event["event"] == "submitted":
             jobs[event["job"]] = " ".join([event["stage"], *event["part"][1:]])
-        elif event["event"] == "job" and (slurm := event["slurm"]):
-            array = f"{slurm['array_job_id']}_{slurm['array_task_id']}" if "array_job_id" in slurm else slurm["job_id"]
-            jobs.setdefault(array, f"{event['stage']} {event['part']}".strip())
+        elif event["event"] == "job" and (job := slurm_job_id(event.get("slurm") or {})):
+            jobs.setdefault(job, f"{event['stage']} {event['part']}".strip())
     states = job_states(jobs)
     unknown = ("unknown", "")
     return [
@@ -121,6 +125,13 @@ def show_status(path: Path, *, as_json: bool = False, watching: bool = False) ->
         watch(path, show)
     else:
         print(show(status(path)))
+
+
+def slurm_job_id(variables: dict[str, str]) -> str:
+    """The id of the Slurm job whose variables a stage has noted, as `squeue` shows it: `12`, `12_3` of an array, or ""."""
+    if "array_job_id" in variables:
+        return f"{variables['array_job_id']}_{variables.get('array_task_id', '')}"
+    return variables.get("job_id", "")
 
 
 def watch(path: Path, show: Callable[[dict[str, Any]], str]) -> None:

@@ -238,8 +238,8 @@ def stage_table(summary: RunSummary, clock: Callable[[float], str]) -> Table | N
         gpu = f"{row['gpu'] / 2**30:.1f} GiB" if row["gpu"] else "–"
         table.add(
             row["stage"],
-            row["devices"],
-            str(row["ranks"]),
+            row["devices"] or "–",
+            str(row["ranks"] or "–"),
             str(row["starts"]),
             clock(row["seconds"]),
             f"{row['host'] / 2**30:.1f} GiB",

@@ -114,40 +114,51 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_line(path: Path, value: dict[str, Any]) -> None:
-    """Append one JSON line; short appends of one write are whole even with several writers."""
+    """Append one JSON line; short appends of one write are whole even with several writers.
+
+    What a killed writer left of its line is ended first, so that it spoils no other.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as stream:
-            stream.seek(0, os.SEEK_END)
-            if stream.tell():
-                stream.seek(-1, os.SEEK_END)
-                torn = stream.read(1) != b"\n"  # its writer was killed
-            else:
-                torn = False
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1))
+            torn = stream.read(1) not in (b"", b"\n")
             stream.write(b"\n" * torn + json.dumps(value).encode() + b"\n")
     except OSError as error:
         raise user_error(error, path) from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, a line each, [] if there is none; lines that were torn (a writer was killed) or damaged
-    are left out.
+    """The JSON objects of a file, one a line, [] if there is no file; lines that are torn or damaged are left out.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     try:
-        text = path.read_text(errors="replace")
+        content = path.read_bytes()
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror})", "check the directory and its permissions"
-        ) from error
+        raise UserError(f"{path} cannot be read ({error.strerror})", "check its permissions and the disk") from error
     lines = []
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(line)
+    for line in content.splitlines():
+        with contextlib.suppress(ValueError):  # also of bytes that are no UTF-8
+            value = parse_json(line.decode())
             if isinstance(value, dict):
                 lines.append(value)
     return lines
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, is nested too deeply, or holds half of a surrogate pair, which could not be written again.
+    """
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return value

@@ -1,12 +1,15 @@
-"""metrics.jsonl: one line of figures per learning step."""
+"""metrics.jsonl: one line of figures per learning step; damaged lines are left out when they are read."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from dist_spin.storage.atomic import append_line, read_lines, write_text
+from dist_spin.storage.checked_json import Kind, has_entries, is_count, is_duration, is_number, optional
 
 NAME = "metrics.jsonl"
+# What readers rely on: every line has a step and its loss.
+FIGURES: dict[str, Kind] = {"step": is_count, "loss": is_number, "seconds": optional(is_duration)}
 # Keys that earlier versions wrote -> what they are called now.
 RENAMED = {"turn_r1": "angle_r1", "turn_r2": "angle_r2", "stall": "checkpoint_wait_s"}
 
@@ -17,12 +20,16 @@ def append_metrics(run: Path, step: int, figures: dict[str, float]) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics.jsonl under the names of this version; [] where nothing was learned yet."""
-    return [{RENAMED.get(key, key): value for key, value in line.items()} for line in read_lines(run / NAME)]
+    """The figures of a run's steps, oldest first, under the names of this version; [] where nothing was learned yet.
+
+    Each line has the entries of `FIGURES`; others are left out where they are no finite numbers.
+    """
+    lines = [line for line in read_lines(run / NAME) if has_entries(line, FIGURES)]
+    return [{RENAMED.get(key, key): value for key, value in line.items() if is_number(value)} for line in lines]
 
 
 def drop_metrics_after(run: Path, step: int) -> None:
-    """Remove the lines of all steps after `step`, whose states were never saved."""
+    """Remove the lines of all steps after `step`, whose states were never saved, and every second line of a step."""
     if (run / NAME).exists():
-        lines = [json.dumps(line) + "\n" for line in read_metrics(run) if line.get("step", step + 1) <= step]
-        write_text(run / NAME, "".join(lines))
+        lines = {line["step"]: json.dumps(line) + "\n" for line in read_metrics(run) if line["step"] <= step}
+        write_text(run / NAME, "".join(lines.values()))

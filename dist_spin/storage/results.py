@@ -1,12 +1,28 @@
-"""results.json: one list of rows, to which several stages give theirs."""
+"""results.json: one list of rows, to which several stages give theirs, each with a checksum (`checked_json`).
 
-import json
+Rows come from files of their own (`evaluations/`), so that a damaged results.json is made again by the stages that wrote it.
+"""
+
 from collections.abc import Callable
 from typing import Any
 
+from dist_spin.runtime.progress import warn
 from dist_spin.storage.atomic import write_json
+from dist_spin.storage.checked_json import (
+    Kind,
+    add_checksum,
+    has_entries,
+    is_count,
+    is_number,
+    is_text,
+    list_of,
+    optional,
+    read_json,
+    remove_checksum,
+)
 from dist_spin.storage.locks import exclusive
 from dist_spin.storage.run_directory import RunDir
+from dist_spin.storage.tensor_file import CorruptFile
 
 
 def bits_label(row: dict[str, Any]) -> str:
@@ -20,9 +36,55 @@ def public(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in ("losses", "identity")}
 
 
+def load_results(run: RunDir, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The rows of results.json, [] if there is none; rows that are damaged are left out, which `tell` is told."""
+    path = run.path / "results.json"
+    if not path.exists():
+        return []
+    again = "`dist-spin evaluate` or `compare` writes it anew"
+    try:
+        entries = read_json(path)
+    except CorruptFile as error:
+        tell(f"{error}; {again}")
+        return []
+    rows, problems = [], []
+    for entry in entries if isinstance(entries, list) else [entries]:
+        try:
+            rows.append(remove_checksum(entry, makes_sense))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        tell(f"{path}: {len(problems)} rows are damaged ({problems[0]}); {again}")
+    return rows
+
+
+def makes_sense(row: dict[str, Any]) -> bool:
+    """Whether a row without a checksum has what every measurement has, with possible values."""
+    common: dict[str, Kind] = {
+        **dict.fromkeys(("method", "rotation", "weights"), is_text),
+        **dict.fromkeys(("w_bits", "a_bits", "k_bits", "v_bits", "group_size", "seed"), is_count),
+        **dict.fromkeys(("stage", "system", "clips"), optional(is_text)),
+    }
+    perplexity: dict[str, Kind] = {
+        "dataset": is_text,
+        "seq_len": is_count,
+        "tokens": is_count,
+        "ppl": lambda value: is_number(value) and value > 0,
+        "losses": optional(list_of(is_number)),
+    }
+    task: dict[str, Kind] = {
+        "task": is_text,
+        "metric": is_text,
+        "value": is_number,
+        "stderr": optional(is_number),
+        "n": is_count,
+    }
+    return has_entries(row, common) and has_entries(row, task if "task" in row else perplexity)
+
+
 def results(run: RunDir, stage: str) -> list[dict[str, Any]]:
     """The rows of results.json that `stage` ("evaluate" or "compare") wrote; [] if there are none."""
-    return [row for row in _all(run) if row.get("stage", "evaluate") == stage]
+    return [row for row in load_results(run, warn) if row.get("stage", "evaluate") == stage]
 
 
 def update_results(run: RunDir, stage: str, rows: list[dict[str, Any]]) -> None:
@@ -38,13 +100,10 @@ def merge_results(
     _write(run, stage, lambda before: [*({key(row): row for row in before} | new).values()])
 
 
-def _all(run: RunDir) -> list[dict[str, Any]]:
-    path = run.path / "results.json"
-    return json.loads(path.read_text()) if path.exists() else []
-
-
 def _write(run: RunDir, stage: str, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
     with exclusive(run.path / "locks" / "results.lock", "results.json"):
-        others = [row for row in _all(run) if row.get("stage", "evaluate") != stage]
-        changed = change(results(run, stage))
-        write_json(run.path / "results.json", [*others, *({**row, "stage": stage} for row in changed)])
+        rows = load_results(run, warn)
+        others = [row for row in rows if row.get("stage", "evaluate") != stage]
+        changed = change([row for row in rows if row.get("stage", "evaluate") == stage])
+        rows = [*others, *({**row, "stage": stage} for row in changed)]
+        write_json(run.path / "results.json", [add_checksum(row) for row in rows])

@@ -7,7 +7,6 @@ baselines/NAME/layers/... evaluations/ compare/NAME/... logs/ export/FORMAT/ sta
 report.html report.md
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.storage.atomic import append_line, write_json
+from dist_spin.storage.checked_json import is_mapping, read_json
+from dist_spin.storage.tensor_file import CorruptFile
 
 LEARNED = "learned"  # the variant with the rotations that this run learns; others are baselines or methods, by name
 
@@ -53,16 +54,37 @@ class RunDir:
         append_line(self.path / "events.jsonl", {"event": kind, "time": round(time.time(), 3), **details})
 
 
+def read_fingerprint(path: Path) -> dict[str, Any] | None:
+    """What a run was started with, by field; None where no stage has noted it.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        fingerprint = read_json(path)
+        problem = "" if is_mapping(fingerprint) else "it holds no fields"
+    except CorruptFile as error:
+        problem = str(error).removeprefix(f"{path}: ")
+    if problem:
+        raise UserError(
+            f"{path} is damaged ({problem}), so that nothing tells what the run was started with",
+            "delete it if model, data and settings are still the same; else use another name=",
+        )
+    return fingerprint
+
+
 def check_fingerprint(path: Path, current: dict[str, Any], what: str) -> None:
     """Compare with the fingerprint of an earlier start, or write it if this is the first.
 
     Raises:
-        UserError: a field differs; the message names it and both values.
+        UserError: the file is damaged, or a field differs; the message names it and both values.
     """
-    if not path.exists():
+    before = read_fingerprint(path)
+    if before is None:
         write_json(path, current)
         return
-    before = json.loads(path.read_text())
     for field in sorted({*before, *current}):
         if before.get(field) != current.get(field):
             raise UserError(
