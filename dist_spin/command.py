@@ -75,6 +75,7 @@ def call_stage(command: Command, config: RunConfig | None = None, part: str = ""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # several ranks agree on it when they open the model
         check_model_path(config.model.path, dummy=config.model.dummy_weights)
     command.quieten()
+    from dist_spin.pipeline.dtype import resolve_dtype
     from dist_spin.pipeline.stage_context import writing
     from dist_spin.runtime.distributed import lost_rank, start, stop
 
@@ -85,6 +86,7 @@ def call_stage(command: Command, config: RunConfig | None = None, part: str = ""
     try:
         world = start(config.distributed.device, timeout, config.distributed.threads, alone=alone)
         command.console.rank = world.rank
+        config = resolve_dtype(config, world)
         with writing(config, world, command.verb, part):
             stage(config, world, **options)
     except Exception as error:

@@ -28,6 +28,7 @@ from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 from dist_spin.optimize.setup import TrainState, build_training, write_checkpoint
 from dist_spin.optimize.train import forward_backward, learning_rate
+from dist_spin.pipeline.dtype import resolve_dtype
 from dist_spin.pipeline.model import model_dtype
 from dist_spin.pipeline.quant_sites import sites_for
 from dist_spin.runtime.distributed import World, on_rank0, raise_on_any_failure, start, stop
@@ -124,6 +125,7 @@ def measure(options: argparse.Namespace, world: World, sequences: int = 0, layer
     settings = [f"model.path={directory}", "model.dummy_weights=true", f"output_dir={scratch}", *options.settings]
     settings += [f"optimize.source=tokens:{blocks}", "optimize.split=all", f"optimize.steps={options.steps + 2}"]
     config = load_config(None, [*settings, *([f"optimize.batch_size={sequences}"] if sequences else [])])
+    config = resolve_dtype(config, world)
     vocab = json.loads((directory / "config.json").read_text())["vocab_size"]
     size = (config.optimize.batch_size, config.optimize.seq_len)
     on_rank0(lambda: np.save(blocks, np.random.default_rng(0).integers(0, vocab, size)))

@@ -14,8 +14,9 @@ class ModelConfig:
     """Hugging Face directory or hub id, .gguf file, or package:NAME (the one .gguf in an installed Python package)."""
     revision: str | None = None
     """Hub revision (branch, tag or commit); null takes the newest, so pin it to make a run repeatable."""
-    dtype: Literal["bfloat16", "float32", "float64", "float16"] = "bfloat16"
-    """Number format of weights and compute; bfloat16 is what these models were trained in."""
+    dtype: Literal["bfloat16", "float32", "float64", "float16", "auto"] = "auto"
+    """Number format of weights and compute; auto: bfloat16, which these models were trained in, where the device computes it
+    fast, float32 elsewhere; a run keeps what it was started with."""
     dummy_weights: bool = False
     """Seeded random weights, only config.json is read: for timing and memory tests without a download."""
     trust_remote_code: bool = False

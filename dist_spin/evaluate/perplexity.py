@@ -19,6 +19,7 @@ from dist_spin.model.context import check_context
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.finite import dtype_remedy
+from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.model import check_vocabulary, model_dtype
 from dist_spin.runtime.distributed import World, on_rank0, sum_over_ranks_
 from dist_spin.storage.run_directory import RunDir, run_dir
@@ -128,7 +129,7 @@ def window_losses(
                 overflows[index, job] += (~torch.isfinite(h)).any()
     overflowing = sum_over_ranks_(overflows.cpu()).nonzero()
     if len(overflowing):
-        problem = f"{target.label}: the output of layer {int(overflowing[0, 0])} is not finite in {config.model.dtype}"
+        problem = f"{target.label}: the output of layer {int(overflowing[0, 0])} is not finite in {dtype_name(config)}"
         raise NumericsError(problem, dtype_remedy(model_dtype(config)))
     head = model.head()
     out = []

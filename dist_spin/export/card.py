@@ -5,6 +5,7 @@ from typing import Any
 
 from dist_spin.config.run import RunConfig
 from dist_spin.export.export_job import ExportJob
+from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.export_limits import QUANTISED
 from dist_spin.version import __version__
 
@@ -65,7 +66,7 @@ def _method(job: ExportJob) -> list[str]:
         if step != "0"
         else "not by this run: rotations of a file, or random ones",
         "Learned for": f"activations {q.a_bits} bits, keys {q.k_bits}, values {q.v_bits}",
-        "Number format": config.model.dtype,
+        "Number format": dtype_name(config),
     }
     if job.weights.scales:
         table["Learned scales"] = "merged: before linears in the norms' gains, the others in the weights"

@@ -21,6 +21,7 @@ from dist_spin.export.export_job import DirectoryWriter, ExportFormat, ExportJob
 from dist_spin.model.sites_config import Sites
 from dist_spin.numerics.gptq import QuantizedWeight
 from dist_spin.numerics.quantizer import QuantSpec, dequantize_weight
+from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.model import model_dtype
 from dist_spin.storage.quantized_layers import QuantizedLayer
 
@@ -186,7 +187,7 @@ def _serving(config: RunConfig) -> list[str]:
     lines = []
     if config.quant.arithmetic == "compressed-tensors" and config.export.profile == "no-had":
         lines.append("Bare transformers rounds what the linears read and hold as measured below, to the bit.")
-    if config.quant.arithmetic == "fp32" and config.model.dtype in ("bfloat16", "float16"):
+    if config.quant.arithmetic == "fp32" and dtype_name(config) in ("bfloat16", "float16"):
         lines.append("Scales are in fp32 here; a program that holds them in 16 bits rounds them, by up to 0.2 %.")
     if config.quant.a_bits < 16:
         here = "127.5 (7.5)" if config.quant.arithmetic == "compressed-tensors" else "127 (7)"

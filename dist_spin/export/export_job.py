@@ -18,6 +18,7 @@ from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.gptq import QuantizedWeight
 from dist_spin.numerics.quantizer import dequantize_weight
+from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.embeddings import embeddings_of
 from dist_spin.pipeline.export_limits import QUANTISED
 from dist_spin.pipeline.fingerprints import WEIGHT_SETTINGS, flat, layer_identity
@@ -199,7 +200,7 @@ class ExportJob:
 
     def write_sidecar(self, directory: Path) -> None:
         """Write what `dist_spin.load` needs beside the weights."""
-        kind, dtype = self.files.config.model_type, self.config.model.dtype
+        kind, dtype = self.files.config.model_type, dtype_name(self.config)
         profile = self.config.export.profile
         write_sidecar(directory, Sidecar(self.target, profile, kind, dtype, self.fingerprint, self.sites))
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from dist_spin.errors import UserError
 from dist_spin.export.export_job import DirectoryWriter, ExportFormat, ExportJob
 from dist_spin.export.sidecar import write_description
+from dist_spin.pipeline.dtype import dtype_name
 
 SCRIPT, PACKAGE, VERSION = "convert_hf_to_gguf.py", "llama-cpp-python", "0.3.36"
 PARTS = (SCRIPT, "conversion/", "gguf-py/")  # what the converter consists of
@@ -41,7 +42,7 @@ def prepare(job: ExportJob) -> DirectoryWriter:
         merged = directory / "merged"
         merged.mkdir()
         job.write_checkpoint(merged, job.weights.layer, {})
-        converter.convert(merged, directory / f"{job.config.name}.gguf", job.config.model.dtype)
+        converter.convert(merged, directory / f"{job.config.name}.gguf", dtype_name(job.config))
         shutil.rmtree(merged)
         write_description(directory, job.description)
 

@@ -25,6 +25,7 @@ from dist_spin.optimize.best_state import BestState
 from dist_spin.optimize.cayley_optimizer import CayleyOptimizer
 from dist_spin.optimize.sharding.engine import Engine, choose_engine
 from dist_spin.optimize.sharding.memory_planner import Workload, layers_to_offload, micro_batch_and_levels
+from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.export_limits import check_export_target
 from dist_spin.pipeline.fingerprints import EMBEDDING_SETTINGS, WEIGHT_SETTINGS, flat
 from dist_spin.pipeline.initial_rotations import fits_start, starting_rotations
@@ -237,7 +238,7 @@ def run_fingerprint(config: RunConfig, files: ModelFiles, tokens: Tensor) -> dic
     sites = {k: v for k, v in flat(config.quant, "quant").items() if not k.startswith(decides_nothing)}
     return {
         "model weights": files.weights.fingerprint(),
-        "model.dtype": config.model.dtype,
+        "model.dtype": dtype_name(config),
         "learning data": tokens_fingerprint(tokens),
         **flat(config.rotation, "rotation"),
         **sites,

@@ -17,6 +17,7 @@ from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.gptq import QuantizedWeight
 from dist_spin.numerics.quantizer import dequantize_weight, quantize_weight, weight_scales
+from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.variants import Variant
 from dist_spin.storage.quantized_layers import embeddings_path, finished_embeddings, save_embeddings
 from dist_spin.storage.run_directory import run_dir
@@ -78,7 +79,7 @@ def embeddings_of(config: RunConfig, files: ModelFiles, variant: Variant) -> Qua
     bits, clip = quantized_embedding_bits(config), config.quant.w_mse_clip
     identity = {
         "model": files.weights.fingerprint(),
-        "dtype": config.model.dtype,
+        "dtype": dtype_name(config),
         "rotations": variant.digest,
         "bits": bits,
         "mse_clip": clip,

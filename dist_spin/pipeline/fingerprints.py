@@ -10,6 +10,7 @@ from dist_spin.config.run import RunConfig
 from dist_spin.data import tokens_fingerprint
 from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.gptq import GPTQOptions
+from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.model import model_dtype
 from dist_spin.pipeline.variants import Variant
 
@@ -41,7 +42,7 @@ def model_identity(config: RunConfig, files: ModelFiles, variant: Variant) -> di
     return {
         **method,
         "model": files.weights.fingerprint(),
-        "dtype": config.model.dtype,
+        "dtype": dtype_name(config),
         "rotations": variant.digest,
         "online": config.rotation.online and variant.rotations is not None,
         "r4_block": config.rotation.r4_block,
@@ -84,7 +85,7 @@ def gptq_options(config: RunConfig) -> GPTQOptions:
         clip_norm=q.clip_norm,
     )
     if (
-        w.arithmetic == "compressed-tensors" and config.model.dtype in HALF
+        w.arithmetic == "compressed-tensors" and dtype_name(config) in HALF
     ):  # its runtimes hold scales in the model's dtype
         return dataclasses.replace(options, scale_dtype=model_dtype(config))
     return options

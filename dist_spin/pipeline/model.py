@@ -8,13 +8,14 @@ from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 from dist_spin.model.weights import ModelFiles, open_model
 from dist_spin.numerics.dtypes import accumulation_dtype
+from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.runtime.distributed import on_rank0, raise_on_any_failure
 from dist_spin.runtime.progress import say
 
 
 def model_dtype(config: RunConfig) -> torch.dtype:
     """The dtype of weights and compute."""
-    return getattr(torch, config.model.dtype)
+    return getattr(torch, dtype_name(config))
 
 
 def wide_dtype(config: RunConfig) -> torch.dtype:

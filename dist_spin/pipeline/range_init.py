@@ -24,6 +24,7 @@ from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.cayley import adam_moments, newton_schulz, retract_rows, tangent
 from dist_spin.numerics.dtypes import accumulation_dtype
+from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.initial_rotations import start_path
 from dist_spin.pipeline.model import model_dtype
 from dist_spin.runtime.distributed import World, on_rank0, raise_on_any_failure
@@ -40,7 +41,7 @@ def make_start(config: RunConfig, world: World, files: ModelFiles, tokens: Tenso
     some = tokens[: -(-TOKENS // tokens.shape[1])]
     identity: dict[str, Any] = {
         "model": files.weights.fingerprint(),
-        "dtype": config.model.dtype,
+        "dtype": dtype_name(config),
         "seed": config.rotation.seed,
         "tokens": tokens_fingerprint(some),
     }

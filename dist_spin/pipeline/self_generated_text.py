@@ -13,6 +13,7 @@ from torch import Tensor
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.model.weights import DummyWeights, ModelFiles
+from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.model import model_dtype
 from dist_spin.runtime.progress import Progress
 from dist_spin.storage.run_directory import run_dir
@@ -34,7 +35,7 @@ def self_text(config: RunConfig, files: ModelFiles, n: int, seq_len: int, seed: 
         raise UserError(
             "a model of random weights writes no text", "name another source, or set model.dummy_weights=false"
         )
-    about = {"model": files.weights.fingerprint(), "dtype": config.model.dtype, "seq_len": seq_len, "seed": seed}
+    about = {"model": files.weights.fingerprint(), "dtype": dtype_name(config), "seq_len": seq_len, "seed": seed}
     directory = run_dir(config).path / "self_text" / identity_hash(about)[:12]
     model, out = None, []
     batches = range(-(-n // BATCH))

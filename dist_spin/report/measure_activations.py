@@ -19,6 +19,7 @@ from dist_spin.model.architecture import ATTENTION_NORM, MLP_NORM
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.activations import kurtosis, peak_over_rms, pooled, summary
+from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.model import model_dtype, open_configured_model
 from dist_spin.pipeline.variants import Variant, build_variant, calibration_tokens, unquantized
 from dist_spin.runtime.distributed import World
@@ -109,7 +110,7 @@ def _identity(config: RunConfig, files: ModelFiles, chosen: Variant, tokens: Ten
     rotations = dict(zip(("R1", "R2"), chosen.rotations or (), strict=False))
     return {
         "model": files.weights.fingerprint(),
-        "dtype": config.model.dtype,
+        "dtype": dtype_name(config),
         "rotations": tensors_digest(rotations),
         "tokens": tokens_fingerprint(tokens),
         "r3": [tuple(f.shape) for f in chosen.sites.r3],
