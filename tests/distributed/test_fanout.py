@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import Job, command
-from tiny import write_model
+from tiny import tiny_run, write_model
 
 from dist_spin.numerics.random_rotations import random_orthogonal
 from dist_spin.report.status import status, status_text
@@ -42,19 +42,17 @@ def words(place: Path, name: str, *settings: str, layers: int = 4, rotation: int
     if not (run.rotations / "final.safetensors").exists():
         r2 = torch.stack([random_orthogonal(12, generator) for _ in range(layers)])
         save_final(run, random_orthogonal(48, generator), r2, {})
-    return [
+    return tiny_run(
+        place / "runs",
         f"name={name}",
-        f"output_dir={place / 'runs'}",
-        f"model.path={place / ('four' if layers == 4 else 'twenty')}",
         "model.dtype=float32",
         "rotation.r4_block=16",
         f"quantize.source=tokens:{place / 'tokens.npy'}#all",
         "quantize.seq_len=24",
         "quantize.n_sequences=20",
-        "distributed.device=cpu",
-        "distributed.threads=1",
         *settings,
-    ]
+        model=place / ("four" if layers == 4 else "twenty"),
+    )
 
 
 def quantize(place: Path, name: str, *settings: str, size: int = 1, flags: tuple[str, ...] = (), **rest: int) -> str:
