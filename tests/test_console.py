@@ -107,6 +107,20 @@ def test_a_log_line_clears_the_line_of_progress_on_a_terminal_and_draws_it_again
     assert max(map(len, stream.getvalue().split(CLEAR))) < 80
 
 
+def test_a_long_line_of_progress_is_shortened_while_it_is_redrawn_and_whole_at_its_end(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = Terminal()
+    text = "measure " + "x" * 90
+    with shown_on(Console(stream)):
+        progress = Progress(text, 2)
+        progress.advance("loss 2")
+        (line,) = stream.getvalue().split(CLEAR)[1:]
+        assert len(line) == 79
+        assert re.fullmatch(r"measure x+…x+ 1/2  loss 2  \d:\d\d left", line)
+        progress.advance("loss 1")
+        assert f"{CLEAR}{text} 2/2  loss 1  took 0:00\n" in stream.getvalue()
+
+
 def said(rank: int = 0, **options: bool) -> list[tuple[str, ...]]:
     """Rank, level and text of the lines in a file."""
     stream = io.StringIO()

@@ -54,9 +54,8 @@ class Console(logging.Handler):
         if progress is None or record.levelno < logging.INFO:
             self._write(f"{CLEAR}{text}\n{self._line}" if self._terminal else f"{text}\n")
         elif self._terminal:
-            text = text[: shutil.get_terminal_size().columns - 1]  # a second row could not be erased
-            self._line = "" if progress.complete else text
-            self._write(CLEAR + text + ("\n" if progress.complete else ""))
+            self._line = "" if progress.complete else shortened(text, shutil.get_terminal_size().columns - 1)
+            self._write(CLEAR + (self._line or f"{text}\n"))
         elif progress.complete or time.monotonic() - self._drawn > LINE_EVERY:
             self._drawn = time.monotonic()
             self._write(f"{text}\n")
@@ -82,6 +81,12 @@ class Console(logging.Handler):
     def _write(self, text: str) -> None:
         self._stream.write(text)
         self._stream.flush()
+
+
+def shortened(text: str, width: int) -> str:
+    """`text` in one row of a terminal, since a second one could not be erased: its end, which says how far, and its start."""
+    end = min(len(text), 2 * width // 3)
+    return text if len(text) <= width else f"{text[: width - end - 1]}…{text[-end:]}"
 
 
 @contextlib.contextmanager
