@@ -274,6 +274,38 @@ def test_killed_workers_change_nothing(place):
     assert not (fan.run.path / "boundaries").exists()
 
 
+def fork_server(launcher: int) -> int | None:
+    """The process that a launcher's jobs are forked from."""
+    tasks = Path(f"/proc/{launcher}/task").glob("*/children")
+    for pid in (int(word) for task in tasks for word in task.read_text().split()):
+        if b"multiprocessing.forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            return pid
+    return None
+
+
+def test_a_killed_fork_server_takes_its_jobs_with_it_and_is_started_again(place):
+    setting = "quantize.layers_per_job=5"
+    quantize(place, "undisturbed", setting, layers=20)
+    fan = FanOut(place, "serverless", *words(place, "serverless", setting, layers=20))
+    killed: set[int] = set()
+    while len(killed) < 3 and fan.running:
+        jobs = set(fan.wait_for_work().values()) if killed else set()
+        server = fork_server(fan.launcher.ranks[0].pid)
+        if server is None or server in killed:
+            time.sleep(0.002)
+            continue
+        os.kill(server, signal.SIGKILL)
+        killed.add(server)
+        end = time.monotonic() + 5
+        while any(Path(f"/proc/{pid}").exists() for pid in jobs):
+            assert time.monotonic() < end, "jobs outlive the fork server"
+            time.sleep(0.002)
+    assert fan.launcher.wait() == [0], fan.log.read_text()
+    assert killed
+    assert "Traceback" not in fan.log.read_text()
+    assert files(place, "serverless") == files(place, "undisturbed")
+
+
 def test_a_job_that_cannot_succeed_is_given_up(place):
     """A mistake in the settings is not tried again, and its line is in the log."""
     given = words(place, "hopeless", "quantize.layers_per_job=2")
