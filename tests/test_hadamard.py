@@ -279,6 +279,26 @@ def test_the_library_is_picked_where_it_can_be_imported(package: Path) -> None:
     torch.testing.assert_close(y, x @ dense(1376, 0), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("width", "faster"),
+    [(64, True), (4096, True), (32768, True), (14336, False), (28672, False), (11008, False), (5120, False)],
+)
+def test_the_library_is_used_at_the_widths_where_it_is_faster(package: Path, width: int, faster: bool) -> None:
+    package.write_text(PACKAGE)
+    gpu = torch.device("cuda")
+    assert library_gap(width, torch.bfloat16, gpu) == ""
+    library = transform.faster_library(width, torch.bfloat16, gpu)
+    assert (library is not None) == faster
+    assert library in (None, transform._library())
+    assert transform.faster_library(width, torch.bfloat16, torch.device("cpu")) is None
+    assert transform.faster_library(width, torch.float64, gpu) is None
+
+
+def test_the_library_is_not_used_where_it_is_not_there(package: Path) -> None:
+    package.write_text("raise ImportError")
+    assert transform.faster_library(4096, torch.bfloat16, torch.device("cuda")) is None
+
+
 def test_a_library_that_does_not_load_is_left_out(package: Path) -> None:
     """Such as one that was built for another torch, whose import ends in an undefined symbol."""
     package.write_text("raise ImportError('undefined symbol')")
@@ -310,7 +330,7 @@ def test_cuda_agrees_with_the_cpu(n: int, block: int) -> None:
     for dtype, tolerance in ((torch.float32, 5e-3), (torch.bfloat16, 5e-2)):  # TF32 may be on
         given = x.to("cuda", dtype)
         factors = kronecker_factors(n, block, dtype, "cuda")
-        # The first two by fast_hadamard_transform where it is installed.
+        # The first two by fast_hadamard_transform where it is installed and faster.
         for y in (hadamard_transform(given, block), online_transform(given, factors), kronecker_apply(given, factors)):
             torch.testing.assert_close(y.cpu().double(), expected, rtol=0, atol=tolerance)
 

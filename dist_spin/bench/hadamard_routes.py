@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dist_spin.numerics.hadamard import hadamard_core, hadamard_matrix
-from dist_spin.numerics.hadamard_transform import hadamard_transform, kronecker_apply, kronecker_factors, library_gap
+from dist_spin.numerics.hadamard_transform import kronecker_apply, kronecker_factors, library_gap, library_transform
 
 Transform = Callable[[Tensor], Tensor]
 LIBRARY = "fast-hadamard-transform"
@@ -67,5 +67,5 @@ def routes(
     if gap := library_gap(width, dtype, device):
         missing[LIBRARY] = gap
     else:
-        transforms[LIBRARY] = hadamard_transform
+        transforms[LIBRARY] = library_transform
     return transforms, missing
