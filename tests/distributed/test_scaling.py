@@ -1,5 +1,6 @@
 """`dist-spin bench scaling`: its parts on numbers worked out by hand, and all of it on real measurements of 1 and 2 ranks."""
 
+import argparse
 import json
 import os
 from collections import Counter
@@ -12,7 +13,7 @@ from tiny import write_model
 
 from dist_spin.bench import scaling_model as model
 from dist_spin.bench.optimize import step_flop
-from dist_spin.bench.scaling import HEADER
+from dist_spin.bench.scaling import HEADER, add_arguments, read, run
 from dist_spin.cli import main
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
@@ -222,21 +223,36 @@ def test_the_command_sets_the_model_beside_real_measurements(measured, tmp_path,
     ]
 
 
+def scaling(*words: str) -> int:
+    """`bench scaling WORDS` without the command line around it, which would turn mistakes into exit codes."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return run(parser.parse_args(words))
+
+
 def test_what_does_not_fit_says_so(measured, capsys):
     more = ["--shape", str(measured / "shape"), "--predict", "4", "--device-gib", "0.0001"]
-    assert main([str(measured / "2.json"), *more]) == 0
+    assert scaling(str(measured / "2.json"), *more) == 0
     assert "does not fit" in capsys.readouterr().out
 
 
 def test_mistakes_are_told(measured, tmp_path):
     with pytest.raises(UserError, match=r"1\.json holds no figures of bench optimize"):
-        main([str(tmp_path / "1.json")])
+        scaling(str(tmp_path / "1.json"))
     (tmp_path / "other.json").write_text('[{"step_s": 1}]')
     with pytest.raises(UserError, match="figures are missing"):
-        main([str(tmp_path / "other.json"), "--shape", str(measured / "shape")])
+        scaling(str(tmp_path / "other.json"), "--shape", str(measured / "shape"))
     with pytest.raises(UserError, match=r"has no config\.json"):
-        main([str(measured / "2.json"), "--shape", str(tmp_path)])
+        scaling(str(measured / "2.json"), "--shape", str(tmp_path))
     figures = json.loads((measured / "2.json").read_text()) | {"tflops_per_device": 400.0}
     (tmp_path / "other.json").write_text(json.dumps(figures))
     with pytest.raises(UserError, match="FLOP was measured"):
-        main([str(tmp_path / "other.json"), "--shape", str(measured / "shape")])
+        scaling(str(tmp_path / "other.json"), "--shape", str(measured / "shape"))
+
+
+def test_figures_of_earlier_versions_are_read_under_their_names_of_now(tmp_path):
+    row = {"step_s": 1.0, "ranks": 1, "tokens_per_step": 4096, "recompute": {}, "stall_s": 0.1, "fit_grids_s": 0.2}
+    (tmp_path / "old.json").write_text(json.dumps(row))
+    (figures,) = read(tmp_path / "old.json")
+    assert (figures["checkpoint_wait_s"], figures["requantize_s"], figures["w_bits"]) == (0.1, 0.2, 4)
+    assert not {"stall_s", "fit_grids_s"} & figures.keys()
