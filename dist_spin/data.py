@@ -84,8 +84,8 @@ def calibration_windows(
         rows = _rows(source, split, seq_len)
         if len(rows) < n:
             raise UserError(f"{source} ({split}) has {len(rows)} rows, {n} are wanted", "set n_sequences to fewer")
-        chosen = torch.randperm(len(rows), generator=generator)[:n]
-        return torch.from_numpy(rows[chosen.numpy(), :seq_len].astype(np.int64))
+        indices = torch.randperm(len(rows), generator=generator)[:n]
+        return torch.from_numpy(rows[indices.numpy(), :seq_len].astype(np.int64))
     stream = _stream(source, split, tokenizer, by_line=False)
     _at_least_one(len(stream), seq_len, source, split)
     starts = torch.randint(len(stream) - seq_len + 1, (n,), generator=generator)
@@ -192,8 +192,8 @@ def _rows(source: str, split: str, seq_len: int) -> np.ndarray[Any, Any]:
     except (ValueError, EOFError) as error:
         raise UserError(f"{path} is no plain .npy array", "write it with numpy.save, without objects") from error
     if not isinstance(array, np.ndarray) or array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
-        found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
-        raise UserError(f"{path} holds {found}", "save integers of shape [rows, length], one sequence per row")
+        content = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
+        raise UserError(f"{path} holds {content}", "save integers of shape [rows, length], one sequence per row")
     rows = array[_part(len(array), source, split)]
     if array.shape[1] < seq_len:
         remedy = f"set seq_len to at most {array.shape[1]}"

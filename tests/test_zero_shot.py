@@ -18,7 +18,7 @@ from dist_spin.config.loader import load_config
 from dist_spin.config.run import RunConfig
 from dist_spin.evaluate import loglikelihood as scoring
 from dist_spin.evaluate.targets import EvalTarget
-from dist_spin.evaluate.zero_shot import SOURCES, LayerwiseLM, hushed, load_tasks, run_harness
+from dist_spin.evaluate.zero_shot import SOURCES, LayerwiseLM, load_tasks, run_harness, silenced
 from dist_spin.model.sites_config import Sites
 from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.pipeline.model import open_configured_model
@@ -62,7 +62,7 @@ def by_both(config: RunConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     tasks = {task.task_name: task for task in load_tasks(config).values()}
 
     def figures(lm: Any) -> dict[str, Any]:
-        with hushed():
+        with silenced():
             return run_harness(lm, {"tasks": tasks, "groups": {}, "group_map": {}}, bootstrap_iters=100)
 
     return figures(ours), figures(theirs)
@@ -177,7 +177,7 @@ def test_other_data_in_the_same_place_are_measured_anew(finished, tmp_path):
 
 
 def test_rows_share_what_they_can_and_keep_the_end():
-    rows = scoring.rows_of([([1, 2], [3]), ([1, 2], [4]), ([1], [2, 5]), ([7, 8, 9], [6])], max_length=2)
+    rows = scoring.sequences_for([([1, 2], [3]), ([1, 2], [4]), ([1], [2, 5]), ([7, 8, 9], [6])], max_length=2)
     assert [(row.tokens, row.requests) for row in rows] == [
         ((1, 2), [(0, [3]), (1, [4]), (2, [2, 5])]),
         ((8, 9), [(3, [6])]),
@@ -185,8 +185,8 @@ def test_rows_share_what_they_can_and_keep_the_end():
     rows = [scoring.Row((0,) * n) for n in (9, 5, 5, 4, 2, 1, 1)]
     batches = list(scoring.batches_of(rows, 10))
     assert [[len(row.tokens) for row in batch] for batch in batches] == [[9], [5, 5], [4, 2], [1, 1]]
-    assert [len(part) for part in scoring.passes_of(batches, 20)] == [2, 2]
-    assert [len(part) for part in scoring.passes_of(batches, 1)] == [1, 1, 1, 1]
+    assert [len(part) for part in scoring.groups_that_fit(batches, 20)] == [2, 2]
+    assert [len(part) for part in scoring.groups_that_fit(batches, 1)] == [1, 1, 1, 1]
 
 
 def test_memory_is_found_by_halving():
@@ -198,9 +198,9 @@ def test_memory_is_found_by_halving():
             raise torch.OutOfMemoryError("no room")
         return part * 2
 
-    fitting, hidden = scoring.Fitting(64), torch.randn(8, 4, 2)
-    assert torch.equal(fitting(run, hidden), hidden * 2)
+    runner, hidden = scoring.MemoryLimitedRunner(64), torch.randn(8, 4, 2)
+    assert torch.equal(runner(run, hidden), hidden * 2)
     assert tried == [8, 4, 2, 2, 2, 2]
-    assert fitting.tokens == 2 * 4  # remembered
+    assert runner.tokens == 2 * 4  # remembered
     with pytest.raises(Exception, match="one sequence of 4 tokens does not fit"):
-        scoring.Fitting(4)(lambda part: run(part.repeat(4, 1, 1)), hidden)
+        scoring.MemoryLimitedRunner(4)(lambda part: run(part.repeat(4, 1, 1)), hidden)

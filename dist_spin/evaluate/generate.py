@@ -51,9 +51,9 @@ class Speaker:
         self.model = load_full_model(config, world, files, run, target)
         self.device, self.tokenizer = world.device, files.tokenizer()
         self.conversation: list[dict[str, str]] = []
-        self.ends: int | list[int] | None = self.tokenizer.eos_token_id
+        self.end_tokens: int | list[int] | None = self.tokenizer.eos_token_id
         with contextlib.suppress(OSError):  # chat models may end a turn with another token than a text
-            self.ends = GenerationConfig.from_pretrained(files.directory).eos_token_id or self.ends
+            self.end_tokens = GenerationConfig.from_pretrained(files.directory).eos_token_id or self.end_tokens
 
     def write(self, ids: Tensor, tokens: int) -> str:
         """Continue ids [1, T] by at most `tokens` tokens; returns what was written."""
@@ -66,8 +66,8 @@ class Speaker:
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=tokens,
                 do_sample=False,
-                eos_token_id=self.ends,
-                pad_token_id=self.ends[0] if isinstance(self.ends, list) else self.ends,
+                eos_token_id=self.end_tokens,
+                pad_token_id=self.end_tokens[0] if isinstance(self.end_tokens, list) else self.end_tokens,
                 streamer=streamer,
             )
         return self.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)

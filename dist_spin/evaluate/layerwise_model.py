@@ -28,7 +28,7 @@ def load_full_model(config: RunConfig, world: World, files: ModelFiles, run: Run
     On the rank's device, all of it, in the run's dtype: the same bits that `evaluate` measures layer by layer.
 
     Raises:
-        UserError: a quantised layer, or a quantised end, is not there.
+        UserError: a quantised layer, embedding or lm_head is not there.
     """
     dtype, weights = model_dtype(config), target.variant.weights
     embeddings = (
@@ -48,7 +48,7 @@ def load_full_model(config: RunConfig, world: World, files: ModelFiles, run: Run
 
 
 class LayerwiseModel:
-    """A cell's model taken one layer at a time: embed, then every layer in order, then the head."""
+    """The model of an evaluation target, one layer at a time: embed, then every layer in order, then the head."""
 
     def __init__(self, config: RunConfig, world: World, files: ModelFiles, run: RunDir, target: EvalTarget) -> None:
         self._world, self._files, self._run, self._target = world, files, run, target
@@ -59,10 +59,10 @@ class LayerwiseModel:
             embeddings_of(config, files, target.variant).load(self._dtype, world.device, say) if quantised else {}
         )
 
-    def embed(self, batches: Iterable[Tensor], place: torch.device | None = None) -> list[Tensor]:
-        """Hidden states [batch, T, h] of token ids, each [batch, T], kept on `place` (default: the rank's device)."""
+    def embed(self, batches: Iterable[Tensor], device: torch.device | None = None) -> list[Tensor]:
+        """Hidden states [batch, T, h] of token ids, each [batch, T], kept on `device` (default: the rank's)."""
         embedding = self._embeddings.pop("embedding") if "embedding" in self._embeddings else self._weights.embedding()
-        return [embedding[ids.to(embedding.device)].to(place or embedding.device) for ids in batches]
+        return [embedding[ids.to(embedding.device)].to(device or embedding.device) for ids in batches]
 
     def layers(self, what: str) -> Iterator[Callable[[Tensor], Tensor]]:
         """Each decoder layer in order, as a function of hidden states [batch, T, h] on the rank's device."""
@@ -89,7 +89,7 @@ class LayerwiseModel:
 def quantized_weights(
     run: RunDir, target: EvalTarget, index: int, dtype: torch.dtype, world: World
 ) -> dict[str, Tensor] | None:
-    """Dequantised parameters of a layer from its file; None where the cell keeps 16-bit weights."""
+    """Dequantised parameters of a layer from its file; None where the target keeps 16-bit weights."""
     if target.weights == "none":
         return None
     path = target_layer(run, target, index)

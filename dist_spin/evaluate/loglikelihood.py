@@ -32,8 +32,8 @@ class Row:
     requests: list[tuple[int, list[int]]] = field(default_factory=list)  # number of the request, its continuation
 
 
-def rows_of(requests: list[tuple[list[int], list[int]]], max_length: int) -> list[Row]:
-    """What has to be run for (context, continuation) pairs of token ids, longest first.
+def sequences_for(requests: list[tuple[list[int], list[int]]], max_length: int) -> list[Row]:
+    """The sequences that answer (context, continuation) pairs of token ids, longest first.
 
     The last token predicts nothing and is left off, and what is longer than `max_length` loses its beginning. Requests that
     agree in all but their last token share a row: so do the choices "no" and "yes" of one question.
@@ -54,7 +54,7 @@ def batches_of(rows: list[Row], tokens: int) -> Iterator[list[Row]]:
         at += count
 
 
-def passes_of(batches: Iterable[list[Row]], tokens: int) -> Iterator[list[list[Row]]]:
+def groups_that_fit(batches: Iterable[list[Row]], tokens: int) -> Iterator[list[list[Row]]]:
     """Batches that are carried through the model together: at most `tokens` of hidden states, at least one batch."""
     group: list[list[Row]] = []
     held = 0
@@ -69,8 +69,11 @@ def passes_of(batches: Iterable[list[Row]], tokens: int) -> Iterator[list[list[R
         yield group
 
 
-class Fitting:
-    """Runs a function on as many rows at a time as memory takes, found by halving, and remembers how many that were."""
+class MemoryLimitedRunner:
+    """Runs a function on as many rows at a time as the device's memory takes.
+
+    tokens: how many to try. Halved whenever memory runs out, and kept so for the calls that follow.
+    """
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
@@ -105,7 +108,7 @@ def log_likelihoods(
     """Sum of the log-probabilities of each continuation after its context, and whether greedy decoding would write it.
 
     Args:
-        open_walk: gives the model to measure, from its first layer.
+        open_layerwise: gives the model to measure, from its first layer.
         requests: (context, continuation) token ids, neither empty; the same on every rank, which share the work.
         max_length: tokens that the model takes.
         token_bytes: size of one token's hidden state.
@@ -117,20 +120,22 @@ def log_likelihoods(
     answers = torch.zeros(len(requests), 2, dtype=torch.float64)
 
     def mine() -> None:
-        rows = rows_of(requests, max_length)[world.rank :: world.size]
-        fitting = Fitting(GPU_TOKENS if world.device.type == "cuda" else CPU_TOKENS)
-        batches = list(batches_of(rows, fitting.tokens))
-        place, room = resting_place(world, token_bytes * sum(len(b) * len(b[0].tokens) for b in batches))
-        for number, part in enumerate(passes_of(batches, room // token_bytes), start=1):
+        rows = sequences_for(requests, max_length)[world.rank :: world.size]
+        runner = MemoryLimitedRunner(GPU_TOKENS if world.device.type == "cuda" else CPU_TOKENS)
+        batches = list(batches_of(rows, runner.tokens))
+        waiting_device, room = device_for_waiting_states(
+            world, token_bytes * sum(len(b) * len(b[0].tokens) for b in batches)
+        )
+        for number, part in enumerate(groups_that_fit(batches, room // token_bytes), start=1):
             label = what if number == 1 else f"{what}, pass {number}"
-            for request, answer in _one_pass(open_layerwise(), part, world.device, place, fitting, label):
+            for request, answer in _one_pass(open_layerwise(), part, world.device, waiting_device, runner, label):
                 answers[request] = torch.tensor(answer, dtype=torch.float64)
 
     raise_on_any_failure(mine)
     return [(total, bool(greedy)) for total, greedy in sum_over_ranks_(answers).tolist()]
 
 
-def resting_place(world: World, wanted: int) -> tuple[torch.device, int]:
+def device_for_waiting_states(world: World, wanted: int) -> tuple[torch.device, int]:
     """Where `wanted` bytes of hidden states wait between layers, and how many may: the device if it has room, or the host."""
     if world.device.type == "cuda":
         room = int(torch.cuda.mem_get_info(world.device)[0] * DEVICE_SHARE)
@@ -144,15 +149,15 @@ def _one_pass(
     model: LayerwiseModel,
     batches: list[list[Row]],
     device: torch.device,
-    place: torch.device,
-    fitting: Fitting,
+    waiting_device: torch.device,
+    runner: MemoryLimitedRunner,
     what: str,
 ) -> Iterator[tuple[int, tuple[float, bool]]]:
     """Carry batches through every layer; the number and answer of each request."""
-    hidden = model.embed((padded(batch) for batch in batches), place)  # each [batch, T, h]
+    hidden = model.embed((padded(batch) for batch in batches), waiting_device)  # each [batch, T, h]
     for layer in model.layers(what):
         for i in range(len(hidden)):
-            hidden[i] = fitting(layer, hidden[i].to(device)).to(place)
+            hidden[i] = runner(layer, hidden[i].to(device)).to(waiting_device)
     head = model.head()
     for i, batch in enumerate(batches):
         yield from _answers(head, hidden[i].to(device), batch)
@@ -168,15 +173,15 @@ def padded(batch: list[Row]) -> Tensor:
 
 def _answers(head: Head, hidden: Tensor, batch: list[Row]) -> Iterator[tuple[int, tuple[float, bool]]]:
     """From the last hidden states [rows, T, h] of a batch; log-probabilities in max(fp32, dtype), a chunk at a time."""
-    place: dict[tuple[int, int], int] = {}  # (row, position) -> line of `scored`
+    line_of: dict[tuple[int, int], int] = {}  # (row, position) -> line of `scored`
     asked = [(number, continuation, j, row) for j, row in enumerate(batch) for number, continuation in row.requests]
     lines, labels = [], []  # of every token of every continuation; the position before a token predicts it
     for _, continuation, j, row in asked:
         first = len(row.tokens) - len(continuation)
-        lines += [place.setdefault((j, first + t), len(place)) for t in range(len(continuation))]
+        lines += [line_of.setdefault((j, first + t), len(line_of)) for t in range(len(continuation))]
         labels += continuation
     line, label = torch.tensor(lines, device=hidden.device), torch.tensor(labels, device=hidden.device)
-    at = torch.tensor(list(place), device=hidden.device)
+    at = torch.tensor(list(line_of), device=hidden.device)
     scored = hidden[at[:, 0], at[:, 1]]  # [positions, h]
     wide = accumulation_dtype(hidden.dtype)
     value = torch.empty(len(lines), dtype=wide, device=hidden.device)

@@ -39,7 +39,9 @@ def load_rows(run: RunDir, identity: str) -> Rows | None:
     Called by all ranks together; rank 0 reads.
     """
     path = measurement_path(run, identity)
-    return on_rank0(lambda: load_if_current(path, read_rows, lambda found: found == identity, "measuring again", warn))
+    return on_rank0(
+        lambda: load_if_current(path, read_rows, lambda measured_as: measured_as == identity, "measuring again", warn)
+    )
 
 
 def read_rows(path: Path) -> tuple[Rows, str]:

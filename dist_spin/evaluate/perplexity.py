@@ -1,4 +1,4 @@
-"""Perplexity: windows of text through the model, and the file that keeps each figure."""
+"""Perplexity: the mean cross entropy of windows of text that pass through the model layer by layer, and its exponential."""
 
 import math
 import time
@@ -49,7 +49,7 @@ def measure(
     source: str,
     tokens: Tensor,
 ) -> dict[str, Any]:
-    """One cell on one source, from its file if it was measured before."""
+    """The row of one target on one source, from its file if it was measured before."""
     row = described(config, files, target, source, tokens)
     before = measured_before(run, row)
     if before is not None:
@@ -109,7 +109,7 @@ def window_losses(
 ) -> list[Tensor]:
     """Mean next-token cross entropy of every window of each job's tokens, each fp64 [n] on the CPU.
 
-    The jobs, (sites, tokens [n, T]), share the cell's weights, so that a layer is read or merged once for all of them.
+    The jobs, (sites, tokens [n, T]), share the target's weights, so that a layer is read or merged once for all of them.
     Windows are shared out over ranks. `what` is shown while it goes on.
 
     Raises:
@@ -136,7 +136,7 @@ def window_losses(
     for (_, tokens), ids, parts in zip(jobs, batches, hidden, strict=True):
         losses = torch.zeros(len(tokens), dtype=torch.float64)
         if parts:
-            mean = [head.loss(h, some.to(world.device)) for h, some in zip(parts, ids, strict=True)]
+            mean = [head.loss(h, batch.to(world.device)) for h, batch in zip(parts, ids, strict=True)]
             losses[world.rank :: world.size] = torch.cat(mean).double().cpu()
         out.append(sum_over_ranks_(losses))
     return out

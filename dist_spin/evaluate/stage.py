@@ -2,8 +2,8 @@
 
     dist-spin evaluate configs/quickstart.yaml
 
-Perplexity is over non-overlapping windows, cross entropy in fp32. Each measured cell is a file of its own, so that a second
-start measures only what is missing.
+Perplexity is over non-overlapping windows, cross entropy in fp32. Each measurement is a file of its own
+(`evaluate.measurements`), so that a second start measures only what is missing.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import Interrupted, UserError
 from dist_spin.evaluate.perplexity import measure, measuring_tokens
-from dist_spin.evaluate.tables import table, task_table
+from dist_spin.evaluate.tables import perplexity_table, task_table
 from dist_spin.evaluate.targets import eval_targets, target_layer
 from dist_spin.pipeline.export_limits import check_export_target
 from dist_spin.pipeline.fingerprints import layer_identity
@@ -28,10 +28,10 @@ from dist_spin.storage.tensor_file import identity_hash
 
 
 def evaluate(config: RunConfig, world: World) -> list[dict[str, Any]]:
-    """Measure every cell on every source and write results.json; returns its rows.
+    """Measure every target on every source and write results.json; returns its rows.
 
     Raises:
-        Interrupted: a signal came; finished cells are kept.
+        Interrupted: a signal came; what is measured is kept.
         UserError: layers are missing, or a source cannot be read.
     """
     stop = StopRequest()
@@ -61,6 +61,6 @@ def evaluate(config: RunConfig, world: World) -> list[dict[str, Any]]:
     shown = [public(row) for row in rows]
     on_rank0(lambda: update_results(run, "evaluate", shown))
     if world.is_rank0:
-        print("\n".join(filter(None, [table(shown), task_table(shown)])))
+        print("\n".join(filter(None, [perplexity_table(shown), task_table(shown)])))
         say(f"wrote {run.path / 'results.json'}")
     return shown

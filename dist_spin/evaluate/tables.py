@@ -1,4 +1,4 @@
-"""Results as plain text tables."""
+"""Measured rows as plain text tables: what `evaluate` and `compare` print when they are done."""
 
 import math
 import statistics
@@ -8,17 +8,15 @@ from typing import Any
 from dist_spin.runtime.text_table import aligned
 from dist_spin.storage.results import bits_label
 
-Key = tuple[Any, ...]
 
-
-def system_key(row: dict[str, Any]) -> Key:
-    """What decides a line of the table."""
+def system_of(row: dict[str, Any]) -> tuple[str, str, str]:
+    """System, clips and rounding of the weights of a row: each combination has a line of the comparison's table."""
     return row["system"], row["clips"], row["weights"]
 
 
-def row_key(row: dict[str, Any]) -> Key:
-    """What tells one row of a comparison from all others."""
-    return *system_key(row), bits_label(row), row["seed"], row["dataset"]
+def row_key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells one row of a comparison from all others: its system, bits, seed and text."""
+    return *system_of(row), bits_label(row), row["seed"], row["dataset"]
 
 
 def spread(values: list[float]) -> tuple[float, float, int]:
@@ -36,20 +34,22 @@ def _unique(rows: list[dict[str, Any]], name: str) -> list[Any]:
 
 
 def _table(dataset: str, rows: list[dict[str, Any]]) -> str:
-    cells: dict[Key, dict[str, list[float]]] = {}
+    perplexities: dict[tuple[str, str, str], dict[str, list[float]]] = {}  # system -> bits -> one for each seed
     title = f"{dataset}: perplexity, {rows[0]['tokens']} tokens in windows of {rows[0]['seq_len']}"
     for row in rows:
         if row["system"] == "full precision":
             title += f"; full precision {row['ppl']:.3f}"
         else:
-            cells.setdefault(system_key(row), {}).setdefault(bits_label(row), []).append(row["ppl"])
+            perplexities.setdefault(system_of(row), {}).setdefault(bits_label(row), []).append(row["ppl"])
     # A rounding of 16-bit weights is none: such figures stand in lines of their own.
-    columns = list(dict.fromkeys(bits for found in cells.values() for bits in found))
-    best = {bits: min(spread(found[bits])[0] for found in cells.values() if bits in found) for bits in columns}
-    lines = [["method", "weights", *columns]]
-    for (system, clips, weights), found in cells.items():
+    all_bits = list(dict.fromkeys(bits for by_bits in perplexities.values() for bits in by_bits))
+    best = {
+        bits: min(spread(by_bits[bits])[0] for by_bits in perplexities.values() if bits in by_bits) for bits in all_bits
+    }
+    lines = [["method", "weights", *all_bits]]
+    for (system, clips, weights), by_bits in perplexities.items():
         name = system if clips == "none" else f"{system}, clipped" if clips == "quarot" else f"{system}, {clips}"
-        lines.append([name, weights, *(_figure(found.get(bits), best[bits]) for bits in columns)])
+        lines.append([name, weights, *(_figure(by_bits.get(bits), best[bits]) for bits in all_bits)])
     return "\n".join([title, *aligned(lines)])
 
 
@@ -62,18 +62,18 @@ def _figure(values: list[float] | None, best: float) -> str:
     return text + (" *" if math.isclose(mean, best) else "")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def perplexity_table(rows: list[dict[str, Any]]) -> str:
     """Perplexities as a plain text table, the best quantised one of each bit width and source marked with *."""
     rows = [r for r in rows if "ppl" in r]
     best: dict[tuple[str, str], float] = {}
     for r in rows:
-        key = (r["dataset"], bits_label(r))
-        best[key] = min(best.get(key, math.inf), r["ppl"])
+        text_and_bits = (r["dataset"], bits_label(r))
+        best[text_and_bits] = min(best.get(text_and_bits, math.inf), r["ppl"])
     lines = [("text", "bits", "method", "weights", "perplexity")]
     for r in rows:
         mark = " *" if r["ppl"] == best[(r["dataset"], bits_label(r))] and r["method"] != "full precision" else ""
         lines.append((r["dataset"], bits_label(r), r["method"], r["weights"], f"{r['ppl']:.3f}{mark}"))
-    return columns(lines)
+    return _under_header(lines)
 
 
 def task_table(rows: list[dict[str, Any]]) -> str:
@@ -82,9 +82,9 @@ def task_table(rows: list[dict[str, Any]]) -> str:
     for r in (r for r in rows if "task" in r):
         value = f"{r['value']:.4f}" + (f" ± {r['stderr']:.4f}" if r["stderr"] is not None else "")
         lines.append((r["task"], bits_label(r), r["method"], r["weights"], r["metric"], value, str(r["n"])))
-    return columns(lines)
+    return _under_header(lines)
 
 
-def columns(lines: Sequence[tuple[str, ...]]) -> str:
+def _under_header(lines: Sequence[tuple[str, ...]]) -> str:
     """Lines under a header line as aligned columns; nothing if there is only the header."""
     return "\n".join(aligned(lines)) if len(lines) > 1 else ""

@@ -26,7 +26,7 @@ class EvalTarget:
     weights: str  # none, rtn or gptq
     full_precision: bool = False
     fingerprint: str = ""  # fingerprint of its layer files; empty where weights are as they are
-    given: bool = False  # its rotations were not learned here
+    preset: bool = False  # its rotations were read or drawn, not learned here
     about: dict[str, Any] = field(default_factory=dict)  # further entries of its row, which decide no figure
 
     @property
@@ -36,7 +36,7 @@ class EvalTarget:
             return self.about["system"]
         if self.full_precision:
             return "full precision"
-        learned = "given rotation" if self.given else "learned rotation"
+        learned = "given rotation" if self.preset else "learned rotation"
         return {"none": "no rotation", LEARNED: learned}.get(
             self.variant.name, f"random {self.variant.name.capitalize()}"
         )
@@ -48,11 +48,11 @@ def eval_targets(config: RunConfig, files: ModelFiles, device: torch.device) -> 
     off = QuantSpec()
     out = [EvalTarget(dataclasses.replace(unrotated, sites=Sites(off, off, off, off)), "none", full_precision=True)]
     quantised = config.quantize.method if config.quant.w_bits < 16 else "none"
-    names, given = [*config.quantize.baselines, LEARNED], config.optimize.steps == 0
+    names, preset = [*config.quantize.baselines, LEARNED], config.optimize.steps == 0
     rotated = {name: build_variant(config, files, name, device) for name in names}
     if quantised != "none" and config.evaluate.unquantized_weights:
-        out += [EvalTarget(rotated[name], "none", given=given) for name in names]
-    return out + [EvalTarget(rotated[name], quantised, given=given) for name in names]
+        out += [EvalTarget(rotated[name], "none", preset=preset) for name in names]
+    return out + [EvalTarget(rotated[name], quantised, preset=preset) for name in names]
 
 
 def describe(config: RunConfig, target: EvalTarget) -> dict[str, Any]:
@@ -70,14 +70,16 @@ def describe(config: RunConfig, target: EvalTarget) -> dict[str, Any]:
 
 
 def target_identity(config: RunConfig, files: ModelFiles, target: EvalTarget) -> dict[str, Any]:
-    """What decides a measurement beside its row and layers: model, rotations, site settings and quantised ends."""
-    found = model_identity(config, files, target.variant)
+    """What decides a measurement beside its row and layers: model, rotations, site settings and quantised embeddings."""
+    identity = model_identity(config, files, target.variant)
     if not target.full_precision:
-        found |= site_settings(config)
+        identity |= site_settings(config)
     embeddings = embeddings_of(config, files, target.variant)
-    return found if target.weights == "none" or not embeddings.bits else found | {"ends": embeddings.fingerprint}
+    if target.weights != "none" and embeddings.bits:
+        identity["ends"] = embeddings.fingerprint
+    return identity
 
 
 def target_layer(run: RunDir, target: EvalTarget, index: int) -> Path:
-    """The file of a quantised layer of a cell's variant."""
+    """The file of a quantised layer of the target's variant."""
     return layer_path(run.layers(target.variant.name), index)

@@ -74,7 +74,7 @@ SOURCES = {
 
 
 class LayerwiseLM(TemplateLM):
-    """A cell as the harness sees a model: it tokenises as the harness's `hf` model does, and scores layer by layer.
+    """An evaluation target as the harness sees a model: tokenised as by the harness's `hf` model, scored layer by layer.
 
     Under several ranks each runs the harness on the same requests; scoring them is shared out.
     """
@@ -129,10 +129,10 @@ class LayerwiseLM(TemplateLM):
 def zero_shot(
     config: RunConfig, world: World, files: ModelFiles, run: RunDir, eval_targets: list[EvalTarget], stop: StopRequest
 ) -> list[dict[str, Any]]:
-    """Measure every cell on every task whose data can be had; a row per cell, task and metric.
+    """Measure every target on every task whose data can be had; a row for each target, task and metric.
 
     Raises:
-        Interrupted: a signal came; finished cells are kept.
+        Interrupted: a signal came; what is measured is kept.
         NumericsError: a model's output is not finite.
     """
     tasks = load_tasks(config)
@@ -148,20 +148,20 @@ def load_tasks(config: RunConfig) -> dict[str, Any]:
     """The harness's task objects by our names. What rank 0 cannot load is left out everywhere, and said."""
     e = config.evaluate
     folder = Path(e.tasks_dir).expanduser() if e.tasks_dir else None
-    found: dict[str, Any] = {}
+    tasks: dict[str, Any] = {}
 
     def load_all() -> list[str]:
         for name in e.tasks:
             try:
-                found[name] = load_task(name, folder)
+                tasks[name] = load_task(name, folder)
             except UserError as error:
                 warn(f"dist-spin: {name} is left out: {error}")
-        return list(found)
+        return list(tasks)
 
     names = on_rank0(load_all)
     # The others only afterwards, when the cache is filled.
-    raise_on_any_failure(lambda: None if found else found.update({name: load_task(name, folder) for name in names}))
-    return found
+    raise_on_any_failure(lambda: None if tasks else tasks.update({name: load_task(name, folder) for name in names}))
+    return tasks
 
 
 def load_task(name: str, folder: Path | None) -> Any:
@@ -171,27 +171,27 @@ def load_task(name: str, folder: Path | None) -> Any:
         UserError: the data cannot be had.
     """
     source = SOURCES[name]
-    tasks = Path(lm_eval.__file__).parent / "tasks"
+    harness_tasks = Path(lm_eval.__file__).parent / "tasks"
     # Only few-shot prompts read the training part.
-    changes: dict[str, Any] = {"include": str(tasks / source.file), "training_split": None}
+    changes: dict[str, Any] = {"include": str(harness_tasks / source.file), "training_split": None}
     if folder:
         changes |= local_copy(folder, source)
     else:
         require_hub(source.repository, f"the task {name}", "evaluate.tasks_dir=DIR with a copy of its data")
-    with tempfile.TemporaryDirectory() as place, hushed():
-        path = Path(place) / f"{name}.yaml"
+    with tempfile.TemporaryDirectory() as directory, silenced():
+        path = Path(directory) / f"{name}.yaml"
         path.write_text(yaml.safe_dump(changes))
         try:
             (task,) = TaskManager(include_defaults=False).load([str(path)])["tasks"].values()
         except Exception as error:  # whatever the harness, the hub or a file format throws is the user's to put right
             reason = " ".join(str(error).split()) or type(error).__name__
-            remedy = f"hf download --repo-type dataset {source.repository} --local-dir {place_of(folder, source)}"
+            remedy = f"hf download --repo-type dataset {source.repository} --local-dir {copy_path(folder, source)}"
             raise UserError(f"its data cannot be read ({reason[:300]})", remedy) from error
     task.set_config(key="num_fewshot", value=0)
     return task
 
 
-def place_of(folder: Path | None, source: Source) -> Path:
+def copy_path(folder: Path | None, source: Source) -> Path:
     """Where a copy of a task's data is looked for."""
     return (folder or Path("TASKS_DIR")) / source.repository
 
@@ -202,38 +202,38 @@ def local_copy(folder: Path, source: Source) -> dict[str, Any]:
     Raises:
         UserError: there is no copy.
     """
-    place = place_of(folder, source)
-    if not place.is_dir():
-        remedy = f"hf download --repo-type dataset {source.repository} --local-dir {place}"
-        raise UserError(f"{place} does not exist", remedy)
-    with hushed():
+    copy = copy_path(folder, source)
+    if not copy.is_dir():
+        remedy = f"hf download --repo-type dataset {source.repository} --local-dir {copy}"
+        raise UserError(f"{copy} does not exist", remedy)
+    with silenced():
         try:
-            subsets = datasets.get_dataset_config_names(str(place))
+            subsets = datasets.get_dataset_config_names(str(copy))
         except Exception:  # without a README.md and with files in unusual places; folders may still tell
             subsets = []
     named = source.subset in subsets
     # Where a README.md names the files, `datasets` would take another copy's data from its cache for these.
-    cached = Path(datasets.config.HF_DATASETS_CACHE) / f"copy-{fingerprint_of(place)}"
+    cached = Path(datasets.config.HF_DATASETS_CACHE) / f"copy-{copy_fingerprint(copy)}"
     options = {"cache_dir": str(cached)}
-    if source.subset and not named and (place / source.subset).is_dir():
+    if source.subset and not named and (copy / source.subset).is_dir():
         options["data_dir"] = source.subset
     return {
-        "dataset_path": str(place),
+        "dataset_path": str(copy),
         "dataset_name": source.subset if named else None,
         "dataset_kwargs": options,
     }
 
 
-def fingerprint_of(place: Path) -> str:
-    """A hash that changes when a file below `place` does: of names, sizes and times."""
-    files = ((path, path.stat()) for path in sorted(place.rglob("*")) if path.is_file())
-    run_summary = [(str(path.resolve()), about.st_size, about.st_mtime_ns) for path, about in files]
-    return hashlib.sha256(repr(run_summary).encode()).hexdigest()[:16]
+def copy_fingerprint(copy: Path) -> str:
+    """A hash that changes when a file below `copy` does: of names, sizes and times."""
+    files = ((path, path.stat()) for path in sorted(copy.rglob("*")) if path.is_file())
+    stamps = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path, stat in files]
+    return hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
-def hushed() -> Iterator[None]:
-    """Keep the harness's and the data library's bars and remarks off the terminal, which is for our progress."""
+def silenced() -> Iterator[None]:
+    """Keep the progress bars and messages of the harness and of `datasets` off the terminal, which shows our progress."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
@@ -241,7 +241,7 @@ def hushed() -> Iterator[None]:
 def measure(
     config: RunConfig, world: World, files: ModelFiles, run: RunDir, target: EvalTarget, tasks: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """One cell on all tasks, those of them from their files that were measured before; the others together."""
+    """One target on all tasks; those that were measured before are read from their files, the others are run together."""
     model = {**describe(config, target), "layers": target.fingerprint, **target_identity(config, files, target)}
     limit = config.evaluate.task_limit
     identities = {
@@ -257,7 +257,7 @@ def measure(
         began = time.monotonic()
         # The harness would fork a process with threads, and perhaps CUDA, for its draws.
         os.environ["DISABLE_MULTIPROC"] = "1"
-        with hushed():
+        with silenced():
             results = run_harness(
                 lm,
                 {"tasks": {task.task_name: task for task in missing.values()}, "groups": {}, "group_map": {}},
@@ -287,13 +287,13 @@ def digest(task: Any, limit: int) -> str:
     return hashlib.sha256("\n".join(docs).encode()).hexdigest()
 
 
-def metrics(found: dict[str, Any], counts: dict[str, int]) -> list[dict[str, Any]]:
+def metrics(results: dict[str, Any], counts: dict[str, int]) -> list[dict[str, Any]]:
     """Name, value, standard error and number of items of each metric that the harness reports."""
     out = []
-    for key, value in found.items():
+    for key, value in results.items():
         metric, _, kind = key.partition(",")
         if kind and not metric.endswith("_stderr"):
-            error = found.get(f"{metric}_stderr,{kind}")
+            error = results.get(f"{metric}_stderr,{kind}")
             stderr = error if isinstance(error, float) and math.isfinite(error) else None
             out.append({"metric": metric, "value": float(value), "stderr": stderr, "n": counts["effective"]})
     return out

@@ -1,4 +1,4 @@
-"""The two ends of a quantised model: embedding and lm_head, rounded to nearest with one scale per row.
+"""Embedding and lm_head of a quantised model, rounded to nearest with one scale per row.
 
 They are made once from the merged 16-bit weights. Calibration runs on the embedding as it was: jobs that start in the middle
 of the model do so too, and at the 8 bits meant for it the difference is far below that of the layers.
@@ -29,7 +29,7 @@ ROWS_AT_ONCE = 8192  # of the vocabulary, so that fp32 copies stay small beside 
 def quantized_embedding_bits(config: RunConfig) -> dict[str, int]:
     """Bits of `embedding` and `head`, those that are quantised at all."""
     bits = {"embedding": config.quant.embedding_bits, "head": config.quant.head_bits}
-    return {end: width for end, width in bits.items() if width < 16}
+    return {name: width for name, width in bits.items() if width < 16}
 
 
 @dataclass
@@ -47,12 +47,12 @@ class QuantizedEmbeddings:
         if not self.bits or finished_embeddings(self.path, self.fingerprint, warn) is not None:
             return False
         read = {"embedding": self.weights.embedding, "head": self.weights.head_weight}
-        embeddings = {end: self._rounded(read[end](), bits) for end, bits in self.bits.items()}
+        embeddings = {name: self._rounded(read[name](), bits) for name, bits in self.bits.items()}
         save_embeddings(self.path, embeddings, self.bits, self.fingerprint)
         return True
 
     def load(self, dtype: torch.dtype, device: torch.device, warn: Callable[[str], None]) -> dict[str, Tensor]:
-        """The quantised ends by name, dequantised, each [vocab, h].
+        """The quantised weights by name, `embedding` and `head`, dequantised, each [vocab, h].
 
         Raises:
             UserError: they are not there.
@@ -61,9 +61,9 @@ class QuantizedEmbeddings:
         if embeddings is None:
             raise UserError(f"{self.path} is missing", "run `dist-spin quantize` first")
         out = {}
-        for end, quantized in embeddings.items():
+        for name, quantized in embeddings.items():
             codes, scale, zero = (part.to(device) for part in quantized)
-            out[end] = dequantize_weight(codes, scale, zero, dtype=dtype)
+            out[name] = dequantize_weight(codes, scale, zero, dtype=dtype)
         return out
 
     def _rounded(self, weight: Tensor, bits: int) -> QuantizedWeight:

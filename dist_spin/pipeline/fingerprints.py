@@ -59,7 +59,7 @@ def layer_identity(config: RunConfig, files: ModelFiles, variant: Variant, token
     """Everything that decides the content of a variant's layer files."""
     settings = flat(config.quantize, "quantize")
     del settings["quantize.baselines"]  # decide nothing about layers
-    if settings["quantize.layers_per_job"] >= files.shape.layers:  # one span, however it was said
+    if settings["quantize.layers_per_job"] >= files.shape.layers:  # one range of layers, however it was said
         settings["quantize.layers_per_job"] = 0
     # No setting of a site decides a weight that was calibrated without it.
     seen = () if config.quantize.quantize_activations else site_settings(config)

@@ -36,5 +36,5 @@ def fits_start(config: RunConfig) -> bool:
 
 
 def start_path(config: RunConfig) -> Path:
-    """Where `rotation.init=range` keeps what it found."""
+    """Where the rotations fitted by `rotation.init=range` are stored."""
     return run_dir(config).rotations / "start.safetensors"

@@ -3,7 +3,7 @@
     dist-spin evaluate CONFIG.yaml rotation.load=R.bin optimize.steps=0 quantize.method=none
     dist-spin run CONFIG.yaml rotation.load=R.bin optimize.steps=0 rotation.online=false      # learned without R3 and R4
 
-They are kept in the run as learned ones are, so that every later stage, and an export, finds them there.
+They are stored in the run where learned ones would be, for every later stage and for exports.
 """
 
 from pathlib import Path
@@ -24,6 +24,7 @@ from dist_spin.storage.run_directory import run_dir
 from dist_spin.storage.run_records import keep_settings
 from dist_spin.storage.tensor_file import read_metadata, tensors_digest
 
+PRESET = "given"  # metadata entry of such a final.safetensors: a digest of what was loaded
 EXACT = 1e-5  # largest entry of R R^T - I that is left alone: files in fp32 stay as they are, to the bit
 
 
@@ -44,28 +45,28 @@ def save_preset_rotations(config: RunConfig, shape: Shape) -> None:
         digest = tensors_digest({"R1": r1, "R2": r2, **transforms})
         check_clips(config.export.target, config, clips="clip" in transforms)
         if finished_rotations(run, warn):
-            if (read_metadata(path) or {}).get("given") != digest:
+            if (read_metadata(path) or {}).get(PRESET) != digest:
                 problem = (
                     f"run {config.name} holds other rotations than those of {config.rotation.load or 'its settings'}"
                 )
                 raise UserError(problem, "give a new name=")
             return
         bits = clip_bits(preset) if preset else None
-        save_final(run, orthogonal(r1), orthogonal(r2), {"step": "0", "given": digest}, transforms, bits)
+        save_final(run, orthogonal(r1), orthogonal(r2), {"step": "0", PRESET: digest}, transforms, bits)
         keep_settings(run.path, config)
 
     on_rank0(keep)
 
 
 def check_not_preset(config: RunConfig) -> None:
-    """Called before learning: a run whose rotations were given would not be given learned ones.
+    """Called before learning: a run that holds preset rotations keeps them.
 
     Raises:
         UserError: it is such a run.
     """
 
     def check() -> None:
-        if "given" in (read_metadata(run_dir(config).rotations / "final.safetensors") or {}):
+        if PRESET in (read_metadata(run_dir(config).rotations / "final.safetensors") or {}):
             raise UserError(f"run {config.name} holds rotations that were given, not learned", "give a new name=")
 
     on_rank0(check)

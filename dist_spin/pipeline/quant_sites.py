@@ -78,7 +78,7 @@ def sites_for(config: RunConfig, shape: Shape, *, rotated: bool = True, heads: b
 
 
 def while_learning(config: RunConfig) -> RunConfig:
-    """The configuration whose sites learning sees: activations, keys and values at `optimize.a_bits`, if that is given."""
+    """The configuration whose sites learning sees: activations, keys and values at `optimize.a_bits`, if that is set."""
     bits = config.optimize.a_bits
     if not bits:
         return config
@@ -93,11 +93,11 @@ def site_bits(config: RunConfig) -> dict[str, int]:
 def clips_at(config: RunConfig, learned_at: dict[str, int], clips: Tensor) -> Tensor:
     """Learned clip ratios [layers, CLIPS] for the sites of `config`: 1 wherever its bits are not those they were learned at.
 
-    What 4 bits gain by giving up the ends of the range, more bits lose by it. learned_at: `site_bits` of the learning.
+    Clipping the range helps at 4 bits and costs accuracy at more. learned_at: `site_bits` of the learning.
     """
     bits = site_bits(config)
-    kept = [bits[kind] == learned_at[kind] for kind in (site if site in bits else "a" for site in CLIP_SITES)]
-    return torch.where(torch.tensor(kept, device=clips.device), clips, 1.0)
+    same_bits = [bits[kind] == learned_at[kind] for kind in (site if site in bits else "a" for site in CLIP_SITES)]
+    return torch.where(torch.tensor(same_bits, device=clips.device), clips, 1.0)
 
 
 def learned_transforms(path: Path, config: RunConfig) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What `rotation.init=range` starts from: R1 fitted to activations of the full-precision model, kept in the run.
+"""The initial rotations of `rotation.init=range`: R1 fitted to activations of the full-precision model, stored in the run.
 
 R2 stays a random Hadamard: fitted in the same way it gained nothing.
 
@@ -33,27 +33,27 @@ from dist_spin.storage.run_directory import run_dir
 from dist_spin.storage.tensor_file import identity_hash, read_metadata, save_tensors
 
 TOKENS = 8192  # of the learning text that pass through the model
-TOKENS_KEPT = 512  # of them at each site
+SAMPLED_TOKENS = 512  # of them at each site of each layer
 
 
 def make_start(config: RunConfig, world: World, files: ModelFiles, tokens: Tensor) -> None:
     """Fit the start to the first of the learning text's `tokens` [n, T], unless it is there; called by all ranks together."""
-    some = tokens[: -(-TOKENS // tokens.shape[1])]
+    fitting_tokens = tokens[: -(-TOKENS // tokens.shape[1])]
     identity: dict[str, Any] = {
         "model": files.weights.fingerprint(),
         "dtype": dtype_name(config),
         "seed": config.rotation.seed,
-        "tokens": tokens_fingerprint(some),
+        "tokens": tokens_fingerprint(fitting_tokens),
     }
     fingerprint, path = identity_hash(identity), start_path(config)
     if on_rank0(lambda: (read_metadata(path) or {}).get("fingerprint") == fingerprint):
         return
-    found: list[tuple[Tensor, float, float]] = []
+    fits: list[tuple[Tensor, float, float]] = []
     r1, r2 = initial("hadamard", files.shape, config.rotation.seed)
-    raise_on_any_failure(lambda: found.append(fitted(r1, config, world, files, some)))
+    raise_on_any_failure(lambda: fits.append(fitted(r1, config, world, files, fitting_tokens)))
 
     def keep() -> None:
-        fitted_r1, before, after = found[0]
+        fitted_r1, before, after = fits[0]
         save_tensors(path, {"R1": fitted_r1, "R2": r2}, {"fingerprint": fingerprint})
         run_dir(config).event("range_start", before=before, after=after)
 
@@ -71,8 +71,8 @@ def fitted(
     progress = Progress("fit the rotations' start: layer", shape.layers + 1, show=world.is_rank0)
     rows: list[Tensor] = []
     for index in range(shape.layers):
-        some, hidden = sample_rows(LayerTask(index, runner, plain.layer(index), hidden), TOKENS_KEPT, seed)
-        rows.append(some)
+        sample, hidden = sample_rows(LayerTask(index, runner, plain.layer(index), hidden), SAMPLED_TOKENS, seed)
+        rows.append(sample)
         progress.advance()
     wide = accumulation_dtype(dtype)
     r1, before, after = narrowed(start.to(world.device, wide), torch.cat(rows), seed)
@@ -104,21 +104,21 @@ def narrowed(start: Tensor, rows: Tensor, seed: int) -> tuple[Tensor, float, flo
     start [n, n] in the dtype to compute in, on the device to compute on; rows [tokens, n], anywhere, in any dtype. Returns
     `start` itself where nothing was gained.
     """
-    turned = start.mT.clone()  # R^T: a step on it turns the channels that the quantiser sees
-    mean, square = torch.zeros_like(turned), torch.zeros_like(turned)
+    transposed = start.mT.clone()  # R^T: a step on it turns the channels that the quantiser sees
+    mean, square = torch.zeros_like(transposed), torch.zeros_like(transposed)
     generator = torch.Generator().manual_seed(seed)
     for step in range(1, STEPS + 1):
-        x = rows[torch.randint(len(rows), (ROWS,), generator=generator).to(rows.device)].to(turned)
-        y = (x @ turned.mT).requires_grad_()
+        x = rows[torch.randint(len(rows), (ROWS,), generator=generator).to(rows.device)].to(transposed)
+        y = (x @ transposed.mT).requires_grad_()
         (gradient,) = torch.autograd.grad(square_range(y), y)
         m, root = adam_moments(mean, square, tangent(gradient.mT @ y.detach()), step)
         angle = ANGLE * (1 + math.cos(math.pi * (step - 1) / STEPS)) / 2
-        turned = retract_rows(turned, m / root, angle / math.sqrt(len(turned)))
+        transposed = retract_rows(transposed, m / root, angle / math.sqrt(len(transposed)))
         if step % REPROJECT_EVERY == 0:
-            turned = newton_schulz(turned)
-    found = newton_schulz(turned.mT.double(), 3).to(start)  # from rounding to rounding of fp64
-    before, after = (mean_square_range(rows, r) for r in (start, found))
-    return (found, before, after) if after < before else (start, before, before)
+            transposed = newton_schulz(transposed)
+    rotation = newton_schulz(transposed.mT.double(), 3).to(start)  # from rounding to rounding of fp64
+    before, after = (mean_square_range(rows, r) for r in (start, rotation))
+    return (rotation, before, after) if after < before else (start, before, before)
 
 
 def sample_rows(task: LayerTask, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -128,16 +128,16 @@ def sample_rows(task: LayerTask, tokens: int, seed: int) -> tuple[Tensor, Tensor
     as the norms without their gains make it.
     """
     n, length = task.hidden.shape[:2]
-    chosen = torch.randperm(n * length, generator=torch.Generator().manual_seed(seed))[:tokens].sort().values
-    found: list[Tensor] = []
+    positions = torch.randperm(n * length, generator=torch.Generator().manual_seed(seed))[:tokens].sort().values
+    rows: list[Tensor] = []
     seen = dict.fromkeys(R1_SITES, 0)  # tokens that came by
 
     def see(site: str, x: Tensor) -> None:
         if site in seen:
             flat, first = x.flatten(0, -2), seen[site]
             seen[site] = first + len(flat)
-            mine = flat[(chosen[(chosen >= first) & (chosen < seen[site])] - first).to(flat.device)].float()
-            found.append((mine / mine.square().mean(-1, keepdim=True).sqrt()).to(x.dtype).cpu())
+            mine = flat[(positions[(positions >= first) & (positions < seen[site])] - first).to(flat.device)].float()
+            rows.append((mine / mine.square().mean(-1, keepdim=True).sqrt()).to(x.dtype).cpu())
 
     outputs = observe(task, see)
-    return torch.cat(found), outputs
+    return torch.cat(rows), outputs

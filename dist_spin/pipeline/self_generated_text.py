@@ -24,7 +24,7 @@ GREEDY = (3, 6)  # how many most likely tokens follow the first: from 3 up to, b
 
 
 def self_text(config: RunConfig, files: ModelFiles, n: int, seq_len: int, seed: int) -> Tensor:
-    """`n` sequences [n, seq_len] int64 on the CPU, the same for the same model, seed and kind of device; kept in the run.
+    """`n` sequences [n, seq_len] int64 on the CPU, the same for the same model, seed and kind of device; stored in the run.
 
     Called by one rank.
 
@@ -35,8 +35,8 @@ def self_text(config: RunConfig, files: ModelFiles, n: int, seq_len: int, seed: 
         raise UserError(
             "a model of random weights writes no text", "name another source, or set model.dummy_weights=false"
         )
-    about = {"model": files.weights.fingerprint(), "dtype": dtype_name(config), "seq_len": seq_len, "seed": seed}
-    directory = run_dir(config).path / "self_text" / identity_hash(about)[:12]
+    identity = {"model": files.weights.fingerprint(), "dtype": dtype_name(config), "seq_len": seq_len, "seed": seed}
+    directory = run_dir(config).path / "self_text" / identity_hash(identity)[:12]
     model, out = None, []
     batches = range(-(-n // BATCH))
     progress = Progress("the model writes: batch", len(batches))

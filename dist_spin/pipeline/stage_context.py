@@ -30,8 +30,8 @@ def writing(config: RunConfig, world: World, stage: str, part: str = "") -> Iter
     with contextlib.ExitStack() as held:
         on_rank0(lambda: held.enter_context(stage_lock(run.path, stage, part)))
         on_rank0(lambda: remove_leftovers(run.path))
-        about = environment(world)
-        on_rank0(lambda: run.event("job", stage=stage, part=part, **about))
+        start = environment(world)
+        on_rank0(lambda: run.event("job", stage=stage, part=part, **start))
         began = time.monotonic()
 
         def note(outcome: str, memory: dict[str, int]) -> None:
@@ -53,10 +53,10 @@ def writing(config: RunConfig, world: World, stage: str, part: str = "") -> Iter
 
 def own_peak_memory(world: World) -> dict[str, int]:
     """The most memory that this rank has used so far, bytes: of the host (resident), and of its GPU if it has one."""
-    found = {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # Linux counts in KiB
+    peaks = {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # Linux counts in KiB
     if world.device.type == "cuda":
-        found["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(world.device)
-    return found
+        peaks["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(world.device)
+    return peaks
 
 
 def peak_memory(world: World) -> dict[str, int]:

@@ -57,8 +57,8 @@ class VariantMethod(Protocol):
 class Variant:
     """One rotation of a model: learned, an unlearned baseline, or "none"; or a compared method.
 
-    digest: of everything that was learned, made when not given. transforms: learned scales and clips
-    (`rotation_files.load_transforms`), which `sites` and `weights` contain.
+    digest: of everything that was learned; made from rotations and transforms unless it is set. transforms: learned scales and
+    clips (`storage.rotations.load_transforms`), which `sites` and `weights` contain.
     """
 
     name: str

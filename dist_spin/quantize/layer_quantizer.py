@@ -40,7 +40,8 @@ class LayerQuantizer:
     """Quantises layers with one set of options, but for the bits of down_proj if `down_bits` gives it its own.
 
     hessian_dtype: fp32, or fp64 where results must not depend on how sequences are split over ranks. clock: entered
-    around each of `PARTS`, for benchmarks. kept: columns of a layer's linears that stay exact; those of one site are the same.
+    around each of `PARTS`, for benchmarks. exact_columns: of a layer's index, the input columns [n] int64 of its
+    linears that stay exact, by linear; those of one site are the same.
     cd_passes: passes over the columns after GPTQ that make its codes better (`coordinate_descent`).
     """
 
@@ -53,12 +54,12 @@ class LayerQuantizer:
         hessian_dtype: torch.dtype,
         clock: Callable[[str], AbstractContextManager[object]] = lambda part: nullcontext(),
         down_bits: int = 0,
-        kept: Callable[[int], dict[str, Tensor]] = lambda index: {},
+        exact_columns: Callable[[int], dict[str, Tensor]] = lambda index: {},
         cd_passes: int = 0,
     ) -> None:
         self.runner, self.world, self.method, self.options = runner, world, method, options
         self.hessian_dtype, self.clock = hessian_dtype, clock
-        self.kept, self.cd_passes = kept, cd_passes
+        self.exact_columns, self.cd_passes = exact_columns, cd_passes
         self.down_options = dataclasses.replace(options, bits=down_bits or options.bits)
 
     @torch.no_grad()
@@ -71,7 +72,7 @@ class LayerQuantizer:
             NumericsError: the hidden states, or what a linear reads, are not finite.
         """
         self._index, self._layer = index, self.runner.build(index, weights)
-        self._kept = self.kept(index)
+        self._exact_columns = self.exact_columns(index)
         self._result = QuantizedLayer(
             {},
             {k: w for k, w in weights.items() if not (k.endswith(".weight") and k[: -len(".weight")] in LAYER_LINEARS)},
@@ -131,12 +132,12 @@ class LayerQuantizer:
                 say(
                     f"layer {self._index}: the input of {names} is always zero, so that its codes are rounded to nearest"
                 )
-        kept, carry = self._kept.get(roles[0]), None
-        if kept is not None:
-            kept = kept.to(mean.device)
+        exact, carry = self._exact_columns.get(roles[0]), None
+        if exact is not None:
+            exact = exact.to(mean.device)
             if method == "gptq":
                 with self.clock("factor"):
-                    mean, carry = condense(mean, kept, options.percdamp)
+                    mean, carry = condense(mean, exact, options.percdamp)
         with self.clock("factor"):
             factor = prepare(mean, options) if method == "gptq" else None
         # Rows do not know one another, so all linears of the site are solved as one; tiles belong to one linear each.
@@ -144,8 +145,8 @@ class LayerQuantizer:
         stacked = torch.cat(tiled)
         start, stop = split_rows(len(stacked), self.world.size)[self.world.rank]
         rows = whole_rows = stacked[start:stop]
-        if kept is not None:
-            rows = rows.index_fill(1, kept, 0)
+        if exact is not None:
+            rows = rows.index_fill(1, exact, 0)
         with self.clock("solve"):
             mine = self._round(rows, options) if factor is None else solve(rows, factor, options)
             if factor is not None and self.cd_passes:
@@ -155,8 +156,8 @@ class LayerQuantizer:
         with self.clock("errors"):
             errors = output_errors(rows, mine, mean, options)  # [rows, 3]
         columns = None
-        if kept is not None:
-            columns = whole_rows[:, kept]
+        if exact is not None:
+            columns = whole_rows[:, exact]
             if carry is not None:
                 moved = rows.to(carry.dtype) - dequantize_weight(*mine, options.group_size, carry.dtype)
                 columns = (columns + moved @ carry).to(columns.dtype)
@@ -165,10 +166,10 @@ class LayerQuantizer:
         errors = _gather(errors, len(stacked), self.world)
         first = 0
         for (role, linear), tiles in zip(linears.items(), tiled, strict=True):
-            span = slice(first, first + len(linear.weight))
+            rows_of_role = slice(first, first + len(linear.weight))
             first += len(tiles)
-            quantized = QuantizedWeight(*(part[span] for part in whole))
-            error, rtn_error, size = errors[span].sum(0).tolist()
+            quantized = QuantizedWeight(*(part[rows_of_role] for part in whole))
+            error, rtn_error, size = errors[rows_of_role].sum(0).tolist()
             self._result.quantized_weights[role] = quantized
             self._result.bits[role] = options.bits
             self._result.figures[role] = {
@@ -178,9 +179,9 @@ class LayerQuantizer:
             }
             dtype = linear.weight.dtype
             dequantized = dequantize_weight(*quantized, options.group_size, dtype)
-            if kept is not None and columns is not None:
-                self._result.others |= {f"{role}.kept": kept.clone(), f"{role}.columns": columns[span]}
-                dequantized[:, kept] = columns[span]
+            if exact is not None and columns is not None:
+                self._result.others |= {f"{role}.kept": exact.clone(), f"{role}.columns": columns[rows_of_role]}
+                dequantized[:, exact] = columns[rows_of_role]
             linear.weight = nn.Parameter(dequantized, requires_grad=False)
 
     def _mean_hessian(self, inputs: Iterable[Tensor], weight: Tensor) -> Tensor:

@@ -6,8 +6,8 @@
     dist-spin quantize CONFIG.yaml --hidden-states                          only what such jobs start from
     dist-spin quantize CONFIG.yaml --cluster local --workers 4           every job, in parallel (see launch/)
 
-Layers are cut into spans of `quantize.layers_per_job`. A span starts from the hidden states of the 16-bit model and sees the
-rounding errors of its own layers, so spans may be done at any time, anywhere, in any order: the files come out the same.
+Layers are cut into ranges of `quantize.layers_per_job`. A range starts from the hidden states of the 16-bit model and sees the
+rounding errors of its own layers only, so ranges may be done at any time, on any machine, in any order, with the same files.
 """
 
 import dataclasses
@@ -50,8 +50,8 @@ def quantize(
     """Quantise the learned variant and all baselines.
 
     Args:
-        layers: only these, from the first up to but not including the second: whole spans.
-        hidden_states_only: only store the hidden states that spans start from.
+        layers: only these, from the first up to but not including the second: whole ranges.
+        hidden_states_only: only store the hidden states that ranges start from.
 
     Raises:
         Interrupted: a signal came; finished layers are kept.
@@ -71,7 +71,7 @@ def quantize_variant(
         job.hidden_states.make([start for start, _ in open_ranges])
     if hidden_states_only:
         return
-    if selected[0][0] == 0:  # the job of the first layer makes the ends too
+    if selected[0][0] == 0:  # the job of the first layer makes embedding and lm_head too
         on_rank0(job.make_embeddings)
     for layer_range in open_ranges:
         quantize_range(job, *layer_range)
@@ -102,16 +102,16 @@ def prepare_jobs(config: RunConfig, world: World) -> list["QuantizeJob"]:
 
 
 def layer_ranges_of(layers: int, per_job: int) -> list[tuple[int, int]]:
-    """(start, stop) of the spans that `layers` decoder layers are cut into; per_job 0 makes one."""
+    """(start, stop) of the ranges that `layers` decoder layers are cut into; per_job 0 makes one."""
     step = per_job or layers
     return [(start, min(start + step, layers)) for start in range(0, layers, step)]
 
 
 def ranges_within(layer_ranges: list[tuple[int, int]], wanted: tuple[int, int]) -> list[tuple[int, int]]:
-    """The spans that make up layers [start, stop).
+    """The ranges of `layer_ranges` that make up layers [start, stop).
 
     Raises:
-        UserError: the range cuts through a span, or is empty.
+        UserError: `wanted` cuts through a range, or is empty.
     """
     start, stop = wanted
     selected = [layer_range for layer_range in layer_ranges if start <= layer_range[0] and layer_range[1] <= stop]
@@ -139,7 +139,7 @@ class QuantizeJob:
 
     @property
     def layer_ranges(self) -> list[tuple[int, int]]:
-        """(start, stop) of every span."""
+        """(start, stop) of every range of layers."""
         return layer_ranges_of(self.files.shape.layers, self.config.quantize.layers_per_job)
 
     @cached_property
@@ -205,30 +205,32 @@ class QuantizeJob:
         """The solver under the configuration's options."""
         q, options, method = self.config.quantize, gptq_options(self.config), self.variant.method
         down_bits: int = self.config.quant.down_bits
-        kept: dict[str, Any] = {}
+        exact: dict[str, Any] = {}
         if method is not None:
             options = dataclasses.replace(options, mse_clip=options.mse_clip and not method.sets_weight_ranges)
-            down_bits, kept = method.down_bits or down_bits, {"kept": method.exact_columns}
+            down_bits, exact = method.down_bits or down_bits, {"exact_columns": method.exact_columns}
         dtype = wide_dtype(self.config)
         return LayerQuantizer(
-            self.runner, self.world, q.method, options, dtype, down_bits=down_bits, cd_passes=q.cd_passes, **kept
+            self.runner, self.world, q.method, options, dtype, down_bits=down_bits, cd_passes=q.cd_passes, **exact
         )
 
 
 def quantize_range(job: QuantizeJob, start: int, stop: int) -> None:
-    """Quantise layers [start, stop), in order, each from the quantised layers of the span before it."""
+    """Quantise layers [start, stop), in order, each from what the quantised layers before it in the range give."""
     world, name, dtype = job.world, job.variant.name, model_dtype(job.config)
-    found = job.finished(start, stop)
-    if all(found):
+    finished = job.finished(start, stop)
+    if all(finished):
         return
-    progress = Progress(f"{job.config.quantize.method} ({name}): layer", stop - start, sum(found), show=world.is_rank0)
+    progress = Progress(
+        f"{job.config.quantize.method} ({name}): layer", stop - start, sum(finished), show=world.is_rank0
+    )
     hidden = job.hidden_states.entering(start)
     # A layer goes to disk while the next one is worked on.
     with ThreadPoolExecutor(1, "layer-writer") as writer:
         written: Future[None] | None = None
         # A layer after the last missing one need not be run again.
-        for index in range(start, max(start + i for i, done in enumerate(found) if not done) + 1):
-            if found[index - start]:
+        for index in range(start, max(start + i for i, done in enumerate(finished) if not done) + 1):
+            if finished[index - start]:
                 layer = job.load(index)
                 assert layer is not None
                 module = job.runner.build(index, layer.weights(dtype, world.device))
@@ -256,7 +258,7 @@ def _write(job: QuantizeJob, index: int, layer: QuantizedLayer, seconds: float) 
 
 
 def _finish(written: Future[None] | None) -> None:
-    """Wait until a layer is on disk; raises what kept it from getting there."""
+    """Wait until a layer is on disk; raises the error of the writer."""
     if written is not None:
         written.result()
 

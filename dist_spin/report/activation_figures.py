@@ -58,11 +58,11 @@ def drawings(summary: RunSummary) -> Iterator[Drawing]:
         values = {v: summary.activations[v][site]["surface"] for v in pair}
         layers = min(map(len, values.values()))
         layer = int(summary.activations[variants[0]][site]["peak"][:layers, LARGEST].argmax())
-        chosen = {v: x[layer] for v, x in values.items()}
+        one_layer = {v: x[layer] for v, x in values.items()}
         caption = "Magnitude by token and channel of the first sequence, each on a height of its own. " + _each(
-            chosen, _up_to
+            one_layer, _up_to
         )
-        yield Drawing(f"surface-{_slug(site)}", "surface", f"{title}, layer {layer}", caption, _surface(chosen))
+        yield Drawing(f"surface-{_slug(site)}", "surface", f"{title}, layer {layer}", caption, _surface(one_layer))
         caption = f"Magnitude by token (down) and channel (across), all {layers} layers."
         yield Drawing(f"surfaces-{_slug(site)}", "surfaces", title, caption, _all_surfaces(values), folded=True)
 
@@ -85,9 +85,9 @@ def _by_layer(values: dict[str, np.ndarray[Any, Any]], label: str) -> Callable[[
 
     def draw() -> Figure:
         figure, axes = one_axes()
-        for place, (variant, x) in enumerate(values.items()):
+        for number, (variant, x) in enumerate(values.items()):
             layers = np.arange(len(x))
-            style, every = style_of(variant), markers_every(len(x), place)
+            style, every = style_of(variant), markers_every(len(x), number)
             axes.plot(layers, x[:, MEAN], **style, markevery=every, label=NAMES.get(variant, variant))
             axes.plot(layers, x[:, LARGEST], **{**style, "marker": ""}, linewidth=0.7, alpha=0.8)
         gaussian = "kurtosis" in label
@@ -118,11 +118,11 @@ def _channel_map(values: dict[str, np.ndarray[Any, Any]]) -> Callable[[], Figure
         figure = Figure(figsize=(WIDTH, 0.75 + 0.95 * len(values)), layout="constrained")
         norm = _scale(values.values())
         axes = figure.subplots(len(values), 1, squeeze=False)[:, 0]
-        for place, (variant, x) in zip(axes, values.items(), strict=True):
-            image = place.imshow(x, norm=norm, cmap=COLOUR_MAP, aspect="auto", interpolation="nearest")
-            place.set_title(NAMES.get(variant, variant), loc="left")
-            place.set_ylabel("layer")
-            place.set_xticks([])
+        for plot, (variant, x) in zip(axes, values.items(), strict=True):
+            image = plot.imshow(x, norm=norm, cmap=COLOUR_MAP, aspect="auto", interpolation="nearest")
+            plot.set_title(NAMES.get(variant, variant), loc="left")
+            plot.set_ylabel("layer")
+            plot.set_xticks([])
         axes[-1].set_xlabel("channel")
         bar = figure.colorbar(image, ax=list(axes), aspect=30, pad=0.02)
         bar.ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
@@ -142,11 +142,11 @@ def _surface(values: dict[str, np.ndarray[Any, Any]]) -> Callable[[], Figure]:
         norm = _scale(values.values())
         for column, (variant, x) in enumerate(values.items()):
             left, width = column / len(values), 1 / len(values)
-            place: Any = figure.add_axes((left - 0.01, -0.02, width - 0.07, 1.06), projection="3d")
-            place.set_box_aspect((1.1, 1.1, 0.95), zoom=1.08)
+            plot: Any = figure.add_axes((left - 0.01, -0.02, width - 0.07, 1.06), projection="3d")
+            plot.set_box_aspect((1.1, 1.1, 0.95), zoom=1.08)
             tokens, channels = np.meshgrid(np.arange(x.shape[0]), np.arange(x.shape[1]), indexing="ij")
             colours = colormaps[COLOUR_MAP](norm(x))
-            place.plot_surface(
+            plot.plot_surface(
                 channels,
                 tokens,
                 x,
@@ -157,19 +157,19 @@ def _surface(values: dict[str, np.ndarray[Any, Any]]) -> Callable[[], Figure]:
                 shade=False,
                 rasterized=True,
             )
-            place.set_xticks([])
-            place.set_yticks([])
-            place.set_zlim(0, float(x.max()) or 1)
-            place.zaxis.set_major_locator(MaxNLocator(nbins=4))
-            place.tick_params(axis="z", pad=-2, labelsize=7.5)
-            place.zaxis.set_major_formatter(lambda value, _: short(value))
-            place.set_xlabel("channel", labelpad=-15)
-            place.set_ylabel("token", labelpad=-15)
-            for axis in (place.xaxis, place.yaxis, place.zaxis):
+            plot.set_xticks([])
+            plot.set_yticks([])
+            plot.set_zlim(0, float(x.max()) or 1)
+            plot.zaxis.set_major_locator(MaxNLocator(nbins=4))
+            plot.tick_params(axis="z", pad=-2, labelsize=7.5)
+            plot.zaxis.set_major_formatter(lambda value, _: short(value))
+            plot.set_xlabel("channel", labelpad=-15)
+            plot.set_ylabel("token", labelpad=-15)
+            for axis in (plot.xaxis, plot.yaxis, plot.zaxis):
                 axis.set_pane_color((0, 0, 0, 0))
                 axis.line.set_color(ink())
-            place.grid(visible=False)
-            place.view_init(24, -60)
+            plot.grid(visible=False)
+            plot.view_init(24, -60)
             figure.text(left + 0.02, 0.93, NAMES.get(variant, variant))
         return figure
 
@@ -189,8 +189,8 @@ def _all_surfaces(values: dict[str, np.ndarray[Any, Any]]) -> Callable[[], Figur
         sheet = np.full((lines * height, per_row * cell), np.nan)
         for index in range(layers):
             top, left = (index // per_row) * height, (index % per_row) * cell + gap
-            for place, x in enumerate(values.values()):
-                at = left + place * (columns + 2)
+            for number, x in enumerate(values.values()):
+                at = left + number * (columns + 2)
                 sheet[top : top + rows, at : at + columns] = x[index][:, : sheet.shape[1] - at]
         figure = Figure(figsize=(WIDTH, WIDTH * sheet.shape[0] / sheet.shape[1] + 0.3))
         inches = figure.get_size_inches()[1]

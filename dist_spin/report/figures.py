@@ -111,16 +111,16 @@ def _rounding(summary: RunSummary) -> Iterator[Drawing]:
 
         def draw(role: str = role) -> Figure:
             figure, axes = one_axes()
-            for place, variant in enumerate(order(summary.layers)):
+            for number, variant in enumerate(order(summary.layers)):
                 layers = sorted(summary.layers[variant])
                 values = [summary.layers[variant][i][role]["error"] for i in layers]
-                every = markers_every(len(layers), place)
+                every = markers_every(len(layers), number)
                 label = NAMES.get(variant, variant)
                 axes.plot(layers, values, **style_of(variant), markevery=every, label=label)
             if method == "GPTQ" and LEARNED in summary.layers:
-                found = summary.layers[LEARNED]
-                values = [found[i][role]["rtn_error"] for i in sorted(found)]
-                axes.plot(sorted(found), values, color=ink(), linewidth=0.8, alpha=0.7, label="learned, RTN instead")
+                learned = summary.layers[LEARNED]
+                values = [learned[i][role]["rtn_error"] for i in sorted(learned)]
+                axes.plot(sorted(learned), values, color=ink(), linewidth=0.8, alpha=0.7, label="learned, RTN instead")
             axes.set_xlabel("layer")
             axes.set_ylabel("relative output error")
             whole_numbers(axes)
@@ -145,14 +145,14 @@ def _seeds(summary: RunSummary) -> Iterator[Drawing]:
             groups.setdefault(key, {}).setdefault(row["system"], []).append(row)
 
     def seeds(systems: dict[str, list[dict[str, Any]]]) -> int:
-        return max((len(found) for name, found in systems.items() if name != "ours"), default=0)
+        return max((len(of_system) for name, of_system in systems.items() if name != "ours"), default=0)
 
     # Where some bits were repeated for their spread, the few seeds of the others show none.
     enough = max([FEWEST_SEEDS, *map(seeds, groups.values())])
     for number, ((dataset, bits, weights), systems) in enumerate(groups.items()):
         if seeds(systems) < enough:
             continue
-        random = {name: [row["ppl"] for row in found] for name, found in systems.items() if name != "ours"}
+        random = {name: [row["ppl"] for row in of_system] for name, of_system in systems.items() if name != "ours"}
         ours = [row["ppl"] for row in systems.get("ours", [])]
 
         def draw(random: dict[str, list[float]] = random, ours: list[float] = ours) -> Figure:
@@ -166,8 +166,8 @@ def _seeds(summary: RunSummary) -> Iterator[Drawing]:
             for value in ours:
                 axes.axvline(value, color=GREEN)
             if ours:
-                place = (min(ours), 1.0)
-                axes.annotate("learned", place, xycoords=("data", "axes fraction"), ha="center", va="bottom")
+                top = (min(ours), 1.0)
+                axes.annotate("learned", top, xycoords=("data", "axes fraction"), ha="center", va="bottom")
             axes.set_yticks(range(len(random)), [name.replace(" ", "\n") for name in random])
             axes.set_ylim(-0.6, len(random) - 0.4)
             axes.set_xlabel("perplexity (bar: median)")

@@ -34,7 +34,7 @@ from dist_spin.storage.activation_stats import (
     statistics_path,
 )
 from dist_spin.storage.run_directory import LEARNED, run_dir
-from dist_spin.storage.tensor_file import CorruptFile, identity_hash, tensors_digest
+from dist_spin.storage.tensor_file import identity_hash, load_if_current, tensors_digest
 
 SURFACE = (48, 96)  # cells, tokens x channels
 CHANNEL_BINS = 256
@@ -60,37 +60,34 @@ def measure_activations(config: RunConfig, world: World) -> None:
 
 
 def _measure(
-    config: RunConfig, world: World, files: ModelFiles, chosen: Variant, tokens: Tensor, stop: StopRequest
+    config: RunConfig, world: World, files: ModelFiles, variant: Variant, tokens: Tensor, stop: StopRequest
 ) -> None:
-    path = statistics_path(run_dir(config), chosen.name)
-    identity = identity_hash(_identity(config, files, chosen, tokens))
+    path = statistics_path(run_dir(config), variant.name)
+    identity = identity_hash(_identity(config, files, variant, tokens))
     if statistics_complete(path, identity):
         return
     dtype, layers = model_dtype(config), files.shape.layers
     runner = LayerRunner(
         files.config,
-        dataclasses.replace(unquantized(chosen.sites), r3=chosen.sites.r3),  # keys are looked at behind it
+        dataclasses.replace(unquantized(variant.sites), r3=variant.sites.r3),  # keys are looked at behind it
         device=world.device,
         dtype=dtype,
-        rotated=chosen.rotations is not None,
+        rotated=variant.rotations is not None,
     )
-    statistics = Statistics.empty()
-    if path.exists():
-        try:
-            found, about = load_statistics(path)
-            if about["fingerprint"] == identity and about["complete"] == "false":
-                statistics = found
-        except CorruptFile as error:
-            warn(f"{error}; measuring again")
+    statistics = load_if_current(
+        path, load_statistics, lambda metadata: metadata["fingerprint"] == identity, "measuring again", warn
+    )
+    if statistics is None:
+        statistics = Statistics.empty()
     if statistics.hidden:
         hidden = [h.to(world.device) for h in statistics.hidden]
     else:
-        embedding = chosen.weights.embedding()
+        embedding = variant.weights.embedding()
         hidden = [embedding[ids.to(embedding.device)][None] for ids in tokens]  # each [1, T, h]
         del embedding
-    progress = Progress(f"measure activations ({chosen.name}): layer", layers, statistics.done)
+    progress = Progress(f"measure activations ({variant.name}): layer", layers, statistics.done)
     for index in range(statistics.done, layers):
-        layer = runner.build(index, chosen.weights.layer(index))
+        layer = runner.build(index, variant.weights.layer(index))
         with probes(layer, files.shape.kv_heads) as seen:
             hidden = [runner.run(layer, index, h) for h in hidden]
         for site, figures in statistics.layers.items():
@@ -100,21 +97,21 @@ def _measure(
         if stop and index + 1 < layers:
             statistics.hidden = hidden
             save_statistics(path, statistics, identity, tokens.numel())
-            raise Interrupted(f"stopped by a signal after layer {index} ({chosen.name})", "the same command continues")
+            raise Interrupted(f"stopped by a signal after layer {index} ({variant.name})", "the same command continues")
     statistics.hidden = []
     save_statistics(path, statistics, identity, tokens.numel())
 
 
-def _identity(config: RunConfig, files: ModelFiles, chosen: Variant, tokens: Tensor) -> dict[str, Any]:
+def _identity(config: RunConfig, files: ModelFiles, variant: Variant, tokens: Tensor) -> dict[str, Any]:
     """Everything that decides a variant's figures."""
-    rotations = dict(zip(("R1", "R2"), chosen.rotations or (), strict=False))
+    rotations = dict(zip(("R1", "R2"), variant.rotations or (), strict=False))
     return {
         "model": files.weights.fingerprint(),
         "dtype": dtype_name(config),
         "rotations": tensors_digest(rotations),
         "tokens": tokens_fingerprint(tokens),
-        "r3": [tuple(f.shape) for f in chosen.sites.r3],
-        "r4": [tuple(f.shape) for f in chosen.sites.r4],
+        "r3": [tuple(f.shape) for f in variant.sites.r3],
+        "r4": [tuple(f.shape) for f in variant.sites.r4],
         "size": [*SURFACE, CHANNEL_BINS],
     }
 

@@ -60,9 +60,9 @@ def _template(name: str, *, autoescape: bool) -> jinja2.Template:
 
 
 def _content(summary: RunSummary) -> dict[str, Any]:
-    found = drawings(summary)
+    figures = drawings(summary)
     sections = [
-        {"id": key, "title": title, "text": text, "figures": [d for d in found if d.section == key]}
+        {"id": key, "title": title, "text": text, "figures": [d for d in figures if d.section == key]}
         for key, (title, text) in SECTIONS.items()
     ]
     results = result_tables(summary)

@@ -20,15 +20,17 @@ def plot(path: Path, name: str = "", target: str | None = None, theme: str = "li
     Raises:
         UserError: no such run or figure, or a file name with another ending.
     """
-    found = {drawing.name: drawing for drawing in drawings(load_run_summary(path))}
+    figures = {drawing.name: drawing for drawing in drawings(load_run_summary(path))}
     if not name:
-        width = max(map(len, found), default=0)
-        print("\n".join(f"{key:{width}}  {drawing.caption}" for key, drawing in found.items()) or "nothing to draw yet")
+        width = max(map(len, figures), default=0)
+        print(
+            "\n".join(f"{key:{width}}  {drawing.caption}" for key, drawing in figures.items()) or "nothing to draw yet"
+        )
         return
-    if name not in found:
-        raise UserError(f"{path} has no figure '{name}'", f"use one of {', '.join(found) or '(none yet)'}")
+    if name not in figures:
+        raise UserError(f"{path} has no figure '{name}'", f"use one of {', '.join(figures) or '(none yet)'}")
     file = Path(target or f"{name}.png")
-    drawing = found[name]
+    drawing = figures[name]
     if file.suffix == ".svg":
         text = as_svg(drawing.draw, drawing.caption, standalone=True)
         write_text(file, f'<?xml version="1.0" encoding="utf-8"?>\n{text}')

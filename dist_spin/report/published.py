@@ -34,8 +34,8 @@ def known_model(path: str) -> str | None:
     name = path.rstrip("/").rpartition("/")[2].lower()
     if re.search(r"instruct|chat|guard", name):
         return None
-    found = re.search(r"llama-?([23])-(\d+)b(?![a-z0-9.])", name)
-    model = f"Llama-{found[1]}-{found[2]}B" if found else None
+    match = re.search(r"llama-?([23])-(\d+)b(?![a-z0-9.])", name)
+    model = f"Llama-{match[1]}-{match[2]}B" if match else None
     return model if model in MODELS else None
 
 

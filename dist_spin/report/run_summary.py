@@ -21,11 +21,13 @@ from dist_spin.storage.tensor_file import CorruptFile, read_metadata
 
 @dataclass
 class RunSummary:
-    """A run as it stands.
+    """A run as its files show it, finished or not.
 
+    config: the settings of config.yaml by group, and config_text: the file itself; empty before the first stage.
+    events, metrics, rows: the entries of events.jsonl, metrics.jsonl and results.json that are whole.
     layers: variant -> layer -> linear -> figures of its rounding (`QuantizedLayer.figures`).
-    activations: variant -> site -> figure -> [layers, ...] (`statistics_files.Statistics`).
-    missing: one line for each thing that is not there, and how it comes about.
+    activations: variant -> site -> figure -> [layers, ...] (`storage.activation_stats.Statistics`), measured on `tokens` tokens.
+    missing: a line for each part of a full report that is not there or is damaged, with the command that makes it.
     """
 
     run: RunDir
@@ -162,18 +164,18 @@ def _rounding_figures(path: Path) -> dict[str, dict[str, float]] | None:
 def _activations(summary: RunSummary) -> None:
     for path in sorted((summary.run.path / "statistics").glob("*.safetensors")):
         try:
-            statistics, about = load_statistics(path)
+            statistics, metadata = load_statistics(path)
         except CorruptFile as error:
             summary.missing.append(f"activations ({path.stem}): {error}")
             continue
         if not statistics.done:
             continue
-        summary.tokens = int(about["tokens"])
+        summary.tokens = int(metadata["tokens"])
         summary.activations[path.stem] = {
             site: {figure: np.stack([t.numpy() for t in layers]) for figure, layers in figures.items()}
             for site, figures in statistics.layers.items()
         }
-        if about["complete"] != "true":
+        if metadata["complete"] != "true":
             summary.missing.append(f"activations ({path.stem}): {statistics.done} layers are measured")
     command = f"dist-spin report {summary.run.path}/config.yaml"
     if not summary.activations:

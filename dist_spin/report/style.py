@@ -115,10 +115,10 @@ def short(value: float) -> str:
     return f"{float(digits):g}e{int(power)}"
 
 
-def markers_every(points: int, place: int = 0) -> tuple[int, int]:
-    """(first, step) of the points that carry a marker; the `place` of a series keeps equal curves apart."""
+def markers_every(points: int, series: int = 0) -> tuple[int, int]:
+    """(first, step) of the points that carry a marker; `series` numbers the curves, so that markers of equal ones stand apart."""
     step = max(1, points // 8)
-    return (place * step // 3, step)
+    return (series * step // 3, step)
 
 
 def legend(figure: Figure, axes: Axes, columns: int = 3) -> None:

@@ -39,10 +39,10 @@ class Table:
 
 def result_tables(summary: RunSummary) -> list[Table]:
     """What was measured: perplexities of this run, the comparison of systems, zero-shot tasks, and what was published."""
-    found = [_perplexities(summary), *_comparisons(summary), _tasks(summary)]
+    tables = [_perplexities(summary), *_comparisons(summary), _tasks(summary)]
     model = model_of(summary)
-    shown = [table for table in found if table is not None]
-    return [*shown, _published(model)] if model and shown else shown
+    made = [table for table in tables if table is not None]
+    return [*made, _published(model)] if model and made else made
 
 
 def model_of(summary: RunSummary) -> str | None:
@@ -96,9 +96,9 @@ def _comparisons(summary: RunSummary) -> list[Table]:
             (True, f"Comparison on {text}, perplexity"),
             (False, f"16-bit weights on {text}, perplexity"),
         ):
-            some = [row for row in here if row["system"] != FULL and (row["w_bits"] < 16) == rounded]
-            if some:
-                tables.append(_comparison(summary, title, some, full))
+            compared = [row for row in here if row["system"] != FULL and (row["w_bits"] < 16) == rounded]
+            if compared:
+                tables.append(_comparison(summary, title, compared, full))
     return tables
 
 
@@ -108,14 +108,15 @@ def _comparison(summary: RunSummary, title: str, rows: list[dict[str, Any]], ful
     model = model_of(summary) if _as_published(rows[0]) and "W4A4KV4" in columns else None
     heads = ["system", "weights", *columns] + (["published W4A4KV4"] if model else [])
     table = Table(title, heads, 2)
-    cells: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    perplexities: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     for row in rows:
         key = (row["system"], row.get("clips", "none"), row["weights"])
-        cells.setdefault(key, {}).setdefault(bits_label(row), []).append(row["ppl"])
-    lowest = _best((bits, mean(values)) for of in cells.values() for bits, values in of.items())
-    for (system, clips, weights), of in cells.items():
+        perplexities.setdefault(key, {}).setdefault(bits_label(row), []).append(row["ppl"])
+    lowest = _best((bits, mean(values)) for by_bits in perplexities.values() for bits, values in by_bits.items())
+    for (system, clips, weights), by_bits in perplexities.items():
         entries = [
-            Cell(_spread(of[bits]), mean(of[bits]) == lowest[bits]) if bits in of else Cell("–") for bits in columns
+            Cell(_spread(by_bits[bits]), mean(by_bits[bits]) == lowest[bits]) if bits in by_bits else Cell("–")
+            for bits in columns
         ]
         theirs = published(model, system, weights)
         table.add(_named(system, clips), weights, *entries, *([_number(theirs)] if model else []))
@@ -176,12 +177,12 @@ def _tasks(summary: RunSummary) -> Table | None:
 
 def _one_accuracy_each(columns: list[str]) -> list[str]:
     """The column of each task that enters the mean: its plain accuracy, or the first fraction that it has."""
-    found: dict[str, str] = {}
+    column_of_task: dict[str, str] = {}
     for name in filter(_is_share, columns):
         task, _, metric = name.rpartition(" ")
-        if metric == "acc" or task not in found:
-            found[task] = name
-    return list(found.values())
+        if metric == "acc" or task not in column_of_task:
+            column_of_task[task] = name
+    return list(column_of_task.values())
 
 
 def _is_share(name: str) -> bool:
