@@ -113,6 +113,10 @@ def test_a_run_starts_from_it_once(place, world):
     before = path.read_bytes(), path.stat().st_mtime_ns
     train(config, world)
     assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+    path.write_bytes(before[0][:-1])
+    train(config, world)
+    assert path.read_bytes() == before[0]
+    assert path.with_suffix(".stale").read_bytes() == before[0][:-1]
     train(settings(place, "name=other", "rotation.seed=1"), world)
     assert (place / "other" / "rotations" / "start.safetensors").read_bytes() != before[0]
 

@@ -61,6 +61,7 @@ def test_it_is_kept_and_continued(tmp_path):
     assert torch.equal(calibration_tokens(config, files), tokens)
     assert (kept[0].read_bytes(), kept[0].stat().st_mtime_ns) == before[0]
     assert kept[1].read_bytes() == before[1][0]
+    assert kept[1].with_suffix(".stale").read_bytes() == before[1][0][:-5]
     assert torch.equal(self_text(config, files, 5, 12, config.quantize.seed), tokens[:5])
     assert not torch.equal(self_text(config, files, 5, 12, 7), tokens[:5])
 

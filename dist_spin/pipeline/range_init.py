@@ -28,16 +28,19 @@ from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.initial_rotations import start_path
 from dist_spin.pipeline.model import model_dtype
 from dist_spin.runtime.distributed import World, on_rank0, raise_on_any_failure
-from dist_spin.runtime.progress import Progress
+from dist_spin.runtime.progress import Progress, warn
 from dist_spin.storage.run_directory import run_dir
-from dist_spin.storage.tensor_file import identity_hash, read_metadata, save_tensors
+from dist_spin.storage.tensor_file import identity_hash, load_if_current, load_tensors, save_tensors
 
 TOKENS = 8192  # of the learning text that pass through the model
 SAMPLED_TOKENS = 512  # of them at each site of each layer
 
 
 def make_start(config: RunConfig, world: World, files: ModelFiles, tokens: Tensor) -> None:
-    """Fit the start to the first of the learning text's `tokens` [n, T], unless it is there; called by all ranks together."""
+    """Fit R1 to the first of the learning text's `tokens` [n, T] and store it, unless it is there and whole.
+
+    Called by all ranks together.
+    """
     fitting_tokens = tokens[: -(-TOKENS // tokens.shape[1])]
     identity: dict[str, Any] = {
         "model": files.weights.fingerprint(),
@@ -46,18 +49,22 @@ def make_start(config: RunConfig, world: World, files: ModelFiles, tokens: Tenso
         "tokens": tokens_fingerprint(fitting_tokens),
     }
     fingerprint, path = identity_hash(identity), start_path(config)
-    if on_rank0(lambda: (read_metadata(path) or {}).get("fingerprint") == fingerprint):
+
+    def current(metadata: dict[str, str]) -> bool:
+        return metadata.get("fingerprint") == fingerprint
+
+    if on_rank0(lambda: load_if_current(path, load_tensors, current, "fitting it again", warn) is not None):
         return
     fits: list[tuple[Tensor, float, float]] = []
     r1, r2 = initial("hadamard", files.shape, config.rotation.seed)
     raise_on_any_failure(lambda: fits.append(fitted(r1, config, world, files, fitting_tokens)))
 
-    def keep() -> None:
+    def store() -> None:
         fitted_r1, before, after = fits[0]
         save_tensors(path, {"R1": fitted_r1, "R2": r2}, {"fingerprint": fingerprint})
         run_dir(config).event("range_start", before=before, after=after)
 
-    on_rank0(keep)
+    on_rank0(store)
 
 
 def fitted(

@@ -15,9 +15,9 @@ from dist_spin.errors import UserError
 from dist_spin.model.weights import DummyWeights, ModelFiles
 from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.model import model_dtype
-from dist_spin.runtime.progress import Progress
+from dist_spin.runtime.progress import Progress, warn
 from dist_spin.storage.run_directory import run_dir
-from dist_spin.storage.tensor_file import CorruptFile, identity_hash, load_tensors, save_tensors
+from dist_spin.storage.tensor_file import identity_hash, load_if_current, load_tensors, save_tensors
 
 BATCH = 16  # sequences written together
 GREEDY = (3, 6)  # how many most likely tokens follow the first: from 3 up to, but not including, 6
@@ -42,13 +42,12 @@ def self_text(config: RunConfig, files: ModelFiles, n: int, seq_len: int, seed: 
     progress = Progress("the model writes: batch", len(batches))
     for number in batches:
         path = directory / f"{number:04d}.safetensors"
-        try:
-            tokens = load_tensors(path)[0]["tokens"]
-        except CorruptFile:
+        stored = load_if_current(path, load_tensors, lambda metadata: True, "writing it again", warn)
+        if stored is None:
             model = _model(config, files) if model is None else model
-            tokens = write(model, BATCH, seq_len, seed * 1_000_003 + number)
-            save_tensors(path, {"tokens": tokens}, {})
-        out.append(tokens)
+            stored = {"tokens": write(model, BATCH, seq_len, seed * 1_000_003 + number)}
+            save_tensors(path, stored, {})
+        out.append(stored["tokens"])
         progress.advance()
     return torch.cat(out)[:n].long()
 
