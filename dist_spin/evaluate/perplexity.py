@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dist_spin.config.run import RunConfig
 from dist_spin.data import load_tokens, tokens_fingerprint
-from dist_spin.errors import NumericsError
+from dist_spin.errors import Interrupted, NumericsError
 from dist_spin.evaluate.layerwise_model import LayerwiseModel
 from dist_spin.evaluate.measurements import load_rows, save_rows
 from dist_spin.evaluate.targets import EvalTarget, describe, target_identity
@@ -21,7 +21,8 @@ from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.finite import dtype_remedy
 from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.model import check_vocabulary, model_dtype
-from dist_spin.runtime.distributed import World, on_rank0, sum_over_ranks_
+from dist_spin.runtime.distributed import World, any_rank, on_rank0, sum_over_ranks_
+from dist_spin.runtime.signals import stop_requested
 from dist_spin.storage.run_directory import RunDir, run_dir
 from dist_spin.storage.tensor_file import identity_hash
 
@@ -113,6 +114,7 @@ def window_losses(
     Windows are shared out over ranks. `what` is shown while it goes on.
 
     Raises:
+        Interrupted: a signal came; a measurement that is not complete is made again.
         NumericsError: names the first layer whose output is not finite.
     """
     model = LayerwiseModel(config, world, files, run_dir(config), target)
@@ -127,6 +129,9 @@ def window_losses(
             parts[:] = [layer(h) for h in parts]
             for h in parts:  # counted without waiting for the device
                 overflows[index, job] += (~torch.isfinite(h)).any()
+        if index + 1 < files.shape.layers and any_rank(stop_requested()):
+            problem = f"stopped by a signal after layer {index} of a measurement"
+            raise Interrupted(problem, "the same command continues with that measurement")
     overflowing = sum_over_ranks_(overflows.cpu()).nonzero()
     if len(overflowing):
         problem = f"{target.label}: the output of layer {int(overflowing[0, 0])} is not finite in {dtype_name(config)}"

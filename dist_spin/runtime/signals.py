@@ -39,6 +39,15 @@ class StopRequest:
         return bool(self.name)
 
 
+def stop_requested() -> bool:
+    """Whether a signal came since the newest `StopRequest` was made, for code that is far from where that is held."""
+    return any(_living()[-1:])
+
+
+def _living() -> list[StopRequest]:
+    return [request for reference in list(_requests) if (request := reference()) is not None]
+
+
 def watch() -> None:
     """Take over the stopping signals of this process, unless it was started to ignore them (nohup)."""
     global _watching  # noqa: PLW0603
@@ -130,7 +139,7 @@ def _watch(descriptor: int) -> None:
 def _act(number: signal.Signals) -> None:
     if number == signal.SIGHUP:
         leave_terminal()
-    requests = [request for reference in list(_requests) if (request := reference()) is not None]
+    requests = _living()
     if not requests:
         code = EXIT_ABORTED if number == signal.SIGINT else EXIT_INTERRUPTED
         leave(f"stopped by {number.name}; the same command continues", code)
