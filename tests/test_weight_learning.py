@@ -95,7 +95,7 @@ def test_a_grid_holds_what_the_quantiser_makes(grid):
     assert found.codes.dtype == torch.uint8
     assert found.codes.shape[1] == (20 if grid.bits <= 4 else 40)
     assert torch.equal(grid.weight(found, w), rounded(w, grid))
-    assert torch.equal(grid.weight(found, w, again=True), rounded(w, grid))
+    assert torch.equal(grid.weight(found, w, for_backward=True), rounded(w, grid))
 
 
 @pytest.mark.slow
