@@ -40,7 +40,7 @@ MARKER = "KILL_LOOP_COMMAND"  # in the environment of every process of one start
 # Files that tell of a start rather than of the run's content, and the keys of JSON files that do.
 VOLATILE_FILES = ("events.jsonl", "report.html", "report.md", "README.md")
 VOLATILE_FOLDERS = ("logs", "tensorboard", "locks")
-VOLATILE_KEYS = ("seconds", "time", "wait_s", "bytes", "hosts", "date", "path")
+VOLATILE_KEYS = ("seconds", "time", "wait_s", "bytes", "hosts", "date", "path", "checksum")  # which covers the seconds
 
 
 def main() -> int:
@@ -261,8 +261,11 @@ class Loop:
 
     def keep(self) -> Path:
         """A copy of the directory and of what the command printed."""
-        kept = self.directory.parent / "faults" / f"{len(self.faults)}"
-        shutil.copytree(self.directory, kept, dirs_exist_ok=True, ignore_dangling_symlinks=True)
+        faults = self.directory.parent / "faults"
+        faults.mkdir(exist_ok=True)
+        kept = faults / str(len(list(faults.iterdir())))
+        with contextlib.suppress(shutil.Error):  # files that went away meanwhile
+            shutil.copytree(self.directory, kept)
         log = self.directory.parent / f"{self.directory.name}.log"
         shutil.copyfile(log, kept / "log")
         return kept
