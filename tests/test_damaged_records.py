@@ -11,8 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from test_report import settings
-from tiny import write_model
+from tiny import tiny_run
 
 from dist_spin.cli import main
 from dist_spin.errors import UserError
@@ -43,11 +42,9 @@ DAMAGE = {
 @pytest.fixture(scope="module")
 def words(tmp_path_factory) -> list[str]:
     """Settings of a run of two steps and two layers, with every stage."""
-    import numpy as np
-
-    model = write_model("gqa_tied", tmp_path_factory.mktemp("model"))
-    np.save(model / "tokens.npy", np.random.default_rng(0).integers(3, 97, (60, 20)))
-    return [*settings(tmp_path_factory.mktemp("runs"), model), "optimize.steps=2", "quantize.baselines=[none]"]
+    place = tmp_path_factory.mktemp("damaged")
+    sizes = ("optimize.steps=2", "quantize.n_sequences=8", "quantize.baselines=[none]")
+    return tiny_run(place / "runs", "name=tiny", "model.dtype=float32", *sizes, model=place / "model")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,7 @@
-"""A model under evaluation, one layer in memory at a time; or all of it, where it is small."""
+"""The model of an evaluation target: one decoder layer in memory at a time, or all of it where it has to write text.
+
+Both read quantised layers from the run's files, or merge the rotations into the 16-bit weights, and give the same bits.
+"""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence

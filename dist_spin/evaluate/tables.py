@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dist_spin.runtime.text_table import aligned
-from dist_spin.storage.results import bits_label
+from dist_spin.storage.results import bits_label, system_label
 
 
 def system_of(row: dict[str, Any]) -> tuple[str, str, str]:
@@ -48,8 +48,9 @@ def _table(dataset: str, rows: list[dict[str, Any]]) -> str:
     }
     lines = [["method", "weights", *all_bits]]
     for (system, clips, weights), by_bits in perplexities.items():
-        name = system if clips == "none" else f"{system}, clipped" if clips == "quarot" else f"{system}, {clips}"
-        lines.append([name, weights, *(_figure(by_bits.get(bits), best[bits]) for bits in all_bits)])
+        lines.append(
+            [system_label(system, clips), weights, *(_figure(by_bits.get(bits), best[bits]) for bits in all_bits)]
+        )
     return "\n".join([title, *aligned(lines)])
 
 

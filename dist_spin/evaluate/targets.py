@@ -1,4 +1,8 @@
-"""What is evaluated: a variant of the model with its weights rounded or not, and the fingerprint of both."""
+"""Evaluation targets: a variant of the model, with its weights as they are or quantised.
+
+`eval_targets` lists those of a configuration. `describe` gives the entries that every row of results has, `target_identity` what
+decides the figures, which is hashed into the name of a measurement's file.
+"""
 
 import dataclasses
 from dataclasses import dataclass, field

@@ -1,4 +1,8 @@
-"""Fingerprints: everything that decides hidden states, layers and embeddings, as plain values to be hashed."""
+"""Fingerprints: everything that decides the content of stored hidden states and quantised layers, as plain values.
+
+`storage.tensor_file.identity_hash` makes a hash of them, which is written into each file; a file with another hash is not used.
+Settings are named as they were when they first came up (`flat`), so that the files of older runs keep their hashes.
+"""
 
 import dataclasses
 from typing import Any

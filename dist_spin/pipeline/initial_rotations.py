@@ -1,4 +1,7 @@
-"""The rotations that learning starts from."""
+"""The rotations that learning starts from: seeded random ones, ones fitted to activations, or those of a file.
+
+Where nothing is learned (`optimize.steps=0`), they are the ones that are used.
+"""
 
 from pathlib import Path
 

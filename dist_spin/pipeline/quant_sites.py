@@ -1,4 +1,7 @@
-"""The quantiser sites of a configuration: bits, groups, clips and online Hadamards."""
+"""The quantiser sites of a configuration: what is quantised at run time, with which bits, groups, clips and online Hadamards.
+
+Learning may see other bits than the finished model (`while_learning`); learned clip ratios hold for the bits of their learning.
+"""
 
 import dataclasses
 import math

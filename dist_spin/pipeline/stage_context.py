@@ -1,4 +1,7 @@
-"""What surrounds every stage: its lock, and its entry in the run's events."""
+"""What surrounds every stage that writes into a run: its lock, and the events "job" and "stage_end".
+
+The events tell on which hosts and devices the stage ran, with which versions, how long, and the most memory that it took.
+"""
 
 import contextlib
 import os

@@ -1,4 +1,7 @@
-"""What is quantised: a model under one rotation or another method, and everything that decides how it comes out."""
+"""Variants: the model under one rotation, learned or not, or as another method leaves it, ready to be quantised and measured.
+
+`build_variant` reads the rotations, makes the quantiser sites, and merges the rotations into the weights as layers are asked for.
+"""
 
 import dataclasses
 from dataclasses import dataclass, field

@@ -1,1 +1,1 @@
-"""Rounding the merged weights layer by layer, in this process or in many jobs."""
+"""Quantising the merged weights layer by layer with GPTQ or round-to-nearest, in this process or in many jobs."""

@@ -2,8 +2,8 @@
 
     dist-spin quantize CONFIG.yaml --hidden-states quantize.layers_per_job=10
 
-The 16-bit rotated model is run layer by layer; what a job then adds is the rounding error of its own layers only. A job
-that finds its states missing or damaged makes them itself, so every job can be started alone.
+The 16-bit rotated model is run layer by layer, so a job sees the rounding errors of its own layers only. A job whose hidden
+states are missing or damaged computes them itself, so every job can be started alone.
 """
 
 from collections.abc import Callable

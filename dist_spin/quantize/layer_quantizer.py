@@ -92,7 +92,7 @@ class LayerQuantizer:
             inputs = [self._attend(index, attention_norm(h)) for h in hidden]  # what o_proj reads
         attention.o_proj = output
         self._solve(["self_attn.o_proj"], inputs, self.options)
-        self._leave(hidden, inputs, output.linear)
+        self._add_to_residual(hidden, inputs, output.linear)
 
         self._solve(["mlp.gate_proj", "mlp.up_proj"], (mlp_norm(h) for h in hidden), self.options)
         down, mlp.down_proj = mlp.down_proj, mlp.down_proj.input_quant
@@ -100,11 +100,11 @@ class LayerQuantizer:
             inputs = [mlp(mlp_norm(h)) for h in hidden]  # what down_proj reads
         mlp.down_proj = down
         self._solve(["mlp.down_proj"], inputs, self.down_options)
-        self._leave(hidden, inputs, down.linear)
+        self._add_to_residual(hidden, inputs, down.linear)
         return self._result
 
-    def _leave(self, hidden: list[Tensor], inputs: list[Tensor], linear: nn.Module) -> None:
-        """Add what `linear` makes of its inputs to the residual stream, giving the inputs' memory back one by one."""
+    def _add_to_residual(self, hidden: list[Tensor], inputs: list[Tensor], linear: nn.Module) -> None:
+        """Add the outputs of `linear` to the residual stream, in place; each input is freed once it is used."""
         with self.clock("forward"):
             for i in reversed(range(len(hidden))):
                 hidden[i] = hidden[i] + linear(inputs.pop())

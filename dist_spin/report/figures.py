@@ -1,4 +1,7 @@
-"""The figures of a report: what there is to draw of a run, each with a name, a caption and words for who does not see it."""
+"""The figures of a report: learning by step, rounding error by layer, perplexity over seeds; activations have their own file.
+
+Each has a name, by which `dist-spin plot` finds it, and a caption that says in numbers what it shows, which screen readers read.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any

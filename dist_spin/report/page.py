@@ -13,6 +13,7 @@ from dist_spin.report.run_summary import RunSummary
 from dist_spin.report.style import NAMES, Drawing, as_svg, short
 from dist_spin.report.tables import Table, outlier_table, result_tables, stage_table
 from dist_spin.runtime.progress import clock
+from dist_spin.storage.results import bits_label
 from dist_spin.version import __version__
 
 # section -> heading and what its figures show.
@@ -88,10 +89,9 @@ def headline(summary: RunSummary) -> list[tuple[str, str]]:
     if not config:
         return []
     q, optimize, quantize = config["quant"], config["optimize"], config["quantize"]
-    kv = f"KV{q['k_bits']}" if q["k_bits"] == q["v_bits"] else f"K{q['k_bits']}V{q['v_bits']}"
     rotation = config["rotation"]
     start = rotation["load"] or f"{rotation['init']}, seed {rotation['seed']}"
-    bits = f"W{q['w_bits']}A{q['a_bits']}{kv}, weights by {quantize['method']}"
+    bits = f"{bits_label(q)}, weights by {quantize['method']}"
     if summary.only_compared:
         compared = config["compare"]
         bits = f"{', '.join(compared['bits'])}; weights by {' and '.join(compared['weights'])}"

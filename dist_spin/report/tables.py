@@ -1,4 +1,7 @@
-"""Results as tables: perplexities, zero-shot accuracies, outliers, time and memory; the best of each column is marked."""
+"""The tables of a report: perplexities beside published ones, comparisons, zero-shot tasks, outliers, time and memory.
+
+A table holds text and which entries are the best of their kind; `report.page` writes it as HTML or Markdown.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -8,7 +11,7 @@ from typing import Any
 
 from dist_spin.report.published import known_model, published, published_rows
 from dist_spin.report.run_summary import RunSummary, extremes, stages
-from dist_spin.storage.results import bits_label
+from dist_spin.storage.results import bits_label, system_label
 
 PUBLISHED_BITS = {"W4A4KV4", "W16A16KV16"}
 FULL = "full precision"
@@ -119,7 +122,7 @@ def _comparison(summary: RunSummary, title: str, rows: list[dict[str, Any]], ful
             for bits in columns
         ]
         theirs = published(model, system, weights)
-        table.add(_named(system, clips), weights, *entries, *([_number(theirs)] if model else []))
+        table.add(system_label(system, clips), weights, *entries, *([_number(theirs)] if model else []))
     table.note = (
         f"{_windows(rows)} Lower is better; bold: best of the column; ±: sample standard deviation over n seeds."
     )
@@ -127,11 +130,6 @@ def _comparison(summary: RunSummary, title: str, rows: list[dict[str, Any]], ful
         theirs = published(model_of(summary) if _as_published(full[0]) else None, FULL, "none")
         table.note += f" Full precision: {full[0]['ppl']:.3f}" + (f" (published: {theirs:.2f})." if theirs else ".")
     return table
-
-
-def _named(system: str, clips: str) -> str:
-    """A system with the clip ratios that it is run with: the preset of QuaRot, or others in numbers."""
-    return system if clips == "none" else f"{system}, clipped" if clips == "quarot" else f"{system}, {clips}"
 
 
 def _spread(values: list[float]) -> str:

@@ -26,9 +26,14 @@ from dist_spin.storage.tensor_file import CorruptFile
 
 
 def bits_label(row: dict[str, Any]) -> str:
-    """The bit widths of a row as tables name them: W4A4KV4, or W4A4K4V8 where keys and values differ."""
+    """The bit widths of a row or of the settings `quant` as tables name them: W4A4KV4, or W4A4K4V8 where K and V differ."""
     k, v = row["k_bits"], row["v_bits"]
     return f"W{row['w_bits']}A{row['a_bits']}" + (f"KV{k}" if k == v else f"K{k}V{v}")
+
+
+def system_label(system: str, clips: str) -> str:
+    """A system of a comparison with the clip ratios that it runs with: none, those of QuaRot, or others in numbers."""
+    return system if clips == "none" else f"{system}, clipped" if clips == "quarot" else f"{system}, {clips}"
 
 
 def public(row: dict[str, Any]) -> dict[str, Any]:
