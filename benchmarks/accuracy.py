@@ -1,4 +1,4 @@
-"""What each ingredient of learning buys: one at a time and together, on texts that were not learned on.
+"""What each part of the recipe contributes: one at a time and together, on texts that were not used for learning.
 
     python benchmarks/accuracy.py OUT --model PATH --learn tokens:L.npy#all --texts tokens:A.npy#all tokens:B.npy#all
 

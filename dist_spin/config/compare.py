@@ -15,7 +15,7 @@ class CompareConfig:
     methods: list[str] = field(default_factory=COMPARED.split)
     """Rows: rtn and gptq (no rotation), hadamard and orthogonal (random, unlearned), quarot, quarot_no_clips,
     spinquant_no_had (R1 and R2 alone), spinquant_had (published update rule), ours (this run's settings), and the other
-    methods that are built (smoothquant, flatquant, ...)."""
+    methods (smoothquant, flatquant, quik, ...; a name that is not one of them is answered with the list)."""
     bits: list[str] = field(default_factory=lambda: ["W4A16", "W4A8", "W4A4KV16", "W4A4KV4", "W4A8KV8"])
     """Columns: bits of weights, activations, and keys and values (16 if left out)."""
     weights: list[Literal["rtn", "gptq"]] = field(default_factory=lambda: ["rtn", "gptq"])
@@ -31,8 +31,8 @@ class CompareConfig:
     keep_layers: bool = False
     """Keep the quantised layers of every row: a copy of the model each."""
     parallel: Literal["ranks", "rows"] = "ranks"
-    """What several processes do: all of them each row (a model that is learned on all GPUs), or each takes whole rows alone,
-    on one GPU, as they come; then processes may be started at any time, by torchrun or one by one."""
+    """How several processes share the work: ranks: all compute one row at a time, the model sharded over them; rows: each
+    computes whole rows on a GPU of its own, the next one that is free; such processes may be started at any time."""
 
     def __post_init__(self) -> None:
         require(bool(self.methods), "compare.methods", self.methods, "name at least one")

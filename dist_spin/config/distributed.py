@@ -25,8 +25,8 @@ class DistributedConfig:
     """What shards the frozen weights: FSDP2 or DeepSpeed ZeRO-3, with the same results, so that a run may change it;
     auto: as accelerate's config says under `accelerate launch`, fsdp elsewhere."""
     shard_ranks: int = 0
-    """With FSDP: processes that share one copy of the frozen weights (a divisor of all); 0: all. Fewer gather less, and
-    need more memory."""
+    """With FSDP: processes that share one copy of the frozen weights (a divisor of all); 0: all. Fewer communicate less
+    and need more memory."""
     threads: int = 0
     """CPU threads per process; 0 shares the cores evenly among the processes of this machine."""
 

@@ -22,7 +22,7 @@ from dist_spin.config.checks import (
 
 @dataclass(frozen=True)
 class OptimizeConfig:
-    """optimize (learning the rotations)."""
+    """optimize (learning the rotations; published: in the paper on SpinQuant)."""
 
     source: str = "wikitext2"
     """Text to learn from: pydoc, wikitext2, c4, hf:NAME[:CONFIG][:COLUMN], text:PATH[,PATH…], tokens:PATH.npy, or self,
@@ -71,10 +71,10 @@ class OptimizeConfig:
     clip_lr: float = 0.05
     """Learning rate of the clips' logits (Adam)."""
     guard_every: int = 0
-    """Steps between measurements on held-out sequences; the best state so far is kept and returned to when learning
-    jumps, at half the learning rate; 0 switches the guard off."""
+    """Steps between measurements on held-out sequences; the best state so far is kept and returned to after a
+    loss spike, at half the learning rate; 0 switches this off."""
     guard_sequences: int = 8
-    """Sequences at the end of the learning text that the guard holds out."""
+    """Sequences at the end of the learning text that are held out for these measurements."""
     seed: int = 0
     """Seed of the order of the sequences; -1 takes them as they come, as published."""
     recompute: Literal["auto", "none", "sites", "layer"] = "auto"

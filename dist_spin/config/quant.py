@@ -15,7 +15,7 @@ class QuantConfig:
     w_bits: int = 4
     """Weight bits (2 to 8, or 16 = off). 4 is the published setting."""
     w_symmetric: bool = True
-    """Weights symmetric around 0, which kernels want; false adds a zero point."""
+    """Weights symmetric around 0, as most int4 kernels require; false adds a zero point."""
     w_group_size: int = 0
     """Input channels that share one weight scale; 0 means one scale per output channel, as published."""
     w_mse_clip: bool = True
@@ -25,7 +25,7 @@ class QuantConfig:
     embedding_bits: int = 16
     """Bits of the embedding (2 to 8, or 16 = off): rounded to nearest, symmetric, one scale per token of the vocabulary."""
     head_bits: int = 16
-    """Bits of lm_head (2 to 8, or 16 = off), rounded as the embedding is; tied weights are rounded apart."""
+    """Bits of lm_head (2 to 8, or 16 = off), rounded as the embedding is; tied weights are rounded separately."""
     a_bits: int = 4
     """Bits of the inputs of linear layers (2 to 8, or 16 = off), quantised per token at run time."""
     a_symmetric: bool = False

@@ -19,10 +19,10 @@ from dist_spin.config.checks import (
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """quantize (making the quantised weights)."""
+    """quantize (making the quantised weights; published: in the papers on SpinQuant and GPTQ)."""
 
     method: Literal["gptq", "rtn", "none"] = "gptq"
-    """GPTQ, round to nearest (rtn), or leave the weights as they are; GPTQ loses least."""
+    """GPTQ, round to nearest (rtn), or leave the weights as they are; GPTQ is the most accurate."""
     source: str = "wikitext2"
     """Text that GPTQ calibrates on; same forms as optimize.source."""
     split: str = "train"
@@ -42,7 +42,7 @@ class QuantizeConfig:
     clip_norm: float = 2.4
     """Exponent of the error that quant.w_mse_clip makes least: 2.4 as published; at 2 GPTQ loses less."""
     cd_passes: int = 0
-    """Passes after GPTQ that move each column's codes to where all other columns want them; 0: none, as published."""
+    """Passes of coordinate descent over GPTQ's codes, which lower the error of each layer's output; 0: none, as published."""
     quantize_activations: bool = False
     """Keep activation, key and value quantisers on while calibrating; off as published."""
     layers_per_job: int = 0

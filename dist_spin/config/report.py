@@ -10,7 +10,7 @@ class ReportConfig:
     """report (what is drawn of a run)."""
 
     sequences: int = 4
-    """Calibration sequences whose activations are measured before and after rotation; 0 leaves that pass out."""
+    """Calibration sequences whose activations are measured before and after rotation; 0 skips this."""
     tensorboard: bool = True
     """Write the figures of every learning step for TensorBoard too, to RUN/tensorboard."""
 

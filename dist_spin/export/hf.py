@@ -49,8 +49,8 @@ def loading(job: ExportJob) -> list[str]:
     if job.r4:
         return [
             "**Only `dist_spin.load` loads this model.** Its down_proj weights expect an input that is rotated online by the",
-            "Hadamard R4. A bare `from_pretrained` would be wrong without a word, so config.json carries a model type that",
-            "other programs refuse, and down_proj has a name of its own, with nothing under the usual one.",
+            "Hadamard R4. A bare `from_pretrained` would give wrong outputs without an error, so config.json carries a model",
+            "type that other programs refuse, and down_proj has a name of its own, with nothing under the usual one.",
             "",
             LOAD_EXAMPLE,
         ]

@@ -5,17 +5,17 @@ A family that shares Llama's module names (`architecture.LAYER_LINEARS`) and pas
 
 from dist_spin.errors import UserError
 
-# Families checked to be pre-norm RMSNorm decoders with Llama's roles and a gated MLP.
+# Families checked to be pre-norm RMSNorm decoders with Llama's linear layers and a gated MLP.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 # Why a family that people ask for is refused; anything else is simply unknown.
-_EXPERTS = "mixture-of-experts routing, whose experts have no roles here"
-_OUTPUT_NORMS = "norms on the outputs of attention and MLP, which a rotation of the residual stream does not pass"
-_LAYER_NORM = "LayerNorm, whose mean does not pass a rotation of the residual stream"
-_FUSED = "q, k, v and gate, up fused into one projection each, which have no roles here"
+_EXPERTS = "mixture-of-experts layers, which are not supported"
+_OUTPUT_NORMS = "norms on the outputs of attention and MLP, which do not commute with a rotation of the residual stream"
+_LAYER_NORM = "LayerNorm, whose mean does not commute with a rotation of the residual stream"
+_FUSED = "q, k, v and gate, up fused into one projection each, which are not split here"
 _WRAPPER = "a vision or audio model around its language model; only the language model alone is read"
 REFUSED = {
-    "gemma": "norm gains stored as 1 + w and a scaled embedding, which folding does not know",
+    "gemma": "norm gains stored as 1 + w and a scaled embedding, which merging rotations does not handle",
     "gemma2": _OUTPUT_NORMS,
     "gemma3": _WRAPPER,
     "gemma3_text": _OUTPUT_NORMS,
@@ -32,7 +32,7 @@ REFUSED = {
     "gpt_neox": _LAYER_NORM,
     "falcon": _LAYER_NORM,
     "cohere": _LAYER_NORM,
-    "granite": "multipliers on the embedding, residual and logits, which folding does not know",
+    "granite": "multipliers on the embedding, residual and logits, which merging rotations does not handle",
     "mistral3": _WRAPPER,
     "mllama": _WRAPPER,
     "qwen2_5_vl": _WRAPPER,
