@@ -188,8 +188,8 @@ def split_held_out(tokens: Tensor, settings: OptimizeConfig) -> tuple[Tensor, Te
         return tokens, None
     if len(tokens) <= settings.guard_sequences:
         raise UserError(
-            f"{settings.source} has {len(tokens)} sequences, of which optimize.guard_sequences={settings.guard_sequences} are held out",
-            "give more text or set optimize.guard_every=0",
+            f"{settings.source} has {len(tokens)} sequences, and {settings.guard_sequences} are to be held out",
+            "give more text, or set optimize.guard_sequences lower or optimize.guard_every=0",
         )
     return tokens[: -settings.guard_sequences], tokens[-settings.guard_sequences :]
 
