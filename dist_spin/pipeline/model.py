@@ -10,7 +10,7 @@ from dist_spin.model.weights import ModelFiles, open_model
 from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.runtime.distributed import on_rank0, raise_on_any_failure
-from dist_spin.runtime.progress import say
+from dist_spin.runtime.progress import warn
 
 
 def model_dtype(config: RunConfig) -> torch.dtype:
@@ -44,7 +44,7 @@ def open_configured_model(config: RunConfig) -> ModelFiles:
     def find_and_tell() -> None:
         files.append(find())  # not returned: open files do not travel
         for note in files[0].notes:
-            say(note)
+            warn(note)
 
     on_rank0(find_and_tell)
     # The others only after it is there; one of them may be on a host that does not see the path.

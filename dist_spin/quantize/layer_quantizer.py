@@ -30,7 +30,7 @@ from dist_spin.numerics.hessian import TOKEN_CHUNK, Hessian
 from dist_spin.numerics.outlier_columns import condense
 from dist_spin.numerics.quantizer import ROW_TILE, dequantize_weight, quantize_weight
 from dist_spin.runtime.distributed import World, gather_parts, sum_over_ranks_
-from dist_spin.runtime.progress import say
+from dist_spin.runtime.progress import warn
 from dist_spin.storage.quantized_layers import QuantizedLayer
 
 PARTS = ("forward", "hessian", "factor", "solve", "errors")  # what a clock is asked to time
@@ -129,7 +129,7 @@ class LayerQuantizer:
             method = "rtn"
             if self.world.is_rank0:
                 names = ", ".join(role.rpartition(".")[2] for role in roles)
-                say(
+                warn(
                     f"layer {self._index}: the input of {names} is always zero, so that its codes are rounded to nearest"
                 )
         exact, carry = self._exact_columns.get(roles[0]), None
