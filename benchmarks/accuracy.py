@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dist_spin.cli import report_mistakes
 from dist_spin.config.loader import load_config
 from dist_spin.evaluate.stage import evaluate
 from dist_spin.optimize.train import train
@@ -147,4 +148,4 @@ def one(options: argparse.Namespace, world: World, name: str, seed: int, again: 
 
 if __name__ == "__main__":
     with shown_on(Console(sys.stderr)):
-        main()
+        sys.exit(report_mistakes(main))

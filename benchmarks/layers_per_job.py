@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from dist_spin.cli import report_mistakes
 from dist_spin.config.loader import load_config
 from dist_spin.evaluate.stage import evaluate
 from dist_spin.model.rotation import initial
@@ -78,4 +79,4 @@ def losses(run: RunDir, row: dict[str, object]) -> torch.Tensor:
 
 if __name__ == "__main__":
     with shown_on(Console(sys.stderr)):
-        main()
+        sys.exit(report_mistakes(main))

@@ -14,6 +14,7 @@ import time
 
 import torch
 
+from dist_spin.cli import report_mistakes
 from dist_spin.compare.method_variants import learn, method_variant
 from dist_spin.compare.methods.registry import METHODS
 from dist_spin.config.loader import load_config
@@ -103,4 +104,4 @@ def show(row: tuple[str, str, float, list[float]]) -> None:
 
 if __name__ == "__main__":
     with shown_on(Console(sys.stderr)):
-        main()
+        sys.exit(report_mistakes(main))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from dist_spin.cli import report_mistakes
 from dist_spin.config.loader import load_config
 from dist_spin.evaluate.stage import evaluate
 from dist_spin.optimize.train import train
@@ -66,4 +67,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     with shown_on(Console(sys.stderr)):
-        main()
+        sys.exit(report_mistakes(main))

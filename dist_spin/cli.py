@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the process's exit code (see `dist_spin.errors`)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = _main(words)
+        code = report_mistakes(lambda: _run_verb(words))
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -55,9 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_PIPE
 
 
-def _main(words: list[str]) -> int:
+def report_mistakes(run: Callable[[], int | None]) -> int:
+    """Call `run`; a user's mistake becomes one line on standard error. Returns the exit code (see `dist_spin.errors`)."""
     try:
-        return _run_verb(words)
+        return run() or EXIT_OK
     except SystemExit as left:  # argparse, once it has printed help
         return int(left.code or 0)
     except Exception as error:

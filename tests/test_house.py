@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from house import circle, contents, floors, imports, rooms
 
+from dist_spin import errors
 from dist_spin.cli import main
 from dist_spin.config.run import RunConfig
 
@@ -197,6 +198,16 @@ def test_the_main_loop_and_every_page_are_a_click_from_the_readme() -> None:
     links = set(re.findall(r"\]\(([^)\s#]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
     assert "dist_spin/optimize/train.py" in links
     assert {name(page) for page in PAGES if page.parent.name == "docs"} <= links
+
+
+def test_every_benchmark_and_exit_code_has_its_line() -> None:
+    commands = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+    assert commands == set(
+        re.findall(r"^\| `python benchmarks/(\w+\.py)", (ROOT / "benchmarks/README.md").read_text(), re.M)
+    )
+    codes = {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)} == codes
 
 
 def code(page: Path) -> str:
