@@ -110,6 +110,15 @@ def gone(pid: int) -> bool:
     return stat is None or stat.ended
 
 
+def listening(pid: int) -> set[str]:
+    """The addresses at which a process listens, in the kernel's hexadecimal words."""
+    sockets = {os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()}
+    lines = [
+        line.split() for kind in ("tcp", "tcp6") for line in Path(f"/proc/{pid}/net/{kind}").read_text().splitlines()
+    ]
+    return {line[1].partition(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in sockets}
+
+
 @pytest.mark.parametrize("launcher", ["run", "torchrun"])
 def test_ranks_die_with_their_launcher_and_the_same_command_continues_at_once(words, tmp_path, launcher):
     log = tmp_path / "log"
@@ -122,6 +131,8 @@ def test_ranks_die_with_their_launcher_and_the_same_command_continues_at_once(wo
         wait_for_step(tmp_path, step, run, log)
         ranks = ranks_of(run.pid)
         assert len(ranks) == 2
+        if launcher == "run":  # all its ranks are here, so nobody else can reach them
+            assert {address for pid in ranks for address in listening(pid)} == {"0100007F"}
         run.kill()
         run.wait()
         end = time.monotonic() + 5
