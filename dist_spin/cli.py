@@ -7,6 +7,7 @@ Everything that a verb needs is imported when it is used, so that help and mista
 """
 
 import argparse
+import importlib
 import os
 import sys
 from argparse import SUPPRESS
@@ -19,13 +20,6 @@ from dist_spin import command
 from dist_spin.config.help import config_help
 from dist_spin.errors import EXIT_OK, EXIT_PIPE, RankLost, UserError, out_of_memory
 from dist_spin.runtime.console import Console, shown_on
-
-BENCHES = {
-    "optimize": "seconds per step of rotation learning, on random weights of a real shape",
-    "quantize": "seconds per decoder layer of GPTQ",
-    "inference": "what rotation costs and fewer bits gain on low-bit kernels",
-    "scaling": "step times on several numbers of GPUs, beside a model that predicts others",
-}
 
 
 @dataclass(frozen=True)
@@ -80,7 +74,7 @@ def _run_verb(words: list[str]) -> int:
         name = next((word for word in words if not word.startswith("-")), None)
     if name is not None and name not in VERBS:
         raise UserError(f"there is no verb '{name}'", f"use one of {', '.join(VERBS)}", shared=True)
-    options, rest = _parser().parse_known_args(words if name else ["--help"])
+    options, rest = _parser().parse_known_args(words if name or "--help-all" in words else ["--help"])
     quiet, verbose = (getattr(options, flag, False) for flag in ("quiet", "verbose"))
     console = Console(sys.stderr, int(os.environ.get("RANK", "0")), quiet=quiet, verbose=verbose)
     verb = VERBS[options.verb]
@@ -91,17 +85,10 @@ def _run_verb(words: list[str]) -> int:
 class Parser(argparse.ArgumentParser):
     """An argument parser whose mistakes are UserErrors, and whose help ends with the settings that are read."""
 
-    def __init__(self, *, reads: tuple[str, ...] = (), late: str = "", **options: Any) -> None:
-        """reads: groups of settings. late: "module:function" that adds more arguments when the parser is used."""
+    def __init__(self, *, reads: tuple[str, ...] = (), **options: Any) -> None:
+        """reads: groups of settings."""
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-        self.reads, self.late = reads, late
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, after the late arguments were added."""
-        if self.late:
-            command.load(self.late)(self)
-            self.late = ""
-        return super().parse_known_args(args, namespace)
+        self.reads = reads
 
     def format_help(self) -> str:
         """As argparse's, then the settings."""
@@ -136,6 +123,7 @@ def _parser() -> Parser:
         "allow_abbrev": False,
     }  # --name VALUE sets `name`, not --names
     parser = Parser(prog="dist-spin", usage="dist-spin VERB ...", epilog=epilog, **common)
+    parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="as --help, with every setting there is")
     verbs = parser.add_subparsers(dest="verb", prog="dist-spin", help=SUPPRESS, required=True)
     for name, verb in VERBS.items():
         usage = f"dist-spin {name} {verb.takes} [options]" if verb.takes else None
@@ -177,7 +165,12 @@ def _scheduler_options(parser: Parser) -> None:
 
 
 def _quantize_options(parser: Parser) -> None:
-    parser.add_argument("--layers", metavar="A:B", type=_layers, help="only layers A to B-1: whole jobs' ranges")
+    parser.add_argument(
+        "--layers",
+        metavar="A:B",
+        type=_layers,
+        help="only layers A to B-1, one or more whole jobs (quantize.layers_per_job)",
+    )
     meaning = "only store the hidden states that later ranges of layers start from"
     parser.add_argument("--hidden-states", action="store_true", help=meaning)
     parser.add_argument("--boundaries", dest="hidden_states", action="store_true", help=SUPPRESS)  # its name of old
@@ -202,7 +195,7 @@ def _submit_options(parser: Parser) -> None:
 
 def _plot_options(parser: Parser) -> None:
     _run_options(parser)
-    parser.add_argument("name", metavar="FIGURE", nargs="?", help="default: list the figures")
+    parser.add_argument("name", metavar="FIGURE", nargs="?", help="name of a figure; default: list them")
     parser.add_argument("-o", dest="target", metavar="FILE", help="FILE.png or FILE.svg; default: FIGURE.png")
     parser.add_argument("--dark", dest="theme", action="store_const", const="dark", help="light text on black, for PNG")
 
@@ -210,31 +203,30 @@ def _plot_options(parser: Parser) -> None:
 def _generate_options(parser: Parser) -> None:
     _run_options(parser)
     parser.add_argument("prompt", metavar="TEXT", nargs="?", help="what both models continue")
-    parser.add_argument("--tokens", metavar="N", type=_count, help="of one answer (default: 64)")
+    parser.add_argument("--tokens", metavar="N", type=_count, help="tokens of an answer (default: 64)")
 
 
 def _chat_options(parser: Parser) -> None:
     _run_options(parser)
-    parser.add_argument("--tokens", metavar="N", type=_count, help="of one answer (default: 256)")
+    parser.add_argument("--tokens", metavar="N", type=_count, help="tokens of an answer (default: 256)")
 
 
 def _status_options(parser: Parser) -> None:
     _run_options(parser)
-    parser.add_argument("--json", dest="as_json", action="store_true", help="figures for programs")
-    parser.add_argument(
-        "--watch", dest="watching", action="store_true", help="again and again, until results are there"
-    )
+    parser.add_argument("--json", dest="as_json", action="store_true", help="the same as JSON, for programs")
+    parser.add_argument("--watch", dest="watching", action="store_true", help="repeat until the run is complete")
 
 
 def _bench_options(parser: Parser) -> None:
+    # By its name, as the functions of verbs: no import arrow from the command line to what it starts.
+    bench_options: Any = importlib.import_module("dist_spin.bench.options")
     benches = parser.add_subparsers(dest="bench", metavar="BENCH", required=True)
-    for name, meaning in BENCHES.items():
+    for name, meaning in bench_options.BENCHES.items():
         more: dict[str, Any] = {"parents": [_everywhere()]}
         if name == "optimize":
             usage = f"{parser.prog} optimize SHAPE [key.sub=value ...] [options]"
             more |= {"reads": VERBS["optimize"].reads, "usage": usage, "allow_abbrev": False}
-        late = f"dist_spin.bench.{name}:add_arguments"
-        benches.add_parser(name, help=meaning, description=meaning, late=late, **more)
+        bench_options.add_arguments(name, benches.add_parser(name, help=meaning, description=meaning, **more))
 
 
 CONFIG = "CONFIG.yaml [key.sub=value ...]"
@@ -292,7 +284,7 @@ VERBS = {
         takes=f"RUN|{CONFIG}",
     ),
     "plot": Verb(
-        "one figure of a run as PNG or SVG; names them if none is given",
+        "draw one figure of a run as PNG or SVG; without FIGURE, list the figures",
         "dist_spin.report.plot:plot",
         command.call_on_run,
         _plot_options,
@@ -304,10 +296,13 @@ VERBS = {
         _generate_options,
     ),
     "chat": Verb(
-        "ask both models on standard input", "dist_spin.evaluate.generate:chat", command.call_on_run, _chat_options
+        "chat with the full-precision and the quantised model side by side",
+        "dist_spin.evaluate.generate:chat",
+        command.call_on_run,
+        _chat_options,
     ),
     "submit": Verb(
-        "hand every missing stage to a cluster as jobs that wait for each other",
+        "submit every missing stage to a cluster, as jobs that depend on each other",
         "dist_spin.launch.slurm_pipeline:submit",
         command.call_submit,
         _submit_options,
@@ -315,7 +310,7 @@ VERBS = {
         CONFIG,
     ),
     "status": Verb(
-        "show where a run stands", "dist_spin.report.status:show_status", command.call_on_run, _status_options
+        "show how far a run is", "dist_spin.report.status:show_status", command.call_on_run, _status_options
     ),
     "logs": Verb(
         "show the end of everything a run's jobs printed",
@@ -324,7 +319,7 @@ VERBS = {
         _run_options,
     ),
     "cancel": Verb(
-        "end a run's jobs; they save first", "dist_spin.report.status:cancel", command.call_on_run, _run_options
+        "cancel a run's jobs; they save first", "dist_spin.report.status:cancel", command.call_on_run, _run_options
     ),
     "bench": Verb("time a stage on this machine's devices", "", command.call_bench, _bench_options),
 }

@@ -168,12 +168,16 @@ def test_help_and_mistakes_answer_without_torch():
         for words, code in (
             (["--help"], 0),
             (["run", "--help-all"], 0),
+            (["--help-all"], 0),
             (["quantize", "none.yaml", "--layers", "0:3"], 2),
             (["optimize", "optimize.steps=3"], 2),
             (["export", "model.path=/none", "--format", "hf"], 2),
             (["status", "/none"], 2),
             (["chat", "/none"], 2),
             (["bench", "--help"], 0),
+            (["bench", "optimize", "--help"], 0),
+            (["bench", "scaling", "--help"], 0),
+            (["bench", "quantize", "--sequences", "many"], 2),
         ):
             assert main(words) == code, words
             loaded = {"torch", "transformers", "numpy"} & set(sys.modules)

@@ -24,8 +24,9 @@ from torch import Tensor
 from dist_spin.bench.decoder import Decoder, empty_cache, layer_sizes, random_weight
 from dist_spin.bench.device import clock, describe
 from dist_spin.bench.hadamard_routes import LIBRARY, Transform, routes
-from dist_spin.bench.linear_kernels import KERNELS, make, relative_error
+from dist_spin.bench.linear_kernels import make, relative_error
 from dist_spin.bench.optimize import json_config
+from dist_spin.bench.options import KERNELS
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 from dist_spin.numerics.hadamard import NoHadamard
@@ -35,35 +36,6 @@ from dist_spin.runtime.text_table import aligned
 from dist_spin.storage.atomic import write_json
 
 PLAIN = "none"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `dist-spin bench inference`."""
-    parser.add_argument("shape", help="directory with a config.json")
-    parser.add_argument(
-        "--kernels", default=",".join(KERNELS), help=f"of {', '.join(KERNELS)}; bf16 is always measured"
-    )
-    parser.add_argument("--batches", default="1,4,16,64", help="sequences at once")
-    parser.add_argument(
-        "--context", type=int, default=1024, help="tokens that a decoded token attends to, itself included"
-    )
-    parser.add_argument("--prefill", type=int, default=512, help="tokens of a sequence in prefill; 0: no prefill")
-    parser.add_argument(
-        "--layers", type=int, default=0, help="layers with weights of their own; 0: all on a GPU, 1 on a CPU"
-    )
-    parser.add_argument(
-        "--limit", type=float, default=2.0, help="seconds that one pass may take; larger batches are left out"
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=0.1, help="that repeats of one measurement fill, or one pass if longer"
-    )
-    parser.add_argument(
-        "--budget", type=float, default=0.0, help="seconds after which nothing more is begun; 0: everything is measured"
-    )
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: as many as torch takes")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="auto: on a GPU")
-    parser.add_argument("--json", type=Path, help="write all figures here")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -177,9 +177,6 @@ def make(name: str, weight: Tensor, fuse: Callable[[Any], Any], most_tokens: int
     return Xnnpack(weight, most_tokens)
 
 
-KERNELS = ("bf16", "fp8", "int8", "int4", "w4a8")
-
-
 def relative_error(kernel: LinearKernel, weight: Tensor, tokens: int = 64) -> float:
     """|y - x W.T| / |x W.T| of a kernel on random x: shows that it computes the product, and how coarsely."""
     generator = torch.Generator(weight.device).manual_seed(1)

@@ -61,20 +61,6 @@ ROW = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `dist-spin bench optimize`."""
-    parser.add_argument("shape", help="directory with a config.json")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps, after two that are not")
-    parser.add_argument("--layers", type=numbers, default=[0], help="decoder layers, 8,16,...; 0: as the config says")
-    parser.add_argument("--sequences", type=numbers, default=[0], help="per step, 1,2,...; 0: optimize.batch_size")
-    parser.add_argument(
-        "--baseline",
-        choices=["weight-side"],
-        help="also time the published formulation, every weight rotated in fp64 in every forward; for one sequence on one device",
-    )
-    parser.add_argument("--json", type=Path, help="write all figures here")
-
-
 def run(options: argparse.Namespace) -> int:
     """Run the benchmark; rank 0 prints a line per figure and writes JSON where asked. Returns the exit code."""
     alone = len(options.layers) == 1 and options.sequences in ([0], [1]) and os.environ.get("WORLD_SIZE", "1") == "1"
@@ -99,11 +85,6 @@ def run(options: argparse.Namespace) -> int:
         if options.json:
             options.json.write_text(json.dumps(measured if len(combinations) > 1 else measured[0], indent=1))
     return 0
-
-
-def numbers(text: str) -> list[int]:
-    """'8,16' as [8, 16]."""
-    return [int(part) for part in text.split(",")]
 
 
 def release(device: torch.device) -> None:

@@ -13,13 +13,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dist_spin.bench.device import describe, synchronize
+from dist_spin.bench.options import SHAPES
 from dist_spin.bench.plain_gptq import plain_gptq
 from dist_spin.model.architecture import Shape
 from dist_spin.model.layers import LayerRunner
@@ -34,13 +34,6 @@ from dist_spin.quantize.layer_quantizer import PARTS, LayerQuantizer
 from dist_spin.runtime import distributed
 
 # hidden, intermediate, heads, key/value heads
-SHAPES = {
-    "tiny": (64, 96, 4, 2),
-    "135m": (576, 1536, 9, 3),
-    "1b": (2048, 8192, 32, 8),
-    "8b": (4096, 14336, 32, 8),
-    "70b": (8192, 28672, 64, 8),
-}
 MERGE, LAYER = "merge", "layer"
 
 
@@ -71,26 +64,6 @@ class Stopwatch:
             return {part: sum(b - a for a, b in marks) for part, marks in self._marks.items()}
         torch.cuda.synchronize()
         return {part: sum(a.elapsed_time(b) for a, b in marks) / 1e3 for part, marks in self._marks.items()}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `dist-spin bench quantize`."""
-    parser.add_argument("--shape", choices=SHAPES, default="8b", help="model whose layer is made")
-    parser.add_argument("--sequences", type=int, default=128)
-    parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--group-size", type=int, default=0, help="0: one scale per row")
-    parser.add_argument("--no-mse-clip", action="store_true", help="scales from the largest weight")
-    parser.add_argument(
-        "--cd-passes",
-        "--sweeps",
-        type=int,
-        default=0,
-        help="passes that make GPTQ's codes better; timed with the solve",
-    )
-    parser.add_argument("--repeats", type=int, default=2, help="timed layers, after one that is not timed")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--baseline", action="store_true", help="also time a plain column loop on the same matrices")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_spin.bench import scaling_model as model
-from dist_spin.bench.optimize import json_config, numbers, step_flop
+from dist_spin.bench.optimize import json_config, step_flop
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 from dist_spin.optimize.sharding.memory_planner import layer_bytes
@@ -27,37 +27,6 @@ HEADER = (
     *("efficiency %", "model s", "off %", "compute", "copies", "gather", "requantize", "reduce", "Cayley", "wait"),
     *("GiB gathered", "model GiB"),
 )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `dist-spin bench scaling`."""
-    parser.add_argument("files", nargs="+", type=Path, help="what `bench optimize --json` wrote")
-    parser.add_argument(
-        "--shape", type=Path, default=Path("configs/shapes/llama-3-70b"), help="whose figures these are"
-    )
-    parser.add_argument(
-        "--predict", type=numbers, default=[], help="numbers of GPUs, 4,8,..., at all layers of the shape"
-    )
-    parser.add_argument(
-        "--sequences", type=numbers, default=[], help="per step, to predict for; default: those measured"
-    )
-    parser.add_argument("--shard-ranks", type=numbers, default=[0], help="to predict: ranks that share a copy; 0: all")
-    parser.add_argument(
-        "--link-gb-s", type=float, default=375.0, help="what one GPU receives in an all-gather; NVLink of an HGX H200"
-    )
-    parser.add_argument("--copy-gb-s", type=float, default=4000.0, help="bytes read plus written by copies on a GPU")
-    parser.add_argument(
-        "--contention",
-        type=float,
-        default=0.3,
-        help="share of a gather's time that it costs although it runs behind compute (0: none, 1: nothing overlaps)",
-    )
-    parser.add_argument("--device-gib", type=float, default=139.0, help="memory of one GPU that is predicted for")
-    parser.add_argument("--quantize", type=Path, help="what `bench quantize --out` wrote: adds the whole run's seconds")
-    parser.add_argument("--steps", type=int, default=100, help="of learning in a whole run")
-    parser.add_argument("--layers-per-job", type=int, default=10, help="of GPTQ in a whole run")
-    parser.add_argument("--disk-gb-s", type=float, default=1.0, help="what hidden states and layers are written to")
-    parser.add_argument("--start-s", type=float, default=20.0, help="before a process works: imports, CUDA, NCCL")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -13,7 +13,8 @@ from tiny import write_model
 
 from dist_spin.bench import scaling_model as model
 from dist_spin.bench.optimize import step_flop
-from dist_spin.bench.scaling import HEADER, add_arguments, read, run
+from dist_spin.bench.options import add_arguments
+from dist_spin.bench.scaling import HEADER, read, run
 from dist_spin.cli import main
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
@@ -226,7 +227,7 @@ def test_the_command_sets_the_model_beside_real_measurements(measured, tmp_path,
 def scaling(*words: str) -> int:
     """`bench scaling WORDS` without the command line around it, which would turn mistakes into exit codes."""
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_arguments("scaling", parser)
     return run(parser.parse_args(words))
 
 
