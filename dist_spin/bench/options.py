@@ -103,7 +103,7 @@ def _inference(parser: argparse.ArgumentParser) -> None:
 
 
 def _scaling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="what `bench optimize --json` wrote")
+    parser.add_argument("files", nargs="+", type=Path, help="what `bench optimize --json` wrote")
     meaning = "directory with the config.json of the model that was timed (default: %(default)s)"
     parser.add_argument("--shape", metavar="DIR", type=Path, default=Path("configs/shapes/llama-3-70b"), help=meaning)
     meaning = "numbers of GPUs to predict for, with all layers of the shape"
