@@ -151,10 +151,20 @@ def call_report(command: Command) -> int:
 def call_run(command: Command) -> int:
     """function(words, ranks), which starts every stage in processes of its own."""
     config, words = command.settings()
-    lengths = {f"{stage}.seq_len": getattr(config, stage).seq_len for stage in ("optimize", "quantize", "evaluate")}
+    lengths = {f"{stage}.seq_len": getattr(config, stage).seq_len for stage in reading_stages(config)}
     check_model_path(config.model.path, dummy=config.model.dummy_weights, lengths=lengths)
     code: int = load(command.function)(words, config.distributed.nproc)
     return code
+
+
+def reading_stages(config: RunConfig) -> list[str]:
+    """The stages that pass text of their own `seq_len` through the model."""
+    reads = {
+        "optimize": config.optimize.steps > 0,
+        "quantize": config.quantize.method != "none" and config.quant.w_bits < 16,
+        "evaluate": bool(config.evaluate.sources),
+    }
+    return [stage for stage, does in reads.items() if does]
 
 
 def call_submit(command: Command) -> int:

@@ -12,6 +12,7 @@ from types import FrameType
 
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import EXIT_ABORTED, EXIT_INTERRUPTED, EXIT_NUMERICS, EXIT_OK, EXIT_USER, UserError
+from dist_spin.pipeline.dtype import resolve_dtype
 from dist_spin.quantize.stage import QuantizeJob, prepare_jobs
 from dist_spin.runtime import distributed
 from dist_spin.runtime.progress import Progress, warn
@@ -58,6 +59,7 @@ def fan_out(
     executor = make_executor(cluster, arguments, config, workers, scheduler)
     world = distributed.start("cpu", threads=1)
     try:
+        config = resolve_dtype(config, world)  # noted in the run before a job starts, so that all jobs take the same
         quantize_jobs = prepare_jobs(config, world)
         signals = SignalForwarder(executor)
         with forwarded_to(signals.forward):

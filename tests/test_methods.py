@@ -312,6 +312,17 @@ def test_learning_is_stopped_and_resumed_layer_by_layer(tmp_path):
     assert other.directory != states.directory
 
 
+def test_damaged_rotations_of_a_method_are_learned_again(tmp_path):
+    config, files, tokens = prepared(tmp_path, "methods.dart_epochs=1")
+    learn(config, ALONE, files, "dartquant")
+    path = MethodStates(config, files, "dartquant", CPU, tokens).rotations
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    learn(config, ALONE, files, "dartquant")
+    assert path.read_bytes() == whole
+    assert path.with_suffix(".stale").exists()
+
+
 class EvenScale(Method):
     """Multiplies every input channel of attention by 2, which changes no rounding of floats: as if it were not there."""
 

@@ -11,6 +11,8 @@ from user_cases import WHOLE_WEIGHTS, case, configure, refusal
 
 import dist_spin
 from dist_spin.cli import main
+from dist_spin.command import reading_stages
+from dist_spin.config.loader import load_config
 from dist_spin.errors import UserError
 from dist_spin.evaluate.generate import generate
 from dist_spin.evaluate.layerwise_model import load_full_model
@@ -125,6 +127,12 @@ def test_a_model_without_generation_config_decodes_with_a_cache(quantised, monke
     lengths = lengths_of(model)
     model.generate(torch.tensor([[5, 6, 7, 8, 9, 10]]), max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert lengths == [6, 1, 1, 1]
+
+
+def test_lengths_that_no_stage_reads_refuse_no_run():
+    unread = ["optimize.steps=0", *WHOLE_WEIGHTS, "evaluate.sources=[]", "evaluate.tasks=[boolq]"]
+    assert reading_stages(load_config(None, ["model.path=x", *unread])) == []
+    assert reading_stages(load_config(None, ["model.path=x"])) == ["optimize", "quantize", "evaluate"]
 
 
 def test_lengths_are_checked_from_config_json_alone(short, tmp_path):

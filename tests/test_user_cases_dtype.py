@@ -67,6 +67,18 @@ def test_a_run_that_was_started_as_bfloat16_stays_so(words, tmp_path, machine):
     assert (tmp_path / "runs" / "run" / "fingerprint.json").read_bytes() == before
 
 
+def test_a_fan_out_notes_the_format_that_its_jobs_take(words, tmp_path, machine, capfd):
+    words = [*words, "optimize.steps=0"]  # so that no fingerprint.json tells it
+    machine(fast=False)
+    assert main(["quantize", *words]) == 0
+    settings_file = tmp_path / "runs" / "run" / "config.yaml"
+    settings_file.unlink()
+    capfd.readouterr()
+    assert main(["quantize", *words, "--cluster", "local", "--workers", "1"]) == 0
+    assert "model.dtype=auto: float32, since" in capfd.readouterr().err
+    assert yaml.safe_load(settings_file.read_text())["model"]["dtype"] == "float32"
+
+
 @pytest.mark.parametrize("damage", ["{", "[]", '{"model.dtype": 3}', '{"model.dtype": "int4"}'])
 def test_a_fingerprint_that_says_nothing_leaves_it_to_the_settings_beside_it(words, tmp_path, machine, damage):
     machine(fast=False)

@@ -17,6 +17,8 @@ import dist_spin
 from dist_spin.cli import main
 from dist_spin.export.tokenizer import PROBE, copy_tokenizer
 from dist_spin.model.weights import ModelFiles, open_model
+from dist_spin.storage.results import update_results
+from dist_spin.storage.run_directory import RunDir
 
 pytestmark = pytest.mark.usefixtures("restored_process")
 
@@ -154,10 +156,23 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
+MODEL_ROW = {"method": "m", "rotation": "learned", "weights": "none", "group_size": 0, "seed": 0} | {
+    f"{what}_bits": bits for what, bits in {"w": 16, "a": 4, "k": 4, "v": 4}.items()
+}
+
+
+def test_a_run_that_measured_tasks_alone_is_exported(run):
+    words, path, model = run
+    write_letters(model)
+    task = {"task": "boolq", "metric": "acc", "value": 0.5, "stderr": 0.1, "n": 4}
+    update_results(RunDir(path), "evaluate", [MODEL_ROW | task])
+    assert "Not measured" in (exported(words, "hf") / "README.md").read_text()
+
+
 def test_the_same_export_twice_is_the_same_files(run, tmp_path):
     words, path, model = run
     write_letters(model)
-    rows = [{"dataset": "t", "w_bits": 16, "a_bits": 4, "k_bits": 4, "v_bits": 4, "method": "m", "weights": "none"}]
+    rows = [{**MODEL_ROW, "dataset": "t", "seq_len": 8, "tokens": 64}]
     (path / "results.json").write_text(json.dumps([rows[0] | {"ppl": 7.5, "seconds": 1.25}]))
     first = contents(exported(words, "hf"))
     (path / "results.json").write_text(json.dumps([rows[0] | {"ppl": 7.5, "seconds": 99.0, "stage": "evaluate"}]))

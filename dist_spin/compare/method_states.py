@@ -82,17 +82,20 @@ class MethodStates:
 
     def load(self, index: int) -> State | None:
         """One state on the CPU; None if it is not there. A file that cannot be used is set aside, saying so."""
+        return self._load_current(self.path(index), "learning the layer again")
+
+    def _load_current(self, path: Path, remedy: str) -> State | None:
         return load_if_current(
-            self.path(index),
-            load_tensors,
-            lambda metadata: metadata.get("fingerprint") == self.fingerprint,
-            "learning the layer again",
-            warn,
+            path, load_tensors, lambda metadata: metadata.get("fingerprint") == self.fingerprint, remedy, warn
         )
 
     def missing(self, indices: range) -> list[int]:
         """Those of the states that are still to be learned; none once there are rotations."""
-        return [] if self.rotations.exists() else [index for index in indices if self.load(index) is None]
+        return [] if self.rotations_finished() else [index for index in indices if self.load(index) is None]
+
+    def rotations_finished(self) -> bool:
+        """Whether the rotations are there and whole. A file that cannot be used is set aside, saying so."""
+        return self._load_current(self.rotations, "learning them again") is not None
 
     def state(self, index: int) -> State:
         """One state on the CPU.

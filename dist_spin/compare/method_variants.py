@@ -58,7 +58,7 @@ def learn(
     wanted = every_state if layers is None else range(*layers)
     if missing := on_rank0(lambda: states.missing(wanted)):
         _learn_layers(states, world, missing, stop)
-    if method.fits_rotations and on_rank0(lambda: not states.rotations.exists() and not states.missing(every_state)):
+    if method.fits_rotations and on_rank0(lambda: not states.rotations_finished() and not states.missing(every_state)):
         _fit_rotations(states, world)
 
 

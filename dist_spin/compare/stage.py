@@ -40,11 +40,12 @@ from dist_spin.pipeline.stage_context import writing
 from dist_spin.pipeline.variants import Variant, build_variant, calibration_tokens
 from dist_spin.quantize.stage import QuantizeJob, quantize_variant
 from dist_spin.runtime.distributed import World, any_rank, on_rank0
-from dist_spin.runtime.progress import say
+from dist_spin.runtime.progress import say, warn
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.locks import Held, Lock
 from dist_spin.storage.quantized_layers import embeddings_path, layer_path
 from dist_spin.storage.results import merge_results, public, update_results
+from dist_spin.storage.rotations import finished_rotations
 from dist_spin.storage.run_directory import RunDir, run_dir
 from dist_spin.storage.run_records import keep_settings
 from dist_spin.storage.tensor_file import identity_hash, read_metadata
@@ -167,8 +168,8 @@ class Comparison:
         return method_variant(config, self.files, method, self.world.device, self.calibration)
 
     def learn_rotations(self, base: RunConfig) -> None:
-        """Learn the rotations of a configuration, unless they are there."""
-        if not on_rank0((run_dir(base).rotations / "final.safetensors").exists):
+        """Learn the rotations of a configuration, unless they are there and whole."""
+        if not on_rank0(lambda: finished_rotations(run_dir(base), warn)):
             with writing(base, self.world, "optimize"):
                 train(base, self.world, self.stop)
             gc.collect()  # sharded modules are in reference cycles, and what comes next needs their memory

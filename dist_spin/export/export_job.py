@@ -76,8 +76,8 @@ class ExportJob:
 
     @cached_property
     def results(self) -> list[dict[str, Any]]:
-        """What `evaluate` measured."""
-        return load_results(self.run, warn)
+        """The perplexities that were measured, by `evaluate` or in a comparison."""
+        return [row for row in load_results(self.run, warn) if "ppl" in row]
 
     @property
     def sites(self) -> Sites:

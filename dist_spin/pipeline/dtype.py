@@ -5,7 +5,6 @@ fingerprint and config.yaml, so that the run keeps it on any other machine.
 """
 
 import dataclasses
-import json
 import typing
 from typing import Any
 
@@ -18,7 +17,9 @@ from dist_spin.errors import UserError
 from dist_spin.runtime.cpu_features import bf16_is_fast
 from dist_spin.runtime.distributed import World, on_rank0
 from dist_spin.runtime.progress import say
+from dist_spin.storage.checked_json import read_json
 from dist_spin.storage.run_directory import run_dir
+from dist_spin.storage.tensor_file import CorruptFile
 
 AUTO = "auto"
 NAMES = tuple(name for name in typing.get_args(ModelConfig.__annotations__["dtype"]) if name != AUTO)
@@ -50,8 +51,8 @@ def started_dtype(config: RunConfig) -> str:
     """What the run was started with, by its fingerprint or its config.yaml; "" where neither says."""
     run = run_dir(config).path
     try:
-        name = json.loads((run / "fingerprint.json").read_text())["model.dtype"]
-    except (OSError, ValueError, LookupError, TypeError):
+        name = read_json(run / "fingerprint.json")["model.dtype"]
+    except (CorruptFile, LookupError, TypeError):
         name = None
     if name not in NAMES and (run / "config.yaml").exists():
         try:

@@ -5,6 +5,7 @@ dist-spin logs runs/quickstart
 dist-spin cancel runs/quickstart
 """
 
+import contextlib
 import json
 import signal
 import socket
@@ -137,15 +138,13 @@ def slurm_job_id(variables: dict[str, str]) -> str:
 def watch(path: Path, show: Callable[[dict[str, Any]], str]) -> None:
     """Print the figures again and again, in place on a terminal, until ctrl-C or until the results are there."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ctrl-C ends the watching in order
-    while True:
-        figures = status(path)
-        print(("\033[H\033[J" if sys.stdout.isatty() else "") + show(figures), flush=True)
-        if figures.get("results"):
-            return
-        try:
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            figures = status(path)
+            print(("\033[H\033[J" if sys.stdout.isatty() else "") + show(figures), flush=True)
+            if figures.get("results"):
+                return
             time.sleep(WATCH_EVERY)
-        except KeyboardInterrupt:
-            return
 
 
 def logs(path: Path) -> str:

@@ -130,7 +130,7 @@ class Lock:
         try:
             if read_owner(self.path).get("token") != owner.get("token"):
                 return False
-            copy = mine.with_suffix(".new")
+            copy = mine.with_name(f"{mine.name}.new")
             copy.write_text(json.dumps(self.owner))  # not a link to `mine`: renaming onto a link of itself does nothing
             os.replace(copy, self.path)
             return True
@@ -143,7 +143,7 @@ class Lock:
         if touched is None or not (gone(holder) or server_time(mine) - touched > self.patience):
             return
         # Renamed first, because only one process can: another one may have put its own marker there meanwhile.
-        grave = mine.with_suffix(".dead")
+        grave = mine.with_name(f"{mine.name}.dead")
         with contextlib.suppress(FileNotFoundError):
             os.rename(file, grave)
         if read_owner(grave).get("token") != holder.get("token"):
