@@ -71,7 +71,8 @@ class StageJob:
         """
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGUSR1)
-            self.process.wait()
+            # Not `wait()`: the one that the signal has interrupted holds its lock, and this would wait for itself.
+            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
         return DelayedSubmission(StageJob(self.stage, self.arguments, self.ranks))
 
 

@@ -36,3 +36,21 @@ def test_the_environment_says_how_often(monkeypatch):
     assert should_requeue(4)
     monkeypatch.setenv("MAX_REQUEUES", "6")
     assert not should_requeue(4)
+
+
+SIGNALLED_WHILE_WAITING = """
+import os, signal, subprocess, threading
+from dist_spin.launch.stage_job import StageJob
+
+job = StageJob("optimize", [], ranks=1)
+job.process = subprocess.Popen(["sleep", "100"])  # ends at the signal that ranks save at
+signal.signal(signal.SIGUSR2, lambda *_: print("requeued", job.checkpoint().function.stage))
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR2)).start()
+print(job.process.wait() == -signal.SIGUSR1)
+"""
+
+
+def test_a_job_whose_time_is_up_waits_for_its_ranks_and_not_for_itself():
+    asked = [sys.executable, "-c", SIGNALLED_WHILE_WAITING]
+    answered = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=True)
+    assert answered.stdout.splitlines() == ["requeued optimize", "True"]
