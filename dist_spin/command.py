@@ -72,7 +72,8 @@ def load(name: str) -> Callable[..., Any]:
 def call_stage(command: Command, config: RunConfig | None = None, part: str = "", **options: Any) -> int:
     """function(config, world, **options), on every rank, as the one writer of this stage (or `part` of it) of the run."""
     config = config or command.settings()[0]
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # several ranks agree on it when they open the model
+    # Several ranks agree on it when they open the model, and a report without it tells the rest.
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and command.verb != "report":
         check_model_path(config.model.path, dummy=config.model.dummy_weights)
     command.quieten()
     from dist_spin.pipeline.dtype import resolve_dtype

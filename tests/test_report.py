@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -205,6 +206,16 @@ def test_single_figures(capsys, tmp_path, finished):
     assert main(["plot", str(finished), "loss", "-o", str(tmp_path / "c.pdf")]) == 2
     assert main(["plot", str(finished), "lose"]) == 2
     assert "no figure 'lose'; use one of loss" in capsys.readouterr().err
+
+
+def test_a_report_without_the_model_tells_the_rest(capsys, tmp_path, finished, model):
+    words = [*settings(tmp_path, model), f"model.path={tmp_path / 'gone'}"]
+    shutil.copytree(finished, tmp_path / "tiny")
+    (tmp_path / "tiny" / "report.html").unlink()
+    capsys.readouterr()
+    assert main(["report", *words]) == 0
+    assert "activations are not measured: model directory" in capsys.readouterr().err
+    assert (tmp_path / "tiny" / "report.html").exists()
 
 
 def rows_of_other_stages() -> list[dict]:

@@ -18,7 +18,7 @@ SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_JOB
 
 
 def environment(world: World) -> dict[str, Any]:
-    """RunSummary for the run's record; every rank calls it, and all get the same hosts and devices."""
+    """What a stage notes of where it runs; every rank calls it, and all get the same hosts and devices."""
     on_gpu = world.device.type == "cuda"
     device = torch.cuda.get_device_name(world.device) if on_gpu else platform.machine() + " CPU"
     places: list[Any] = [None] * world.size
