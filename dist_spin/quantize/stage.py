@@ -3,7 +3,7 @@
     dist-spin quantize CONFIG.yaml                                       all layers, in this process
     torchrun --nproc_per_node 2 -m dist_spin quantize CONFIG.yaml        the same, shared out over ranks
     dist-spin quantize CONFIG.yaml --layers 10:20                        one job of quantize.layers_per_job=10
-    dist-spin quantize CONFIG.yaml --hidden-states                          only what such jobs start from
+    dist-spin quantize CONFIG.yaml --hidden-states                       only what such jobs start from
     dist-spin quantize CONFIG.yaml --cluster local --workers 4           every job, in parallel (see launch/)
 
 Layers are cut into ranges of `quantize.layers_per_job`. A range starts from the hidden states of the 16-bit model and sees the
