@@ -50,6 +50,16 @@ def forbid_waits(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType, str],
 
 
 @pytest.fixture
+def group_of_one() -> Iterator[None]:
+    """A process group of this process alone, on the CPU with one thread."""
+    from dist_spin.runtime import distributed
+
+    distributed.start("cpu", threads=1)
+    yield
+    distributed.stop()
+
+
+@pytest.fixture
 def restored_process() -> Iterator[None]:
     """Stages take over signal handlers and torch's threads, which the tests after these want back."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)

@@ -262,7 +262,7 @@ VERBS = {
         takes=CONFIG,
     ),
     "export": Verb(
-        "write the model for another program: hf, compressed-tensors, gguf or executorch",
+        f"write the model for another program: {', '.join(command.FORMATS)}",
         "dist_spin.export.stage:export",
         command.call_export,
         _export_options,

@@ -1,12 +1,8 @@
 """The command line: verbs, exit codes, one line for every mistake, and the whole pipeline on a tiny model."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import huggingface_hub
@@ -15,7 +11,7 @@ import pytest
 import torch
 from dist_spin.launch.fanout import NON_RETRYABLE
 from safetensors.torch import load_file, save_file
-from tiny import SHAPES, write_model
+from tiny import SHAPES, terminate_when, write_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -202,13 +198,7 @@ def test_status_of_a_run_in_progress_and_continuing_it(capsys, tmp_path, words):
     run = RunDir(tmp_path / "tiny")
     more = [*words, "optimize.steps=60", "optimize.keep_checkpoints=2"]
 
-    def interrupt() -> None:
-        while len(checkpoints(run)) < 2:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    watcher = threading.Thread(target=interrupt)
-    watcher.start()
+    watcher = terminate_when(lambda: len(checkpoints(run)) >= 2)
     capsys.readouterr()
     assert main(["optimize", *more]) == 75
     watcher.join()

@@ -2,17 +2,13 @@
 
 import dataclasses
 import json
-import os
 import re
-import signal
 import statistics
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import tiny_run, write_model
+from tiny import terminate_when, tiny_run, write_model
 
 from dist_spin.cli import main
 from dist_spin.compare.plan import Trial, plan_trials, settings_of, sharing_key, work_units
@@ -144,7 +140,7 @@ def test_what_each_method_changes_of_the_run(words):
 
 
 def measured(said: str) -> int:
-    return sum(int(n) for n in re.findall(r"measure .* (\d+) at once: layer 2/2", said))
+    return sum(int(n) for n in re.findall(r"measure .* (\d+) measurements: layer 2/2", said))
 
 
 @pytest.mark.slow
@@ -152,13 +148,7 @@ def test_interrupted_and_resumed_nothing_is_done_twice(capfd, tmp_path, words):
     run = RunDir(tmp_path / "tiny")
     files = run.path / "evaluations"
 
-    def interrupt() -> None:
-        while len(list(files.glob("*.json")) if files.exists() else []) < 7:
-            time.sleep(0.005)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    watcher = threading.Thread(target=interrupt)
-    watcher.start()
+    watcher = terminate_when(lambda: len(list(files.glob("*.json"))) >= 7)
     capfd.readouterr()
     assert main(["compare", *words]) == 75
     watcher.join()

@@ -31,13 +31,7 @@ from dist_spin.storage.quantized_layers import finished_layer, save_layer
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
 
-@pytest.fixture(autouse=True)
-def _group():
-    from dist_spin.runtime import distributed
-
-    distributed.start("cpu", threads=1)
-    yield
-    distributed.stop()
+pytestmark = pytest.mark.usefixtures("group_of_one")
 
 
 def layer_parts(place: Path, dtype: torch.dtype = torch.float64) -> tuple[LayerRunner, dict[str, Tensor], list[Tensor]]:

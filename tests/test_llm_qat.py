@@ -34,14 +34,7 @@ from dist_spin.storage.tensor_file import identity_hash, load_tensors
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, 1, CPU)
-pytestmark = pytest.mark.usefixtures("restored_process")
-
-
-@pytest.fixture(autouse=True)
-def _group():
-    distributed.start("cpu", threads=1)
-    yield
-    distributed.stop()
+pytestmark = pytest.mark.usefixtures("group_of_one", "restored_process")
 
 
 def settings(directory, *more, kind="gqa_tied"):

@@ -96,20 +96,20 @@ def test_of_many_that_want_a_dead_owners_lock_one_at_a_time_holds_it(tmp_path: P
     path = tmp_path / "a.lock"
     strange(path)
     inside, most, entered, refused = 0, 0, 0, 0
-    best_state = threading.Lock()
+    guard = threading.Lock()
 
     def want() -> None:
         nonlocal inside, most, entered, refused
         try:
             with Lock(path, "mine", **QUICK):
-                with best_state:
+                with guard:
                     inside, entered = inside + 1, entered + 1
                     most = max(most, inside)
                 time.sleep(0.3)
-                with best_state:
+                with guard:
                     inside -= 1
         except Held:
-            with best_state:
+            with guard:
                 refused += 1
 
     threads = [threading.Thread(target=want) for _ in range(8)]

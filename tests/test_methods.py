@@ -48,14 +48,7 @@ CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, 1, CPU)
 LAYERWISE = sorted(name for name in METHODS if not METHODS[name].trains_whole_model)  # test_llm_qat.py has the other
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-pytestmark = pytest.mark.usefixtures("restored_process")
-
-
-@pytest.fixture(autouse=True)
-def _group():
-    distributed.start("cpu", threads=1)
-    yield
-    distributed.stop()
+pytestmark = pytest.mark.usefixtures("group_of_one", "restored_process")
 
 
 # Numerics --------------------------------------------------------------------------------------------------------

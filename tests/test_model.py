@@ -1,6 +1,8 @@
 """Rotations change nothing but what is quantised: folding, merging, attaching and their gradients."""
 
 import functools
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,13 +217,16 @@ def test_what_is_recomputed_changes_no_gradient(tmp_path, ids):
     assert torch.equal(gradients[0], gradients[2])
 
 
-@pytest.mark.slow
-def test_one_compiled_graph_serves_all_layers(tmp_path, ids):
-    files = open_model(str(write_model("gqa_tied", tmp_path, layers=12)))
+def eager_and_compiled(directory: Path, ids: Tensor, make: Callable[..., FakeQuantModel], **options) -> list[Tensor]:
+    """R's gradients [n] of a model of 12 layers that is eager, then compiled; one compiled graph must serve all layers.
+
+    make(files, rotations, compile=...) returns the model. options: of `Rotations`.
+    """
+    files = open_model(str(write_model("gqa_tied", directory, layers=12)))
     gradients = []
     for compiled in (False, True):
-        rotations = Rotations(*initial("hadamard", files.shape, 0), CPU, torch.float64, learn=True)
-        model = learning_model(files, rotations, online_sites(files, 4), torch.float64, compile=compiled)
+        rotations = Rotations(*initial("hadamard", files.shape, 0), CPU, torch.float64, learn=True, **options)
+        model = make(files, rotations, compile=compiled)
         model.set_levels(["sites"] * 12)
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
@@ -230,6 +235,15 @@ def test_one_compiled_graph_serves_all_layers(tmp_path, ids):
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+    return gradients
+
+
+@pytest.mark.slow
+def test_one_compiled_graph_serves_all_layers(tmp_path, ids):
+    def make(files: ModelFiles, rotations: Rotations, **more) -> FakeQuantModel:
+        return learning_model(files, rotations, online_sites(files, 4), torch.float64, **more)
+
+    gradients = eager_and_compiled(tmp_path, ids, make)
     assert relative(tangent(gradients[1][: 48 * 48].view(48, 48)), tangent(gradients[0][: 48 * 48].view(48, 48))) < 1e-9
 
 

@@ -2,19 +2,16 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
 import sys
-import threading
-import time
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import tiny_run
+from tiny import terminate_when, tiny_run
 
 from dist_spin.cli import main
 from dist_spin.errors import UserError
@@ -181,13 +178,7 @@ def test_runs_in_progress(capsys, tmp_path, model):
 
 def stop_after(run: RunDir, step: int) -> None:
     """Send this process SIGTERM once a checkpoint of `step` is there."""
-
-    def interrupt() -> None:
-        while not (found := checkpoints(run)) or found[0][0] < step:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=interrupt, daemon=True).start()
+    terminate_when(lambda: bool(found := checkpoints(run)) and found[0][0] >= step)
 
 
 def test_single_figures(capsys, tmp_path, finished):

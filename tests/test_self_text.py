@@ -11,17 +11,9 @@ from dist_spin.optimize.setup import learning_tokens
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.pipeline.self_generated_text import BATCH, GREEDY, self_text
 from dist_spin.pipeline.variants import calibration_tokens
-from dist_spin.runtime import distributed
 from dist_spin.storage.run_directory import run_dir
 
-pytestmark = pytest.mark.usefixtures("restored_process")
-
-
-@pytest.fixture(autouse=True)
-def _group():
-    distributed.start("cpu", threads=1)
-    yield
-    distributed.stop()
+pytestmark = pytest.mark.usefixtures("group_of_one", "restored_process")
 
 
 def prepared(place, *more):

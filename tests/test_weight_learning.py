@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_model import CPU, WeightSide, learning_model, online_sites, relative
+from test_model import CPU, WeightSide, eager_and_compiled, learning_model, online_sites, relative
 from tiny import SHAPES, write_model
 from torch import Tensor, nn
 
@@ -100,19 +100,10 @@ def test_a_grid_holds_what_the_quantiser_makes(grid):
 
 @pytest.mark.slow
 def test_one_compiled_graph_serves_all_layers_and_changes_no_gradient(tmp_path, ids):
-    files = open_model(str(write_model("gqa_tied", tmp_path, layers=12)))
-    gradients = []
-    for compiled in (False, True):
-        rotations = Rotations(*initial("hadamard", files.shape, 0), CPU, torch.float64, learn=True, euclidean=True)
-        model = gridded_model(files, rotations, online_sites(files, 4), GRIDS[0], compile=compiled)
-        model.set_levels(["sites"] * 12)
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        model(ids).sum().backward()
-        gradients.append(rotations.gradient)
-    counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] == 1
-    assert not counters["graph_break"]
+    def make(files: ModelFiles, rotations: Rotations, **more) -> FakeQuantModel:
+        return gridded_model(files, rotations, online_sites(files, 4), GRIDS[0], **more)
+
+    gradients = eager_and_compiled(tmp_path, ids, make, euclidean=True)
     assert relative(gradients[1], gradients[0]) < 1e-9
 
 

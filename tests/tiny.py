@@ -1,5 +1,10 @@
 """Tiny random models of each supported shape, written as real checkpoints to a temporary directory, and short runs on them."""
 
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +100,19 @@ def tiny_run(
         "distributed.threads=1",
         *overrides,
     ]
+
+
+def terminate_when(ready: Callable[[], bool]) -> threading.Thread:
+    """Send this process SIGTERM as soon as ready() is true, which a thread asks; returns the thread."""
+
+    def wait_and_send() -> None:
+        while not ready():
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=wait_and_send, daemon=True)
+    watcher.start()
+    return watcher
 
 
 def write_letters(directory: Path) -> None:

@@ -183,7 +183,8 @@ class Comparison:
             texts = list(self.texts.values())
             for batch in self.batches(missing):
                 began = time.monotonic()
-                description = f"measure {target.label}, {target.weights} weights, seed {seed}, {len(batch)} at once"
+                weights = "16-bit" if target.weights == "none" else target.weights
+                description = f"measure {target.label}, {weights} weights, seed {seed}, {len(batch)} measurements"
                 pairs = [(prepared.target.variant.sites, texts[i]) for prepared, i in batch]
                 losses = window_losses(config, self.world, self.files, target, pairs, description)
                 seconds = (time.monotonic() - began) / len(batch)
