@@ -134,3 +134,26 @@ def watches(pid: int) -> bool:
     status = Path(f"/proc/{pid}/status").read_text()
     caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
     return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+FORKING = """
+import os, signal
+from dist_spin.runtime.signals import StopRequest
+
+stop = StopRequest()
+begun, begins = os.pipe()
+child = os.fork()
+if child == 0:
+    os.write(begins, b".")
+    signal.pause()
+    os._exit(1)
+os.read(begun, 1)
+os.kill(child, signal.SIGTERM)
+print(os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM, repr(stop.name))
+"""
+
+
+def test_the_signals_of_a_forked_process_are_its_own():
+    """As of a library that ends its worker processes: they end, and the parent does not take itself for stopped."""
+    done = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=20, check=True)
+    assert done.stdout == "True ''\n"

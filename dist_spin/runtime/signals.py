@@ -59,6 +59,17 @@ def watch() -> None:
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         threading.Thread(target=_watch, args=(read,), name="signals", daemon=True).start()
+        os.register_at_fork(after_in_child=_unwatch)
+
+
+def _unwatch() -> None:
+    """In a forked process, such as a library's worker: its signals are its own, and not to be read by the parent's watcher."""
+    global _watching  # noqa: PLW0603
+    _watching = False
+    signal.set_wakeup_fd(-1)
+    for number in STOPPING:
+        if signal.getsignal(number) is _handler:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def set_handler(number: signal.Signals, handler: Handler) -> object:
