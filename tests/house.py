@@ -1,4 +1,4 @@
-"""The import graph of the code: who imports whom, what runs in a circle, and on which floor each room stands.
+"""The import graph of the code: who imports whom, circles of imports, and the layer ("floor") of each file and folder ("room").
 
     python tests/house.py [CHECKOUT]      the figures of CONTRIBUTING.md
 
@@ -7,7 +7,9 @@ that it imports; a room that imports nothing of ours stands on floor 1.
 """
 
 import sys
+from collections import Counter
 from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
 
 import grimp
 
@@ -71,6 +73,12 @@ def floors(graph: Graph) -> dict[str, int]:
     return floor
 
 
+def file_lines(checkout: Path) -> dict[tuple[str, ...], int]:
+    """The number of lines of every file of `PACKAGES`, by the parts of its path."""
+    paths = [path for package in PACKAGES for path in (checkout / package).rglob("*.py")]
+    return {path.relative_to(checkout).parts: len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
+
+
 def main() -> None:
     """Print the figures of a checkout."""
     sys.path.insert(0, sys.argv[1] if len(sys.argv) > 1 else ".")
@@ -79,6 +87,15 @@ def main() -> None:
     for number in range(max(floor.values()), 0, -1):
         print(f"{number:2}  " + "  ".join(sorted(name for name in floor if floor[name] == number)))
     print(f"{len(graph)} rooms, {max(floor.values())} floors, {sum(map(len, graph.values()))} arrows")
+    lines = file_lines(Path(sys.path[0]))
+    share: Counter[str] = Counter()
+    for (top, *inner), count in lines.items():
+        share[inner[0].removesuffix(".py") if top == "dist_spin" else top] += count
+    room, most = share.most_common(1)[0]
+    longest = max(lines, key=lines.__getitem__)
+    print(
+        f"largest room: {room}, {most / share.total():.0%} of the lines; longest file: {'/'.join(longest)}, {lines[longest]}"
+    )
 
 
 if __name__ == "__main__":

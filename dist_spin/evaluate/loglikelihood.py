@@ -79,7 +79,7 @@ class MemoryLimitedRunner:
         self.tokens = tokens
 
     def __call__(self, run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        """`run` of hidden [batch, T, h], whose rows do not know one another.
+        """`run` of hidden [batch, T, h], whose rows are independent of each other.
 
         Raises:
             UserError: memory does not take a single row.

@@ -1,4 +1,4 @@
-"""Which layer leaves the finite numbers, asked where the loss does so before a step was taken."""
+"""Names the first layer whose output is not finite, when the loss is not finite before the first step."""
 
 from collections.abc import Iterable
 from typing import Any

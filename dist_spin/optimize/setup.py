@@ -88,7 +88,7 @@ def build_training(config: RunConfig, world: World) -> TrainState:
 
     # load data
     all_tokens = learning_tokens(config, files)
-    # A file of rotations that cannot be used stops here, before the run leaves a mark.
+    # A file of rotations that cannot be used is refused here, before anything is written into the run directory.
     initial_rotations = None if fits_start(config) else starting_rotations(config, shape)
     if settings.w_bits == 16 and not any(spec.enabled for spec in (sites.a, sites.o, sites.k, sites.v)):
         raise UserError(

@@ -50,7 +50,7 @@ def writing(config: RunConfig, world: World, stage: str, part: str = "") -> Iter
             raise
         except UserError:
             if new and world.is_rank0 and not (run.path / "config.yaml").exists():
-                (run.path / "events.jsonl").unlink(missing_ok=True)  # a start that failed leaves no mark
+                (run.path / "events.jsonl").unlink(missing_ok=True)  # a start that failed leaves no event
             raise
 
 

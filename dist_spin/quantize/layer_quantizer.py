@@ -140,7 +140,7 @@ class LayerQuantizer:
                     mean, carry = condense(mean, exact, options.percdamp)
         with self.clock("factor"):
             factor = prepare(mean, options) if method == "gptq" else None
-        # Rows do not know one another, so all linears of the site are solved as one; tiles belong to one linear each.
+        # Rows are independent of each other, so all linears of the site are solved as one; tiles belong to one linear each.
         tiled = [_whole_tiles(linear.weight) for linear in linears.values()]
         stacked = torch.cat(tiled)
         start, stop = split_rows(len(stacked), self.world.size)[self.world.rank]

@@ -1,4 +1,4 @@
-"""One writer at a time: locks in the run directory that say who holds them and outlive nobody for long.
+"""One writer at a time: locks in the run directory that name their owner and expire soon after it has died.
 
 A lock is a small file, made by `link`, which is atomic on NFS too. Its owner touches it every few seconds. Whoever wants a
 lock that is held watches it: if it is touched, its owner lives; if it is not for `patience` seconds, or its process is seen to

@@ -1,1 +1,1 @@
-"""Who owns the memory while rotations are learned: FSDP2 or DeepSpeed ZeRO-3, and how much of it fits."""
+"""Sharding of the frozen weights while rotations are learned (FSDP2 or DeepSpeed ZeRO-3), and what fits into memory."""
