@@ -80,9 +80,8 @@ def study_parser(seeds: list[int]) -> argparse.ArgumentParser:
 def main() -> None:
     """Run the study."""
     parser = study_parser(seeds=[0])
-    parser.add_argument(
-        "--runs", nargs="+", default=list(RUNS), choices=list(RUNS), help="rows of the table; default: all"
-    )
+    meaning = f"rows of the table, some of: {'; '.join(RUNS)} (default: all)"
+    parser.add_argument("--runs", metavar="RUN", nargs="+", default=list(RUNS), choices=list(RUNS), help=meaning)
     meaning = "sequences of --learn that are used (default: %(default)s)"
     parser.add_argument("--sequences", metavar="N", type=int, default=800, help=meaning)
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after so long")
