@@ -154,7 +154,9 @@ def _submit_slurm(arguments: list[str], config: RunConfig, run: RunDir, schedule
         before = submitter.submitted[-1:] or active.get(stage, [])
     if not submitter.submitted:
         jobs = sorted(job for ids in active.values() for job in ids)
-        say(f"nothing to submit: {'jobs ' + ', '.join(jobs) + ' are at it' if jobs else 'the run is complete'}")
+        say(
+            f"nothing to submit: {'jobs ' + ', '.join(jobs) + ' are queued or running' if jobs else 'the run is complete'}"
+        )
     warn_of_stuck(job_states(submitter.submitted))
     return 0
 

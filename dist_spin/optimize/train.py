@@ -93,7 +93,7 @@ def keep_initial_rotations(config: RunConfig, world: World) -> None:
     if fits_start(config):
         make_start(config, world, files, learning_tokens(config, files))
     save_preset_rotations(config, files.shape)
-    say("optimize.steps=0: rotations stay as they are given")
+    say("optimize.steps=0: the initial rotations are used as they are")
 
 
 def optimizer_step(train_state: TrainState, loss: float, grad_norm: float) -> dict[str, float]:
@@ -172,8 +172,8 @@ def report_spike(train_state: TrainState, loss: float) -> None:
             "back_off", step=train_state.step, loss=loss, best=best_state.best_loss, factor=best_state.factor
         )
         warn(
-            f"step {train_state.step}: loss {loss:.4f} against {best_state.best_loss:.4f} at best: back to it, "
-            f"learning rates times {best_state.factor:g}"
+            f"step {train_state.step}: loss {loss:.4f} against the best {best_state.best_loss:.4f}: returned to the best state, "
+            f"with learning rates times {best_state.factor:g}"
         )
 
 

@@ -98,7 +98,7 @@ class Lock:
 
     def _held(self, owner: dict[str, Any]) -> Held:
         what = f"{self.path.parent.parent} is being written by another process ({describe(owner)})"
-        return Held(what, "let it end, or end it; then start again")
+        return Held(what, "wait until it is done, or stop it; then start again")
 
     def _watch(self, mine: Path, owner: dict[str, Any], touched: float) -> bool:
         """Wait until the owner is seen alive (raises Held), or has been silent too long (True), or has let go (False)."""
@@ -112,7 +112,9 @@ class Lock:
             if now - touched > self.patience:
                 return True
             if not told:
-                warn(f"{self.path} is held ({describe(owner)}): up to {self.patience:.0f} s to see whether it lives")
+                warn(
+                    f"{self.path} is held ({describe(owner)}): waiting up to {self.patience:.0f} s for a sign of its owner"
+                )
                 told = True
             time.sleep(self.beat / 4)
 
@@ -163,7 +165,7 @@ class Lock:
                 if read_owner(self.path).get("token") == self.owner["token"]:
                     os.utime(self.path)
                 elif not self._released.is_set() and modified(self.path) is not None:
-                    # We slept so long that somebody took us for dead: two writers would be worse than one too few.
+                    # We were suspended so long that another process took us for dead. Two writers would be worse than none.
                     print(
                         f"dist-spin: lost {self.path} to another process ({describe(read_owner(self.path))}); leaving",
                         file=sys.stderr,
