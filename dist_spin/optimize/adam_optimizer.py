@@ -31,7 +31,7 @@ class AdamOptimizer:
             factor: of both learning rates at this step.
 
         Returns:
-            figures to log: root mean square of each kind's log-scale, mean clip ratio.
+            metrics to log: root mean square of each kind's log-scale, mean clip ratio.
         """
         self.step_count += 1
         gradient = self.transforms.gradient
@@ -39,8 +39,8 @@ class AdamOptimizer:
         self.transforms.parameters -= factor * self._rates * m / root
         gradient.zero_()
         named = self.transforms.named(self.transforms.parameters)
-        figures = {name: float(x.square().mean().sqrt()) for name, x in named.items() if name != "clip"}
-        return figures | {name: float(x.sigmoid().mean()) for name, x in named.items() if name == "clip"}
+        metrics = {name: float(x.square().mean().sqrt()) for name, x in named.items() if name != "clip"}
+        return metrics | {name: float(x.sigmoid().mean()) for name, x in named.items() if name == "clip"}
 
     def reset(self, step_count: int) -> None:
         """Clear gradient and momenta, as after `step_count` steps."""

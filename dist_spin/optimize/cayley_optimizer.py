@@ -70,11 +70,11 @@ class CayleyOptimizer:
             factor: of the learning rates of scales and clips at this step.
 
         Returns:
-            figures to log: step lengths, angle by which a row turned (root mean square, radians), orthogonality error.
+            metrics to log: step lengths, angle by which a row turned (root mean square, radians), orthogonality error.
         """
         self.step_count += 1
         clip = min(1.0, self.max_grad_norm / norm) if self.max_grad_norm and norm > 0 else 1.0
-        figures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for name, x, gradient in (
             ("1", self.rotations.r1, self.rotations.lie_grad1),
             ("2", self.rotations.r2, self.rotations.lie_grad2),
@@ -84,16 +84,16 @@ class CayleyOptimizer:
                 alpha: Tensor | float = lr / math.sqrt(x.shape[-1])
             else:
                 alpha = shared_step_size(x, direction, lr, self.world)
-                figures[f"alpha_r{name}"] = float(alpha.mean())
-            figures[f"angle_r{name}"] = float((direction * alpha).norm()) / math.sqrt(x.numel() / x.shape[-1])
+                metrics[f"alpha_r{name}"] = float(alpha.mean())
+            metrics[f"angle_r{name}"] = float((direction * alpha).norm()) / math.sqrt(x.numel() / x.shape[-1])
             updated = gather_rows(x, direction, alpha, self.world)
             if self.step_count % self.reproject_every == 0:  # measured where it is about to be removed: at its largest
-                figures[f"orthogonality_r{name}"] = float(orthogonality_error(updated))
+                metrics[f"orthogonality_r{name}"] = float(orthogonality_error(updated))
                 updated = newton_schulz(updated)
             x.copy_(updated)
         self.rotations.gradient.zero_()
         self.rotations.refresh()
-        return figures if self.adam is None else figures | self.adam.step(factor)
+        return metrics if self.adam is None else metrics | self.adam.step(factor)
 
     def reset(self, step_count: int) -> None:
         """Clear gradients and momenta and take up masters that were changed from outside, as after `step_count` steps."""

@@ -39,16 +39,16 @@ def first_overflowing_layer(model: FakeQuantModel, batches: Iterable[Tensor]) ->
 
 
 def overflow_at_start(
-    model: FakeQuantModel, batches: Iterable[Tensor], dtype: torch.dtype, figures: str
+    model: FakeQuantModel, batches: Iterable[Tensor], dtype: torch.dtype, observed: str
 ) -> NumericsError:
     """The error for a loss or gradient that is not finite before a step was taken; every rank calls it.
 
     Args:
-        batches: as for `first_overflowing_layer`. figures: loss and gradient norm, in words.
+        batches: as for `first_overflowing_layer`. observed: loss and gradient norm, in words.
     """
     layer = first_overflowing_layer(model, batches)
     format_name = str(dtype).removeprefix("torch.")
     where = "the gradient or the loss" if layer is None else f"the output of layer {layer}"
     return NumericsError(
-        f"before the first step, {where} is not finite in {format_name} ({figures})", dtype_remedy(dtype)
+        f"before the first step, {where} is not finite in {format_name} ({observed})", dtype_remedy(dtype)
     )

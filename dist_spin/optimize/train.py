@@ -40,9 +40,9 @@ from dist_spin.storage.tensorboard import Scalars
 
 
 def train(config: RunConfig, world: World, stop: StopRequest | None = None) -> None:
-    """Learn R1 and R2 from where the run directory stands, and write rotations/final.safetensors and R.bin.
+    """Learn R1 and R2, from the run's newest checkpoint if it has one, and write rotations/final.safetensors and R.bin.
 
-    stop: of the stage that this is a part of; alone it has its own.
+    stop: the signals that the calling stage watches; by default this one watches them itself.
 
     Raises:
         Interrupted: a signal came; the state is saved.
@@ -68,10 +68,10 @@ def train(config: RunConfig, world: World, stop: StopRequest | None = None) -> N
             began = time.monotonic()
             loss = forward_backward(train_state, stop)
             grad_norm = train_state.optimizer.reduce_gradients()
-            figures = optimizer_step(train_state, loss, grad_norm)
+            metrics = optimizer_step(train_state, loss, grad_norm)
             # Logged before the checkpoint, so that none lacks its line; a resumed run drops lines that have no checkpoint.
             seconds = time.monotonic() - began + checkpoint_wait
-            log_step(train_state, {**figures, "checkpoint_wait_s": checkpoint_wait, "seconds": seconds}, scalars)
+            log_step(train_state, {**metrics, "checkpoint_wait_s": checkpoint_wait, "seconds": seconds}, scalars)
             # Rank 0 alone writes; a write that failed stops every rank.
             checkpoint_wait = on_rank0(lambda: writer.submit(train_state.state(), train_state.step))
             progress.advance(f"loss {loss:.4f}")
@@ -97,7 +97,7 @@ def keep_initial_rotations(config: RunConfig, world: World) -> None:
 
 
 def optimizer_step(train_state: TrainState, loss: float, grad_norm: float) -> dict[str, float]:
-    """Step everything that is learned, and check the held-out loss where it is due; returns the figures to log.
+    """Step everything that is learned, and measure the held-out loss where it is due; returns the metrics to log.
 
     A loss or gradient that is not finite goes back to the best state instead.
 
@@ -122,14 +122,14 @@ def optimizer_step(train_state: TrainState, loss: float, grad_norm: float) -> di
         report_spike(train_state, loss)
         return {"loss": loss, "grad_norm": grad_norm, "lr": 0.0, "held_out": best_state.best_loss}
     lr = learning_rate(train_state.config, train_state.step) * (1.0 if best_state is None else best_state.factor)
-    figures = optimizer.step(lr, grad_norm, lr / settings.lr)
+    metrics = optimizer.step(lr, grad_norm, lr / settings.lr)
     train_state.step += 1
     if best_state is not None:
         best_state.moved()
     assert_same_rotations(train_state, reduced)
     if best_state is not None and (train_state.step % settings.guard_every == 0 or train_state.step == settings.steps):
-        figures["held_out"] = check_held_out(train_state)
-    return {"loss": loss, "grad_norm": grad_norm, "lr": lr, **figures}
+        metrics["held_out"] = check_held_out(train_state)
+    return {"loss": loss, "grad_norm": grad_norm, "lr": lr, **metrics}
 
 
 def check_held_out(train_state: TrainState, stop: StopRequest | None = None) -> float:
@@ -157,10 +157,13 @@ def check_held_out(train_state: TrainState, stop: StopRequest | None = None) -> 
     return loss
 
 
-def overflow_error(train_state: TrainState, figures: str, tokens: Tensor, indices: list[int]) -> NumericsError:
-    """The error for what is not finite before the first step on sequences `indices` of `tokens`; every rank calls it."""
+def overflow_error(train_state: TrainState, observed: str, tokens: Tensor, indices: list[int]) -> NumericsError:
+    """The error for what is not finite before the first step on sequences `indices` of `tokens`; every rank calls it.
+
+    observed: loss and gradient norm, in words.
+    """
     batches = micro_batches(train_state.world, train_state.micro_batch_size, tokens, indices)
-    return overflow_at_start(train_state.model, (ids for ids, _ in batches), model_dtype(train_state.config), figures)
+    return overflow_at_start(train_state.model, (ids for ids, _ in batches), model_dtype(train_state.config), observed)
 
 
 def report_spike(train_state: TrainState, loss: float) -> None:
@@ -245,7 +248,7 @@ def until_stopped(
 
 
 def interrupted(step: int) -> Interrupted:
-    """The error of a run that leaves after `step`."""
+    """The error of a run that a signal stops after `step`."""
     return Interrupted(f"stopped by a signal after step {step}", "the same command continues")
 
 
@@ -260,7 +263,7 @@ def learning_rate(config: RunConfig, step: int) -> float:
 
 
 def bitwise_checksum(*tensors: Tensor) -> int:
-    """A number that differs wherever any bit of floating-point tensors does, all but surely: the sum of their words."""
+    """The sum of floating-point tensors' bits as integers: if any bit differs, this almost surely differs, too."""
     words = (t.view(torch.int64 if t.dtype == torch.float64 else torch.int32).sum(dtype=torch.int64) for t in tensors)
     return sum(int(word) for word in words) % (1 << 62)
 
@@ -268,7 +271,7 @@ def bitwise_checksum(*tensors: Tensor) -> int:
 def assert_same_rotations(train_state: TrainState, reduced: int) -> None:
     """Every rank holds the same bits of what is learned and of the gradient (`reduced`) that moved it.
 
-    The gradient is asked for too, because shares of R are gathered: a reduction that did not happen would not show in R.
+    The gradient is compared too, because ranks gather their shares of R: a missing reduction would not show in R.
     """
     if not all_ranks_equal((bitwise_checksum(*train_state.optimizer.masters().values()) + reduced) % (1 << 62)):
         raise AssertionError(f"rotations or their gradients differ between ranks after step {train_state.step}")
@@ -281,11 +284,11 @@ def gradients(train_state: TrainState) -> list[Tensor]:
     return [own] if adam is None else [own, adam.transforms.gradient]
 
 
-def log_step(train_state: TrainState, figures: dict[str, float], scalars: Scalars) -> None:
+def log_step(train_state: TrainState, metrics: dict[str, float], scalars: Scalars) -> None:
     """One line per step in metrics.jsonl, and the same numbers for TensorBoard."""
     if train_state.world.is_rank0:
-        append_metrics(train_state.run.path, train_state.step, figures)
-    scalars.add("optimize", train_state.step, figures)
+        append_metrics(train_state.run.path, train_state.step, metrics)
+    scalars.add("optimize", train_state.step, metrics)
 
 
 def finish(train_state: TrainState) -> None:
