@@ -61,15 +61,22 @@ def list_files(directory: Path) -> None:
 def whole_directory(target: Path) -> Iterator[Path]:
     """A directory `.NAME.partial` beside `target` to write into; renamed onto it if the block succeeds, else removed.
 
-    What is at `target` before is removed when the new one is complete. One writer at a time: the caller holds a lock.
+    What is at `target` before is removed when the new one is complete, and comes back where the renaming was cut off. One
+    writer at a time: the caller holds a lock.
 
     Raises:
         UserError: the device is full, or the directory may not be written.
     """
     partial, before = (target.with_name(f".{target.name}.{what}") for what in ("partial", "before"))
-    try:
-        for leftover in (partial, before):  # of a process that was killed
+
+    def clean_up() -> None:
+        if before.exists() and not target.exists():
+            os.replace(before, target)
+        for leftover in (partial, before):
             shutil.rmtree(leftover, ignore_errors=True)
+
+    try:
+        clean_up()  # after a process that was killed
         partial.mkdir(parents=True)
         yield partial
         for file in partial.rglob("*"):
@@ -83,8 +90,7 @@ def whole_directory(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise user_error(error, target) from error
     finally:
-        for leftover in (partial, before):
-            shutil.rmtree(leftover, ignore_errors=True)
+        clean_up()
 
 
 class Shards:

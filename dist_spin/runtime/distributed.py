@@ -164,7 +164,7 @@ def on_rank0(action: Callable[[], T]) -> T:
             box[0] = error
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(box, src=0)
-    if isinstance(box[0], UserError):
+    if isinstance(box[0], UserError) and dist.get_world_size() > 1:  # alone, each process speaks for itself
         raise box[0].as_shared()
     if isinstance(box[0], BaseException):
         raise box[0]
