@@ -15,6 +15,12 @@ BROWSER = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "
 BROWSER += ("--disable-sync", "--no-first-run")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Under nohup SIGHUP is ignored, and so it would be by every program that the tests start; a handler is not passed on."""
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Skip `gpu` tests where there is no GPU; choose the worker of each test (`--dist loadgroup`).
 

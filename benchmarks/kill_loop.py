@@ -50,6 +50,8 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=None, help="of the moments and the victims; random without it")
     options = parser.parse_args()
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup; what is started here would ignore it too
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
     out: Path = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     settings = write_inputs(out)

@@ -166,7 +166,10 @@ def test_a_closed_terminal_is_a_request_to_stop(words, tmp_path):
         closing.set()
         reader.join()
         os.close(ours)
-    assert run.wait(PATIENCE) == 75
+    try:
+        assert run.wait(PATIENCE) == 75
+    finally:
+        run.kill()  # its ranks with it
     assert all(gone(pid) for pid in ranks)
     stopped = [event for event in read_lines(tmp_path / "run" / "events.jsonl") if event["event"] == "interrupted"]
     assert stopped[-1]["signal"] == "SIGHUP"
