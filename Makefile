@@ -17,7 +17,7 @@ RUNTIME := .venv/.runtime
 DEV := .venv/.dev
 MODEL := .venv/.model
 
-CODE = $(wildcard dist_spin launch)
+CODE = dist_spin
 SYSTEM_PACKAGES := slurmctld slurmd slurm-client munge slurmdbd mariadb-server iproute2 chromium
 SYSTEM_PROGRAMS := sinfo slurmctld slurmd munged slurmdbd mariadbd ip chromium
 

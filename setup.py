@@ -79,8 +79,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=[*find_packages(include=["dist_spin", "dist_spin.*"]), "dist_spin.launch"],
-    package_dir={"dist_spin.launch": "launch"},  # a top-level package of that name would meet ROS 2's
+    packages=find_packages(include=["dist_spin", "dist_spin.*"]),  # dist_spin/launch is a link to launch/
     package_data={"dist_spin": ["py.typed", "report/*.jinja"]},
     install_requires=RUNTIME,
     extras_require=EXTRAS,

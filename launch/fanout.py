@@ -12,14 +12,13 @@ from types import FrameType
 
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import EXIT_ABORTED, EXIT_INTERRUPTED, EXIT_NUMERICS, EXIT_OK, EXIT_USER, UserError
+from dist_spin.launch.jobs import Executor, Task
 from dist_spin.pipeline.dtype import resolve_dtype
 from dist_spin.quantize.stage import QuantizeJob, prepare_jobs
 from dist_spin.runtime import distributed
 from dist_spin.runtime.progress import Progress, warn
 from dist_spin.runtime.signals import forwarded_to, leave, leave_terminal
 from dist_spin.storage.run_directory import RunDir, run_dir
-
-from .jobs import Executor, Task
 
 NON_RETRYABLE = (EXIT_USER, EXIT_NUMERICS)  # the same again would end the same way
 
@@ -96,13 +95,13 @@ def make_executor(
     """
     logs = run_dir(config).logs
     if cluster == "local":
-        from .local_executor import LocalExecutor
+        from dist_spin.launch.local_executor import LocalExecutor
 
         if scheduler:
             raise UserError("--slurm is for --cluster slurm", "leave it out")
         return LocalExecutor(arguments, config, logs, workers)
     if cluster in ("slurm", "submitit-local", "debug"):
-        from .submitit_executor import SubmititExecutor
+        from dist_spin.launch.submitit_executor import SubmititExecutor
 
         return SubmititExecutor(
             arguments,

@@ -13,9 +13,8 @@ import torch
 
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import EXIT_HANG, UserError
-
-from .jobs import Task
-from .worker import work
+from dist_spin.launch.jobs import Task
+from dist_spin.launch.worker import work
 
 START_ATTEMPTS = 5
 

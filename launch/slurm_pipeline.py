@@ -17,6 +17,9 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
+from dist_spin.launch.local_pipeline import SINGLE_PROCESS
+from dist_spin.launch.stage_job import PipelineJob, StageJob
+from dist_spin.launch.submitit_executor import slurm_settings
 from dist_spin.pipeline.export_limits import check_export_target
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.quantize.stage import layer_ranges_of, prepare_jobs
@@ -27,10 +30,6 @@ from dist_spin.storage.locks import Lock
 from dist_spin.storage.results import results
 from dist_spin.storage.run_directory import RunDir, run_dir
 from dist_spin.storage.run_records import read_events
-
-from .local_pipeline import SINGLE_PROCESS
-from .stage_job import PipelineJob, StageJob
-from .submitit_executor import slurm_settings
 
 # What is in the way, by the reason Slurm gives for a job that waits or the message with which it refuses one.
 REMEDIES = {

@@ -11,11 +11,10 @@ import submitit
 from submitit.core.utils import DelayedSubmission
 
 from dist_spin.errors import EXIT_OK
+from dist_spin.launch.local_pipeline import run_stages
+from dist_spin.launch.requeue import should_requeue
 from dist_spin.runtime.processes import dependent_environment
 from dist_spin.runtime.slurm import job_states
-
-from .local_pipeline import run_stages
-from .requeue import should_requeue
 
 REQUEUE_TIMEOUT_S = 45  # seconds that the other nodes wait for the first one to queue the job again
 # Where submitit's own variables would make a plain command think that it is one rank of several.

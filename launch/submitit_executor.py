@@ -14,9 +14,8 @@ import submitit
 from submitit.core.utils import FailedJobError, UncompletedJobError
 
 from dist_spin.errors import EXIT_BUG, UserError
-
-from .jobs import Task
-from .stage_job import run_command
+from dist_spin.launch.jobs import Task
+from dist_spin.launch.stage_job import run_command
 
 POLL_SECONDS = 1.0
 

@@ -2,8 +2,8 @@
 
     python tests/house.py [CHECKOUT]      the figures of CONTRIBUTING.md
 
-A room is a file or folder directly under `dist_spin/`, or `launch/`. Its floor is one more than the highest floor among the rooms
-that it imports; a room that imports nothing of ours stands on floor 1.
+A room is a file or folder directly under `dist_spin/`, where `launch` is a link to the folder at the top. Its floor is one more
+than the highest floor among the rooms that it imports; a room that imports nothing of ours stands on floor 1.
 """
 
 import sys
@@ -13,13 +13,12 @@ from pathlib import Path
 
 import grimp
 
-PACKAGES = ("dist_spin", "launch")
 Graph = dict[str, set[str]]  # name -> the names that it imports
 
 
-def imports() -> Graph:
-    """The modules of `PACKAGES`, with every import in them, those inside functions included."""
-    graph = grimp.build_graph(*PACKAGES, cache_dir=None)
+def imports(*packages: str) -> Graph:
+    """The modules of the packages (default: dist_spin), with every import in them, those inside functions included."""
+    graph = grimp.build_graph(*(packages or ("dist_spin",)), cache_dir=None)
     return {module: graph.find_modules_directly_imported_by(module) for module in sorted(graph.modules)}
 
 
@@ -74,15 +73,25 @@ def floors(graph: Graph) -> dict[str, int]:
 
 
 def file_lines(checkout: Path) -> dict[tuple[str, ...], int]:
-    """The number of lines of every file of `PACKAGES`, by the parts of its path."""
-    paths = [path for package in PACKAGES for path in (checkout / package).rglob("*.py")]
-    return {path.relative_to(checkout).parts: len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
+    """The number of lines of every file of `dist_spin/` and `launch/`, by the parts of its path."""
+    folders = [
+        checkout / "dist_spin",
+        *(p for p in (checkout / "dist_spin").iterdir() if p.is_dir()),
+        checkout / "launch",
+    ]
+    paths = sorted({path.resolve() for folder in folders for path in folder.rglob("*.py")})
+    return {
+        path.relative_to(checkout.resolve()).parts: len(path.read_text(encoding="utf-8").splitlines()) for path in paths
+    }
 
 
 def main() -> None:
     """Print the figures of a checkout."""
     sys.path.insert(0, sys.argv[1] if len(sys.argv) > 1 else ".")
-    graph = rooms(imports())
+    linked = (
+        Path(sys.path[0]) / "dist_spin" / "launch"
+    ).exists()  # before it was, launch was a package beside dist_spin
+    graph = rooms(imports() if linked else imports("dist_spin", "launch"))
     floor = floors(graph)
     for number in range(max(floor.values()), 0, -1):
         print(f"{number:2}  " + "  ".join(sorted(name for name in floor if floor[name] == number)))

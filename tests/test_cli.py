@@ -9,7 +9,6 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from dist_spin.launch.fanout import NON_RETRYABLE
 from safetensors.torch import load_file, save_file
 from tiny import SHAPES, terminate_when, write_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -19,6 +18,7 @@ from dist_spin.cli import VERBS, main
 from dist_spin.config.loader import load_config
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import EXIT_MEMORY, out_of_memory
+from dist_spin.launch.fanout import NON_RETRYABLE
 from dist_spin.model.architecture import LAYER_LINEARS
 from dist_spin.storage.checkpoints import checkpoints
 from dist_spin.storage.quantized_layers import layer_path, load_layer

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from dist_spin.launch.requeue import MAX_REQUEUES, should_requeue
 
 
