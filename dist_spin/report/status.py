@@ -18,7 +18,7 @@ from typing import Any
 from dist_spin.runtime.processes import process_stat
 from dist_spin.runtime.progress import clock, warn
 from dist_spin.runtime.slurm import cancel_jobs, job_states, output_files
-from dist_spin.storage.checked_json import has_entries, is_mapping, is_text, read_json
+from dist_spin.storage.checked_json import add_checksum, has_entries, is_mapping, is_text, read_json
 from dist_spin.storage.checkpoints import checkpoints
 from dist_spin.storage.metrics import read_metrics
 from dist_spin.storage.results import load_results
@@ -58,7 +58,7 @@ def status(path: Path) -> dict[str, Any]:
             "checkpoints": [number for number, _ in checkpoints(run)],
         },
         "quantize": {name: layer_states(run, name, events) for name in (LEARNED, *config.quantize.baselines)},
-        "results": load_results(run, warn),
+        "results": [add_checksum(row) for row in load_results(run, warn)],  # as they stand in results.json
         "planned_rows": next((e["rows"] for e in reversed(events) if e["event"] == "compare"), 0),
         "exports": exports(run),
         "report": (path / "report.html").exists(),

@@ -1,5 +1,6 @@
 """Ranks that are killed, stopped, or find a damaged file: the same command continues, to the very same bytes."""
 
+import json
 import random
 import signal
 import time
@@ -276,8 +277,10 @@ def test_a_changed_run_is_refused_by_field_on_every_rank(uninterrupted, tmp_path
 def test_a_loss_that_is_not_finite_stops_at_its_step_and_keeps_what_was_good(runs, tmp_path):
     poisoned = write_model("mha", tmp_path / "poisoned")
     weights = load_file(poisoned / "model.safetensors")
-    weights["model.embed_tokens.weight"][96] = torch.inf
+    weights["model.embed_tokens.weight"][96] = 0  # whose norm divides by zero without an epsilon
     save_file(weights, poisoned / "model.safetensors", {"format": "pt"})
+    settings = json.loads((poisoned / "config.json").read_text())
+    (poisoned / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 0.0}))
     tokens = np.random.default_rng(0).integers(3, 96, (40, 20))
     tokens[3 * 3 + 1, 7] = 96  # in the fourth batch of three
     np.save(tmp_path / "tokens.npy", tokens)
