@@ -25,6 +25,7 @@ NO_HAD = ["rotation.online=false"]
 R4_BLOCK = ["rotation.online=true", "rotation.r4_block=16", "export.profile=r4-block"]
 W4A16 = ["quant.a_bits=16"]
 W4A8 = ["quant.a_bits=8", "quant.a_symmetric=true"]
+W8A8 = ["quant.w_bits=8", *W4A8]
 W4A4 = ["quant.a_bits=4", "quant.a_symmetric=true"]
 
 

@@ -1,7 +1,9 @@
 """The compressed-tensors format: packed codes and scales as the layer files hold them, and the config that explains them.
 
-Weights are `pack-quantized`: codes shifted to be unsigned, dense in int32 words along the input, low bits first. Nothing is
-rounded again, so codes and scales come back exactly (`unpack`).
+Nothing is rounded again, so codes and scales come back exactly (`unpack`). They are stored in one of two ways (`layout`):
+
+- `pack-quantized`: codes shifted to be unsigned, dense in int32 words along the input, low bits first (`weight_packed`);
+- `int-quantized`: codes as int8 under the plain name `weight`, which kernels that multiply int8 by int8 read.
 """
 
 from pathlib import Path
@@ -25,11 +27,12 @@ from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.model import model_dtype
 from dist_spin.storage.quantized_layers import QuantizedLayer
 
-PACKING = "pack-quantized"  # said in the file: the library's own choice beside int activations is unpacked int8
+# Said in the file for every linear: the library's own choice beside int activations is unpacked int8, even of 4 bits.
+PACK, INT, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 DOWN = "mlp.down_proj"
 # What `transformers` prints in the error that it stops with, cut after 50 characters.
 REFUSAL = "needs R4 online: dist_spin.load or vLLM"
-PACKED, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
+PACKED, PLAIN, SCALE, ZERO, SHAPE = "weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape"
 
 
 def prepare(job: ExportJob) -> DirectoryWriter:
@@ -43,7 +46,8 @@ def prepare(job: ExportJob) -> DirectoryWriter:
     shared = online_tensors(job.sites)
 
     def layer(index: int) -> dict[str, Tensor]:
-        return packed_layer(job.quantised_layer(index), model_dtype(job.config)) | (shared if index == 0 else {})
+        tensors = packed_layer(job.quantised_layer(index), model_dtype(job.config), job.sites.a)
+        return tensors | (shared if index == 0 else {})
 
     def write(directory: Path) -> None:
         job.write_checkpoint(directory, layer, {"quantization_config": entries})
@@ -52,8 +56,23 @@ def prepare(job: ExportJob) -> DirectoryWriter:
     return write
 
 
-def packed_layer(layer: QuantizedLayer, dtype: torch.dtype) -> dict[str, Tensor]:
+def layout(bits: int, activations: QuantSpec, *, symmetric: bool, group_size: int) -> str:
+    """How a linear's codes are stored: the way for which vLLM has a kernel.
+
+    Int8 by int8 products (CUTLASS on GPUs, oneDNN on CPUs) take plain int8 weights with one scale a row; of the same model
+    packed, vLLM would ask for a kernel that only some GPUs have. Every other pair of widths has kernels for packed codes alone.
+
+    Args:
+        bits: of the weight. activations: of the linear's input. group_size: of the weight, 0 for one scale per row.
+    """
+    plain = bits == 8 and activations.bits == 8 and symmetric and not group_size
+    return INT if plain else PACK
+
+
+def packed_layer(layer: QuantizedLayer, dtype: torch.dtype, activations: QuantSpec) -> dict[str, Tensor]:
     """Tensors of one decoder layer by their names within it; what is not quantised goes to `dtype`.
+
+    activations: of the inputs of its linears.
 
     Raises:
         UserError: a weight is more than codes and scales, so that the format would lose a part of it.
@@ -71,8 +90,11 @@ def packed_layer(layer: QuantizedLayer, dtype: torch.dtype) -> dict[str, Tensor]
         def signed(codes: Tensor, offset: int = offset) -> Tensor:
             return (codes.to(torch.int16) - offset).to(torch.int8)
 
-        out[f"{role}.{PACKED}"] = pack_to_int32(signed(quantized.codes), bits)
         out[f"{role}.{SCALE}"] = quantized.scale
+        if layout(bits, activations, symmetric=layer.symmetric, group_size=layer.group_size) == INT:
+            out[f"{role}.{PLAIN}"] = quantized.codes
+            continue
+        out[f"{role}.{PACKED}"] = pack_to_int32(signed(quantized.codes), bits)
         out[f"{role}.{SHAPE}"] = torch.tensor(quantized.codes.shape)
         if not layer.symmetric:
             out[f"{role}.{ZERO}"] = pack_to_int32(signed(quantized.zero), bits, packed_dim=0).contiguous()
@@ -82,7 +104,10 @@ def packed_layer(layer: QuantizedLayer, dtype: torch.dtype) -> dict[str, Tensor]
 
 def unpack(tensors: dict[str, Tensor], bits: int) -> QuantizedWeight:
     """Codes, scale and zero of a linear from its tensors (`weight_packed`, ...), signed; the inverse of `packed_layer`."""
-    shape, scale = torch.Size(tensors[SHAPE].tolist()), tensors[SCALE]
+    scale = tensors[SCALE]
+    if PLAIN in tensors:
+        return QuantizedWeight(tensors[PLAIN], scale, torch.zeros_like(scale))
+    shape = torch.Size(tensors[SHAPE].tolist())
     codes = unpack_from_int32(tensors[PACKED], bits, shape)
     if ZERO not in tensors:
         return QuantizedWeight(codes, scale, torch.zeros_like(scale))
@@ -107,7 +132,8 @@ def config_entries(sites: Sites, bits: dict[str, int], *, symmetric: bool, group
     def scheme(targets: list[str], width: int) -> QuantizationScheme:
         strategy = {"strategy": "group", "group_size": group_size} if group_size else {"strategy": "channel"}
         weights = QuantizationArgs(num_bits=width, type="int", symmetric=symmetric, dynamic=False, **strategy)
-        return QuantizationScheme(targets=targets, weights=weights, input_activations=_token(sites.a), format=PACKING)
+        stored = layout(width, sites.a, symmetric=symmetric, group_size=group_size)
+        return QuantizationScheme(targets=targets, weights=weights, input_activations=_token(sites.a), format=stored)
 
     most = {role: width for role, width in bits.items() if role != DOWN}
     (width,) = set(most.values())
@@ -118,8 +144,12 @@ def config_entries(sites: Sites, bits: dict[str, int], *, symmetric: bool, group
         # The wider first: transformers, asked to dequantise, takes the first for all, which must then fail, not mislead.
         both.sort(key=lambda group: -group[2])
         groups = {name: scheme([target], width) for name, target, width in both}
+    formats = sorted({group.format for group in groups.values()})
     config = QuantizationConfig(
-        config_groups=groups, format=PACKING, quantization_status="compressed", ignore=["lm_head"]
+        config_groups=groups,
+        format=formats[0] if len(formats) == 1 else MIXED,
+        quantization_status="compressed",
+        ignore=["lm_head"],
     )
     entries = config.model_dump(mode="json") | {"version": compressed_tensors.__version__}
     if sites.r4:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dist_spin.errors import UserError
-from dist_spin.export.compressed import PACKED, SCALE, SHAPE, ZERO, bits_in, unpack
+from dist_spin.export.compressed import PACKED, PLAIN, SCALE, SHAPE, ZERO, bits_in, unpack
 from dist_spin.export.hf import DOWN, FOREIGN_TYPE, ROTATED_DOWN
 from dist_spin.export.sidecar import Sidecar, read_sidecar
 from dist_spin.model.architecture import ATTENTION_NORM, EMBEDDING, HEAD, LAYER_LINEARS, MLP_NORM, layer_name
@@ -82,12 +82,14 @@ def _layer(
     def read(names: list[str]) -> dict[str, Tensor]:
         return {n: source.rows(f"{prefix}.{n}", device=device) for n in names if source.has(f"{prefix}.{n}")}
 
-    out = read([f"{role}.{kind}" for role in (*LAYER_LINEARS, *NORMS) for kind in KINDS])
+    of_linears = KINDS if sidecar.format == "hf" else ("bias",)  # elsewhere `weight` holds codes
+    names = [f"{role}.{kind}" for role in LAYER_LINEARS for kind in of_linears]
+    out = read([*names, *(f"{norm}.{kind}" for norm in NORMS for kind in KINDS)])
     if sidecar.format == "hf":
         renamed = read([ROTATED_DOWN])
         return out | ({DOWN: renamed[ROTATED_DOWN]} if renamed else {})
     for role in LAYER_LINEARS:
-        stored = [kind for kind in (PACKED, SCALE, SHAPE, ZERO) if source.has(f"{prefix}.{role}.{kind}")]
+        stored = [kind for kind in (PACKED, PLAIN, SCALE, SHAPE, ZERO) if source.has(f"{prefix}.{role}.{kind}")]
         tensors = {kind: source.rows(f"{prefix}.{role}.{kind}") for kind in stored}
         bits, group = bits_in(quantization, role)
         codes, scale, zero = (part.to(device) for part in unpack(tensors, bits))
