@@ -15,10 +15,28 @@ BROWSER = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "
 BROWSER += ("--disable-sync", "--no-first-run")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Under nohup SIGHUP is ignored, and so it would be by every program that the tests start; a handler is not passed on."""
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda number, frame: None)
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(FailuresAtOnce(reporter))
+
+
+class FailuresAtOnce:
+    """Names each failed test when it fails: a run that its time limit cuts off never reaches pytest's summary."""
+
+    def __init__(self, reporter: pytest.TerminalReporter) -> None:
+        self.reporter = reporter
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Called in the controller for each phase of each test, from whichever worker it comes."""
+        if report.failed:
+            self.reporter.ensure_newline()
+            self.reporter.write_line(f"FAILED {report.nodeid} in {report.when} after {report.duration:.0f} s")
+            self.reporter.write_line("\n".join(report.longreprtext.splitlines()[-5:]))
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
