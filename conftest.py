@@ -17,9 +17,10 @@ BROWSER += ("--disable-sync", "--no-first-run")
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Under nohup SIGHUP is ignored, and so it would be by every program that the tests start; a handler is not passed on."""
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, lambda number, frame: None)
+    """Signals that nohup (SIGHUP) and a script's `&` (SIGINT) ignore reach what the tests start: a handler is not inherited."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else lambda *_: None)
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(FailuresAtOnce(reporter))
