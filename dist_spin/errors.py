@@ -61,6 +61,13 @@ class RankLost(UserError):
     exit_code = EXIT_HANG
 
 
+class RankFailed(UserError):
+    """Another rank met a bug of ours and shows its traceback; this one has nothing to add."""
+
+    exit_code = EXIT_BUG
+    shared = True
+
+
 class OutOfMemory(UserError):
     """A GPU is full; a fan-out tries the job again, since its own jobs may share one."""
 

@@ -9,8 +9,8 @@ import pytest
 import task_files
 import torch
 from lm_eval.models.huggingface import HFLM
-from tiny import tiny_run, write_letters, write_model
-from transformers import AutoModelForCausalLM
+from tiny import COMMON, tiny_run, write_letters, write_model
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dist_spin.cli import main
 from dist_spin.config.checks import TASKS
@@ -174,6 +174,24 @@ def test_other_data_in_the_same_place_are_measured_anew(finished, tmp_path):
         assert main(["evaluate", *words, f"evaluate.task_limit={limit}"]) == 0
         seen.append({row["n"] for row in results(run)})
     assert seen == [{5}, {7}, {6}]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"vocab_size": 90}, "the text of a task holds token id"),
+        ({"max_position_embeddings": 8}, "is longer than the model's context of 8"),
+    ],
+)
+def test_text_that_does_not_fit_the_model_is_refused_in_one_line(data, tmp_path, capfd, sizes, said):
+    model = write_model(LlamaConfig(**COMMON | sizes), tmp_path / "model")
+    write_letters(model)
+    words = settings(model, data, tmp_path, "quant.w_bits=16", "optimize.steps=0", "evaluate.tasks=[piqa]")
+    assert main(["evaluate", *words]) == 2
+    printed = capfd.readouterr().err
+    assert "Traceback" not in printed
+    (line,) = (text for text in printed.splitlines() if text.startswith("dist-spin:"))
+    assert said in line
 
 
 def test_rows_share_what_they_can_and_keep_the_end():

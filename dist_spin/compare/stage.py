@@ -186,7 +186,7 @@ class Comparison:
                 weights = "16-bit" if target.weights == "none" else target.weights
                 description = f"measure {target.label}, {weights} weights, seed {seed}, {len(batch)} measurements"
                 pairs = [(prepared.target.variant.sites, texts[i]) for prepared, i in batch]
-                losses = window_losses(config, self.world, self.files, target, pairs, description)
+                losses = window_losses(config, self.world, self.files, target, pairs, description, self.stop)
                 seconds = (time.monotonic() - began) / len(batch)
                 for (prepared, i), mean in zip(batch, losses, strict=True):
                     prepared.rows[i] = recorded(self.run, prepared.rows[i], mean, seconds)

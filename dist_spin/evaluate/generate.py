@@ -49,7 +49,7 @@ class Speaker:
             tokens = calibration_tokens(config, files)
             target.fingerprint = identity_hash(layer_identity(config, files, target.variant, tokens))
         self.model = load_full_model(config, world, files, run, target)
-        self.device, self.tokenizer = world.device, files.tokenizer()
+        self.device, self.shape, self.tokenizer = world.device, files.shape, files.tokenizer()
         self.conversation: list[dict[str, str]] = []
         self.end_tokens: int | list[int] | None = self.tokenizer.eos_token_id
         with contextlib.suppress(OSError):  # chat models may end a turn with another token than a text
@@ -76,12 +76,13 @@ class Speaker:
         """The next turn of this model's own conversation, shorter than `tokens` where the model's context ends.
 
         Raises:
-            UserError: the conversation fills the context.
+            UserError: the conversation fills the context, or holds a token that the model has no embedding for.
         """
         self.conversation.append({"role": "user", "content": question})
         ids = self.tokenizer.apply_chat_template(
             self.conversation, add_generation_prompt=True, return_tensors="pt", return_dict=False
         )
+        check_vocabulary(ids, self.shape, "the conversation")
         room = (context_length(self.model.config) or sys.maxsize) - ids.shape[1]
         if room < 1:
             problem = f"the conversation has {ids.shape[1]} tokens, which fill the model's context"

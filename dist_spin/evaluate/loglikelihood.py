@@ -4,19 +4,21 @@ All requests are gathered first, so that every layer is built once for all of th
 a layer and a batch of hidden states are on it at a time, the others wait on the host where the device has no room for them.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from dist_spin.errors import UserError
+from dist_spin.errors import Interrupted, UserError
 from dist_spin.evaluate.layerwise_model import LayerwiseModel
 from dist_spin.model.loss import LOGITS_AT_ONCE
 from dist_spin.model.rotated_weights import Head
 from dist_spin.numerics.dtypes import accumulation_dtype
-from dist_spin.runtime.distributed import World, raise_on_any_failure, sum_over_ranks_
+from dist_spin.runtime.distributed import World, max_over_ranks, raise_on_any_failure, sum_over_ranks_
 from dist_spin.runtime.host_memory import host_bytes_free
+from dist_spin.runtime.signals import StopRequest
 
 CPU_TOKENS = 4096  # of one batch; caches are small, and an allocation that fails there cannot be caught
 GPU_TOKENS = 1 << 16  # to begin with; halved while memory does not take it
@@ -101,37 +103,47 @@ def log_likelihoods(
     world: World,
     requests: list[tuple[list[int], list[int]]],
     *,
+    layers: int,
     max_length: int,
     token_bytes: int,
     what: str,
+    stop: StopRequest | None = None,
 ) -> list[tuple[float, bool]]:
     """Sum of the log-probabilities of each continuation after its context, and whether greedy decoding would write it.
 
     Args:
         open_layerwise: gives the model to measure, from its first layer.
         requests: (context, continuation) token ids, neither empty; the same on every rank, which share the work.
+        layers: how many the model has.
         max_length: tokens that the model takes.
         token_bytes: size of one token's hidden state.
         what: named in the progress line.
+        stop: asked after every batch of a layer.
 
     Raises:
-        UserError: memory does not take a single sequence.
+        Interrupted: a signal came; the ranks leave together, after the layer at work.
+        UserError: memory does not take a single sequence, or a continuation is longer than the model takes.
     """
+    longest = max((len(continuation) for _, continuation in requests), default=0)
+    if longest > max_length:
+        problem = f"{what}: an answer of {longest} tokens is longer than the model's context of {max_length}"
+        raise UserError(problem, "leave the task out of evaluate.tasks", shared=True)
     answers = torch.zeros(len(requests), 2, dtype=torch.float64)
 
-    def mine() -> None:
-        rows = sequences_for(requests, max_length)[world.rank :: world.size]
-        runner = MemoryLimitedRunner(GPU_TOKENS if world.device.type == "cuda" else CPU_TOKENS)
-        batches = list(batches_of(rows, runner.tokens))
-        waiting_device, room = device_for_waiting_states(
-            world, token_bytes * sum(len(b) * len(b[0].tokens) for b in batches)
-        )
-        for number, part in enumerate(groups_that_fit(batches, room // token_bytes), start=1):
-            label = what if number == 1 else f"{what}, pass {number}"
-            for request, answer in _one_pass(open_layerwise(), part, world.device, waiting_device, runner, label):
-                answers[request] = torch.tensor(answer, dtype=torch.float64)
-
-    raise_on_any_failure(mine)
+    runner = MemoryLimitedRunner(GPU_TOKENS if world.device.type == "cuda" else CPU_TOKENS)
+    batches = list(batches_of(sequences_for(requests, max_length)[world.rank :: world.size], runner.tokens))
+    waiting_device, room = device_for_waiting_states(
+        world, token_bytes * sum(len(b) * len(b[0].tokens) for b in batches)
+    )
+    groups = list(groups_that_fit(batches, room // token_bytes))
+    for number in range(max_over_ranks(len(groups))):  # ranks whose own groups are done still agree with the others
+        group = groups[number] if number < len(groups) else []
+        label = what if number == 0 else f"{what}, pass {number + 1}"
+        one_pass = _Pass(group, world.device, waiting_device, runner, label, stop)
+        raise_on_any_failure(functools.partial(one_pass.begin, open_layerwise))
+        for _ in range(layers):
+            raise_on_any_failure(one_pass.next_layer)
+        raise_on_any_failure(functools.partial(one_pass.fill, answers))
     return [(total, bool(greedy)) for total, greedy in sum_over_ranks_(answers).tolist()]
 
 
@@ -144,23 +156,52 @@ def device_for_waiting_states(world: World, wanted: int) -> tuple[torch.device, 
     return torch.device("cpu"), int(host_bytes_free() * HOST_SHARE / world.local_size)
 
 
-@torch.no_grad()
-def _one_pass(
-    model: LayerwiseModel,
-    batches: list[list[Row]],
-    device: torch.device,
-    waiting_device: torch.device,
-    runner: MemoryLimitedRunner,
-    what: str,
-) -> Iterator[tuple[int, tuple[float, bool]]]:
-    """Carry batches through every layer; the number and answer of each request."""
-    hidden = model.embed((padded(batch) for batch in batches), waiting_device)  # each [batch, T, h]
-    for layer in model.layers(what):
-        for i in range(len(hidden)):
-            hidden[i] = runner(layer, hidden[i].to(device)).to(waiting_device)
-    head = model.head()
-    for i, batch in enumerate(batches):
-        yield from _answers(head, hidden[i].to(device), batch)
+@dataclass
+class _Pass:
+    """Batches that are carried through the model together; without any, there is nothing to do."""
+
+    batches: list[list[Row]]
+    device: torch.device
+    waiting_device: torch.device
+    runner: MemoryLimitedRunner
+    what: str
+    stop: StopRequest | None
+    hidden: list[Tensor] = field(default_factory=list)  # of each batch, [rows, T, h]
+
+    @torch.no_grad()
+    def begin(self, open_layerwise: Callable[[], LayerwiseModel]) -> None:
+        """Embed the tokens."""
+        if self.batches:
+            self.model = open_layerwise()
+            self.layers = self.model.layers(self.what)
+            self.hidden = self.model.embed((padded(batch) for batch in self.batches), self.waiting_device)
+
+    @torch.no_grad()
+    def next_layer(self) -> None:
+        """Through one more layer.
+
+        Raises:
+            Interrupted: a signal came.
+        """
+        if self.batches:
+            layer = next(self.layers)
+            for i in range(len(self.hidden)):
+                self._leave_if_asked()
+                self.hidden[i] = self.runner(layer, self.hidden[i].to(self.device)).to(self.waiting_device)
+        self._leave_if_asked()
+
+    def _leave_if_asked(self) -> None:
+        if self.stop:
+            raise Interrupted(f"stopped by a signal: {self.what}", "the same command continues with that measurement")
+
+    @torch.no_grad()
+    def fill(self, answers: Tensor) -> None:
+        """Fill each request's line of answers [n, 2] fp64: the log-probability, and whether greedy decoding would write it."""
+        if self.batches:
+            head = self.model.head()
+            for hidden, batch in zip(self.hidden, self.batches, strict=True):
+                for number, answer in _answers(head, hidden.to(self.device), batch):
+                    answers[number] = torch.tensor(answer, dtype=torch.float64)
 
 
 def padded(batch: list[Row]) -> Tensor:

@@ -22,7 +22,7 @@ from dist_spin.numerics.finite import dtype_remedy
 from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.model import check_vocabulary, model_dtype
 from dist_spin.runtime.distributed import World, any_rank, on_rank0, sum_over_ranks_
-from dist_spin.runtime.signals import stop_requested
+from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.run_directory import RunDir, run_dir
 from dist_spin.storage.tensor_file import identity_hash
 
@@ -49,15 +49,20 @@ def measure(
     target: EvalTarget,
     source: str,
     tokens: Tensor,
+    stop: StopRequest,
 ) -> dict[str, Any]:
-    """The row of one target on one source, from its file if it was measured before."""
+    """The row of one target on one source, from its file if it was measured before.
+
+    Raises:
+        Interrupted, NumericsError: as `window_losses`.
+    """
     row = described(config, files, target, source, tokens)
     before = measured_before(run, row)
     if before is not None:
         return before
     began = time.monotonic()
     what = f"measure {source}, {target.label}, {target.weights} weights"
-    (losses,) = window_losses(config, world, files, target, [(target.variant.sites, tokens)], what)
+    (losses,) = window_losses(config, world, files, target, [(target.variant.sites, tokens)], what, stop)
     return recorded(run, row, losses, time.monotonic() - began)
 
 
@@ -107,11 +112,12 @@ def window_losses(
     target: EvalTarget,
     jobs: Sequence[tuple[Sites, Tensor]],
     what: str,
+    stop: StopRequest | None = None,
 ) -> list[Tensor]:
     """Mean next-token cross entropy of every window of each job's tokens, each fp64 [n] on the CPU.
 
     The jobs, (sites, tokens [n, T]), share the target's weights, so that a layer is read or merged once for all of them.
-    Windows are shared out over ranks. `what` is shown while it goes on.
+    Windows are shared out over ranks. `what` is shown while it goes on. stop: the stage's, asked after every layer.
 
     Raises:
         Interrupted: a signal came; a measurement that is not complete is made again.
@@ -129,7 +135,7 @@ def window_losses(
             parts[:] = [layer(h) for h in parts]
             for h in parts:  # counted without waiting for the device
                 overflows[index, job] += (~torch.isfinite(h)).any()
-        if index + 1 < files.shape.layers and any_rank(stop_requested()):
+        if index + 1 < files.shape.layers and any_rank(bool(stop)):
             problem = f"stopped by a signal after layer {index} of a measurement"
             raise Interrupted(problem, "the same command continues with that measurement")
     overflowing = sum_over_ranks_(overflows.cpu()).nonzero()

@@ -50,7 +50,7 @@ def evaluate(config: RunConfig, world: World) -> list[dict[str, Any]]:
     for source in config.evaluate.sources:
         tokens = measuring_tokens(config, files, source)
         for target in measured:
-            row = measure(config, world, files, run, target, source, tokens)
+            row = measure(config, world, files, run, target, source, tokens, stop)
             rows.append(row)
             if any_rank(bool(stop)):
                 raise Interrupted("stopped by a signal between two measurements", "the same command continues")

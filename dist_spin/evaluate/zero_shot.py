@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from dist_spin.config.run import RunConfig
@@ -30,7 +31,7 @@ from dist_spin.evaluate.loglikelihood import log_likelihoods
 from dist_spin.evaluate.measurements import load_rows, save_rows
 from dist_spin.evaluate.targets import EvalTarget, describe, target_identity
 from dist_spin.model.weights import ModelFiles
-from dist_spin.pipeline.model import model_dtype
+from dist_spin.pipeline.model import check_vocabulary, model_dtype
 from dist_spin.runtime.distributed import World, all_ranks_equal, any_rank, on_rank0, raise_on_any_failure
 from dist_spin.runtime.progress import warn
 from dist_spin.runtime.signals import StopRequest
@@ -79,8 +80,17 @@ class LayerwiseLM(TemplateLM):
     Under several ranks each runs the harness on the same requests; scoring them is shared out.
     """
 
-    def __init__(self, config: RunConfig, world: World, files: ModelFiles, run: RunDir, target: EvalTarget) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        files: ModelFiles,
+        run: RunDir,
+        target: EvalTarget,
+        stop: StopRequest | None = None,
+    ) -> None:
         super().__init__()
+        self._stop = stop
         self._parts = (config, world, files, run, target)
         self.tokenizer = files.tokenizer()
 
@@ -108,13 +118,17 @@ class LayerwiseLM(TemplateLM):
         config, world, files, run, target = self._parts
         if not all_ranks_equal(int(hashlib.sha256(json.dumps(requests).encode()).hexdigest()[:15], 16)):
             raise UserError("ranks read different data for the same tasks", "give evaluate.tasks_dir one shared copy")
+        token_ids = [token for _, *parts in requests for part in parts for token in part]
+        check_vocabulary(torch.tensor(token_ids), files.shape, "the text of a task")
         return log_likelihoods(
             lambda: LayerwiseModel(config, world, files, run, target),
             world,
             [(context, continuation) for _, context, continuation in requests],
+            layers=files.shape.layers,
             max_length=resolve_max_length(files.config, self.tokenizer),
             token_bytes=files.shape.hidden * model_dtype(config).itemsize,
             what=f"zero-shot, {target.label}, {target.weights} weights",
+            stop=self._stop,
         )
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
@@ -138,7 +152,7 @@ def zero_shot(
     tasks = load_tasks(config)
     rows: list[dict[str, Any]] = []
     for target in eval_targets if tasks else ():
-        rows += measure(config, world, files, run, target, tasks)
+        rows += measure(config, world, files, run, target, tasks, stop)
         if any_rank(bool(stop)):
             raise Interrupted("stopped by a signal between two measurements", "the same command continues")
     return rows
@@ -239,7 +253,13 @@ def silenced() -> Iterator[None]:
 
 
 def measure(
-    config: RunConfig, world: World, files: ModelFiles, run: RunDir, target: EvalTarget, tasks: dict[str, Any]
+    config: RunConfig,
+    world: World,
+    files: ModelFiles,
+    run: RunDir,
+    target: EvalTarget,
+    tasks: dict[str, Any],
+    stop: StopRequest,
 ) -> list[dict[str, Any]]:
     """One target on all tasks; those that were measured before are read from their files, the others are run together."""
     model = {**describe(config, target), "layers": target.fingerprint, **target_identity(config, files, target)}
@@ -253,7 +273,7 @@ def measure(
     measured = {name: load_rows(run, identity) for name, identity in identities.items()}
     missing = {name: task for name, task in tasks.items() if measured[name] is None}
     if missing:
-        lm = LayerwiseLM(config, world, files, run, target)
+        lm = LayerwiseLM(config, world, files, run, target, stop)
         began = time.monotonic()
         # The harness would fork a process with threads, and perhaps CUDA, for its draws.
         os.environ["DISABLE_MULTIPROC"] = "1"

@@ -63,5 +63,6 @@ def check_vocabulary(tokens: Tensor, shape: Shape, source: str) -> Tensor:
         raise UserError(
             f"{source} holds token id {highest}, but the model's vocabulary has {shape.vocab}",
             "tokenise with this model's tokenizer",
+            shared=True,
         )
     return tokens

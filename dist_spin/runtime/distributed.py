@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_spin.errors import UserError
+from dist_spin.errors import RankFailed, UserError, out_of_memory
 from dist_spin.runtime.processes import LISTENING_SOCKET
 
 T = TypeVar("T")
@@ -138,11 +138,16 @@ def lost_rank(error: BaseException) -> str | None:
 
 def any_rank(flag: bool) -> bool:  # noqa: FBT001 (its only argument)
     """Whether `flag` is set on any rank; every rank gets the same answer. Ask before any branch that leads to a collective."""
+    return bool(max_over_ranks(int(flag)))
+
+
+def max_over_ranks(value: int) -> int:
+    """The largest of the 63-bit `value` that each rank gives, on every rank."""
     if dist.get_world_size() == 1:
-        return flag
-    value = torch.tensor([int(flag)])
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+        return value
+    largest = torch.tensor([value])
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def all_ranks_equal(value: int) -> bool:
@@ -172,15 +177,46 @@ def on_rank0(action: Callable[[], T]) -> T:
 
 
 def raise_on_any_failure(action: Callable[[], None]) -> None:
-    """Run `action` on every rank; if it fails anywhere, every rank raises, so that none is left waiting in a collective."""
+    """Run `action` on every rank; if it fails anywhere, every rank raises, so that none is left waiting in a collective.
+
+    All raise the mistake of the first rank that failed, and so end with one exit code; rank 0 says it. A bug of ours (any
+    error that is none of the user's) goes before: its rank raises it, the others `RankFailed`.
+    """
     failure: Exception | None = None
     try:
         action()
     except Exception as error:
-        failure = error
-    if not any_rank(failure is not None):
+        if lost_rank(error):
+            raise  # there is nobody to agree with
+        failure = out_of_memory(error) or error
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if size == 1:
+        if failure is not None:
+            raise failure
         return
-    raise failure or UserError("another rank failed (its line says why)", "put that right and start again")
+    none = 2 * size
+    bug = failure is not None and not isinstance(failure, UserError)
+    order = torch.tensor([none if failure is None else rank if bug else size + rank])
+    dist.all_reduce(order, op=dist.ReduceOp.MIN)
+    first = int(order)
+    if first == none:
+        return
+    if first < size:
+        if failure is not None and bug:
+            raise failure
+        raise RankFailed(f"rank {first} failed (its traceback says why)", "it is a bug of ours") from failure
+    raise _mistake_of(first - size, failure) from failure
+
+
+def _mistake_of(rank: int, own: Exception | None) -> UserError:
+    """The UserError `own` of one rank, on all of them."""
+    here = f"rank {rank} on {socket.gethostname()}: " if rank and isinstance(own, UserError) and not own.shared else ""
+    box = [(own, here) if dist.get_rank() == rank else None]
+    dist.broadcast_object_list(box, src=rank)
+    assert box[0] is not None
+    mistake, where = box[0]
+    assert isinstance(mistake, UserError)
+    return type(mistake)(where + mistake.problem, mistake.remedy, shared=True)
 
 
 def sum_over_ranks_(buffer: Tensor) -> Tensor:

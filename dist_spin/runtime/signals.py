@@ -39,11 +39,6 @@ class StopRequest:
         return bool(self.name)
 
 
-def stop_requested() -> bool:
-    """Whether a signal came since the newest `StopRequest` was made, for code that is far from where that is held."""
-    return any(_living()[-1:])
-
-
 def _living() -> list[StopRequest]:
     return [request for reference in list(_requests) if (request := reference()) is not None]
 
