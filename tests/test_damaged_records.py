@@ -21,7 +21,7 @@ from dist_spin.report.run_summary import load_run_summary
 from dist_spin.report.status import logs, status, status_text
 from dist_spin.storage.atomic import append_line, read_lines, write_json
 from dist_spin.storage.checked_json import CHECKSUM, add_checksum, remove_checksum
-from dist_spin.storage.metrics import append_metrics, drop_metrics_after
+from dist_spin.storage.metrics import append_metrics, drop_metrics_after, read_metrics
 from dist_spin.storage.results import load_results
 from dist_spin.storage.run_directory import RunDir, check_fingerprint
 from dist_spin.storage.tensor_file import CorruptFile
@@ -258,3 +258,13 @@ def test_steps_that_were_not_saved_leave_their_lines_and_no_step_stands_twice(tm
         stream.write(b'{"step": "2"}\n[1]\n{"st')
     drop_metrics_after(tmp_path, 3)
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
+def test_a_step_whose_loss_was_not_finite_keeps_its_line_when_a_run_continues(tmp_path, loss):
+    for step, figure in ((1, 2.0), (2, loss), (3, 1.5)):
+        append_metrics(tmp_path, step, {"loss": figure, "grad_norm": figure, "lr": 0.1, "seconds": 1.0})
+    before = (tmp_path / "metrics.jsonl").read_text()
+    drop_metrics_after(tmp_path, 3)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3]  # what can be drawn

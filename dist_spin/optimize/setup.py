@@ -37,7 +37,8 @@ from dist_spin.runtime.distributed import World, on_rank0, raise_on_any_failure
 from dist_spin.runtime.progress import say, warn
 from dist_spin.storage.atomic import write_text
 from dist_spin.storage.checkpoints import checkpoint_path, newest_checkpoint, prune_checkpoints
-from dist_spin.storage.metrics import drop_metrics_after
+from dist_spin.storage.metrics import drop_metrics_after, set_metrics_aside
+from dist_spin.storage.rotations import learned_steps
 from dist_spin.storage.run_directory import RunDir, check_fingerprint, run_dir
 from dist_spin.storage.tensor_file import save_tensors
 from dist_spin.version import LEARNS_AS
@@ -259,35 +260,49 @@ def write_checkpoint(train_state: TrainState, state: dict[str, Tensor], step: in
 def resume(train_state: TrainState) -> None:
     """Continue from the newest whole checkpoint, read by rank 0 and handed to all; start at step 0 without one.
 
+    A run whose final rotations are whole is at its last step, and its checkpoints may have been deleted.
+
     Raises:
         UserError: the checkpoint is of another optimiser.
     """
     identity = {"ranks": train_state.world.size, "engine": train_state.engine.name}
-    checkpoint = on_rank0(lambda: newest_checkpoint(train_state.run, warn))
-    if checkpoint is None:
+    steps = train_state.config.optimize.steps
+    finished = on_rank0(lambda: learned_steps(train_state.run, warn) == steps)
+    checkpoint = None if finished else on_rank0(lambda: newest_checkpoint(train_state.run, warn))
+    if checkpoint is None and not finished:
 
         def note_start() -> None:
-            drop_metrics_after(train_state.run.path, 0)  # of a step that was killed before its checkpoint
+            begin_again(train_state.run)
             train_state.run.event("start", stage="optimize", **identity)
 
         on_rank0(note_start)
         return
-    state, metadata = checkpoint
-    try:
-        train_state.optimizer.load(state, int(metadata["step"]))
-        if train_state.best_state is not None:
-            train_state.best_state.load(state)
-    except KeyError as error:
-        raise UserError(
-            f"the newest checkpoint lacks {error}", "it was written with another optimize.optimizer"
-        ) from error
-    train_state.step = int(metadata["step"])
+    if checkpoint is not None:
+        state, metadata = checkpoint
+        try:
+            train_state.optimizer.load(state, int(metadata["step"]))
+            if train_state.best_state is not None:
+                train_state.best_state.load(state)
+        except KeyError as error:
+            raise UserError(
+                f"the newest checkpoint lacks {error}", "it was written with another optimize.optimizer"
+            ) from error
+    train_state.step = steps if checkpoint is None else int(metadata["step"])
 
     def note_resume() -> None:
         # Lines of steps that were never saved would otherwise stand twice.
         drop_metrics_after(train_state.run.path, train_state.step)
         train_state.run.event("resume", stage="optimize", step=train_state.step, **identity)
-        if train_state.step < train_state.config.optimize.steps:
-            say(f"continuing after step {train_state.step} of {train_state.config.optimize.steps}")
+        if train_state.step < steps:
+            say(f"continuing after step {train_state.step} of {steps}")
 
     on_rank0(note_resume)
+
+
+def begin_again(run: RunDir) -> None:
+    """Take away the lines of steps that no checkpoint holds: of one that was killed before it, or of lost ones, said so."""
+    # A step is logged before the checkpoint of the one before it is known to be on disk.
+    if aside := set_metrics_aside(run.path, least=3):
+        problem = f"{run.rotations} holds no checkpoint of the steps in metrics.jsonl"
+        warn(f"{problem}: learning begins again; their lines are kept in {aside.name}")
+    drop_metrics_after(run.path, 0)

@@ -1,6 +1,7 @@
 """metrics.jsonl: one line of figures per learning step; damaged lines are left out when they are read."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,27 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def drop_metrics_after(run: Path, step: int) -> None:
-    """Remove the lines of all steps after `step`, whose states were never saved, and every second line of a step."""
+    """Remove the lines of all steps after `step`, whose states were never saved, and every second line of a step.
+
+    Lines of a loss that was not finite stay: the step was taken back, and that is what happened.
+    """
     if (run / NAME).exists():
-        lines = {line["step"]: json.dumps(line) + "\n" for line in read_metrics(run) if line["step"] <= step}
+        lines = {line["step"]: json.dumps(line) + "\n" for line in _steps(run) if line["step"] <= step}
         write_text(run / NAME, "".join(lines.values()))
+
+
+def set_metrics_aside(run: Path, least: int) -> Path | None:
+    """Rename the file if it has lines of at least `least` steps, of which there is no state any more; its new name."""
+    if len({line["step"] for line in _steps(run)}) < least:
+        return None
+    aside = (run / NAME).with_suffix(".stale")
+    os.replace(run / NAME, aside)
+    return aside
+
+
+def _steps(run: Path) -> list[dict[str, Any]]:
+    return [line for line in read_lines(run / NAME) if has_entries(line, {"step": is_count, "loss": _is_loss})]
+
+
+def _is_loss(value: Any) -> bool:
+    return is_number(value) or isinstance(value, float)

@@ -68,6 +68,14 @@ def finished_rotations(run: RunDir, warn: Callable[[str], None]) -> bool:
     return True
 
 
+def learned_steps(run: RunDir, warn: Callable[[str], None]) -> int | None:
+    """The steps after which the run's final rotations were written; None without them. `warn` as `finished_rotations`."""
+    if not finished_rotations(run, warn):
+        return None
+    metadata = read_metadata(run.rotations / FINAL) or {}
+    return int(metadata["step"]) if metadata.get("step", "").isdecimal() else None
+
+
 def restore_r_bin(run: RunDir, r1: Tensor, r2: Tensor, warn: Callable[[str], None]) -> None:
     """Write R.bin again if it does not hold these R1 [h, h] and R2 [layers, d, d], in fp32."""
     path = run.rotations / "R.bin"

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -203,6 +204,33 @@ def test_a_run_that_lost_all_checkpoints_begins_again_to_the_same_bytes(runs, un
     assert runs.finish(2) == uninterrupted.final()
     assert "learning begins again" in runs.said()
     assert steps_logged(runs) == list(range(1, STEPS + 1))
+
+
+def test_checkpoints_deleted_before_the_end_are_said_and_their_lines_kept(runs, uninterrupted):
+    job = runs.start(2)
+    job.wait_for(lambda: runs.step() >= 4)
+    job.signal(signal.SIGTERM, 0)
+    assert job.wait() == [75, 75]
+    learned = steps_logged(runs)
+    for _, path in checkpoints(runs.run):
+        path.unlink()
+    assert runs.finish(2) == uninterrupted.final()
+    assert "holds no checkpoint of the steps in metrics.jsonl: learning begins again" in runs.said()
+    assert [line["step"] for line in read_lines(runs.run.path / "metrics.stale")] == learned
+    assert steps_logged(runs) == list(range(1, STEPS + 1))
+
+
+def test_a_finished_run_needs_no_checkpoints(runs, uninterrupted):
+    shutil.copytree(uninterrupted.run.path, runs.run.path)
+    final = runs.final()
+    before = (runs.run.path / "metrics.jsonl").read_bytes()
+    for _, path in checkpoints(runs.run):
+        path.unlink()
+    assert runs.finish(1) == final
+    assert "are complete" in runs.said()
+    assert (runs.run.path / "metrics.jsonl").read_bytes() == before
+    assert len(runs.events("start")) == 1
+    assert not checkpoints(runs.run)
 
 
 def test_damaged_results_are_made_again_from_the_last_checkpoint(runs, uninterrupted):
