@@ -60,7 +60,7 @@ def report_mistakes(run: Callable[[], int | None]) -> int:
         if mistake is None:
             raise
     if not mistake.shared or os.environ.get("RANK", "0") == "0":
-        print(f"dist-spin: {mistake}", file=sys.stderr, flush=True)
+        print("\n".join(f"dist-spin: {line}" for line in mistake.lines()), file=sys.stderr, flush=True)
     if isinstance(mistake, RankLost):
         sys.stdout.flush()
         os._exit(mistake.exit_code)  # the process group cannot be left in order any more

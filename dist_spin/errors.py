@@ -6,6 +6,8 @@ A traceback therefore always means a bug of ours.
 
 import re
 
+SHORT_TEXT = 600  # characters of an error that stands for several
+
 EXIT_OK = 0
 EXIT_BUG = 1  # an uncaught exception: ours to fix
 EXIT_USER = 2  # wrong configuration, input or environment: the line printed says what to change
@@ -33,6 +35,34 @@ class UserError(Exception):
     def as_shared(self) -> "UserError":
         """The same mistake as one that every rank raises alike."""
         return type(self)(self.problem, self.remedy, shared=True).with_traceback(self.__traceback__)
+
+    def lines(self) -> list[str]:
+        """What is printed: a line for each mistake."""
+        return [str(self)]
+
+
+class Mistakes(UserError):
+    """Several mistakes that were found together, such as those of one configuration; each is a line of its own."""
+
+    def __init__(self, mistakes: "list[UserError]", *, shared: bool = False) -> None:
+        """mistakes: at least one."""
+        self.mistakes = mistakes
+        shown = [str(mistakes[0])]
+        for mistake in mistakes[1:]:
+            if sum(map(len, shown)) + len(str(mistake)) < SHORT_TEXT:
+                shown.append(str(mistake))
+        left = len(mistakes) - len(shown)
+        more = f" | {left} more mistake{'s' * (left > 1)}" if left else ""
+        super().__init__(" | ".join(shown) + more, "", shared=shared)
+        self.remedy = mistakes[0].remedy
+
+    def as_shared(self) -> "Mistakes":
+        """As of one mistake."""
+        return Mistakes(self.mistakes, shared=True).with_traceback(self.__traceback__)
+
+    def lines(self) -> list[str]:
+        """A line for each mistake."""
+        return [line for mistake in self.mistakes for line in mistake.lines()]
 
 
 class NumericsError(UserError):

@@ -78,6 +78,9 @@ def test_three_spellings_of_an_override_and_the_last_one_wins() -> None:
         ("quantize.method", "none", "none"),
         ("quantize.baselines", "[none, hadamard]", ["none", "hadamard"]),
         ("evaluate.sources", "[pydoc, 'text:a,b']", ["pydoc", "text:a,b"]),
+        ("evaluate.sources", "pydoc", ["pydoc"]),  # one word where a list is wanted
+        ("evaluate.sources", "text:a,b", ["text:a,b"]),
+        ("quantize.baselines", "none, hadamard", ["none", "hadamard"]),
         ("rotation.online", "false", False),
         ("rotation.online", "no", False),
         ("model.revision", "null", None),
@@ -130,7 +133,7 @@ def test_unknown_keys_fail_with_a_suggestion(key: str, remedy: str, write: typin
         ("optimize.lr=nan", ["optimize.lr is 'nan'", "a number"]),
         ("rotation.online=maybe", ["rotation.online is 'maybe'", "true or false"]),
         ("model.dtype=int4", ["model.dtype is 'int4'", "one of bfloat16, float32, float64, float16"]),
-        ("evaluate.sources=pydoc", ["evaluate.sources is 'pydoc'", "a list such as [a, b], each text"]),
+        ("evaluate.sources={a: b}", ["evaluate.sources is '{a: b}'", "a list such as [a, b], each text"]),
         ("quantize.baselines=[none,learned]", ["quantize.baselines is", "each one of none, hadamard, orthogonal"]),
         ("optimize=5", ["optimize is '5' in the command line, but it is a group", "set optimize.source"]),
         ("optimize.steps", ["'optimize.steps' on the command line sets nothing", "key=value"]),

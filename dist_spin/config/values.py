@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
+from dist_spin.config.suggestions import closest
 from dist_spin.config.yaml_text import parse_yaml
 
 NULLS = ("", "~", "null", "none")
@@ -44,6 +45,16 @@ def parse_value(kind: Any, value: Any) -> Any:
     return parsers[kind](value)
 
 
+def suggest_value(kind: Any, value: Any) -> list[str]:
+    """The choices that a refused value resembles, such as gptq for GPTQ; [] where the setting has none."""
+    args = typing.get_args(kind)
+    if typing.get_origin(kind) is list:
+        return [choice for item in _parse_list_or_none(value) for choice in suggest_value(args[0], item)]
+    if typing.get_origin(kind) is not Literal or not isinstance(value, str) or value in args:
+        return []
+    return closest(value, args)
+
+
 def describe_type(kind: Any) -> str:
     """What a setting of this type takes, in words."""
     args = typing.get_args(kind)
@@ -57,14 +68,25 @@ def describe_type(kind: Any) -> str:
 
 
 def _parse_list(value: Any) -> list[Any]:
+    """The items of a list; a single word is a list of one, and `a,b` a list of two, unless it names paths (text:a,b)."""
     if isinstance(value, str):
+        text = value
         try:
-            value = parse_yaml(value)
+            value = parse_yaml(text)
         except yaml.YAMLError as error:
             raise ValueError("no list") from error
+        if isinstance(value, str) and value.strip():
+            value = [text] if ":" in text else [item.strip() for item in text.split(",")]
     if not isinstance(value, list):
         raise ValueError("no list")
     return value
+
+
+def _parse_list_or_none(value: Any) -> list[Any]:
+    try:
+        return _parse_list(value)
+    except ValueError:
+        return []
 
 
 def _parse_int(text: str) -> int:
