@@ -10,16 +10,21 @@ import argparse
 import importlib
 import os
 import sys
+import typing
 from argparse import SUPPRESS
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from dist_spin import command
-from dist_spin.config.help import config_help
+from dist_spin.config.command_parser import HelpAll, Parser, every_verb
+from dist_spin.config.help import settings_help
+from dist_spin.config.run import RunConfig
+from dist_spin.config.suggestions import closest, did_you_mean
 from dist_spin.errors import EXIT_OK, EXIT_PIPE, RankLost, UserError, out_of_memory
 from dist_spin.runtime.console import Console, shown_on
+from dist_spin.version import __version__
 
 
 @dataclass(frozen=True)
@@ -29,9 +34,10 @@ class Verb:
     what: str
     function: str  # "module:function", imported when the verb is used
     call: Callable[[command.Command], int]  # how that function is called
-    options: Callable[["Parser"], object] = lambda parser: None
+    options: Callable[[Parser], object] = lambda parser: None
     reads: tuple[str, ...] = ()  # groups of settings; not `optimize` where all that is asked is whether steps is 0
     takes: str = ""  # what follows the verb, where it is no option
+    example: str = ""  # what follows the verb in the example of its help
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,13 +74,24 @@ def report_mistakes(run: Callable[[], int | None]) -> int:
 
 
 def _run_verb(words: list[str]) -> int:
+    if "--version" in words:
+        print(f"dist-spin {__version__}")
+        return EXIT_OK
     name = next((word for word in words if not word.startswith("-")), None)
-    if name == "help":  # `help VERB` is `VERB --help`
+    if name == "help":  # `help VERB` is `VERB --help`; `help SETTING` explains a setting
         words = [*words[: words.index("help")], *words[words.index("help") + 1 :], "--help"]
         name = next((word for word in words if not word.startswith("-")), None)
+        groups = typing.get_type_hints(RunConfig)
+        if name is not None and name not in VERBS and ("." in name or name in groups):
+            print(settings_help(name if "." in name or name in ("name", "output_dir") else f"{name}."), end="")
+            return EXIT_OK
     if name is not None and name not in VERBS:
-        raise UserError(f"there is no verb '{name}'", f"use one of {', '.join(VERBS)}", shared=True)
-    options, rest = _parser().parse_known_args(words if name or "--help-all" in words else ["--help"])
+        path = name.endswith((".yaml", ".yml"))
+        meant = f"write `dist-spin run {name}`, or " if path else did_you_mean(closest(name, VERBS))
+        raise UserError(f"there is no verb '{name}'", f"{meant}use one of {', '.join(VERBS)}", shared=True)
+    parser = _parser()
+    options, rest = parser.parse_known_args(words if name or "--help-all" in words else ["--help"])
+    _check_options(parser, options.verb, rest)
     quiet, verbose = (getattr(options, flag, False) for flag in ("quiet", "verbose"))
     console = Console(sys.stderr, int(os.environ.get("RANK", "0")), quiet=quiet, verbose=verbose)
     verb = VERBS[options.verb]
@@ -82,63 +99,40 @@ def _run_verb(words: list[str]) -> int:
         return verb.call(command.Command(options.verb, verb.function, options, rest, console))
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are UserErrors, and whose help ends with the settings that are read."""
-
-    def __init__(self, *, reads: tuple[str, ...] = (), **options: Any) -> None:
-        """reads: groups of settings."""
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-        self.reads = reads
-
-    def format_help(self) -> str:
-        """As argparse's, then the settings."""
-        return super().format_help() + (f"\n{config_help(self.reads)}" if self.reads else "")
-
-    def print_help(self, file: Any = None) -> None:
-        """As argparse's, which swallows the error of a reader who has left."""
-        print(self.format_help(), end="", file=file)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print."""
-        verb = self.prog.removeprefix("dist-spin ")
-        raise UserError(f"{verb}: {message}", f"`{self.prog} --help` says what it takes", shared=True)
-
-
-class _HelpAll(argparse.Action):
-    """Prints help with every setting."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        print(f"{argparse.ArgumentParser.format_help(parser)}\n{config_help()}", end="")
-        raise SystemExit(EXIT_OK)
+def _check_options(parser: Parser, verb: str, rest: list[str]) -> None:
+    """Refuse words that look like a misspelt option of the verb; `--key.sub VALUE` is a setting, and so is --name."""
+    own = parser.verbs[verb].option_names()
+    for word in rest:
+        name = word.partition("=")[0]
+        setting = not word.startswith("-") or "." in name or name in ("--name", "--output_dir")
+        if not setting and (meant := closest(name.lstrip("-"), own)):
+            problem = f"{verb} has no option {name}"
+            raise UserError(problem, f"did you mean --{meant[0]}? `dist-spin {verb} --help` lists them", shared=True)
 
 
 def _parser() -> Parser:
     table = "\n".join(f"  {name:10}{verb.what}" for name, verb in VERBS.items())
-    more = (
-        "`dist-spin VERB --help` explains a verb and lists the settings that it reads; --help-all lists every setting."
+    how = (
+        "`dist-spin VERB --help` explains a verb and lists the settings that it reads, `dist-spin help optimize.lr` explains "
+        "a setting;\n--help-all explains every setting."
     )
-    epilog = f"verbs:\n{table}\n\n{more}"
+    epilog = f"verbs:\n{table}\n\n{how}\n"
     common: dict[str, Any] = {
-        "parents": [_everywhere()],
+        "parents": [every_verb()],
         "allow_abbrev": False,
     }  # --name VALUE sets `name`, not --names
     parser = Parser(prog="dist-spin", usage="dist-spin VERB ...", epilog=epilog, **common)
-    parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="as --help, with every setting there is")
+    parser.add_argument("--help-all", action=HelpAll, nargs=0, help="as --help, with every setting there is")
+    parser.add_argument("--version", action="store_true", help="say which version this is")
     verbs = parser.add_subparsers(dest="verb", prog="dist-spin", help=SUPPRESS, required=True)
     for name, verb in VERBS.items():
         usage = f"dist-spin {name} {verb.takes} [options]" if verb.takes else None
-        own = verbs.add_parser(name, usage=usage, description=verb.what, reads=verb.reads, **common)
+        more: dict[str, Any] = {"epilog": f"for example: dist-spin {name} {verb.example}"} if verb.example else {}
+        own = verbs.add_parser(name, usage=usage, description=verb.what, reads=verb.reads, **more, **common)
         if verb.reads:
-            own.add_argument("--help-all", action=_HelpAll, nargs=0, help="as --help, with every setting there is")
+            own.add_argument("--help-all", action=HelpAll, nargs=0, help="as --help, with every setting there is")
         verb.options(own)
-    return parser
-
-
-def _everywhere() -> argparse.ArgumentParser:
-    """The options of every verb."""
-    parser = argparse.ArgumentParser(add_help=False)
-    for name, meaning in command.EVERYWHERE.items():
-        parser.add_argument(f"--{name}", action="store_true", default=SUPPRESS, help=meaning)
+        parser.verbs[name] = own
     return parser
 
 
@@ -222,7 +216,7 @@ def _bench_options(parser: Parser) -> None:
     bench_options: Any = importlib.import_module("dist_spin.bench.options")
     benches = parser.add_subparsers(dest="bench", metavar="BENCH", required=True)
     for name, meaning in bench_options.BENCHES.items():
-        more: dict[str, Any] = {"parents": [_everywhere()]}
+        more: dict[str, Any] = {"parents": [every_verb()]}
         if name == "optimize":
             usage = f"{parser.prog} optimize SHAPE [key.sub=value ...] [options]"
             more |= {"reads": VERBS["optimize"].reads, "usage": usage, "allow_abbrev": False}
@@ -238,6 +232,7 @@ VERBS = {
         command.call_run,
         reads=(*MODEL, "optimize", "quantize", "evaluate", "export", "report", "distributed"),
         takes=CONFIG,
+        example="quickstart.yaml optimize.steps=20",
     ),
     "optimize": Verb(
         "learn the rotations",
@@ -245,6 +240,7 @@ VERBS = {
         command.call_stage,
         reads=(*MODEL, "optimize", "export", "report", "distributed"),
         takes=CONFIG,
+        example="quickstart.yaml optimize.steps=50",
     ),
     "quantize": Verb(
         "merge the rotations and quantise the weights",
@@ -253,6 +249,7 @@ VERBS = {
         _quantize_options,
         (*MODEL, "quantize", "export", "distributed"),
         CONFIG,
+        example="quickstart.yaml --cluster local",
     ),
     "evaluate": Verb(
         "measure perplexity and zero-shot tasks",
@@ -260,6 +257,7 @@ VERBS = {
         command.call_stage,
         reads=(*MODEL, "quantize", "evaluate", "export", "distributed"),
         takes=CONFIG,
+        example="quickstart.yaml evaluate.sources=text:my.txt#all",
     ),
     "export": Verb(
         f"write the model for another program: {', '.join(command.FORMATS)}",
@@ -268,6 +266,7 @@ VERBS = {
         _export_options,
         (*MODEL, "quantize", "export", "distributed"),
         f"RUN|{CONFIG}",
+        example="runs/quickstart --format compressed-tensors",
     ),
     "compare": Verb(
         "measure RTN, GPTQ, SmoothQuant, QuaRot, SpinQuant and ours at several bit widths: the table",
@@ -275,6 +274,7 @@ VERBS = {
         command.call_stage,
         reads=(*MODEL, "optimize", "quantize", "methods", "evaluate", "compare", "report", "distributed"),
         takes=CONFIG,
+        example="compare.yaml compare.bits=W4A4KV4",
     ),
     "report": Verb(
         "write report.html and report.md: tables and pictures of a run, finished or not",
@@ -282,24 +282,28 @@ VERBS = {
         command.call_report,
         reads=(*MODEL, "quantize", "report", "distributed"),
         takes=f"RUN|{CONFIG}",
+        example="runs/quickstart",
     ),
     "plot": Verb(
         "draw one figure of a run as PNG or SVG; without FIGURE, list the figures",
         "dist_spin.report.plot:plot",
         command.call_on_run,
         _plot_options,
+        example="runs/quickstart loss -o loss.png",
     ),
     "generate": Verb(
         "let the full-precision and the quantised model continue a text",
         "dist_spin.evaluate.generate:generate",
         command.call_on_run,
         _generate_options,
+        example="runs/quickstart 'The capital of France is'",
     ),
     "chat": Verb(
         "chat with the full-precision and the quantised model side by side",
         "dist_spin.evaluate.generate:chat",
         command.call_on_run,
         _chat_options,
+        example="runs/quickstart",
     ),
     "submit": Verb(
         "submit every missing stage to a cluster, as jobs that depend on each other",
@@ -308,18 +312,30 @@ VERBS = {
         _submit_options,
         (*MODEL, "optimize", "quantize", "evaluate", "export", "report", "distributed"),
         CONFIG,
+        example="llama.yaml --slurm partition=gpu --slurm nodes=2 --slurm time=240",
     ),
     "status": Verb(
-        "show how far a run is", "dist_spin.report.status:show_status", command.call_on_run, _status_options
+        "show how far a run is",
+        "dist_spin.report.status:show_status",
+        command.call_on_run,
+        _status_options,
+        example="runs/quickstart --watch",
     ),
     "logs": Verb(
         "show the end of everything a run's jobs printed",
         "dist_spin.report.status:logs",
         command.call_on_run,
         _run_options,
+        example="runs/quickstart",
     ),
     "cancel": Verb(
-        "cancel a run's jobs; they save first", "dist_spin.report.status:cancel", command.call_on_run, _run_options
+        "cancel a run's jobs; they save first",
+        "dist_spin.report.status:cancel",
+        command.call_on_run,
+        _run_options,
+        example="runs/quickstart",
     ),
-    "bench": Verb("time a stage on this machine's devices", "", command.call_bench, _bench_options),
+    "bench": Verb(
+        "time a stage on this machine's devices", "", command.call_bench, _bench_options, example="scaling --help"
+    ),
 }

@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dist_spin.config.checks import one_line
+from dist_spin.config.command_parser import EVERYWHERE
 from dist_spin.config.export import ExportConfig
-from dist_spin.config.loader import load_config
+from dist_spin.config.loader import load_config, setting_names
 from dist_spin.config.run import RunConfig
+from dist_spin.config.suggestions import closest, did_you_mean
 from dist_spin.errors import EXIT_OK, RankLost, UserError
 from dist_spin.model.checkpoint_headers import check_model_path
 from dist_spin.runtime.console import Console, quieten_libraries
 
+YAML = (".yaml", ".yml")
 FORMATS = typing.get_args(ExportConfig.__annotations__["target"])[1:]  # all but "none"
-EVERYWHERE = {
-    "quiet": "show nothing but warnings and results",
-    "verbose": "show every rank's lines, with time, rank and level, and what libraries say",
-}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,10 @@ class Command:
         Raises:
             UserError: as `load_config`, and every rank alike.
         """
-        path = next((word for word in self.words[:1] if "=" not in word and not word.startswith("--")), None)
+        settings = setting_names()
+        path = next((w for w in self.words[:1] if "=" not in w and not w.startswith("--") and w not in settings), None)
+        if path is not None:
+            check_config_path(path, self.verb)
         flags = [f"--{name}" for name in ("quiet", "verbose") if getattr(self.options, name, False)]
         try:
             return load_config(path, self.words[1:] if path else self.words), [*self.words, *flags]
@@ -127,18 +130,22 @@ def call_quantize(command: Command) -> int:
 def call_export(command: Command) -> int:
     """Of a run's directory, with the settings in it, or of the run that a configuration names."""
     words, output = command.words, command.options.output
+    check_run_or_config(command)
     if words and Path(words[0]).is_dir():
         run = Path(words[0]).resolve()  # wherever it was moved to since
         words[:1] = [str(run / "config.yaml"), f"output_dir={run.parent}", f"name={run.name}"]
     config, _ = command.settings()
     target = command.options.format or config.export.target
     if target not in FORMATS:
-        raise UserError(f"there is no export format {target!r}", f"give --format {'|'.join(FORMATS)}", shared=True)
+        meant = did_you_mean(closest(target, FORMATS)) if target != "none" else ""
+        problem = f"there is no export format {target!r}" if target != "none" else "no export format is given"
+        raise UserError(problem, f"{meant}give --format {'|'.join(FORMATS)}", shared=True)
     return call_stage(command, config, target, target=target, output=output)
 
 
 def call_report(command: Command) -> int:
     """Of a run's directory, from its files alone; or of the run that a configuration names, which measures first."""
+    check_run_or_config(command)
     if not (command.words and Path(command.words[0]).is_dir()):
         return call_stage(command)
     path = Path(command.words.pop(0))
@@ -208,5 +215,38 @@ def call_bench(command: Command) -> int:
 
 def check_run_directory(path: Path) -> None:
     """Raise UserError if `path` is no run's directory."""
-    if not any((path / name).exists() for name in ("config.yaml", "events.jsonl")):
-        raise UserError(f"{path} is no run directory (it has no config.yaml)", "give runs/NAME", shared=True)
+    if not is_run(path):
+        there = "it has no config.yaml" if path.is_dir() else "there is no such directory"
+        if path.is_file():
+            there = "it is a file"
+        runs = [run for base in {path.parent, Path("runs")} if base.is_dir() for run in base.iterdir() if is_run(run)]
+        names = {run.name: str(run) for run in runs}
+        meant = did_you_mean([names[name] for name in closest(path.name, names)])
+        raise UserError(f"{one_line(str(path))} is no run directory ({there})", f"{meant}give runs/NAME", shared=True)
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` is the directory of a run."""
+    return any((path / name).exists() for name in ("config.yaml", "events.jsonl"))
+
+
+def check_run_or_config(command: Command) -> None:
+    """Raise UserError if a verb that takes a run or a configuration is given neither."""
+    if not command.words:
+        remedy = f"write `dist-spin {command.verb} runs/NAME`, or the CONFIG.yaml that the run was started with"
+        raise UserError(f"{command.verb} is given no RUN", remedy, shared=True)
+    path = command.words[0]
+    if "=" not in path and not path.startswith("--") and not Path(path).is_file() and not path.endswith(YAML):
+        check_run_directory(Path(path))
+
+
+def check_config_path(path: str, verb: str) -> None:
+    """Raise UserError if something else is given in the place of CONFIG.yaml: a model, a run, or a word that is no file."""
+    here, printed = Path(path).expanduser(), one_line(path)
+    if is_run(here):
+        raise UserError(f"{printed} is a run", f"write {verb} {one_line(str(here / 'config.yaml'))}", shared=True)
+    if (here / "config.json").exists() or path.endswith(".gguf") or path.startswith("package:"):
+        raise UserError(f"{printed} is a model, not a CONFIG.yaml", f"write model.path={printed}", shared=True)
+    if not path.endswith(YAML) and not os.path.lexists(here):
+        remedy = f"give a CONFIG.yaml (`dist-spin init` writes one), or a model as model.path={printed}"
+        raise UserError(f"cannot read {printed}: No such file or directory", remedy, shared=True)

@@ -13,6 +13,7 @@ import pytest
 import torch.distributed as dist
 from tiny import write_model
 
+from dist_spin.bench.options import BENCHES
 from dist_spin.cli import VERBS, main
 from dist_spin.config.help import config_help
 from dist_spin.errors import EXIT_HANG, EXIT_PIPE
@@ -29,14 +30,42 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_help_of_a_verb_has_the_settings_that_it_reads_and_no_others(capsys):
+def test_help_of_a_verb_names_the_settings_that_it_reads_and_no_others(capsys):
     for name, verb in VERBS.items():
         assert main([name, "--help"]) == main(["help", name]) == 0
         text = capsys.readouterr().out
         assert text.startswith(f"usage: dist-spin {name}")
+        words = text.split()
         for group, section in SECTIONS.items():
             read = group in verb.reads or (group == "The" and verb.reads)
-            assert text.count(section) == (2 if read else 0), (name, group)
+            start = "name output_dir" if group == "The" else f"  {group}."
+            assert text.count(start) == (2 if read else 0), (name, group)
+            settings = re.findall(r"^  (?:\w+\.)?(\w+)=", section, re.MULTILINE)
+            assert settings
+            assert not read or all(words.count(setting) >= 2 for setting in settings), (name, group)
+
+
+@pytest.mark.parametrize("words", [[name] for name in VERBS] + [["bench", name] for name in BENCHES], ids=" ".join)
+def test_help_fits_on_a_screen(words, capsys):
+    assert main([*words, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert 8 < len(lines) < 60
+    assert max(map(len, lines)) < 125
+
+
+def test_help_of_a_setting_a_group_and_a_word_that_is_neither(capsys):
+    assert main(["help", "optimize.guard_every"]) == 0
+    text = capsys.readouterr().out
+    assert re.findall(r"^  ([\w.]+)=", text, re.MULTILINE) == ["optimize.guard_every"]
+    assert "loss" in text
+    for words in (["help", "quant."], ["help", "quant"], ["--help", "help", "quant."]):
+        assert main(words) == 0
+        assert capsys.readouterr().out == SECTIONS["quant"] + "\n"
+    assert main(["help", "optimise.lr"]) == 2
+    assert "did you mean optimize.lr?" in capsys.readouterr().err
+
+
+def test_help_all_explains_every_setting(capsys):
     for words in (["run", "--help-all"], ["optimize", "configs/none.yaml", "--help-all", "a=b"]):
         assert main(words) == 0
         text = capsys.readouterr().out
@@ -70,7 +99,7 @@ def test_settings_and_options_may_stand_in_any_form_and_order(capsys, words):
         (["quantize", "--layers"], "--layers: expected one argument"),
         (["quantize", "--cluster", "sky"], "--cluster: invalid choice: 'sky'"),
         (["generate", "runs/none", "text", "--tokens", "-3"], "--tokens: '-3' is no whole number"),
-        (["cancel"], "required: RUN"),
+        (["cancel"], "cancel: no RUN is given, the directory of a run"),
         (["logs", "runs/none", "more"], "logs does not take more"),
         (["bench", "speed"], "invalid choice: 'speed'"),
         (["bench", "scaling"], "required: files"),
@@ -167,6 +196,9 @@ def test_help_and_mistakes_answer_without_torch():
         from dist_spin.cli import main
         for words, code in (
             (["--help"], 0),
+            (["--version"], 0),
+            (["status", "--help"], 0),
+            (["help", "optimize.lr"], 0),
             (["run", "--help-all"], 0),
             (["--help-all"], 0),
             (["quantize", "none.yaml", "--layers", "0:3"], 2),

@@ -10,11 +10,52 @@ import typing
 from collections.abc import Collection
 from typing import Any, Literal
 
+from dist_spin.config.checks import shown
 from dist_spin.config.run import RunConfig
+from dist_spin.config.suggestions import closest_settings, did_you_mean
+from dist_spin.errors import UserError
+
+INDEX_WIDTH = 110  # columns
+
+
+def settings_index(groups: Collection[str]) -> str:
+    """The names of the settings of `groups`, a paragraph each, for the end of `dist-spin VERB --help`; see `config_help`."""
+    lines = []
+    for name, kind in typing.get_type_hints(RunConfig).items():
+        if name in groups:
+            names = " ".join(item.name for item in dataclasses.fields(kind))
+            start = f"  {name}."
+            lines += textwrap.wrap(names, INDEX_WIDTH, initial_indent=f"{start:15}", subsequent_indent=" " * 15)
+    return "\n".join(["settings, each as key=value here or in CONFIG.yaml:", "  name output_dir", *lines]) + "\n"
+
+
+def settings_help(prefix: str) -> str:
+    """The settings whose dotted names begin with `prefix`, such as "optimize.lr" or "quant.", as `config_help` has them.
+
+    Raises:
+        UserError: there is none.
+    """
+    names = [f"{group}.{item.name}" for group, kind in _groups().items() for item in dataclasses.fields(kind)]
+    names += [item.name for item in dataclasses.fields(RunConfig) if item.name not in _groups()]
+    if not any(name.startswith(prefix) for name in names):
+        meant = did_you_mean(closest_settings(prefix, names))
+        raise UserError(
+            f"no setting begins with {shown(prefix)}", f"{meant}`dist-spin --help-all` lists them", shared=True
+        )
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+    _add_section(parser, RunConfig, "", prefix)
+    for group, kind in _groups().items():
+        _add_section(parser, kind, f"{group}.", prefix)
+    return parser.format_help().strip() + "\n"
+
+
+def _groups() -> dict[str, Any]:
+    """The dataclass of every group of settings, by name."""
+    return {name: kind for name, kind in typing.get_type_hints(RunConfig).items() if dataclasses.is_dataclass(kind)}
 
 
 def config_help(groups: Collection[str] | None = None) -> str:
-    """Settings as `key=TYPE` with their meanings and defaults, by group: for the end of `dist-spin VERB --help`.
+    """Settings as `key=TYPE` with their meanings and defaults, by group: for `--help-all`.
 
     Args:
         groups: names of the groups to list, such as {"model", "quant"}; None lists all. `name` and `output_dir`, which are
@@ -23,9 +64,8 @@ def config_help(groups: Collection[str] | None = None) -> str:
     Raises:
         ValueError: there is no group of that name.
     """
-    hints = typing.get_type_hints(RunConfig)
-    kinds = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
-    if unknown := set(groups or ()) - set(hints):
+    kinds = _groups()
+    if unknown := set(groups or ()) - set(typing.get_type_hints(RunConfig)):
         raise ValueError(f"no group of settings is called {', '.join(sorted(unknown))}")
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)  # it lays out the text; it parses nothing
     _add_section(parser, RunConfig, "")
@@ -35,12 +75,12 @@ def config_help(groups: Collection[str] | None = None) -> str:
     return parser.format_help().strip() + "\n"
 
 
-def _add_section(parser: argparse.ArgumentParser, kind: Any, prefix: str) -> None:
-    """Add the settings of one dataclass, which are called `prefix` and the field's name."""
+def _add_section(parser: argparse.ArgumentParser, kind: Any, prefix: str, only: str = "") -> None:
+    """Add the settings of one dataclass, which are called `prefix` and the field's name; those whose names begin with `only`."""
     title, docs, hints = inspect.getdoc(kind) or "", _field_docs(kind), typing.get_type_hints(kind)
     section = parser.add_argument_group(title.partition("\n")[0].rstrip("."))
     for item in dataclasses.fields(kind):
-        if not dataclasses.is_dataclass(hints[item.name]):
+        if not dataclasses.is_dataclass(hints[item.name]) and f"{prefix}{item.name}".startswith(only):
             words = f"{docs[item.name]} ({_type_and_default(item, hints[item.name])})"
             metavar = f"{prefix}{item.name}={_placeholder(item.name, hints[item.name])}"
             section.add_argument(f"{prefix}{item.name}", metavar=metavar, help=words.replace("%", "%%"))

@@ -17,6 +17,7 @@ from dist_spin.config.values import describe_type, parse_value, suggest_value
 from dist_spin.config.yaml_text import read_yaml
 from dist_spin.errors import Mistakes, UserError
 
+STANDS = "stands where a setting should"
 MOST_MISTAKES = 10  # that are told at once
 RENAMED = {"quantize.sweeps": "quantize.cd_passes"}  # old names of settings, which still load
 
@@ -66,8 +67,8 @@ class Found:
 
     @property
     def of_model(self) -> bool:
-        """Whether one of them may be a misspelt model.path."""
-        return any("model.path" in str(error) for error in self.errors)
+        """Whether one of them may be why the model is not known: its setting is misspelt, or the file was not read."""
+        return any("model.path" in str(error) or STANDS in str(error) for error in self.errors)
 
     def raise_any(self) -> None:
         """Raise what was found: the mistake, or all of them as one error."""
@@ -119,6 +120,11 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, width=120)
 
 
+def setting_names() -> list[str]:
+    """The dotted names of all settings, in the order of the dataclasses."""
+    return list(_kinds())
+
+
 def _kinds() -> dict[str, Any]:
     """Dotted name of every setting -> its type, in the order of the dataclasses."""
     kinds: dict[str, Any] = {}
@@ -148,7 +154,7 @@ def _read_overrides(overrides: Sequence[str], mistakes: Found) -> Iterator[tuple
         elif word.startswith("--") and key and words:
             yield key, words.pop(0)
         elif word.endswith((".yaml", ".yml")):
-            mistakes.add(f"{shown(word)} is a second file", "give one CONFIG.yaml, before the settings")
+            mistakes.add(f"{shown(word)} {STANDS}", "give one CONFIG.yaml, before all settings")
         else:
             remedy = "write key=value, such as optimize.steps=20"
             if words and "=" not in word and (words[0][:1] == "=" or "=" not in words[0]):  # `key value`, `key = value`
