@@ -79,7 +79,7 @@ def fan_out(
             raise UserError(f"layers {', '.join(unfinished)} are not all there", "the same command continues")
         for job in quantize_jobs:
             job.make_embeddings()  # where a finished run was only given bits for them
-            job.stored.remove()
+            job.remove_states()
     finally:
         distributed.stop()
     return EXIT_OK

@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import FAMILIES
 from test_model import WeightSide, learning_model, merged_logits, online_sites, reference_logits, relative
+from test_states_network import network, rotated_network, states
 from tiny import write_model
 from torch import nn
 
@@ -57,6 +58,15 @@ def test_the_small_sizes_stand_for_the_real_ones(name):
 def test_function_is_preserved_by_fold_and_rotate(files):
     logits = merged_logits(files, initial("orthogonal", files.shape, 3), online_sites(files, 16), IDS, WIDE)
     assert relative(logits, reference_logits(files, IDS, WIDE)) < 1e-9
+
+
+def test_states_of_the_original_network_times_r1_are_those_of_the_rotated_one(files):
+    rotations, layers = initial("orthogonal", files.shape, 3), files.shape.layers
+    found = states(network(files, WIDE, rotations[0]), layers)
+    wanted = states(rotated_network(files, WIDE, rotations), layers)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert relative(ours, theirs) < 1e-9
+    assert relative(found[-1], states(network(files, WIDE), layers)[-1]) > 0.1
 
 
 def test_attached_rotations_are_the_merged_ones_and_so_are_their_gradients(files):

@@ -38,7 +38,7 @@ from dist_spin.pipeline.model import model_dtype, open_configured_model
 from dist_spin.pipeline.quant_sites import clips_at, site_bits, sites_for
 from dist_spin.pipeline.stage_context import writing
 from dist_spin.pipeline.variants import Variant, build_variant, calibration_tokens
-from dist_spin.quantize.stage import QuantizeJob, quantize_variant
+from dist_spin.quantize.stage import QuantizeJob, quantize_variants
 from dist_spin.runtime.distributed import World, any_rank, on_rank0
 from dist_spin.runtime.progress import say, warn
 from dist_spin.runtime.signals import StopRequest
@@ -219,9 +219,8 @@ class Comparison:
         if on_rank0(lambda: self.layers_finished(own_run, prepared)):
             return own_run
         config = self.in_own_directory(prepared)
-        quantize_variant(
-            QuantizeJob(config, self.world, self.files, prepared.target.variant, self.calibration, self.stop)
-        )
+        variant = prepared.target.variant
+        quantize_variants([QuantizeJob(config, self.world, self.files, variant, self.calibration, self.stop)])
         return config
 
     def layers_finished(self, config: RunConfig, prepared: PreparedTrial) -> bool:

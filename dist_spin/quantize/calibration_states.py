@@ -2,8 +2,8 @@
 
     dist-spin quantize CONFIG.yaml --hidden-states quantize.layers_per_job=10
 
-The 16-bit rotated model is run layer by layer, so a job sees the rounding errors of its own layers only. A job whose hidden
-states are missing or damaged computes them itself, so every job can be started alone.
+A 16-bit network is run layer by layer (`states_network`), so a job sees the rounding errors of its own layers only. A job
+whose hidden states are missing or damaged computes them itself, so every job can be started alone.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dist_spin.errors import Interrupted, UserError
-from dist_spin.model.layers import LayerRunner
 from dist_spin.model.rotated_weights import RotatedWeights
+from dist_spin.quantize.states_network import StatesNetwork
 from dist_spin.runtime.distributed import World, any_rank, on_rank0, raise_on_any_failure
 from dist_spin.runtime.progress import Progress, say
 from dist_spin.runtime.signals import StopRequest
@@ -26,15 +26,17 @@ class CalibrationStates:
     def __init__(
         self,
         stored: HiddenStateFiles,
-        runner: LayerRunner,
+        network: StatesNetwork,
         weights: RotatedWeights,
         tokens: Tensor,
         world: World,
         stop: StopRequest,
         note: Callable[[int], None],
     ) -> None:
-        """tokens: [n, T]. note: told of every layer whose states are complete, by rank 0."""
-        self.stored, self.runner, self.weights, self.tokens = stored, runner, weights, tokens
+        """network: computes what is stored. weights: the variant's, for what enters the first layer. tokens: [n, T]. note:
+        told of every layer whose states are complete, by rank 0.
+        """
+        self.stored, self.network, self.weights, self.tokens = stored, network, weights, tokens
         self.world, self.stop, self.note = world, stop, note
 
     def entering(self, layer: int) -> list[Tensor]:
@@ -46,14 +48,14 @@ class CalibrationStates:
         """
         mine = range(self.world.rank, len(self.tokens), self.world.size)
         if layer == 0:
-            return self._embedded(list(mine))
+            return self._embedded(self.weights, list(mine))
         hidden = self._loaded(layer, mine)
         if hidden is None:
             self.make([layer])
             hidden = self._loaded(layer, mine)
         if hidden is None:
             raise UserError(f"{self.stored.directory} does not give back what was written", "check the disk")
-        return hidden
+        return [self.network.rotated(h) for h in hidden]
 
     def make(self, layers: list[int]) -> None:
         """Store what enters each of `layers`, except where it is there; chunks are shared out over ranks.
@@ -65,17 +67,26 @@ class CalibrationStates:
         missing = on_rank0(lambda: [layer for layer in sorted(layers) if layer and not self.stored.present(layer)])
         if not missing:
             return
-        on_rank0(lambda: self.stored.check_space(missing, say))
+        on_rank0(lambda: self._prepare_disk(missing))
         start, hidden = self._nearest(missing[0])
+        runner = self.network.runner
         progress = Progress("hidden states: layer", missing[-1], start, show=self.world.is_rank0)
         for index in range(start, missing[-1]):
-            module = self.runner.build(index, self.weights.layer(index))
-            hidden = {c: [self.runner.run(module, index, h) for h in states] for c, states in hidden.items()}
+            module = runner.build(index, self.network.weights.layer(index))
+            hidden = {c: [runner.run(module, index, h) for h in states] for c, states in hidden.items()}
             if index + 1 in missing:
                 self._save(index + 1, hidden)
             progress.advance()
             if index + 1 < missing[-1] and any_rank(bool(self.stop)):
                 raise Interrupted(f"stopped by a signal before layer {index + 1}", "the same command continues")
+
+    def _prepare_disk(self, missing: list[int]) -> None:
+        outdated = [str(layer) for layer in missing if self.stored.outdated(layer)]
+        if outdated:
+            say(
+                f"hidden states at layers {', '.join(outdated)} belong to other settings or another version: made again"
+            )
+        self.stored.check_space(missing, say)
 
     def _save(self, layer: int, hidden: dict[int, list[Tensor]]) -> None:
         def write() -> None:
@@ -94,7 +105,7 @@ class CalibrationStates:
             if not any_rank(any(part is None for part in parts.values())):
                 return layer, {c: self._split(part) for c, part in parts.items() if part is not None}
         chunks = self.stored.chunks()
-        return 0, {c: self._embedded(list(chunks[c])) for c in numbers}
+        return 0, {c: self._embedded(self.network.weights, list(chunks[c])) for c in numbers}
 
     def _loaded(self, layer: int, wanted: range) -> list[Tensor] | None:
         """The wanted sequences, or None on every rank if one of them misses a chunk."""
@@ -111,6 +122,6 @@ class CalibrationStates:
     def _split(self, part: Tensor) -> list[Tensor]:
         return list(part.to(self.world.device).split(1))
 
-    def _embedded(self, sequences: list[int]) -> list[Tensor]:
-        embedding = self.weights.embedding()
+    def _embedded(self, weights: RotatedWeights, sequences: list[int]) -> list[Tensor]:
+        embedding = weights.embedding()
         return [embedding[self.tokens[i].to(embedding.device)][None] for i in sequences]

@@ -13,6 +13,7 @@ rounding errors of its own layers only, so ranges may be done at any time, on an
 import dataclasses
 import functools
 import os
+import shutil
 import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,11 +30,17 @@ from dist_spin.model.layers import LayerRunner
 from dist_spin.model.weights import ModelFiles
 from dist_spin.pipeline.embeddings import embeddings_of
 from dist_spin.pipeline.export_limits import check_export_target
-from dist_spin.pipeline.fingerprints import gptq_options, layer_identity, states_identity
+from dist_spin.pipeline.fingerprints import gptq_options, layer_identity
 from dist_spin.pipeline.model import model_dtype, open_configured_model, wide_dtype
 from dist_spin.pipeline.variants import Variant, build_variant, calibration_tokens, unquantized
 from dist_spin.quantize.calibration_states import CalibrationStates
 from dist_spin.quantize.layer_quantizer import LayerQuantizer
+from dist_spin.quantize.states_network import (
+    StatesNetwork,
+    original_network,
+    own_network_reason,
+    stored_states_identity,
+)
 from dist_spin.runtime.distributed import World, any_rank, on_rank0
 from dist_spin.runtime.progress import Progress, say, warn
 from dist_spin.runtime.signals import StopRequest
@@ -57,17 +64,26 @@ def quantize(
         Interrupted: a signal came; finished layers are kept.
         UserError: the configuration or the run directory is in the way.
     """
-    for job in prepare_jobs(config, world):
-        quantize_variant(job, layers, hidden_states_only=hidden_states_only)
+    quantize_variants(prepare_jobs(config, world), layers, hidden_states_only=hidden_states_only)
 
 
-def quantize_variant(
-    job: "QuantizeJob", layers: tuple[int, int] | None = None, *, hidden_states_only: bool = False
+def quantize_variants(
+    jobs: list["QuantizeJob"], layers: tuple[int, int] | None = None, *, hidden_states_only: bool = False
 ) -> None:
-    """What `quantize` does, for one variant."""
+    """What `quantize` does, for these variants of one run, which share stored hidden states where they can."""
+    for job in jobs:
+        _quantize_variant(job, layers, hidden_states_only=hidden_states_only)
+    if layers is None and not hidden_states_only:
+        for job in jobs:
+            on_rank0(job.remove_states)
+
+
+def _quantize_variant(job: "QuantizeJob", layers: tuple[int, int] | None, *, hidden_states_only: bool) -> None:
     selected = job.layer_ranges if layers is None else ranges_within(job.layer_ranges, layers)
     open_ranges = [layer_range for layer_range in selected if not all(job.finished(*layer_range))]
     if len(job.layer_ranges) > 1 and (hidden_states_only or layers is None):
+        if job.own_network_reason and any(start for start, _ in open_ranges) and job.world.is_rank0:
+            say(f"hidden states of {job.variant.name} are those of its own layers: {job.own_network_reason}")
         job.hidden_states.make([start for start, _ in open_ranges])
     if hidden_states_only:
         return
@@ -75,8 +91,6 @@ def quantize_variant(
         on_rank0(job.make_embeddings)
     for layer_range in open_ranges:
         quantize_range(job, *layer_range)
-    if layers is None:
-        on_rank0(job.stored.remove)
 
 
 def prepare_jobs(config: RunConfig, world: World) -> list["QuantizeJob"]:
@@ -178,16 +192,21 @@ class QuantizeJob:
 
     @cached_property
     def stored(self) -> HiddenStateFiles:
-        """The variant's stored hidden states."""
+        """The hidden states that its ranges start from; shared by all variants where they are the original network's."""
         sequences, length = self.tokens.shape
         return HiddenStateFiles(
-            self.run.hidden_states(self.variant.name),
-            identity_hash(states_identity(self.config, self.files, self.variant, self.tokens)),
+            self.run.hidden_states(self.variant.name if self.own_network_reason else LEARNED),
+            identity_hash(stored_states_identity(self.config, self.files, self.variant, self.tokens)),
             sequences,
             length,
             self.files.shape.hidden,
             model_dtype(self.config),
         )
+
+    def remove_states(self) -> None:
+        """Delete the stored hidden states, those too that an older version kept for each baseline."""
+        self.stored.remove()
+        shutil.rmtree(self.run.hidden_states(self.variant.name), ignore_errors=True)
 
     @cached_property
     def hidden_states(self) -> CalibrationStates:
@@ -196,9 +215,16 @@ class QuantizeJob:
         def note(layer: int) -> None:
             self.run.event("boundary", variant=self.variant.name, layer=layer)
 
-        return CalibrationStates(
-            self.stored, self.runner, self.variant.weights, self.tokens, self.world, self.stop, note
-        )
+        if self.own_network_reason:
+            network = StatesNetwork(self.runner, self.variant.weights)
+        else:
+            network = original_network(self.config, self.files, self.variant, self.world.device)
+        return CalibrationStates(self.stored, network, self.variant.weights, self.tokens, self.world, self.stop, note)
+
+    @property
+    def own_network_reason(self) -> str:
+        """See `states_network.own_network_reason`."""
+        return own_network_reason(self.config, self.variant)
 
     @cached_property
     def quantizer(self) -> LayerQuantizer:

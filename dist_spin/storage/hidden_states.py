@@ -67,6 +67,11 @@ class HiddenStateFiles:
             for chunk in range(len(self.chunks()))
         )
 
+    def outdated(self, layer: int) -> bool:
+        """Whether a chunk is there that was made from something else."""
+        paths = [(self.path(layer, chunk), self._metadata(layer, chunk)) for chunk in range(len(self.chunks()))]
+        return any(path.exists() and read_metadata(path) != expected for path, expected in paths)
+
     def check_space(self, layers: list[int], warn: Callable[[str], None]) -> None:
         """Compare what `layers` will take with what the disk has.
 
