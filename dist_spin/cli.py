@@ -123,7 +123,7 @@ def _parser() -> Parser:
     }  # --name VALUE sets `name`, not --names
     parser = Parser(prog="dist-spin", usage="dist-spin VERB ...", epilog=epilog, **common)
     parser.add_argument("--help-all", action=HelpAll, nargs=0, help="as --help, with every setting there is")
-    parser.add_argument("--version", action="store_true", help="say which version this is")
+    parser.add_argument("--version", action="store_true", default=SUPPRESS, help="say which version this is")
     verbs = parser.add_subparsers(dest="verb", prog="dist-spin", help=SUPPRESS, required=True)
     for name, verb in VERBS.items():
         usage = f"dist-spin {name} {verb.takes} [options]" if verb.takes else None
