@@ -19,6 +19,7 @@ RUNTIME = [
     "accelerate>=1.15,<2",
     "datasets>=5,<6",
     "safetensors>=0.8,<1",
+    "xxhash>=3.5,<5",
     "numpy>=2.2,<3",
     "submitit>=1.5,<2",
     "pyyaml>=6,<7",

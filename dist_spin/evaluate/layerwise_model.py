@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
@@ -20,6 +20,7 @@ from dist_spin.model.weights import ModelFiles
 from dist_spin.pipeline.embeddings import embeddings_of
 from dist_spin.pipeline.model import model_dtype
 from dist_spin.runtime.distributed import World
+from dist_spin.runtime.prefetch import prefetched
 from dist_spin.runtime.progress import Progress, say
 from dist_spin.storage.quantized_layers import finished_layer
 from dist_spin.storage.run_directory import RunDir
@@ -73,15 +74,19 @@ class LayerwiseModel:
             yield layer
 
     def layers_at(self, what: str, sites: Sequence[Sites]) -> Iterator[list[Callable[[Tensor], Tensor]]]:
-        """Each decoder layer in order, once for each of `sites`, with the same weights."""
+        """Each decoder layer in order, once for each of `sites`, with the same weights; the next one is read meanwhile."""
         placed = [each.to(self._world.device, self._dtype) for each in sites]
         count = self._files.shape.layers
         progress = Progress(f"{what}: layer", count, show=self._world.is_rank0)
-        for index in range(count):
+
+        def build(index: int) -> list[nn.Module]:
             quantised = quantized_weights(self._run, self._target, index, self._dtype, self._world)
             weights = quantised or self._weights.layer(index)
-            modules = [self._runner.build(index, weights, each) for each in placed]
+            return [self._runner.build(index, weights, each) for each in placed]
+
+        for index, modules in enumerate(prefetched(build, range(count), self._world.device)):
             yield [functools.partial(self._runner.run, module, index) for module in modules]
+            del modules  # the caller is done with them: their memory is free for the next but one
             progress.advance()
 
     def head(self) -> Head:
@@ -96,7 +101,7 @@ def quantized_weights(
     if target.weights == "none":
         return None
     path = target_layer(run, target, index)
-    layer = finished_layer(path, target.fingerprint, say)
+    layer = finished_layer(path, target.fingerprint, say, world.device)
     if layer is None:
         raise UserError(f"layer {index} of '{target.variant.name}' is not quantised", "run `dist-spin quantize` first")
     return layer.weights(dtype, world.device)

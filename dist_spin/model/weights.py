@@ -5,6 +5,7 @@ such a directory once. `DummyWeights` answers with seeded random numbers instead
 """
 
 import hashlib
+import math
 import os
 import tempfile
 from dataclasses import dataclass
@@ -24,10 +25,10 @@ from dist_spin.model.checkpoint_headers import (
     first_line,
     gguf_in_package,
     local_directory,
-    open_safetensors,
     read_headers,
 )
 from dist_spin.model.families import check_supported
+from dist_spin.model.tensor_bytes import TensorRange, opened, read_header, read_into
 from dist_spin.numerics.finite import all_finite, first_not_finite
 
 BASE_PREFIX = "model."
@@ -101,6 +102,7 @@ class SafetensorsWeights:
             name if prefix or name.startswith(f"{HEAD}.") else f"{BASE_PREFIX}{name}": name for name in headers
         }
         self.tensors = {name: headers[stored] for name, stored in self._stored_name.items()}
+        self._ranges: dict[str, dict[str, TensorRange]] = {}  # by file, once it was read from
 
     def _source_of(self, name: str) -> str:
         # A tied checkpoint stores the embedding once; our models are untied, so lm_head reads the same rows.
@@ -113,13 +115,26 @@ class SafetensorsWeights:
         source = self._source_of(name)
         if source not in self.tensors:
             raise UserError(f"{self.directory} has no tensor {source}", "check that config.json belongs to the weights")
-        with open_safetensors(self.directory / self.tensors[source].file) as file:
-            rows = file.get_slice(self._stored_name[source])[start:stop].to(device)
+        path = self.directory / self.tensors[source].file
+        try:
+            rows = self._read(path, self._stored_name[source], slice(start, stop), device)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path} cannot be read ({first_line(error)})", DOWNLOAD_AGAIN) from error
         if rows.is_floating_point() and not all_finite(rows):
             (first, *rest), value = first_not_finite(rows)
-            where = f"{self.directory / self.tensors[source].file}: {source}"
-            raise DamagedWeights(f"{where} holds {value} at {[first + start, *rest]}", DOWNLOAD_AGAIN)
+            raise DamagedWeights(f"{path}: {source} holds {value} at {[first + start, *rest]}", DOWNLOAD_AGAIN)
         return rows
+
+    def _read(self, path: Path, stored_name: str, rows: slice, device: torch.device | str) -> Tensor:
+        with opened(path) as descriptor:
+            if path.name not in self._ranges:
+                self._ranges[path.name] = read_header(descriptor)[1]
+            dtype, shape, offset = self._ranges[path.name][stored_name]
+            start, stop, _ = rows.indices(shape[0])
+            out = torch.empty(max(0, stop - start), *shape[1:], dtype=dtype, device=device)
+            row_bytes = math.prod(shape[1:]) * dtype.itemsize
+            read_into(descriptor, [(offset + start * row_bytes, out)])
+        return out
 
     def fingerprint(self) -> str:
         return files_fingerprint(self.directory, {tensor.file for tensor in self.tensors.values()})

@@ -3,6 +3,7 @@
 The embedding and lm_head, where they are quantised, share a file beside them.
 """
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,13 +72,13 @@ def save_layer(path: Path, layer: QuantizedLayer, fingerprint: str) -> None:
     save_tensors(path, tensors, {"fingerprint": fingerprint, "name": path.name, "layer": json.dumps(header)})
 
 
-def load_layer(path: Path) -> tuple[QuantizedLayer, str]:
-    """A layer and the fingerprint it was made under.
+def load_layer(path: Path, device: torch.device | str = "cpu") -> tuple[QuantizedLayer, str]:
+    """A layer on `device`, where its codes are unpacked, and the fingerprint it was made under.
 
     Raises:
         CorruptFile: see `tensor_file.load_tensors`; or it is no layer file.
     """
-    tensors, metadata = load_tensors(path)
+    tensors, metadata = load_tensors(path, device)
     if "layer" not in metadata or metadata["name"] != path.name:
         raise CorruptFile(f"{path}: is the file {metadata.get('name')} of something else")
     header = json.loads(metadata["layer"])
@@ -97,9 +98,12 @@ def load_layer(path: Path) -> tuple[QuantizedLayer, str]:
     ), (metadata["fingerprint"])
 
 
-def finished_layer(path: Path, fingerprint: str, warn: Callable[[str], None]) -> QuantizedLayer | None:
-    """The layer at `path` if it is whole and was made under `fingerprint`; anything else is set aside, saying so."""
-    return load_if_current(path, load_layer, lambda made_from: made_from == fingerprint, "doing the layer again", warn)
+def finished_layer(
+    path: Path, fingerprint: str, warn: Callable[[str], None], device: torch.device | str = "cpu"
+) -> QuantizedLayer | None:
+    """The layer at `path`, on `device`, if whole and made under `fingerprint`; anything else is set aside, saying so."""
+    load = functools.partial(load_layer, device=device)
+    return load_if_current(path, load, lambda made_from: made_from == fingerprint, "doing the layer again", warn)
 
 
 def embeddings_path(directory: Path) -> Path:
