@@ -23,6 +23,20 @@ print(outer.name, inner.name, flush=True)
 time.sleep(30)
 """
 
+JUST_FORKED = """
+import os, signal
+from dist_spin.runtime import signals
+signals.watch()
+print("ready", flush=True)
+for _ in range(500):
+    child = os.fork()
+    if not child:
+        signal.pause()
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+print("all ended", flush=True)
+"""
+
 
 def python(code: str, **options: object) -> "subprocess.Popen[str]":
     """A Python that has printed its first line."""
@@ -66,6 +80,12 @@ def test_every_request_of_a_process_learns_of_a_signal_and_a_second_ctrl_c_ends_
     assert process.returncode == 130
     assert said.count("\n") == 1
     assert "dist-spin: ended at once by a second ctrl-C" in said
+
+
+def test_a_signal_to_a_child_that_was_just_forked_ends_the_child_and_not_its_parent():
+    process = python(JUST_FORKED)
+    said, errors = process.communicate(timeout=60)
+    assert (said, errors, process.returncode) == ("all ended\n", "", 0)
 
 
 def test_a_process_under_nohup_is_not_ended_by_its_terminal():

@@ -7,6 +7,7 @@ so nothing that was saved is lost.
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import signal
@@ -24,6 +25,7 @@ Handler = Callable[[int, FrameType | None], None]
 
 _requests: "list[weakref.ref[StopRequest]]" = []
 _watching = False  # handlers and the wakeup descriptor belong to the process, so there is one watcher
+_held = threading.local()  # the signal mask of a thread that is about to fork
 
 
 class StopRequest:
@@ -54,7 +56,21 @@ def watch() -> None:
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         threading.Thread(target=_watch, args=(read,), name="signals", daemon=True).start()
-        os.register_at_fork(after_in_child=_unwatch)
+        _register_at_fork()
+
+
+@functools.cache  # once for a process and those that it forks
+def _register_at_fork() -> None:
+    os.register_at_fork(before=_hold_signals, after_in_parent=_release_signals, after_in_child=_unwatch)
+
+
+def _hold_signals() -> None:
+    """A signal to a forked process before `_unwatch` would be written to the parent's watcher, and lost to the child."""
+    _held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+
+
+def _release_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _held.mask)
 
 
 def _unwatch() -> None:
@@ -65,6 +81,7 @@ def _unwatch() -> None:
     for number in STOPPING:
         if signal.getsignal(number) is _handler:
             signal.signal(number, signal.SIG_DFL)
+    _release_signals()
 
 
 def set_handler(number: signal.Signals, handler: Handler) -> object:
