@@ -19,6 +19,7 @@ from typing import Any
 
 from dist_spin import command
 from dist_spin.config.command_parser import HelpAll, Parser, every_verb
+from dist_spin.config.export import FORMATS
 from dist_spin.config.help import settings_help
 from dist_spin.config.run import RunConfig
 from dist_spin.config.suggestions import closest, did_you_mean
@@ -177,7 +178,7 @@ def _quantize_options(parser: Parser) -> None:
 
 
 def _export_options(parser: Parser) -> None:
-    parser.add_argument("--format", metavar="|".join(command.FORMATS), help="default: export.target")
+    parser.add_argument("--format", metavar="|".join(FORMATS), help="default: export.target")
     parser.add_argument("--output", metavar="DIR", type=Path, help="default: export/FORMAT in the run's directory")
 
 
@@ -260,7 +261,7 @@ VERBS = {
         example="quickstart.yaml evaluate.sources=text:my.txt#all",
     ),
     "export": Verb(
-        f"write the model for another program: {', '.join(command.FORMATS)}",
+        f"write the model for another program: {', '.join(FORMATS)}",
         "dist_spin.export.stage:export",
         command.call_export,
         _export_options,

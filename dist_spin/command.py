@@ -7,7 +7,6 @@ import argparse
 import importlib
 import os
 import socket
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,15 @@ from typing import Any
 
 from dist_spin.config.checks import one_line
 from dist_spin.config.command_parser import EVERYWHERE
-from dist_spin.config.export import ExportConfig
+from dist_spin.config.export import FORMATS
 from dist_spin.config.loader import load_config, setting_names
 from dist_spin.config.run import RunConfig
 from dist_spin.config.suggestions import closest, did_you_mean
-from dist_spin.errors import EXIT_OK, RankLost, UserError
+from dist_spin.errors import EXIT_OK, UserError
 from dist_spin.model.checkpoint_headers import check_model_path
 from dist_spin.runtime.console import Console, quieten_libraries
 
 YAML = (".yaml", ".yml")
-FORMATS = typing.get_args(ExportConfig.__annotations__["target"])[1:]  # all but "none"
 
 
 @dataclass(frozen=True)
@@ -79,30 +77,13 @@ def call_stage(command: Command, config: RunConfig | None = None, part: str = ""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and command.verb != "report":
         check_model_path(config.model.path, dummy=config.model.dummy_weights)
     command.quieten()
-    from dist_spin.pipeline.dtype import resolve_dtype
-    from dist_spin.pipeline.stage_context import writing
-    from dist_spin.runtime.distributed import lost_rank, start, stop
+    from dist_spin.pipeline.stage_context import joined
 
     stage = load(command.function)
     alone = command.verb == "compare" and config.compare.parallel == "rows"
     part = f"{socket.gethostname()}-{os.getpid()}" if alone else part
-    timeout, lost = config.distributed.timeout_s, None
-    try:
-        world = start(config.distributed.device, timeout, config.distributed.threads, alone=alone)
-        command.console.rank = world.rank
-        config = resolve_dtype(config, world)
-        with writing(config, world, command.verb, part):
-            stage(config, world, **options)
-    except Exception as error:
-        lost = lost_rank(error)
-        if lost is None:
-            raise
-        who = f"rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')} on {socket.gethostname()}"
-        where = f"no answer from another rank within {timeout} s {command.console.position()} ({lost})"
-        raise RankLost(f"{who}: {where}", "start again to resume") from error
-    finally:
-        if lost is None:
-            stop()
+    with joined(config, command.console, command.verb, part, alone=alone) as (config, world):
+        stage(config, world, **options)
     return EXIT_OK
 
 

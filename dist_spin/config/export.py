@@ -1,5 +1,6 @@
 """Settings of exports."""
 
+import typing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,3 +23,6 @@ class ExportConfig:
     def __post_init__(self) -> None:
         check_positive("export.shard_gb", self.shard_gb, "use a number above 0")
         check_path("export.gguf_converter", self.gguf_converter)
+
+
+FORMATS: tuple[str, ...] = typing.get_args(ExportConfig.__annotations__["target"])[1:]  # all but "none"

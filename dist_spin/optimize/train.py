@@ -82,6 +82,8 @@ def train(config: RunConfig, world: World, stop: StopRequest | None = None) -> N
         if isinstance(reason, Interrupted) and world.is_rank0:
             train_state.run.event("interrupted", stage="optimize", step=train_state.step, signal=stop.name)
         raise
+    finally:
+        scalars.close()
     raise_on_any_failure(writer.close)
     finish(train_state)
 

@@ -1,4 +1,4 @@
-"""What surrounds every stage that writes into a run: its lock, and the events "job" and "stage_end".
+"""What surrounds every stage that writes into a run: its process group, its lock, and the events "job" and "stage_end".
 
 The events tell on which hosts and devices the stage ran, with which versions, how long, and the most memory that it took.
 """
@@ -6,6 +6,7 @@ The events tell on which hosts and devices the stage ran, with which versions, h
 import contextlib
 import os
 import resource
+import socket
 import time
 from collections.abc import Iterator
 
@@ -13,12 +14,52 @@ import torch
 import torch.distributed as dist
 
 from dist_spin.config.run import RunConfig
-from dist_spin.errors import Interrupted, UserError
-from dist_spin.runtime.distributed import World, on_rank0
+from dist_spin.errors import Interrupted, RankLost, UserError
+from dist_spin.pipeline.dtype import resolve_dtype
+from dist_spin.runtime.console import Console
+from dist_spin.runtime.distributed import World, lost_rank, on_rank0, start, stop
 from dist_spin.runtime.environment import environment
 from dist_spin.storage.atomic import remove_leftovers
 from dist_spin.storage.locks import stage_lock
 from dist_spin.storage.run_directory import run_dir
+
+
+@contextlib.contextmanager
+def joined(
+    config: RunConfig, console: Console, stage: str, part: str = "", *, alone: bool = False
+) -> Iterator[tuple[RunConfig, World]]:
+    """Around a stage: this process among its ranks, as the one writer of the stage (or a `part` of it) of the run.
+
+    A process group that the program has already is used and left as it is; otherwise one is made, and left at the end.
+
+    Args:
+        alone: a group of one, however many processes were started. The rest as `writing`.
+
+    Yields:
+        The configuration with its number format resolved, and this process's place.
+
+    Raises:
+        RankLost: another rank did not answer in time; the process group is of no more use.
+        Held: as `writing`.
+        UserError: the device is not there.
+    """
+    timeout, lost, own_group = config.distributed.timeout_s, None, not dist.is_initialized()
+    try:
+        world = start(config.distributed.device, timeout, config.distributed.threads, alone=alone)
+        console.rank = world.rank
+        config = resolve_dtype(config, world)
+        with writing(config, world, stage, part):
+            yield config, world
+    except Exception as error:
+        lost = lost_rank(error)
+        if lost is None:
+            raise
+        who = f"rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')} on {socket.gethostname()}"
+        where = f"no answer from another rank within {timeout} s {console.position()} ({lost})"
+        raise RankLost(f"{who}: {where}", "start again to resume") from error
+    finally:
+        if lost is None and own_group:
+            stop()
 
 
 @contextlib.contextmanager

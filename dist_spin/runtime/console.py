@@ -20,9 +20,11 @@ class Console(logging.Handler):
     rank and level before every message, and a line of progress every few seconds. Ranks other than 0 show warnings only.
     """
 
-    def __init__(self, stream: TextIO, rank: int = 0, *, quiet: bool = False, verbose: bool = False) -> None:
+    def __init__(
+        self, stream: TextIO, rank: int = 0, *, quiet: bool = False, verbose: bool = False, bare: bool = False
+    ) -> None:
         """rank: may be set later, when it is known. quiet: warnings alone, and no progress. verbose: every rank's lines, with
-        time, rank and level on a terminal too, and debugging notes.
+        time, rank and level on a terminal too, and debugging notes. bare: messages alone in a file too, as notebooks show them.
         """
         super().__init__()
         self.rank, self.verbose = rank, verbose
@@ -31,7 +33,7 @@ class Console(logging.Handler):
         self._level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
         self._line = ""  # of progress, where one stands on the terminal
         self._drawn = 0.0  # when a line of progress was last written to a file
-        short = self._terminal and not verbose
+        short = (self._terminal or bare) and not verbose
         self.setFormatter(
             logging.Formatter("%(message)s")
             if short
@@ -105,11 +107,32 @@ def shown_on(console: Console) -> Iterator[None]:
         console.leave_line()
 
 
+TALKATIVE = ("torchao", "torch.utils._pytree")  # loggers that tell of libraries for other devices
+
+
 def quieten_libraries() -> None:
     """Leave the terminal to our own progress: transformers draws bars, torchao tells of libraries for other devices."""
-    for name in ("torchao", "torch.utils._pytree"):
+    for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def libraries_quiet() -> Iterator[None]:
+    """As `quieten_libraries`, for the time of a block."""
+    from transformers.utils import logging as transformers_logging
+
+    levels = {name: logging.getLogger(name).level for name in TALKATIVE}
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    quieten_libraries()
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

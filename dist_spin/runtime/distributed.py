@@ -4,6 +4,7 @@ The same calls serve a plain `python` process (a group of one), torchrun on one 
 """
 
 import datetime
+import itertools
 import os
 import socket
 from collections.abc import Callable
@@ -87,10 +88,8 @@ def start(device: str = "auto", timeout_s: int = 600, threads: int = 0, *, alone
         else:
             env.setdefault("RANK", str(rank))
             env.setdefault("WORLD_SIZE", str(size))
-            if store := inherited_store(rank, size, timeout):
-                dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-            else:
-                dist.init_process_group(backend, timeout=timeout)
+            store = inherited_store(rank, size, timeout) or environment_store(timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     if size > 1 and "LOCAL_WORLD_SIZE" not in env:  # Slurm's own start does not set it
         hosts: list[str] = [""] * size
         dist.all_gather_object(hosts, socket.gethostname())
@@ -111,6 +110,22 @@ def inherited_store(rank: int, size: int, timeout: datetime.timedelta) -> dist.T
     return dist.TCPStore(
         "127.0.0.1", port, size, rank == 0, timeout, wait_for_workers=False, master_listen_fd=listening
     )
+
+
+_met: list[dist.Store] = []  # the store over which the ranks of the environment have met, once they have
+_groups = itertools.count()
+
+
+def environment_store(timeout: datetime.timedelta) -> dist.Store:
+    """The store that torchrun's variables name, for one process group of this process.
+
+    A process that starts one stage after another (`dist_spin.Run`) makes a group for each. They share the connection, because
+    its port may not be free again yet, and each has its own keys in it, because those of the last group are still there.
+    """
+    if not _met:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        _met.append(store)
+    return dist.PrefixStore(f"dist_spin/{next(_groups)}", _met[0])
 
 
 def stop() -> None:

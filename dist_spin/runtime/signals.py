@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from dist_spin.errors import EXIT_ABORTED, EXIT_INTERRUPTED
+from dist_spin.errors import EXIT_ABORTED, EXIT_INTERRUPTED, Interrupted
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 Handler = Callable[[int, FrameType | None], None]
 
+_embedded = False  # whether another program's process runs a stage and keeps its own signals
 _requests: "list[weakref.ref[StopRequest]]" = []
 _watching = False  # handlers and the wakeup descriptor belong to the process, so there is one watcher
 _held = threading.local()  # the signal mask of a thread that is about to fork
@@ -34,7 +35,8 @@ class StopRequest:
     def __init__(self) -> None:
         """In the main thread, as Python asks of whoever sets signal handlers."""
         self.name = ""  # of the signal, such as SIGTERM
-        watch()
+        if not _embedded:
+            watch()
         _requests.append(weakref.ref(self))
 
     def __bool__(self) -> bool:
@@ -101,6 +103,43 @@ def forwarded_to(handler: Handler) -> Iterator[None]:
     finally:
         for number, before in previous.items():
             signal.signal(number, before)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def embedded() -> Iterator[None]:
+    """While the block runs, stages work in another program's process, such as a notebook, which signals must not end.
+
+    The first stopping signal lets the stage save and raise `Interrupted`. Where nothing is to be saved, and at a second ctrl-C,
+    KeyboardInterrupt is raised (`Interrupted` for the other signals). Signals that the program handles itself are left to it, in
+    threads other than the main one all of them are; afterwards every handler is the one from before.
+    """
+    global _embedded  # noqa: PLW0603
+    outer, requests = _embedded, list(_requests)
+    taken = {}
+    if threading.current_thread() is threading.main_thread() and not outer:
+        free = (signal.SIG_DFL, signal.default_int_handler)
+        taken = {number: signal.getsignal(number) for number in STOPPING if signal.getsignal(number) in free}
+    _embedded = True
+    _requests.clear()  # of earlier stages: an exception that somebody keeps holds theirs
+    try:
+        for number in taken:
+            signal.signal(number, _note_or_raise)
+        yield
+    finally:
+        for number, before in taken.items():
+            signal.signal(number, before)
+        _requests[:] = requests
+        _embedded = outer
+
+
+def _note_or_raise(number: int, frame: FrameType | None) -> None:
+    name, waiting = signal.Signals(number).name, [request for request in _living() if not request]
+    for request in waiting:
+        request.name = name
+    if not waiting and number == signal.SIGINT:
+        raise KeyboardInterrupt
+    if not waiting and not _living():
+        raise Interrupted(f"stopped by {name} where nothing was to be saved", "the same call starts again")
 
 
 class Terminal(io.FileIO):

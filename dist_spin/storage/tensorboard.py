@@ -34,6 +34,11 @@ class Scalars:
         except OSError as error:
             raise user_error(error, self._directory) from error
 
+    def close(self) -> None:
+        """End the writer's thread."""
+        if self._writer is not None:
+            self._writer.close()
+
     def _open(self) -> None:
         """At the first step, so that a start with nothing left to do writes no file."""
         try:
