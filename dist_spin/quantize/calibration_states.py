@@ -6,15 +6,19 @@ A 16-bit network is run layer by layer (`states_network`), so a job sees the rou
 whose hidden states are missing or damaged computes them itself, so every job can be started alone.
 """
 
+import contextlib
+import functools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_spin.errors import Interrupted, UserError
 from dist_spin.model.rotated_weights import RotatedWeights
+from dist_spin.quantize.background_writer import BackgroundWriter
 from dist_spin.quantize.states_network import StatesNetwork
 from dist_spin.runtime.distributed import World, any_rank, on_rank0, raise_on_any_failure
+from dist_spin.runtime.prefetch import prefetched
 from dist_spin.runtime.progress import Progress, say
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.hidden_states import HiddenStateFiles
@@ -69,16 +73,27 @@ class CalibrationStates:
             return
         on_rank0(lambda: self._prepare_disk(missing))
         start, hidden = self._nearest(missing[0])
-        runner = self.network.runner
-        progress = Progress("hidden states: layer", missing[-1], start, show=self.world.is_rank0)
-        for index in range(start, missing[-1]):
-            module = runner.build(index, self.network.weights.layer(index))
-            hidden = {c: [runner.run(module, index, h) for h in states] for c, states in hidden.items()}
-            if index + 1 in missing:
-                self._save(index + 1, hidden)
-            progress.advance()
-            if index + 1 < missing[-1] and any_rank(bool(self.stop)):
-                raise Interrupted(f"stopped by a signal before layer {index + 1}", "the same command continues")
+        network, end = self.network, missing[-1]
+        progress = Progress("hidden states: layer", end, start, show=self.world.is_rank0)
+
+        def build(index: int) -> nn.Module:
+            return network.runner.build(index, network.weights.layer(index))
+
+        modules = prefetched(build, range(start, end), self.world.device)
+        with BackgroundWriter(self.world.device) as writer, contextlib.closing(modules):
+            written = 0
+            for index, module in enumerate(modules, start):
+                hidden = {c: [network.runner.run(module, index, h) for h in states] for c, states in hidden.items()}
+                del module  # its memory is free for the next but one
+                if index + 1 in missing:
+                    self._finish(writer, written)
+                    written = index + 1
+                    writer.start(functools.partial(self._save, written, hidden))
+                progress.advance()
+                if index + 1 < end and any_rank(bool(self.stop)):
+                    self._finish(writer, written)
+                    raise Interrupted(f"stopped by a signal before layer {index + 1}", "the same command continues")
+            self._finish(writer, written)
 
     def _prepare_disk(self, missing: list[int]) -> None:
         outdated = [str(layer) for layer in missing if self.stored.outdated(layer)]
@@ -89,12 +104,13 @@ class CalibrationStates:
         self.stored.check_space(missing, say)
 
     def _save(self, layer: int, hidden: dict[int, list[Tensor]]) -> None:
-        def write() -> None:
-            for chunk, states in hidden.items():
-                self.stored.save(layer, chunk, torch.cat(states))
+        for chunk, states in hidden.items():
+            self.stored.save(layer, chunk, torch.cat(states))
 
-        raise_on_any_failure(write)
-        if self.world.is_rank0:
+    def _finish(self, writer: BackgroundWriter, layer: int) -> None:
+        """Wait until every rank has written what enters `layer`; 0 if nothing was begun."""
+        raise_on_any_failure(writer.finish)
+        if layer and self.world.is_rank0:
             self.note(layer)
 
     def _nearest(self, below: int) -> tuple[int, dict[int, list[Tensor]]]:

@@ -10,19 +10,19 @@ Layers are cut into ranges of `quantize.layers_per_job`. A range starts from the
 rounding errors of its own layers only, so ranges may be done at any time, on any machine, in any order, with the same files.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
 import shutil
 import socket
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import Interrupted, UserError
@@ -33,6 +33,7 @@ from dist_spin.pipeline.export_limits import check_export_target
 from dist_spin.pipeline.fingerprints import gptq_options, layer_identity
 from dist_spin.pipeline.model import model_dtype, open_configured_model, wide_dtype
 from dist_spin.pipeline.variants import Variant, build_variant, calibration_tokens, unquantized
+from dist_spin.quantize.background_writer import BackgroundWriter
 from dist_spin.quantize.calibration_states import CalibrationStates
 from dist_spin.quantize.layer_quantizer import LayerQuantizer
 from dist_spin.quantize.states_network import (
@@ -42,6 +43,7 @@ from dist_spin.quantize.states_network import (
     stored_states_identity,
 )
 from dist_spin.runtime.distributed import World, any_rank, on_rank0
+from dist_spin.runtime.prefetch import prefetched
 from dist_spin.runtime.progress import Progress, say, warn
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.hidden_states import HiddenStateFiles
@@ -251,42 +253,42 @@ def quantize_range(job: QuantizeJob, start: int, stop: int) -> None:
         f"{job.config.quantize.method} ({name}): layer", stop - start, sum(finished), show=world.is_rank0
     )
     hidden = job.hidden_states.entering(start)
-    # A layer goes to disk while the next one is worked on.
-    with ThreadPoolExecutor(1, "layer-writer") as writer:
-        written: Future[None] | None = None
-        # A layer after the last missing one need not be run again.
-        for index in range(start, max(start + i for i, done in enumerate(finished) if not done) + 1):
-            if finished[index - start]:
-                layer = job.load(index)
-                assert layer is not None
-                module = job.runner.build(index, layer.weights(dtype, world.device))
-                hidden = [job.runner.run(module, index, h) for h in hidden]
+    # A layer after the last missing one need not be run again.
+    indices = range(start, max(start + i for i, done in enumerate(finished) if not done) + 1)
+
+    def prepare(index: int) -> dict[str, Tensor] | nn.Module:
+        if not finished[index - start]:
+            return job.variant.weights_to_quantize(index)
+        layer = job.load(index)
+        assert layer is not None
+        return job.runner.build(index, layer.weights(dtype, world.device))
+
+    # The next layer is read and merged, and the one before goes to disk, while one is worked on.
+    layers = prefetched(prepare, indices, world.device)
+    with BackgroundWriter(world.device) as writer, contextlib.closing(layers):
+        for index, prepared in zip(indices, layers, strict=True):
+            if isinstance(prepared, nn.Module):
+                hidden = [job.runner.run(prepared, index, h) for h in hidden]
                 continue
             began = time.monotonic()
             if world.is_rank0:
                 job.run.event("layer_start", variant=name, layer=index, pid=os.getpid(), host=socket.gethostname())
-            layer = job.quantizer.quantize(index, job.variant.weights_to_quantize(index), hidden)
+            layer = job.quantizer.quantize(index, prepared, hidden)
             figures = worst(layer)
-            on_rank0(functools.partial(_finish, written))
+            on_rank0(writer.finish)
             if world.is_rank0:
-                written = writer.submit(_write, job, index, layer, round(time.monotonic() - began, 3))
+                writer.start(functools.partial(_write, job, index, layer, round(time.monotonic() - began, 3)))
             progress.advance(f"worst output error {figures['error']:.4f}")
             if index + 1 < job.files.shape.layers and any_rank(bool(job.stop)):
-                on_rank0(functools.partial(_finish, written))
+                on_rank0(writer.finish)
                 raise Interrupted(f"stopped by a signal after layer {index} ({name})", "the same command continues")
-        on_rank0(functools.partial(_finish, written))
+        on_rank0(writer.finish)
 
 
 def _write(job: QuantizeJob, index: int, layer: QuantizedLayer, seconds: float) -> None:
     save_layer(job.path(index), layer, job.fingerprint)
     event = {"variant": job.variant.name, "layer": index, "pid": os.getpid(), "seconds": seconds}
     job.run.event("layer", **event, **worst(layer))
-
-
-def _finish(written: Future[None] | None) -> None:
-    """Wait until a layer is on disk; raises the error of the writer."""
-    if written is not None:
-        written.result()
 
 
 def worst(layer: QuantizedLayer) -> dict[str, float]:

@@ -5,7 +5,7 @@ A layer's weights are read, checked and copied to the GPU, on a stream of their 
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ Product = TypeVar("Product")
 
 def prefetched(
     make: Callable[[Item], Product], items: Iterable[Item], device: torch.device, ahead: int = 1
-) -> Iterator[Product]:
+) -> Generator[Product, None, None]:
     """`make(item)` for each of `items`, in order; one thread makes up to `ahead` of them while another is used.
 
     On CUDA `make` runs on a stream of its own, without gradients. The stream that is current where the product is taken waits
