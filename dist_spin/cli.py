@@ -212,6 +212,15 @@ def _status_options(parser: Parser) -> None:
     parser.add_argument("--watch", dest="watching", action="store_true", help="repeat until the run is complete")
 
 
+def _init_options(parser: Parser) -> None:
+    parser.add_argument("file", metavar="FILE.yaml", nargs="?", type=Path, help="default: the run's name and .yaml")
+    parser.add_argument("--model", metavar="MODEL", help="a hub id, directory, .gguf file or package:NAME")
+    parser.add_argument("--gpus", metavar="N", type=_count, help="GPUs of this machine to use; 0 computes on the CPU")
+    parser.add_argument("--target", metavar="|".join(("none", *FORMATS)), help="what the model is to be exported to")
+    parser.add_argument("--example", metavar="NAME", help="copy an example, such as quickstart or llama-3.1-70b")
+    parser.add_argument("--force", action="store_true", help="replace a file that is there")
+
+
 def _bench_options(parser: Parser) -> None:
     # By its name, as the functions of verbs: no import arrow from the command line to what it starts.
     bench_options: Any = importlib.import_module("dist_spin.bench.options")
@@ -227,6 +236,13 @@ def _bench_options(parser: Parser) -> None:
 CONFIG = "CONFIG.yaml [key.sub=value ...]"
 MODEL = ("model", "rotation", "quant")
 VERBS = {
+    "init": Verb(
+        "write a first CONFIG.yaml, with a comment at every setting; asks for what is not given",
+        "dist_spin.config.starter:init",
+        command.call_init,
+        _init_options,
+        example="--model meta-llama/Llama-3.1-8B --gpus 8 --target compressed-tensors",
+    ),
     "run": Verb(
         "learn rotations, quantise, measure: every stage, on this machine",
         "dist_spin.launch.local_pipeline:run_stages",

@@ -18,11 +18,10 @@ from dist_spin.config.export import FORMATS
 from dist_spin.config.loader import load_config, setting_names
 from dist_spin.config.run import RunConfig
 from dist_spin.config.suggestions import closest, did_you_mean
+from dist_spin.config.yaml_text import YAML_ENDINGS
 from dist_spin.errors import EXIT_OK, UserError
 from dist_spin.model.checkpoint_headers import check_model_path
 from dist_spin.runtime.console import Console, quieten_libraries
-
-YAML = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -182,6 +181,16 @@ def call_on_run(command: Command) -> int:
     return EXIT_OK
 
 
+def call_init(command: Command) -> int:
+    """function(file, **options), whose text is printed."""
+    options = vars(command.options)
+    file = options["file"] or (Path(command.words.pop(0)) if command.words else None)
+    command.no_more()
+    given = {name: options[name] for name in ("model", "gpus", "target", "example", "force")}
+    print(load(command.function)(file, **given))
+    return EXIT_OK
+
+
 def call_bench(command: Command) -> int:
     """run(options) of one file of dist_spin.bench."""
     bench = command.options.bench
@@ -217,7 +226,7 @@ def check_run_or_config(command: Command) -> None:
         remedy = f"write `dist-spin {command.verb} runs/NAME`, or the CONFIG.yaml that the run was started with"
         raise UserError(f"{command.verb} is given no RUN", remedy, shared=True)
     path = command.words[0]
-    if "=" not in path and not path.startswith("--") and not Path(path).is_file() and not path.endswith(YAML):
+    if "=" not in path and not path.startswith("--") and not Path(path).is_file() and not path.endswith(YAML_ENDINGS):
         check_run_directory(Path(path))
 
 
@@ -228,6 +237,6 @@ def check_config_path(path: str, verb: str) -> None:
         raise UserError(f"{printed} is a run", f"write {verb} {one_line(str(here / 'config.yaml'))}", shared=True)
     if (here / "config.json").exists() or path.endswith(".gguf") or path.startswith("package:"):
         raise UserError(f"{printed} is a model, not a CONFIG.yaml", f"write model.path={printed}", shared=True)
-    if not path.endswith(YAML) and not os.path.lexists(here):
+    if not path.endswith(YAML_ENDINGS) and not os.path.lexists(here):
         remedy = f"give a CONFIG.yaml (`dist-spin init` writes one), or a model as model.path={printed}"
         raise UserError(f"cannot read {printed}: No such file or directory", remedy, shared=True)

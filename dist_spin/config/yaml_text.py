@@ -4,6 +4,7 @@ The loader of a run's settings types the strings itself. Files may come from any
 none of them takes longer to refuse than a second or so.
 """
 
+import json
 import stat
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +16,8 @@ from dist_spin.errors import UserError
 
 MAX_BYTES = 2**17  # a file of all settings has 2**13
 MAX_DEPTH = 16  # settings need 3: group, setting, list
-EXAMPLES = "give the path of a YAML file; configs/ has some"
+YAML_ENDINGS = (".yaml", ".yml")
+EXAMPLES = "give the path of a YAML file; `dist-spin init` writes one"
 
 
 def read_yaml(path: str) -> dict[Any, Any]:
@@ -43,8 +45,17 @@ def read_yaml(path: str) -> dict[Any, Any]:
             f"{where}: {' '.join(str(problem).split())}", "write `key: value`, indented by spaces"
         ) from error
     if not isinstance(content or {}, dict):
-        raise UserError(f"{printed} holds no settings", "write `key: value` lines; configs/ has examples")
+        raise UserError(f"{printed} holds no settings", "write `key: value` lines; `dist-spin init` writes an example")
     return content or {}
+
+
+def quoted(text: str) -> str:
+    """`text` as a value in YAML: as it is where that reads back as itself, else in quotes."""
+    try:
+        plain = parse_yaml(f"key: {text}") == {"key": text}
+    except yaml.YAMLError:
+        plain = False
+    return text if plain else json.dumps(text, ensure_ascii=False)
 
 
 def parse_yaml(text: str) -> Any:
