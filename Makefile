@@ -55,9 +55,10 @@ quickstart: $(RUNTIME) $(MODEL)  ## install, then learn, quantize and measure a 
 	$(BIN)/dist-spin run configs/quickstart.yaml $(ARGS)
 
 .PHONY: lint
-lint: $(DEV)  ## ruff: format and rules
+lint: $(DEV)  ## ruff: format and rules; hadolint: the Dockerfile
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/hadolint containers/Dockerfile
 
 .PHONY: types
 types: $(DEV)  ## mypy
@@ -88,6 +89,17 @@ system-deps:  ## the Slurm programs and the browser the tests start (root on Deb
 test: system-deps $(DEV) $(MODEL) lint types imports  ## everything CI checks
 	CI=true OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HOME="$(CURDIR)/.cache/huggingface" \
 		$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+# NO_MKDOCS_2_WARNING: the theme advertises its successor in every build.
+.PHONY: docs
+docs: $(DEV)  ## the site of docs/, into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+.PHONY: wheel
+wheel: $(CREATED)  ## what others install, into dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
 
 .PHONY: clean
 clean:  ## remove caches and build leftovers (keeps .venv and runs)

@@ -217,7 +217,7 @@ def _init_options(parser: Parser) -> None:
     parser.add_argument("--model", metavar="MODEL", help="a hub id, directory, .gguf file or package:NAME")
     parser.add_argument("--gpus", metavar="N", type=_count, help="GPUs of this machine to use; 0 computes on the CPU")
     parser.add_argument("--target", metavar="|".join(("none", *FORMATS)), help="what the model is to be exported to")
-    parser.add_argument("--example", metavar="NAME", help="copy an example, such as quickstart or llama-3.1-70b")
+    parser.add_argument("--example", metavar="NAME", help="copy an example, such as quickstart, llama-3.1-70b or slurm")
     parser.add_argument("--force", action="store_true", help="replace a file that is there")
 
 

@@ -99,6 +99,23 @@ def test_its_mistakes_are_one_line_and_write_nothing(words, said, capsys, monkey
     assert list(Path().iterdir()) == []
 
 
+def test_the_slurm_scripts_are_a_folder_that_is_not_replaced_unasked(capsys):
+    assert main(["init", "--example", "slurm"]) == 0
+    assert "next: the settings at the top of slurm/optimize.sbatch" in capsys.readouterr().out
+    source = Path(__file__).parents[1] / "slurm"
+    assert {p.name: p.read_bytes() for p in Path("slurm").iterdir()} == {
+        p.name: p.read_bytes() for p in source.iterdir()
+    }
+    usage = subprocess.run(["slurm/pipeline.sh"], capture_output=True, text=True, check=False)
+    assert (usage.returncode, usage.stderr) == (2, "usage: slurm/pipeline.sh CONFIG.yaml [key=value ...]\n")
+    Path("slurm/step.sh").write_text("mine")
+    assert main(["init", "--example", "slurm"]) == 2
+    assert "slurm/ is there already; move it away, or --force" in capsys.readouterr().err
+    assert Path("slurm/step.sh").read_text() == "mine"
+    assert main(["init", "--example", "slurm", "--force"]) == 0
+    assert "run_step" in Path("slurm/step.sh").read_text()
+
+
 @pytest.mark.parametrize(
     "text", ["a", "a: b", "x #y", "[a]", "'", "~", "- a", "ä", " pad ", "*a", "&a b", "%x", "a\\b"]
 )

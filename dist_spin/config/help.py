@@ -35,8 +35,8 @@ def settings_help(prefix: str) -> str:
     Raises:
         UserError: there is none.
     """
-    names = [f"{group}.{item.name}" for group, kind in _groups().items() for item in dataclasses.fields(kind)]
-    names += [item.name for item in dataclasses.fields(RunConfig) if item.name not in _groups()]
+    names = [f"{group}.{item.name}" for group, kind in setting_groups().items() for item in dataclasses.fields(kind)]
+    names += [item.name for item in dataclasses.fields(RunConfig) if item.name not in setting_groups()]
     if not any(name.startswith(prefix) for name in names):
         meant = did_you_mean(closest_settings(prefix, names))
         raise UserError(
@@ -44,12 +44,12 @@ def settings_help(prefix: str) -> str:
         )
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
     _add_section(parser, RunConfig, "", prefix)
-    for group, kind in _groups().items():
+    for group, kind in setting_groups().items():
         _add_section(parser, kind, f"{group}.", prefix)
     return parser.format_help().strip() + "\n"
 
 
-def _groups() -> dict[str, Any]:
+def setting_groups() -> dict[str, Any]:
     """The dataclass of every group of settings, by name."""
     return {name: kind for name, kind in typing.get_type_hints(RunConfig).items() if dataclasses.is_dataclass(kind)}
 
@@ -64,7 +64,7 @@ def config_help(groups: Collection[str] | None = None) -> str:
     Raises:
         ValueError: there is no group of that name.
     """
-    kinds = _groups()
+    kinds = setting_groups()
     if unknown := set(groups or ()) - set(typing.get_type_hints(RunConfig)):
         raise ValueError(f"no group of settings is called {', '.join(sorted(unknown))}")
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)  # it lays out the text; it parses nothing
@@ -77,7 +77,7 @@ def config_help(groups: Collection[str] | None = None) -> str:
 
 def _add_section(parser: argparse.ArgumentParser, kind: Any, prefix: str, only: str = "") -> None:
     """Add the settings of one dataclass, which are called `prefix` and the field's name; those whose names begin with `only`."""
-    title, docs, hints = inspect.getdoc(kind) or "", _field_docs(kind), typing.get_type_hints(kind)
+    title, docs, hints = inspect.getdoc(kind) or "", field_docs(kind), typing.get_type_hints(kind)
     section = parser.add_argument_group(title.partition("\n")[0].rstrip("."))
     for item in dataclasses.fields(kind):
         if not dataclasses.is_dataclass(hints[item.name]) and f"{prefix}{item.name}".startswith(only):
@@ -86,7 +86,7 @@ def _add_section(parser: argparse.ArgumentParser, kind: Any, prefix: str, only: 
             section.add_argument(f"{prefix}{item.name}", metavar=metavar, help=words.replace("%", "%%"))
 
 
-def _field_docs(kind: type) -> dict[str, str]:
+def field_docs(kind: type) -> dict[str, str]:
     """Field -> the string below it in the source, on one line."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     assert isinstance(tree, ast.ClassDef)
@@ -108,14 +108,15 @@ def _placeholder(name: str, kind: Any) -> str:
 
 def _type_and_default(item: dataclasses.Field[Any], kind: Any) -> str:
     """Such as `type: int, default: 4`; choices stand beside the name."""
-    named = [] if typing.get_origin(kind) is Literal else [f"type: {_type_name(kind)}"]
+    named = [] if typing.get_origin(kind) is Literal else [f"type: {type_name(kind)}"]
     if item.default is item.default_factory:  # both MISSING
         return ", ".join(["required", *named])
     default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
     return ", ".join([*named, f"default: {'null' if default is None else default}"])
 
 
-def _type_name(kind: Any) -> str:
+def type_name(kind: Any) -> str:
+    """A type hint as a setting's help has it: `int`, `list[str]`, `int | null`."""
     if isinstance(kind, types.UnionType):
-        return " | ".join("null" if arg is types.NoneType else _type_name(arg) for arg in typing.get_args(kind))
+        return " | ".join("null" if arg is types.NoneType else type_name(arg) for arg in typing.get_args(kind))
     return str(kind).replace("typing.", "") if typing.get_args(kind) else kind.__name__

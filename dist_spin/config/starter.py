@@ -3,6 +3,7 @@
 dist-spin init                                          asks for what is not given
 dist-spin init --model meta-llama/Llama-3.1-8B --gpus 8 --target compressed-tensors
 dist-spin init --example quickstart
+dist-spin init --example slurm                          the sbatch scripts, into a folder
 """
 
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dist_spin.config.checks import MAX_LOCAL_PROCESSES, one_line
+from dist_spin.config.examples import bundled
 from dist_spin.config.examples import example as packaged_example
 from dist_spin.config.export import FORMATS
 from dist_spin.config.loader import load_config
@@ -22,6 +24,7 @@ from dist_spin.errors import UserError
 T = TypeVar("T")
 
 TARGETS = ("none", *FORMATS)
+SLURM = "slurm"  # the example that is a folder of scripts
 GPUS = Path("/proc/driver/nvidia/gpus")  # one folder for each, by NVIDIA's driver
 
 # What each target takes, from the limits of its runtimes (`dist_spin.pipeline.export_limits`).
@@ -49,7 +52,7 @@ def init(
     Args:
         file: where to; by default the run's name and .yaml, in the working directory.
         model: a directory, hub id, .gguf or package:NAME. gpus: of one machine, 0 for none. target: one of `TARGETS`.
-        example: the name of a packaged example, instead of these three.
+        example: the name of a packaged example, instead of these three; "slurm" is a folder with the sbatch scripts.
         force: replace a file that is there.
 
     Returns:
@@ -61,6 +64,8 @@ def init(
     if example is not None:
         if (model, gpus, target) != (None, None, None):
             raise UserError("--example is a whole configuration", "leave --model, --gpus and --target out")
+        if example == SLURM and file is None:
+            return _write_scripts(Path(SLURM), force=force)
         return _write(
             file or Path(f"{example.rpartition('/')[2].removesuffix('.yaml')}.yaml"),
             packaged_example(example),
@@ -175,6 +180,21 @@ def _write(file: Path, text: str, *, force: bool) -> str:
         ) from error
     config, verb = load_config(str(path), []), "compare" if "\ncompare:" in text else "run"
     return f"wrote {printed}; next: dist-spin {verb} {printed}, which writes to {config.output_dir}/{config.name}"
+
+
+def _write_scripts(folder: Path, *, force: bool) -> str:
+    try:
+        folder.mkdir(exist_ok=force)
+        for script in bundled(SLURM).iterdir():
+            copy = folder / script.name
+            copy.write_bytes(script.read_bytes())
+            if copy.suffix == ".sh":
+                copy.chmod(0o755)
+    except FileExistsError as error:
+        raise UserError(f"{folder}/ is there already", "move it away, or --force to replace its scripts") from error
+    except OSError as error:
+        raise UserError(f"cannot write {folder}/: {error.strerror}", "go to a directory of yours") from error
+    return f"wrote {folder}/; next: the settings at the top of {folder}/optimize.sbatch, then {folder}/pipeline.sh CONFIG.yaml"
 
 
 def _ask(question: str, default: str, checked: Callable[[str], T]) -> T:
