@@ -227,9 +227,10 @@ def _bench_options(parser: Parser) -> None:
     benches = parser.add_subparsers(dest="bench", metavar="BENCH", required=True)
     for name, meaning in bench_options.BENCHES.items():
         more: dict[str, Any] = {"parents": [every_verb()]}
-        if name == "optimize":
-            usage = f"{parser.prog} optimize SHAPE [key.sub=value ...] [options]"
-            more |= {"reads": VERBS["optimize"].reads, "usage": usage, "allow_abbrev": False}
+        if name in ("optimize", "pipeline"):
+            usage = f"{parser.prog} {name} SHAPE [key.sub=value ...] [options]"
+            reads = VERBS["optimize" if name == "optimize" else "run"].reads
+            more |= {"reads": reads, "usage": usage, "allow_abbrev": False}
         bench_options.add_arguments(name, benches.add_parser(name, help=meaning, description=meaning, **more))
 
 

@@ -194,10 +194,12 @@ def call_init(command: Command) -> int:
 def call_bench(command: Command) -> int:
     """run(options) of one file of dist_spin.bench."""
     bench = command.options.bench
-    if bench == "optimize":
+    if bench in ("optimize", "pipeline"):
         command.options.settings = command.words
     else:
         command.no_more()
+    if bench == "pipeline":
+        command.options.start = load("dist_spin.launch.local_pipeline:run_stages")
     command.quieten()
     code: int = load(f"dist_spin.bench.{bench}:run")(command.options)
     return code

@@ -8,8 +8,10 @@ BENCHES = {
     "optimize": "seconds per step of rotation learning, on random weights of a real shape",
     "quantize": "seconds per decoder layer of GPTQ",
     "inference": "what rotation costs and fewer bits gain on low-bit kernels",
+    "pipeline": "a whole run from a checkpoint on disk, every part in processes of its own: the benchmark of record",
     "scaling": "step times on several numbers of GPUs, beside a formula that predicts others",
 }
+PARTS = ("optimize", "quantize", "evaluate", "compressed-tensors", "hf")  # of `bench pipeline`, in their order
 KERNELS = ("bf16", "fp8", "int8", "int4", "w4a8")
 SHAPES = {  # hidden size, intermediate size, heads, key and value heads
     "tiny": (64, 96, 4, 2),
@@ -25,12 +27,21 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def parts(text: str) -> list[str]:
+    """'optimize,quantize' as a list of PARTS."""
+    chosen = text.split(",")
+    if not set(chosen) <= set(PARTS):
+        raise argparse.ArgumentTypeError(f"parts are some of {', '.join(PARTS)}")
+    return [part for part in PARTS if part in chosen]
+
+
 def add_arguments(bench: str, parser: argparse.ArgumentParser) -> None:
     """Add the options of `dist-spin bench BENCH`."""
     options: dict[str, Callable[[argparse.ArgumentParser], None]] = {
         "optimize": _optimize,
         "quantize": _quantize,
         "inference": _inference,
+        "pipeline": _pipeline,
         "scaling": _scaling,
     }
     options[bench](parser)
@@ -99,6 +110,25 @@ def _inference(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     meaning = "torch.compile; auto: on a GPU"
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help=meaning)
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures here")
+
+
+def _pipeline(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "shape", metavar="SHAPE", help="directory with a config.json, such as configs/shapes/llama-3-70b"
+    )
+    meaning = "where the checkpoint (once for each number of layers) and the run are written, on the disk to be timed"
+    parser.add_argument("--directory", metavar="DIR", type=Path, default=Path("bench-pipeline"), help=meaning)
+    parser.add_argument(
+        "--layers", metavar="N", type=int, default=0, help="decoder layers; 0 (default): as in config.json"
+    )
+    meaning = f"some of {', '.join(PARTS)} (default: all); each needs what those before it have made"
+    parser.add_argument("--stages", dest="parts", metavar="A,B,...", type=parts, default=list(PARTS), help=meaning)
+    meaning = "GPUs to use, one process for each; 0 (default): all of this machine"
+    parser.add_argument("--gpus", metavar="N", type=int, default=0, help=meaning)
+    parser.add_argument("--steps", metavar="N", type=int, default=5, help="learning steps (default: %(default)s)")
+    meaning = "whether files are in the page cache when a part starts (warm: as the part before left them; default)"
+    parser.add_argument("--cache", choices=("warm", "cold", "both"), default="warm", help=meaning)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures here")
 
 

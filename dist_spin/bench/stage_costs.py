@@ -1,0 +1,94 @@
+"""What each part of a run cannot do without: the operations of its products, and the bytes that it has to read.
+
+From them follows a floor, the seconds that a part would take if it did nothing else and overlapped both perfectly.
+"""
+
+from dataclasses import dataclass
+
+from dist_spin.bench.scaling_model import DTYPE, layer_flop
+from dist_spin.config.run import RunConfig
+from dist_spin.model.architecture import Shape
+from dist_spin.optimize.sharding.memory_planner import layer_bytes
+
+SCALE_BYTES = 4  # scales of quantised weights are fp32
+
+
+@dataclass(frozen=True)
+class Cost:
+    """flop: of products, nothing computed twice. read, written: bytes of weights, each once."""
+
+    flop: float
+    read: float
+    written: float = 0.0
+
+    def floor(self, gpus: int, matmul: float, copy: float) -> float:
+        """Seconds on `gpus` devices of `matmul` FLOP/s each, to which `copy` bytes/s lead from host memory."""
+        return max(self.flop / (gpus * matmul), self.read / (gpus * copy))
+
+
+def vocab_bytes(shape: Shape) -> float:
+    """Bytes of the embedding and lm_head."""
+    return 2 * shape.vocab * shape.hidden * DTYPE.itemsize
+
+
+def model_bytes(shape: Shape) -> float:
+    """Bytes of the 16-bit model."""
+    return shape.layers * layer_bytes(shape, DTYPE) + vocab_bytes(shape)
+
+
+def code_bytes(shape: Shape, config: RunConfig) -> float:
+    """Bytes of all quantised layers: 4-bit codes two to a byte, others one each, and their scales."""
+    q, h, i = config.quant, shape.hidden, shape.intermediate
+    heads, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    total = 0.0
+    for rows, columns, bits in (
+        (heads + 2 * kv, h, q.w_bits),
+        (h, heads, q.w_bits),
+        (2 * i, h, q.w_bits),
+        (h, i, q.down_bits or q.w_bits),
+    ):
+        total += rows * columns / (2 if bits == 4 else 1)
+        total += rows * columns / (q.w_group_size or columns) * SCALE_BYTES * (1 if q.w_symmetric else 2)
+    return shape.layers * total
+
+
+def forward_flop(shape: Shape, seq_len: int) -> float:
+    """Operations per token of all decoder layers, nothing rotated."""
+    return shape.layers * (layer_flop(shape, seq_len, 8)[0])
+
+
+def hessian_flop(shape: Shape) -> float:
+    """Operations per token of every layer's four Hessians, of which one half is the other's mirror image."""
+    h, q, i = shape.hidden, shape.heads * shape.head_dim, shape.intermediate
+    return shape.layers * (2 * h * h + q * q + i * i)
+
+
+def costs(config: RunConfig, shape: Shape, evaluated_tokens: int) -> dict[str, Cost]:
+    """Of each part of a run.
+
+    Args:
+        evaluated_tokens: tokens of all texts that are measured.
+    """
+    o, q = config.optimize, config.quantize
+    head = 2 * shape.vocab * shape.hidden  # operations per token, forward
+    learned = shape.layers * sum(layer_flop(shape, o.seq_len, o.w_bits)) + 2 * head
+    calibration = q.n_sequences * q.seq_len
+    codes, whole, ends = code_bytes(shape, config), model_bytes(shape), vocab_bytes(shape)
+    quantised = q.method != "none" and config.quant.w_bits < 16
+    rotations = 1 + len(q.baselines)
+    sixteen_bit = 1 + (rotations if config.evaluate.unquantized_weights or not quantised else 0)
+    measured = sixteen_bit + (rotations if quantised else 0)
+    forward = forward_flop(shape, config.evaluate.seq_len) + head
+    gptq = forward_flop(shape, q.seq_len) + hessian_flop(shape)
+    return {
+        "optimize": Cost(o.steps * o.batch_size * o.seq_len * learned, whole),
+        "quantize": Cost(
+            rotations * calibration * gptq if q.method == "gptq" else 0.0, rotations * whole, rotations * codes
+        ),
+        "evaluate": Cost(
+            measured * evaluated_tokens * forward,
+            sixteen_bit * whole + (measured - sixteen_bit) * (codes + ends),
+        ),
+        "compressed-tensors": Cost(0.0, codes + ends, codes + ends),
+        "hf": Cost(0.0, whole, whole),
+    }
