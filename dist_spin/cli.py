@@ -36,7 +36,7 @@ class Verb:
     function: str  # "module:function", imported when the verb is used
     call: Callable[[command.Command], int]  # how that function is called
     options: Callable[[Parser], object] = lambda parser: None
-    reads: tuple[str, ...] = ()  # groups of settings; not `optimize` where all that is asked is whether steps is 0
+    reads: tuple[str, ...] = ()  # groups of settings, and single ones of other groups as `group.name`
     takes: str = ""  # what follows the verb, where it is no option
     example: str = ""  # what follows the verb in the example of its help
 
@@ -236,6 +236,13 @@ def _bench_options(parser: Parser) -> None:
 
 CONFIG = "CONFIG.yaml [key.sub=value ...]"
 MODEL = ("model", "rotation", "quant")
+PROCESS = ("distributed.timeout_s", "distributed.device", "distributed.threads")
+SHARDED = (*PROCESS, *(f"distributed.{name}" for name in ("offload_layers", "offload_dir", "engine", "shard_ranks")))
+TARGET = ("export.target", "export.profile")
+EVERY_STAGE = (*MODEL, "optimize", "quantize", "evaluate", *TARGET, "report", "distributed")
+CALIBRATION = tuple(f"quantize.{name}" for name in ("source", "split", "seq_len", "n_sequences", "seed"))
+LEARNED_ON = tuple(f"optimize.{name}" for name in ("steps", "source", "seq_len", "batch_size", "optimizer"))
+TEXTS = tuple(f"evaluate.{name}" for name in ("sources", "split", "seq_len", "max_sequences"))
 VERBS = {
     "init": Verb(
         "write a first CONFIG.yaml, with a comment at every setting; asks for what is not given",
@@ -248,7 +255,7 @@ VERBS = {
         "learn rotations, quantise, measure: every stage, on this machine",
         "dist_spin.launch.local_pipeline:run_stages",
         command.call_run,
-        reads=(*MODEL, "optimize", "quantize", "evaluate", "export", "report", "distributed"),
+        reads=EVERY_STAGE,
         takes=CONFIG,
         example="quickstart.yaml optimize.steps=20",
     ),
@@ -256,7 +263,7 @@ VERBS = {
         "learn the rotations",
         "dist_spin.optimize.train:train",
         command.call_stage,
-        reads=(*MODEL, "optimize", "export", "report", "distributed"),
+        reads=(*MODEL, "optimize", "quantize.method", *TARGET, "report.tensorboard", *SHARDED),
         takes=CONFIG,
         example="quickstart.yaml optimize.steps=50",
     ),
@@ -265,7 +272,7 @@ VERBS = {
         "dist_spin.quantize.stage:quantize",
         command.call_quantize,
         _quantize_options,
-        (*MODEL, "quantize", "export", "distributed"),
+        (*MODEL, "optimize.steps", "optimize.clips", "quantize", *TARGET, *PROCESS),
         CONFIG,
         example="quickstart.yaml --cluster local",
     ),
@@ -273,7 +280,7 @@ VERBS = {
         "measure perplexity and zero-shot tasks",
         "dist_spin.evaluate.stage:evaluate",
         command.call_stage,
-        reads=(*MODEL, "quantize", "evaluate", "export", "distributed"),
+        reads=(*MODEL, "optimize.steps", "optimize.clips", "quantize", "evaluate", *TARGET, *PROCESS),
         takes=CONFIG,
         example="quickstart.yaml evaluate.sources=text:my.txt#all",
     ),
@@ -282,7 +289,7 @@ VERBS = {
         "dist_spin.export.stage:export",
         command.call_export,
         _export_options,
-        (*MODEL, "quantize", "export", "distributed"),
+        (*MODEL, *LEARNED_ON, "quantize", "export", *PROCESS),
         f"RUN|{CONFIG}",
         example="runs/quickstart --format compressed-tensors",
     ),
@@ -290,7 +297,10 @@ VERBS = {
         "measure RTN, GPTQ, SmoothQuant, QuaRot, SpinQuant and ours at several bit widths: the table",
         "dist_spin.compare.stage:compare",
         command.call_stage,
-        reads=(*MODEL, "optimize", "quantize", "methods", "evaluate", "compare", "report", "distributed"),
+        reads=(
+            *(*MODEL, "optimize", "quantize", "methods", "compare", *TEXTS),
+            *(*TARGET, "report.tensorboard", *SHARDED),
+        ),
         takes=CONFIG,
         example="compare.yaml compare.bits=W4A4KV4",
     ),
@@ -298,7 +308,7 @@ VERBS = {
         "write report.html and report.md: tables and pictures of a run, finished or not",
         "dist_spin.report.stage:report",
         command.call_report,
-        reads=(*MODEL, "quantize", "report", "distributed"),
+        reads=(*MODEL, "optimize.steps", *CALIBRATION, "quantize.baselines", "report.sequences", *PROCESS),
         takes=f"RUN|{CONFIG}",
         example="runs/quickstart",
     ),
@@ -328,7 +338,7 @@ VERBS = {
         "dist_spin.launch.slurm_pipeline:submit",
         command.call_submit,
         _submit_options,
-        (*MODEL, "optimize", "quantize", "evaluate", "export", "report", "distributed"),
+        EVERY_STAGE,
         CONFIG,
         example="llama.yaml --slurm partition=gpu --slurm nodes=2 --slurm time=240",
     ),

@@ -37,12 +37,18 @@ def test_help_of_a_verb_names_the_settings_that_it_reads_and_no_others(capsys):
         assert text.startswith(f"usage: dist-spin {name}")
         words = text.split()
         for group, section in SECTIONS.items():
-            read = group in verb.reads or (group == "The" and verb.reads)
+            single = {entry.partition(".")[2] for entry in verb.reads if entry.startswith(f"{group}.")}
+            read = group in verb.reads or (group == "The" and verb.reads) or single
             start = "name output_dir" if group == "The" else f"  {group}."
             assert text.count(start) == (2 if read else 0), (name, group)
             settings = re.findall(r"^  (?:\w+\.)?(\w+)=", section, re.MULTILINE)
             assert settings
-            assert not read or all(words.count(setting) >= 2 for setting in settings), (name, group)
+            assert single <= set(settings)
+            if read:
+                assert all(words.count(setting) >= 2 for setting in single or settings), (name, group)
+            if single:
+                paragraph = re.split(r"\n(?! {15})", text.split(f"  {group}.", 1)[1])[0]
+                assert set(paragraph.split()) == single, (name, group)
 
 
 @pytest.mark.parametrize("words", [[name] for name in VERBS] + [["bench", name] for name in BENCHES], ids=" ".join)

@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose mistakes are UserErrors, and whose help ends with the settings that are read."""
 
     def __init__(self, *, reads: tuple[str, ...] = (), **options: Any) -> None:
-        """reads: groups of settings."""
+        """reads: settings, as `settings_index` takes them."""
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         self.reads = reads
         self.verbs: dict[str, Parser] = {}  # of the whole program's: the parser of each verb

@@ -18,14 +18,19 @@ from dist_spin.errors import UserError
 INDEX_WIDTH = 110  # columns
 
 
-def settings_index(groups: Collection[str]) -> str:
-    """The names of the settings of `groups`, a paragraph each, for the end of `dist-spin VERB --help`; see `config_help`."""
+def settings_index(reads: Collection[str]) -> str:
+    """The names of settings, a paragraph for each group, for the end of `dist-spin VERB --help`.
+
+    reads: groups, such as "quant", and single settings of others, such as "optimize.steps".
+    """
     lines = []
-    for name, kind in typing.get_type_hints(RunConfig).items():
-        if name in groups:
-            names = " ".join(item.name for item in dataclasses.fields(kind))
+    for name, kind in setting_groups().items():
+        names = [item.name for item in dataclasses.fields(kind) if {name, f"{name}.{item.name}"} & set(reads)]
+        if names:
             start = f"  {name}."
-            lines += textwrap.wrap(names, INDEX_WIDTH, initial_indent=f"{start:15}", subsequent_indent=" " * 15)
+            lines += textwrap.wrap(
+                " ".join(names), INDEX_WIDTH, initial_indent=f"{start:15}", subsequent_indent=" " * 15
+            )
     return "\n".join(["settings, each as key=value here or in CONFIG.yaml:", "  name output_dir", *lines]) + "\n"
 
 

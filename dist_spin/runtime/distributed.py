@@ -231,7 +231,7 @@ def _mistake_of(rank: int, own: Exception | None) -> UserError:
     assert box[0] is not None
     mistake, where = box[0]
     assert isinstance(mistake, UserError)
-    return type(mistake)(where + mistake.problem, mistake.remedy, shared=True)
+    return type(mistake)(where + mistake.problem, mistake.remedy, shared=True) if where else mistake.as_shared()
 
 
 def sum_over_ranks_(buffer: Tensor) -> Tensor:
