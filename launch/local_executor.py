@@ -15,8 +15,12 @@ from dist_spin.config.run import RunConfig
 from dist_spin.errors import EXIT_HANG, UserError
 from dist_spin.launch.jobs import Task
 from dist_spin.launch.worker import work
+from dist_spin.runtime.processes import PARENT, dependent_environment
 
 START_ATTEMPTS = 5
+# What the fork server imports, in this order, so that its jobs find it there.
+PRELOADED = ["dist_spin.launch.fork_server", "dist_spin.launch.worker"]
+PRELOADED += ["dist_spin.optimize.train", "dist_spin.quantize.stage", "dist_spin.evaluate.stage"]
 
 
 class ForkServerLost(UserError):
@@ -43,7 +47,7 @@ class LocalExecutor:
         # A child of the fork server must not inherit a CUDA context, so with GPUs every job starts afresh.
         self._context: Any = multiprocessing.get_context("spawn" if gpus else "forkserver")
         if not gpus:
-            self._context.set_forkserver_preload(["dist_spin.launch.worker"])
+            self._context.set_forkserver_preload(PRELOADED)
         self._environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[: self.slots]] or [{}] * self.slots
         self._threads = config.distributed.threads or max(1, cores // self.slots)
         self._running: dict[int, tuple[Task, BaseProcess]] = {}  # by slot
@@ -65,12 +69,15 @@ class LocalExecutor:
         """
         for _ in range(START_ATTEMPTS):
             process = self._context.Process(target=work, args=(words, log))
+            os.environ |= dependent_environment()  # the fork server inherits it
             try:
                 process.start()
                 return process
             except (EOFError, OSError) as error:
                 failure = error
                 time.sleep(0.2)
+            finally:
+                del os.environ[PARENT]
         raise ForkServerLost(f"no job can be started ({type(failure).__name__}: {failure})", "start again to resume")
 
     def wait(self, seconds: float) -> Iterable[tuple[Task, int]]:

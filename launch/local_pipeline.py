@@ -14,7 +14,8 @@ from dist_spin.runtime.signals import forwarded_to, leave_terminal
 
 STAGES = ("optimize", "quantize", "evaluate", "report")
 SINGLE_PROCESS = ("report",)
-GRACE_S = 30.0  # in which the other ranks notice that one is gone
+NOTICE_S = 5.0  # in which the other ranks notice that one is gone; before they have met, they cannot
+GRACE_S = 30.0  # in which they leave after that
 
 
 class StageRanks:
@@ -108,16 +109,25 @@ def environments(nproc: int, listener: socket.socket) -> list[dict[str, str]]:
 
 
 def wait(ranks: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Exit codes of all ranks; once one has failed, those that have not left GRACE_S seconds later are killed."""
+    """Exit codes of all ranks, EXIT_HANG for those that were stopped here.
+
+    Once one has failed, those that have not left NOTICE_S seconds later get SIGTERM, and GRACE_S seconds later SIGKILL.
+    """
     failed = 0.0
-    while any(rank.poll() is None for rank in ranks):
+    stopped: list[subprocess.Popen[bytes]] = []
+    while running := [rank for rank in ranks if rank.poll() is None]:
         if not failed and any(rank.poll() for rank in ranks):
             failed = time.monotonic()
-        if failed and time.monotonic() - failed > GRACE_S:
-            for rank in ranks:
+        if failed and not stopped and time.monotonic() - failed > NOTICE_S:
+            stopped = running
+            for rank in running:
+                rank.terminate()
+        if failed and time.monotonic() - failed > NOTICE_S + GRACE_S:
+            for rank in running:
                 rank.kill()
         time.sleep(0.1)
-    return [rank.wait() for rank in ranks]
+    by_us = (-signal.SIGTERM, -signal.SIGKILL, EXIT_INTERRUPTED)
+    return [EXIT_HANG if rank in stopped and rank.wait() in by_us else rank.wait() for rank in ranks]
 
 
 def exit_code(codes: list[int], sent: list[int]) -> int:

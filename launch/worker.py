@@ -11,10 +11,6 @@ import sys
 import threading
 from multiprocessing.connection import wait
 
-# Imported for the fork server's sake; the command line imports them late.
-import dist_spin.evaluate.stage
-import dist_spin.optimize.train
-import dist_spin.quantize.stage  # noqa: F401
 from dist_spin.errors import EXIT_HANG
 from dist_spin.runtime.processes import kill_when_parent_dies
 from dist_spin.runtime.signals import STOPPING

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from dist_spin.errors import EXIT_HANG
+from dist_spin.launch import local_pipeline
+
 # A main thread in C, as in a collective: Python's own handlers would wait for it.
 NATIVE = "import ctypes; print('ready', flush=True); ctypes.CDLL(None).sleep(30); ctypes.CDLL(None).sleep(30)"
 WATCHING = f"from dist_spin.runtime import signals; signals.watch(); {NATIVE}"
@@ -117,10 +120,13 @@ def test_a_process_dies_with_the_one_that_started_it():
         time.sleep(0.01)
 
 
-def test_a_process_whose_launcher_is_gone_already_does_not_begin():
-    code = "from dist_spin.runtime import processes; processes.die_with_parent(); print('it began')"
+@pytest.mark.parametrize(
+    "start",
+    ["from dist_spin.runtime import processes; processes.die_with_parent()", "import dist_spin.launch.fork_server"],
+)
+def test_a_process_whose_launcher_is_gone_already_does_not_begin(start):
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", f"{start}; print('it began')"],
         env=os.environ | {"DIST_SPIN_PARENT": "1"},
         capture_output=True,
         text=True,
@@ -177,3 +183,15 @@ def test_the_signals_of_a_forked_process_are_its_own():
     """As of a library that ends its worker processes: they end, and the parent does not take itself for stopped."""
     done = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=20, check=True)
     assert done.stdout == "True ''\n"
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_ranks_that_wait_for_one_that_failed_are_stopped_and_its_exit_code_counts(monkeypatch, first):
+    monkeypatch.setattr(local_pipeline, "NOTICE_S", 0.3)
+    commands = [["sh", "-c", "exit 3"], ["sleep", "60"]]
+    ranks = [subprocess.Popen(command) for command in (commands if first == 0 else commands[::-1])]
+    began = time.monotonic()
+    codes = local_pipeline.wait(ranks)
+    assert time.monotonic() - began < 5
+    assert sorted(codes) == [3, EXIT_HANG]
+    assert local_pipeline.exit_code(codes, []) == 3
