@@ -23,6 +23,7 @@ from dist_spin.config.export import FORMATS
 from dist_spin.config.help import settings_help
 from dist_spin.config.run import RunConfig
 from dist_spin.config.suggestions import closest, did_you_mean
+from dist_spin.config.yaml_text import YAML_ENDINGS
 from dist_spin.errors import EXIT_OK, EXIT_PIPE, RankLost, UserError, out_of_memory
 from dist_spin.runtime.console import Console, shown_on
 from dist_spin.version import __version__
@@ -87,9 +88,10 @@ def _run_verb(words: list[str]) -> int:
             print(settings_help(name if "." in name or name in ("name", "output_dir") else f"{name}."), end="")
             return EXIT_OK
     if name is not None and name not in VERBS:
-        path = name.endswith((".yaml", ".yml"))
-        meant = f"write `dist-spin run {name}`, or " if path else did_you_mean(closest(name, VERBS))
-        raise UserError(f"there is no verb '{name}'", f"{meant}use one of {', '.join(VERBS)}", shared=True)
+        meant = did_you_mean(closest(name, VERBS))
+        if name.endswith(YAML_ENDINGS):
+            meant = f"did you mean `dist-spin run {name}`? "
+        raise UserError(f"there is no verb '{name}'", f"{meant}`dist-spin --help` lists the verbs", shared=True)
     parser = _parser()
     options, rest = parser.parse_known_args(words if name or "--help-all" in words else ["--help"])
     _check_options(parser, options.verb, rest)

@@ -14,6 +14,7 @@ from typing import Any
 
 from dist_spin.config.checks import one_line
 from dist_spin.config.command_parser import EVERYWHERE
+from dist_spin.config.examples import examples
 from dist_spin.config.export import FORMATS
 from dist_spin.config.loader import load_config, setting_names
 from dist_spin.config.run import RunConfig
@@ -239,6 +240,13 @@ def check_config_path(path: str, verb: str) -> None:
         raise UserError(f"{printed} is a run", f"write {verb} {one_line(str(here / 'config.yaml'))}", shared=True)
     if (here / "config.json").exists() or path.endswith(".gguf") or path.startswith("package:"):
         raise UserError(f"{printed} is a model, not a CONFIG.yaml", f"write model.path={printed}", shared=True)
-    if not path.endswith(YAML_ENDINGS) and not os.path.lexists(here):
+    if os.path.lexists(here):
+        return
+    problem = f"cannot read {printed}: No such file or directory"
+    if not path.endswith(YAML_ENDINGS):
         remedy = f"give a CONFIG.yaml (`dist-spin init` writes one), or a model as model.path={printed}"
-        raise UserError(f"cannot read {printed}: No such file or directory", remedy, shared=True)
+        raise UserError(problem, remedy, shared=True)
+    if here.stem in examples():
+        raise UserError(problem, f"`dist-spin init --example {here.stem}` writes it here", shared=True)
+    files = [str(file) for ending in YAML_ENDINGS for file in here.parent.glob(f"*{ending}")]
+    raise UserError(problem, f"{did_you_mean(closest(str(here), files))}`dist-spin init` writes one", shared=True)

@@ -17,6 +17,9 @@ from dist_spin.config.values import describe_type, parse_value, suggest_value
 from dist_spin.config.yaml_text import read_yaml
 from dist_spin.errors import Mistakes, UserError
 
+MODEL_REMEDY = (
+    "add model.path=MODEL (a directory, hub id, .gguf or package:NAME); `dist-spin init` writes a configuration"
+)
 STANDS = "stands where a setting should"
 MOST_MISTAKES = 10  # that are told at once
 RENAMED = {"quantize.sweeps": "quantize.cd_passes"}  # old names of settings, which still load
@@ -40,7 +43,7 @@ def load_config(path: str | None, overrides: Sequence[str], where: str = "the co
     from_overrides = _collect(_read_overrides(overrides, mistakes), where, kinds, mistakes)
     given = from_file | from_overrides
     if "model.path" not in given and not mistakes.of_model:
-        mistakes.add("model.path is not set", "add model.path=MODEL (a directory, hub id, .gguf or package:NAME)")
+        mistakes.add("model.path is not set", MODEL_REMEDY)
     values: dict[str, Any] = {}
     for key, value in given.items():
         try:

@@ -118,6 +118,8 @@ def load_rotations(path: Path, hidden: int, head_dim: int, layers: int) -> tuple
         shapes = tuple(r1.shape), tuple(r2.shape)
     except Exception as error:  # a file of somebody else may hold anything
         problem = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        if problem.startswith("Weights only"):  # torch's advice is to run what is in the file
+            problem = "torch.load reads no tensors in it"
         raise UserError(f"{path} is not a rotation file for {layers} layers ({problem})", remedy) from error
     wanted = (hidden, hidden), (layers, head_dim, head_dim)
     if shapes != wanted or count != layers:
