@@ -21,7 +21,7 @@ REPORT=(${REPORT_OPTIONS:---nodes=1})  # one process on one node
 
 [ $# -ge 1 ] || { echo "usage: slurm/pipeline.sh CONFIG.yaml [key=value ...]" >&2; exit 2; }
 cd "$ROOT"
-spans=$($PYTHON -m dist_spin.launch.layer_ranges "$@") # such as "0:10 10:20"; empty if weights stay as they are
+ranges=$($PYTHON -m dist_spin.launch.layer_ranges "$@") # such as "0:10 10:20"; empty if weights stay as they are
 after=""
 
 submit_stage() { # submit one job after the one before, say its number, and have the next wait for it
@@ -33,12 +33,12 @@ submit_stage() { # submit one job after the one before, say its number, and have
 }
 
 submit_stage optimize "${OPTIMIZE[@]}" slurm/optimize.sbatch "$@"
-if [[ $spans == *" "* ]]; then
-  SPANS=boundaries submit_stage boundaries "${QUANTIZE[@]}" slurm/quantize_array.sbatch "$@"
+if [[ $ranges == *" "* ]]; then
+  LAYER_RANGES=hidden-states submit_stage boundaries "${QUANTIZE[@]}" slurm/quantize_array.sbatch "$@"
 fi
-if [ -n "$spans" ]; then
-  count=$(wc -w <<<"$spans")
-  SPANS=$spans submit_stage quantize "${QUANTIZE[@]}" --array="0-$((count - 1))%$AT_ONCE" slurm/quantize_array.sbatch "$@"
+if [ -n "$ranges" ]; then
+  count=$(wc -w <<<"$ranges")
+  LAYER_RANGES=$ranges submit_stage quantize "${QUANTIZE[@]}" --array="0-$((count - 1))%$AT_ONCE" slurm/quantize_array.sbatch "$@"
 fi
 STAGE=evaluate submit_stage evaluate "${EVALUATE[@]}" slurm/optimize.sbatch "$@"
 STAGE=report RANKS=1 submit_stage report "${REPORT[@]}" slurm/optimize.sbatch "$@"

@@ -205,7 +205,7 @@ class Reference:
             forward=layer["seconds"]["forward"],
             merge=layer["seconds"]["merge"],
             per_job=options.layers_per_job,
-            boundary_bytes=layer["sequences"] * layer["seq_len"] * shape.hidden * model.DTYPE.itemsize,
+            states_bytes=layer["sequences"] * layer["seq_len"] * shape.hidden * model.DTYPE.itemsize,
             model_bytes=weights / 4 + 2 * shape.vocab * shape.hidden * model.DTYPE.itemsize,
             disk=options.disk_gb_s * 1e9,
             starting=options.start_s,

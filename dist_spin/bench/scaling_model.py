@@ -301,7 +301,7 @@ def pipeline(
     forward: float,
     merge: float,
     per_job: int,
-    boundary_bytes: float,
+    states_bytes: float,
     model_bytes: float,
     disk: float,
     starting: float,
@@ -311,11 +311,11 @@ def pipeline(
     Args:
         step, steps, loading: of learning. layer: quantising one decoder layer; forward, merge: its parts that the pass
             which stores the jobs' first hidden states consists of, on one GPU. per_job: layers of one job.
-        boundary_bytes: hidden states that enter one job. model_bytes: all layers as codes, read once to be assembled.
+        states_bytes: hidden states that enter one job. model_bytes: all layers as codes, read once to be assembled.
         disk: bytes/s. starting: seconds that a process takes before it works.
     """
     jobs = -(-layers // per_job)
-    states = (jobs - 1) * per_job * (merge + forward) + (jobs - 1) * boundary_bytes / disk
+    states = (jobs - 1) * per_job * (merge + forward) + (jobs - 1) * states_bytes / disk
     return {
         "learning": starting + loading + steps * step,
         "boundaries": starting + states if jobs > 1 else 0.0,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dist_spin.errors import RankFailed, UserError, out_of_memory
 from dist_spin.runtime.processes import LISTENING_SOCKET
+from dist_spin.runtime.slurm import gpus_not_asked_for
 
 T = TypeVar("T")
 
@@ -52,7 +53,8 @@ def start(device: str = "auto", timeout_s: int = 600, threads: int = 0, *, alone
         alone: make a group of one, however many processes were started: they share the devices, and no work.
 
     Raises:
-        UserError: cuda was asked for and there is none, or this host starts more ranks than it has GPUs.
+        UserError: cuda was asked for and there is none, this host starts more ranks than it has GPUs, or a Slurm job asked for
+            no GPU on a node that has some, where it would compute on the CPU for weeks.
     """
     env = os.environ
     rank = int(env.get("RANK", env.get("SLURM_PROCID", 0)) if "WORLD_SIZE" in env or "SLURM_STEP_ID" in env else 0)
@@ -64,6 +66,9 @@ def start(device: str = "auto", timeout_s: int = 600, threads: int = 0, *, alone
         env.update(RANK="0", WORLD_SIZE="1")  # for libraries that ask there
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu" and (gpus := gpus_not_asked_for()):
+            problem = f"this job asked Slurm for no GPU, and its node has {gpus}"
+            raise UserError(problem, "ask for GPUs (--gpus-per-node=N), or compute without: distributed.device=cpu")
     if device == "cuda":
         if not torch.cuda.is_available():
             raise UserError("distributed.device is cuda but torch sees no GPU", "use distributed.device=cpu")

@@ -21,12 +21,12 @@ def environment(world: World) -> dict[str, Any]:
     """What a stage notes of where it runs; every rank calls it, and all get the same hosts and devices."""
     on_gpu = world.device.type == "cuda"
     device = torch.cuda.get_device_name(world.device) if on_gpu else platform.machine() + " CPU"
-    places: list[Any] = [None] * world.size
-    dist.all_gather_object(places, (os.environ.get("SLURMD_NODENAME", socket.gethostname()), device))
+    per_rank: list[Any] = [None] * world.size
+    dist.all_gather_object(per_rank, (os.environ.get("SLURMD_NODENAME", socket.gethostname()), device))
     return {
         "ranks": world.size,
-        "hosts": sorted({host for host, _ in places}),
-        "devices": sorted({name for _, name in places}),
+        "hosts": sorted({host for host, _ in per_rank}),
+        "devices": sorted({name for _, name in per_rank}),
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "versions": {name: version for name in PACKAGES if (version := _version(name))},

@@ -1,5 +1,6 @@
 """What Slurm says of jobs. Without Slurm's programs, nothing."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -52,6 +53,15 @@ def output_files(job: str) -> list[Path]:
         return []
     names = re.findall(r"Std(?:Out|Err)=(\S+)", _run("scontrol", "show", "job", "-o", job))
     return [Path(name) for name in dict.fromkeys(names)]
+
+
+def gpus_not_asked_for() -> str:
+    """The GPUs of this node as Slurm lists them (`gpu:h100:8`) where the job at work asked for none of them; else ""."""
+    node = os.environ.get("SLURMD_NODENAME")
+    if not node or os.environ.get("SLURM_GPUS_ON_NODE") or not shutil.which("scontrol"):
+        return ""
+    listed = re.search(r"\bGres=(\S+)", _run("scontrol", "show", "node", "-o", node))
+    return ",".join(entry for entry in listed[1].split(",") if entry.startswith("gpu")) if listed else ""
 
 
 def _run(*command: str) -> str:

@@ -73,7 +73,7 @@ def save_layer(path: Path, layer: QuantizedLayer, fingerprint: str) -> None:
 
 
 def load_layer(path: Path, device: torch.device | str = "cpu") -> tuple[QuantizedLayer, str]:
-    """A layer on `device`, where its codes are unpacked, and the fingerprint it was made under.
+    """A layer on `device`, where its codes are unpacked, and the fingerprint in its header.
 
     Raises:
         CorruptFile: see `tensor_file.load_tensors`; or it is no layer file.
@@ -101,7 +101,7 @@ def load_layer(path: Path, device: torch.device | str = "cpu") -> tuple[Quantize
 def finished_layer(
     path: Path, fingerprint: str, warn: Callable[[str], None], device: torch.device | str = "cpu"
 ) -> QuantizedLayer | None:
-    """The layer at `path`, on `device`, if whole and made under `fingerprint`; anything else is set aside, saying so."""
+    """The layer at `path`, on `device`, if whole and of this `fingerprint`; anything else is set aside, saying so."""
     load = functools.partial(load_layer, device=device)
     return load_if_current(path, load, lambda made_from: made_from == fingerprint, "doing the layer again", warn)
 
@@ -119,7 +119,7 @@ def save_embeddings(path: Path, embeddings: dict[str, QuantizedWeight], bits: di
 
 
 def load_embeddings(path: Path) -> tuple[dict[str, QuantizedWeight], str]:
-    """The quantised embedding and lm_head, those there are, and the fingerprint they were made under.
+    """The quantised embedding and lm_head, those there are, and the fingerprint in their header.
 
     Raises:
         CorruptFile: see `tensor_file.load_tensors`; or it is another kind of file.
@@ -135,5 +135,5 @@ def load_embeddings(path: Path) -> tuple[dict[str, QuantizedWeight], str]:
 
 
 def finished_embeddings(path: Path, fingerprint: str, warn: Callable[[str], None]) -> dict[str, QuantizedWeight] | None:
-    """The embedding and lm_head at `path`, if whole and made under `fingerprint`; anything else is set aside, saying so."""
+    """The embedding and lm_head at `path`, if whole and of this `fingerprint`; anything else is set aside, saying so."""
     return load_if_current(path, load_embeddings, lambda made_from: made_from == fingerprint, "making it again", warn)

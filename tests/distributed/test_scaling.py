@@ -132,7 +132,7 @@ def test_a_plan_keeps_as_much_as_fits():
 
 def test_a_whole_run_by_hand():
     common = {"step": 2.0, "steps": 10, "loading": 3.0, "layer": 4.0, "forward": 1.0, "merge": 0.5}
-    common |= {"boundary_bytes": 100.0, "model_bytes": 50.0, "disk": 10.0, "starting": 1.0}
+    common |= {"states_bytes": 100.0, "model_bytes": 50.0, "disk": 10.0, "starting": 1.0}
     found = model.pipeline(7, 2, per_job=2, **common)  # jobs of 2, 2, 2 and 1 layers on two devices
     assert found == {"learning": 24.0, "boundaries": 1 + 6 * 1.5 + 30, "gptq": 2 * 9.0, "assembly": 6.0}
     assert model.pipeline(7, 2, per_job=7, **common)["boundaries"] == 0

@@ -110,10 +110,15 @@ AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort=$((port + 1))
 AccountingStorageEnforce=associations
+GresTypes=gpu
 CONF
   local names="n[1-$nodes]"
+  # The last node has a GPU, as Slurm sees it; there is nothing behind it.
+  echo "NodeName=n$nodes Name=gpu File=/dev/null" >"$dir/gres.conf"
   for i in $(seq "$nodes"); do
-    echo "NodeName=n$i NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 3 + i)) CPUs=$cpus Boards=1" \
+    local gres=""
+    if [ "$i" = "$nodes" ]; then gres="Gres=gpu:1"; fi
+    echo "NodeName=n$i $gres NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 3 + i)) CPUs=$cpus Boards=1" \
       "SocketsPerBoard=1 CoresPerSocket=$cpus ThreadsPerCore=1 RealMemory=4000 State=UNKNOWN" >>"$dir/slurm.conf"
     mkdir -p "$dir/spool/n$i"
   done

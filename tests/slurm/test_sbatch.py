@@ -108,6 +108,17 @@ def test_a_shared_path_that_a_node_does_not_see(cluster: Cluster, make_run: Call
     assert "does not see ROOT=/not/shared; put the repository on a shared file system" in log.read_text()
 
 
+def test_a_job_that_asked_for_no_gpu_on_a_node_that_has_some(
+    cluster: Cluster, make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    config, log = str(make_run().config), tmp_path / "log"
+    asked = ["--nodes=1", "--nodelist=n3", f"--output={log}", SCRIPT, config, "distributed.device=auto"]
+    assert cluster.wait(cluster.sbatch(*asked), log, seconds=300) == "FAILED"
+    assert (
+        "this job asked Slurm for no GPU, and its node has gpu:1; ask for GPUs (--gpus-per-node=N)" in log.read_text()
+    )
+
+
 def test_pipeline_script_goes_from_nothing_to_results(
     cluster: Cluster, make_run: Callable[..., Run], tmp_path: Path
 ) -> None:
