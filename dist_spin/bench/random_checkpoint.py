@@ -42,10 +42,12 @@ def random_checkpoint(shape: Path, directory: Path, layers: int) -> Path:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = DummyWeights(config, torch.bfloat16)
     names = [name for name, _ in skeleton(config).named_parameters()]
-    shards = Shards(target, SHARD_BYTES)
-    for name, tensor in zip(names, prefetched(lambda n: weights.rows(n, device=device), names, device), strict=True):
-        shards.add(name, tensor)
-    shards.finish()
+    with Shards(target, SHARD_BYTES) as shards:
+        for name, tensor in zip(
+            names, prefetched(lambda n: weights.rows(n, device=device), names, device), strict=True
+        ):
+            shards.add(name, tensor)
+        shards.finish()
     ids = np.random.default_rng(0).integers(0, content["vocab_size"], TOKENS)
     np.save(target / TOKENS_FILE, ids)
     write_json(target / WRITTEN, content)

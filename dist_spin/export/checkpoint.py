@@ -13,6 +13,7 @@ from dist_spin.export.directory import Shards
 from dist_spin.export.tokenizer import copy_tokenizer
 from dist_spin.model.architecture import ATTENTION_NORM, EMBEDDING, FINAL_NORM, HEAD, MLP_NORM, layer_name
 from dist_spin.model.weights import ModelFiles
+from dist_spin.runtime.prefetch import prefetched
 from dist_spin.storage.atomic import write_json
 
 
@@ -21,6 +22,7 @@ def write_checkpoint(
     files: ModelFiles,
     dtype: torch.dtype,
     *,
+    device: torch.device,
     layer: Callable[[int], dict[str, Tensor]],
     embedding: Callable[[], Tensor],
     head: Callable[[], Tensor],
@@ -30,22 +32,25 @@ def write_checkpoint(
 ) -> None:
     """Weights, config.json, tokenizer and generation config; norm gains are folded into the linears, so they are one.
 
+    While a layer goes to its file, a thread makes the next one.
+
     Args:
         layer: tensors of decoder layer i by their names within it; a layer norm that it leaves out gets gains of one, one
-            that it has is a learned scale. embedding, head: [vocab, h].
+            that it has is a learned scale. device: where it makes them. embedding, head: [vocab, h].
         extra: entries of config.json that replace the model's own. before_layer: called before each layer, with its number.
     """
-    shards = Shards(directory, shard_bytes)
     ones = torch.ones(files.shape.hidden, dtype=dtype)
-    shards.add(f"{EMBEDDING}.weight", embedding())
-    for index in range(files.shape.layers):
-        before_layer(index)
-        gains = {f"{norm}.weight": ones.clone() for norm in (ATTENTION_NORM, MLP_NORM)}
-        for name, tensor in (gains | layer(index)).items():
-            shards.add(f"{layer_name(index)}.{name}", tensor)
-    shards.add(f"{FINAL_NORM}.weight", ones)
-    shards.add(f"{HEAD}.weight", head())
-    shards.finish()
+    with Shards(directory, shard_bytes) as shards:
+        shards.add(f"{EMBEDDING}.weight", embedding())
+        for index, tensors in enumerate(prefetched(layer, range(files.shape.layers), device)):
+            before_layer(index)
+            gains = {f"{norm}.weight": ones.clone() for norm in (ATTENTION_NORM, MLP_NORM)}
+            for name, tensor in (gains | tensors).items():
+                shards.add(f"{layer_name(index)}.{name}", tensor)
+            del tensors
+        shards.add(f"{FINAL_NORM}.weight", ones)
+        shards.add(f"{HEAD}.weight", head())
+        shards.finish()
     config = copy.deepcopy(files.config)
     config.tie_word_embeddings = False  # the final norm's gain is in lm_head alone
     config.dtype = dtype

@@ -78,7 +78,7 @@ def packed_layer(layer: QuantizedLayer, dtype: torch.dtype, activations: QuantSp
         UserError: a weight is more than codes and scales, so that the format would lose a part of it.
     """
     out = {name: tensor.to(dtype) for name, tensor in layer.others.items()}
-    weights = layer.weights(torch.float32, torch.device("cpu"))
+    weights = layer.weights(torch.float32, next(iter(layer.quantized_weights.values())).codes.device)
     for role, quantized in layer.quantized_weights.items():
         if not torch.equal(weights.pop(f"{role}.weight"), dequantize_weight(*quantized, layer.group_size)):
             raise UserError(

@@ -1,18 +1,22 @@
-"""Directories that appear whole or not at all, and safetensors shards written as their tensors come."""
+"""Directories that appear whole or not at all, and safetensors shards written while further tensors come."""
 
 import contextlib
 import fnmatch
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dist_spin.errors import UserError
 from dist_spin.export.tokenizer import COPIED
+from dist_spin.runtime.host_memory import host_bytes_free
 from dist_spin.storage.atomic import atomic, sync_directory, user_error, write_json
 
 FILES = "dist_spin/files.json"
@@ -93,32 +97,52 @@ def whole_directory(target: Path) -> Iterator[Path]:
         clean_up()
 
 
-class Shards:
-    """Tensors of one checkpoint, written to `model-0000N-of-0000M.safetensors` as soon as a file is full.
+MOST_WRITERS = 4  # files that are written at a time
+HOST_SHARE = 0.4  # of the host's free memory that waiting and half-written files may take
 
-    Always with an index, which readers follow, so that other safetensors files may lie beside. No more than `limit` bytes
-    (or one larger tensor) are held.
+
+class Shards:
+    """Tensors of one checkpoint, written to `model-0000N-of-0000M.safetensors` by threads as soon as a file is full.
+
+    Always with an index, which readers follow, so that other safetensors files may lie beside. Held are `limit` bytes (or one
+    larger tensor), and as much again for each file that is being written: up to MOST_WRITERS, fewer or none beside the caller
+    where the host has no memory for them. The files do not depend on that.
+
+    A context: at its end no thread writes any more.
     """
 
     def __init__(self, directory: Path, limit: float) -> None:
         self.directory, self.limit = directory, limit
         self._held: dict[str, Tensor] = {}
+        self._copied: torch.cuda.Event | None = None  # of the newest tensor from a GPU
         self._file_of: dict[str, int] = {}
-        self._files = self._total = 0
+        self._files = self._total = self._held_bytes = 0
+        # Pinned memory comes in powers of two, so that a file may take up to twice its size.
+        self._writers = max(0, min(MOST_WRITERS, int(HOST_SHARE * host_bytes_free() / (2 * limit)) - 1))
+        self._threads = ThreadPoolExecutor(max(1, self._writers), "shard-writer")
+        self._written: deque[Future[None]] = deque()
+
+    def __enter__(self) -> "Shards":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take one tensor; names are added once."""
         assert name not in self._file_of, f"{name} twice"
         size = tensor.numel() * tensor.element_size()
-        if self._held and sum(t.numel() * t.element_size() for t in self._held.values()) + size > self.limit:
+        if self._held and self._held_bytes + size > self.limit:
             self._write()
-        self._held[name] = tensor.detach().cpu().contiguous()
+        self._held[name] = self._on_host(tensor.detach())
         self._file_of[name] = self._files + 1
+        self._held_bytes += size
         self._total += size
 
     def finish(self) -> None:
         """Write what is held, give the files their names and write the index."""
         self._write()
+        self._wait(0)
 
         def final(number: int) -> str:
             return f"model-{number:05d}-of-{self._files:05d}.safetensors"
@@ -131,11 +155,35 @@ class Shards:
         }
         write_json(self.directory / "model.safetensors.index.json", index)
 
+    def _on_host(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_cuda:
+            return tensor.contiguous()
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        self._copied = torch.cuda.current_stream(tensor.device).record_event()
+        return host
+
     def _write(self) -> None:
         self._files += 1
-        with atomic(self._path(self._files)) as temporary:
-            save_file(self._held, temporary, {"format": "pt"})
-        self._held = {}
+        held, copied, path = self._held, self._copied, self._path(self._files)
+        self._held, self._held_bytes = {}, 0
+
+        def write() -> None:
+            if copied is not None:
+                copied.synchronize()
+            with atomic(path) as temporary:
+                save_file(held, temporary, {"format": "pt"})
+            held.clear()
+
+        self._wait(self._writers - 1)
+        self._written.append(self._threads.submit(write))
+        if not self._writers:
+            self._wait(0)
+
+    def _wait(self, most: int) -> None:
+        """Until at most that many files are being written; raises what a thread has raised."""
+        while len(self._written) > max(0, most):
+            self._written.popleft().result()
 
     def _path(self, number: int) -> Path:
         return self.directory / f"shard-{number}.safetensors"

@@ -136,14 +136,14 @@ class ExportJob:
                 raise UserError(f"{path} {FOREIGN}", REQUANTIZE)
 
     def quantised_layer(self, index: int) -> QuantizedLayer:
-        """Layer `index` of the run, its checksum and fingerprint checked.
+        """Layer `index` of the run, on the device, its checksum and fingerprint checked.
 
         Raises:
             UserError: it cannot be used.
         """
         path = layer_path(self.run.layers(), index)
         try:
-            layer, fingerprint = load_layer(path)
+            layer, fingerprint = load_layer(path, self.weights.device)
         except CorruptFile as error:
             raise UserError(str(error), REQUANTIZE) from error
         if fingerprint != self.layers_fingerprint:
@@ -190,6 +190,7 @@ class ExportJob:
             directory,
             self.files,
             dtype,
+            device=self.weights.device,
             layer=layer,
             embedding=lambda: embeddings["embedding"] if "embedding" in embeddings else self.weights.embedding(),
             head=lambda: embeddings["head"] if "head" in embeddings else self.weights.head_weight(),

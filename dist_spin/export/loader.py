@@ -90,8 +90,8 @@ def _layer(
         return out | ({DOWN: renamed[ROTATED_DOWN]} if renamed else {})
     for role in LAYER_LINEARS:
         stored = [kind for kind in (PACKED, PLAIN, SCALE, SHAPE, ZERO) if source.has(f"{prefix}.{role}.{kind}")]
-        tensors = {kind: source.rows(f"{prefix}.{role}.{kind}") for kind in stored}
+        tensors = {kind: source.rows(f"{prefix}.{role}.{kind}", device=device) for kind in stored}
         bits, group = bits_in(quantization, role)
-        codes, scale, zero = (part.to(device) for part in unpack(tensors, bits))
+        codes, scale, zero = unpack(tensors, bits)
         out[f"{role}.weight"] = dequantize_weight(codes, scale, zero, group, dtype)
     return out
