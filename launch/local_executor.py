@@ -19,8 +19,7 @@ from dist_spin.runtime.processes import PARENT, dependent_environment
 
 START_ATTEMPTS = 5
 # What the fork server imports, in this order, so that its jobs find it there.
-PRELOADED = ["dist_spin.launch.fork_server", "dist_spin.launch.worker"]
-PRELOADED += ["dist_spin.optimize.train", "dist_spin.quantize.stage", "dist_spin.evaluate.stage"]
+PRELOADED = [f"dist_spin.launch.{name}" for name in ("fork_server", "worker", "preload")]
 
 
 class ForkServerLost(UserError):

@@ -14,7 +14,6 @@ from dist_spin.errors import EXIT_OK
 from dist_spin.launch.local_pipeline import run_stages
 from dist_spin.launch.requeue import should_requeue
 from dist_spin.runtime.processes import dependent_environment
-from dist_spin.runtime.slurm import job_states
 
 REQUEUE_TIMEOUT_S = 45  # seconds that the other nodes wait for the first one to queue the job again
 # Where submitit's own variables would make a plain command think that it is one rank of several.
@@ -53,7 +52,7 @@ class StageJob:
             command, env=os.environ | quiet | dependent_environment(), start_new_session=True
         )
         code = self.process.wait()
-        if should_requeue(code) and not being_cancelled():
+        if should_requeue(code):
             if os.environ.get("SLURM_PROCID", "0") == "0":
                 os.kill(os.getpid(), PREEMPTION)  # submitit's handler calls checkpoint() and queues the job again
             time.sleep(REQUEUE_TIMEOUT_S)  # Slurm ends this job, unless the first node is the one that hangs
@@ -96,12 +95,6 @@ def run_command(arguments: list[str]) -> int:
     command = [sys.executable, "-m", "dist_spin", *arguments]
     print(" ".join(command), flush=True)
     return subprocess.run(command, env=environment | dependent_environment(), check=False).returncode
-
-
-def being_cancelled() -> bool:
-    """Whether Slurm is already ending this job for good; a preempted one still counts as running."""
-    job = submitit.JobEnvironment().job_id
-    return job in (states := job_states([job])) and states[job].state != "RUNNING"
 
 
 def rendezvous_arguments() -> list[str]:

@@ -1,6 +1,6 @@
 """One job of a local fan-out: what `dist-spin quantize ... --layers A:B` does, in a process made by multiprocessing.
 
-Imported once by the fork server, so that a job on the CPU begins in milliseconds instead of seconds of imports.
+On the CPU it is forked from a server that has imported all that it needs (`launch.preload`).
 """
 
 import multiprocessing

@@ -13,8 +13,6 @@ run_step() {
   wait "$step"
   code=$?
   $PYTHON -m dist_spin.launch.requeue "$code" "$stopped" || exit "$code"
-  # Not if somebody cancelled it: then it is on its way out already.
-  [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null | sort -u | grep -v PENDING)" = RUNNING ] || exit "$code"
   echo "dist-spin: job $SLURM_JOB_ID queues itself again (exit code $code)"
   scontrol requeue "$SLURM_JOB_ID"
   exit "$code"

@@ -39,6 +39,21 @@ def test_the_environment_says_how_often(monkeypatch):
     assert not should_requeue(4)
 
 
+@pytest.mark.parametrize(("state", "again"), [("RUNNING", True), ("COMPLETING", False), ("CANCELLED", False)])
+@pytest.mark.parametrize("array", [False, True])
+def test_a_cancelled_job_does_not_queue_again(monkeypatch, tmp_path, state, again, array):
+    program = tmp_path / "squeue"  # as Slurm's answers: this job, and another task of its array that still waits
+    program.write_text(f"#!/bin/sh\nprintf '%s\\n' '12{'_3' * array}|{state}|None' '12_4|PENDING|None'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "15" if array else "12")
+    if array:
+        monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert should_requeue(75) is again
+    assert not should_requeue(2)
+
+
 SIGNALLED_WHILE_WAITING = """
 import os, signal, subprocess, threading
 from dist_spin.launch.stage_job import StageJob

@@ -193,12 +193,12 @@ def test_files_of_the_users_own_are_never_deleted(run, capfd, listed):
     assert main(["export", *words, "export.shard_gb=1", "--format", "hf"]) == 0  # another making: written anew
     if not listed:
         (directory / "dist_spin" / "files.json").unlink()
-    for name in ("notes.txt", "merged/weights.bin"):
-        (directory / name).parent.mkdir(exist_ok=True)
+    for name in ("notes.txt", "merged/weights.bin", "tokenizer_mine/notes.json", "dist_spin/mine/w.safetensors"):
+        (directory / name).parent.mkdir(exist_ok=True, parents=True)
         (directory / name).write_text("mine")
     before = contents(directory)
     line = refusal(capfd, "export", [*words, "--format", "hf"])
-    assert "holds merged/weights.bin and 1 more, which no export wrote; move that away" in line
+    assert "holds dist_spin/mine/w.safetensors and 3 more, which no export wrote; move that away" in line
     assert contents(directory) == before
 
 

@@ -52,7 +52,13 @@ def foreign_files(directory: Path) -> list[str]:
     if isinstance(listed, list):
         return [name for name in present if name not in listed]
     own = (*OWN_FILES, *COPIED)
-    return [name for name in present if not any(fnmatch.fnmatch(name, pattern) for pattern in own)]
+    return [name for name in present if not any(_is_named(name, pattern) for pattern in own)]
+
+
+def _is_named(path: str, pattern: str) -> bool:
+    """Whether a path matches a pattern folder by folder: unlike in `fnmatch`, no `*` stands for a `/`."""
+    parts, wanted = path.split("/"), pattern.split("/")
+    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
 
 
 def list_files(directory: Path) -> None:
