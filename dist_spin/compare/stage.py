@@ -250,7 +250,7 @@ def compare(config: RunConfig, world: World) -> list[dict[str, Any]]:
     plan, run = plan_trials(config), comparison.run
     if any(trial.system.learns_rotations for trial in plan):
         check_context("optimize.seq_len", config.optimize.seq_len, files.config)
-    if any(trial.weights != "none" for trial in plan):
+    if any(trial.weights != "none" or trial.system.is_method for trial in plan):  # methods learn from that text, too
         check_context("quantize.seq_len", config.quantize.seq_len, files.config)
     on_rank0(lambda: record_start(run, config, len(plan) * len(texts)))
     others = comparison.complete_units(work_units(config, plan))
