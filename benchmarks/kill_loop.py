@@ -35,7 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--lanes", type=int, default=1, help="loops side by side; each takes about two cores")
+    parser.add_argument("--lanes", type=int, default=1, help="loops side by side; each keeps about one core busy")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end by then, with the kills so far")
     parser.add_argument("--seed", type=int, default=None, help="of the moments and the victims; random without it")
     parser.add_argument("--log", type=Path, help="every kill and every fault goes here, too")
@@ -74,7 +74,7 @@ def main() -> int:
             shown=True,
         )
     tell(f"seed {seed}: {total.summary()}", shown=True)
-    return 1 if total.faulty else 0
+    return 1 if total.faulty or not total.kills else 0
 
 
 def run_lanes(
