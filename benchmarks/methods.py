@@ -26,7 +26,8 @@ from dist_spin.model.weights import ModelFiles
 from dist_spin.pipeline.fingerprints import layer_identity
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.pipeline.variants import Variant, build_variant, calibration_tokens
-from dist_spin.quantize.stage import QuantizeJob, quantize_range
+from dist_spin.quantize.job import QuantizeJob
+from dist_spin.quantize.layer_range import quantize_range
 from dist_spin.runtime.console import Console, quieten_libraries, shown_on
 from dist_spin.runtime.distributed import World, start, stop
 from dist_spin.runtime.progress import say

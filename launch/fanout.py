@@ -14,7 +14,8 @@ from dist_spin.config.run import RunConfig
 from dist_spin.errors import EXIT_ABORTED, EXIT_INTERRUPTED, EXIT_NUMERICS, EXIT_OK, EXIT_USER, UserError
 from dist_spin.launch.jobs import Executor, Task
 from dist_spin.pipeline.dtype import resolve_dtype
-from dist_spin.quantize.stage import QuantizeJob, prepare_jobs
+from dist_spin.quantize.job import QuantizeJob
+from dist_spin.quantize.stage import prepare_jobs
 from dist_spin.runtime import distributed
 from dist_spin.runtime.progress import Progress, warn
 from dist_spin.runtime.signals import forwarded_to, leave, leave_terminal

@@ -9,7 +9,7 @@ from dist_spin.config.loader import load_config
 from dist_spin.errors import UserError
 from dist_spin.pipeline.export_limits import check_export_target
 from dist_spin.pipeline.model import open_configured_model
-from dist_spin.quantize.stage import layer_ranges_of
+from dist_spin.quantize.job import layer_ranges_of
 from dist_spin.runtime import distributed
 
 

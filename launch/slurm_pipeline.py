@@ -22,7 +22,8 @@ from dist_spin.launch.stage_job import PipelineJob, StageJob
 from dist_spin.launch.submitit_executor import slurm_settings
 from dist_spin.pipeline.export_limits import check_export_target
 from dist_spin.pipeline.model import open_configured_model
-from dist_spin.quantize.stage import layer_ranges_of, prepare_jobs
+from dist_spin.quantize.job import layer_ranges_of
+from dist_spin.quantize.stage import prepare_jobs
 from dist_spin.runtime import distributed
 from dist_spin.runtime.progress import say, warn
 from dist_spin.runtime.slurm import JobState, cancel_jobs, job_states

@@ -20,8 +20,8 @@ from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import open_model
 from dist_spin.numerics.gptq import GPTQOptions, prepare, solve
 from dist_spin.numerics.hessian import Hessian
+from dist_spin.quantize.job import layer_ranges_of, ranges_within
 from dist_spin.quantize.layer_quantizer import LayerQuantizer
-from dist_spin.quantize.stage import layer_ranges_of, ranges_within
 from dist_spin.report.status import ranges
 from dist_spin.runtime.distributed import World
 from dist_spin.storage import hidden_states as boundary_files

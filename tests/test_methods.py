@@ -36,7 +36,8 @@ from dist_spin.pipeline.fingerprints import layer_identity
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.pipeline.quant_sites import sites_for
 from dist_spin.pipeline.variants import build_variant, calibration_tokens
-from dist_spin.quantize.stage import QuantizeJob, quantize_range
+from dist_spin.quantize.job import QuantizeJob
+from dist_spin.quantize.layer_range import quantize_range
 from dist_spin.runtime import distributed
 from dist_spin.runtime.distributed import World
 from dist_spin.runtime.signals import StopRequest

@@ -38,7 +38,8 @@ from dist_spin.pipeline.model import model_dtype, open_configured_model
 from dist_spin.pipeline.quant_sites import clips_at, site_bits, sites_for
 from dist_spin.pipeline.stage_context import writing
 from dist_spin.pipeline.variants import Variant, build_variant, calibration_tokens
-from dist_spin.quantize.stage import QuantizeJob, quantize_variants
+from dist_spin.quantize.job import QuantizeJob
+from dist_spin.quantize.stage import quantize_variants
 from dist_spin.runtime.distributed import World, any_rank, on_rank0
 from dist_spin.runtime.progress import say, warn
 from dist_spin.runtime.signals import StopRequest

@@ -47,6 +47,9 @@ class QuantizeConfig:
     """Keep activation, key and value quantisers on while calibrating; off as published."""
     layers_per_job: int = 0
     """Layers that see each other's rounding errors and are done by one job, others in parallel; 0: all, as published."""
+    parallel: Literal["auto", "ranks", "layers"] = "auto"
+    """How several processes share the work: ranks: all compute one layer at a time, each some sequences and rows; layers: each
+    computes whole jobs of layers_per_job layers; auto: whichever is estimated to be faster, which is said."""
     baselines: list[Literal["none", "hadamard", "orthogonal"]] = field(default_factory=list)
     """Unlearned rotations to quantise and evaluate beside the learned one, for comparison."""
 

@@ -62,7 +62,7 @@ def site_settings(config: RunConfig) -> dict[str, Any]:
 def layer_identity(config: RunConfig, files: ModelFiles, variant: Variant, tokens: Tensor) -> dict[str, Any]:
     """Everything that decides the content of a variant's layer files."""
     settings = flat(config.quantize, "quantize")
-    del settings["quantize.baselines"]  # decide nothing about layers
+    del settings["quantize.baselines"], settings["quantize.parallel"]  # decide nothing about layers
     if settings["quantize.layers_per_job"] >= files.shape.layers:  # one range of layers, however it was said
         settings["quantize.layers_per_job"] = 0
     # No setting of a site decides a weight that was calibrated without it.

@@ -3,11 +3,12 @@
 The same calls serve a plain `python` process (a group of one), torchrun on one or several hosts, and srun.
 """
 
+import contextlib
 import datetime
 import itertools
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -156,6 +157,30 @@ def lost_rank(error: BaseException) -> str | None:
     return text.splitlines()[0][:200] if lost and text else None
 
 
+_apart = False  # whether this process counts as alone at the moment (`apart`)
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Within the block this process is a group of one: no function of this module waits for other ranks, whose work differs."""
+    global _apart  # noqa: PLW0603
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
+
+
+def group_size() -> int:
+    """Ranks that agree and share work at the moment."""
+    return 1 if _apart else dist.get_world_size()
+
+
+def group_rank() -> int:
+    """This process's number among them."""
+    return 0 if _apart else dist.get_rank()
+
+
 def any_rank(flag: bool) -> bool:  # noqa: FBT001 (its only argument)
     """Whether `flag` is set on any rank; every rank gets the same answer. Ask before any branch that leads to a collective."""
     return bool(max_over_ranks(int(flag)))
@@ -163,7 +188,7 @@ def any_rank(flag: bool) -> bool:  # noqa: FBT001 (its only argument)
 
 def max_over_ranks(value: int) -> int:
     """The largest of the 63-bit `value` that each rank gives, on every rank."""
-    if dist.get_world_size() == 1:
+    if group_size() == 1:
         return value
     largest = torch.tensor([value])
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
@@ -172,7 +197,7 @@ def max_over_ranks(value: int) -> int:
 
 def all_ranks_equal(value: int) -> bool:
     """Whether every rank holds the same 63-bit `value` (a hash, a step); the answer is the same everywhere."""
-    if dist.get_world_size() == 1:
+    if group_size() == 1:
         return True
     both = torch.tensor([value, -value], dtype=torch.int64)
     dist.all_reduce(both, op=dist.ReduceOp.MAX)
@@ -182,14 +207,14 @@ def all_ranks_equal(value: int) -> bool:
 def on_rank0(action: Callable[[], T]) -> T:
     """Run `action` on rank 0 alone and hand its result to every rank; an error there is raised everywhere."""
     box: list[T | BaseException | None] = [None]
-    if dist.get_rank() == 0:
+    if group_rank() == 0:
         try:
             box[0] = action()
         except Exception as error:
             box[0] = error
-    if dist.get_world_size() > 1:
+    if group_size() > 1:
         dist.broadcast_object_list(box, src=0)
-    if isinstance(box[0], UserError) and dist.get_world_size() > 1:  # alone, each process speaks for itself
+    if isinstance(box[0], UserError) and group_size() > 1:  # alone, each process speaks for itself
         raise box[0].as_shared()
     if isinstance(box[0], BaseException):
         raise box[0]
@@ -209,7 +234,7 @@ def raise_on_any_failure(action: Callable[[], None]) -> None:
         if lost_rank(error):
             raise  # there is nobody to agree with
         failure = out_of_memory(error) or error
-    rank, size = dist.get_rank(), dist.get_world_size()
+    rank, size = group_rank(), group_size()
     if size == 1:
         if failure is not None:
             raise failure
@@ -231,7 +256,7 @@ def raise_on_any_failure(action: Callable[[], None]) -> None:
 def _mistake_of(rank: int, own: Exception | None) -> UserError:
     """The UserError `own` of one rank, on all of them."""
     here = f"rank {rank} on {socket.gethostname()}: " if rank and isinstance(own, UserError) and not own.shared else ""
-    box = [(own, here) if dist.get_rank() == rank else None]
+    box = [(own, here) if group_rank() == rank else None]
     dist.broadcast_object_list(box, src=rank)
     assert box[0] is not None
     mistake, where = box[0]
@@ -244,7 +269,7 @@ def sum_over_ranks_(buffer: Tensor) -> Tensor:
 
     CPU buffers are summed in fp64 in the fixed order of ranks, so that a run is reproducible bit by bit on any network.
     """
-    if dist.get_world_size() == 1:
+    if group_size() == 1:
         return buffer
     if buffer.is_cuda:
         dist.all_reduce(buffer)
@@ -258,7 +283,7 @@ def sum_over_ranks_(buffer: Tensor) -> Tensor:
 
 def gather_parts(part: Tensor) -> list[Tensor]:
     """Every rank's `part`, in the order of ranks, on every rank; all of one shape and contiguous in one buffer."""
-    size = dist.get_world_size()
+    size = group_size()
     whole = part.new_empty(size * part.shape[0], *part.shape[1:]) if part.dim() else part.new_empty(size)
     parts = [p.view(part.shape) for p in whole.chunk(size)]
     dist.all_gather(parts, part.contiguous())

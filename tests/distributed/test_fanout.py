@@ -13,6 +13,7 @@ import torch
 from ranks import Job, command
 from tiny import tiny_run, write_model
 
+from dist_spin.errors import EXIT_INTERRUPTED
 from dist_spin.numerics.random_rotations import random_orthogonal
 from dist_spin.report.status import status, status_text
 from dist_spin.storage.atomic import read_lines
@@ -159,6 +160,25 @@ def test_jobs_in_any_order_on_any_ranks_are_the_run_without_jobs(place):
     quantize(place, "jobs", *setting)
     after = read_lines(place / "runs" / "jobs" / "events.jsonl")
     assert [e["event"] for e in after[len(before) :]] == ["job", "quantize", "stage_end"]
+
+
+def test_ranks_that_take_whole_ranges_write_the_same_files_and_end_together_on_a_signal_to_one(place):
+    setting = ("model.dtype=float64", "quantize.layers_per_job=5")
+    quantize(place, "alone", *setting, layers=20)
+    apart = words(place, "apart", *setting, "quantize.parallel=layers", layers=20)
+    job = Job(2, command, "quantize", *apart, log=place / "apart.log")
+    run = place / "runs" / "apart"
+    job.wait_for(lambda: any(run.glob("**/layers/*.safetensors")))
+    job.signal(signal.SIGTERM, 1)
+    assert job.wait() == [EXIT_INTERRUPTED] * 2, job.log.read_text()
+    assert "2 ranks take whole ranges of layers: quantize.parallel says so" in job.log.read_text()
+    assert 0 < len(list(run.glob("**/layers/*.safetensors"))) < 20
+    quantize(place, "apart", *setting, "quantize.parallel=layers", size=2, layers=20)
+    assert files(place, "apart") == files(place, "alone")
+    assert not list(run.glob("**/boundaries"))
+    events = [event for event in read_lines(run / "events.jsonl") if event["event"] == "layer"]
+    assert len(events) == 20  # none was done twice
+    assert len({event["pid"] for event in events}) == 4
 
 
 def test_damaged_and_foreign_layers_are_set_aside_and_done_again(place):

@@ -1,0 +1,95 @@
+"""How several ranks share the quantisation: all of them on each layer, or each on whole ranges of layers.
+
+Sharing a layer splits its sequences and the rows of its weights; merging and factorising are done by every rank again. Whole
+ranges split everything, but need hidden states that ranges start from, and enough ranges for all ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dist_spin.model.architecture import Shape
+
+# Seconds on one H200 for 1e15 operations of each kind, from the parts of `dist-spin bench quantize --shape 70b`. Only their
+# ratios decide.
+FORWARD, HESSIAN, SOLVE, FACTOR, MERGE = 1.9, 1.0, 135.0, 33.0, 24.0
+MEMORY_SHARE = 0.9  # of what is free that a rank may be expected to fill
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Estimated seconds of one layer on one GPU: `forward` passes, other work that ranks can split, and work they cannot."""
+
+    forward: float
+    split: float
+    whole: float
+
+
+def layer_cost(shape: Shape, tokens: int) -> LayerCost:
+    """What GPTQ of one layer takes, for `tokens` tokens of calibration."""
+    heads, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    h, m = shape.hidden, shape.intermediate
+    sites = [(h, heads + 2 * kv), (heads, h), (h, 2 * m), (m, h)]  # inputs and outputs of each
+    weights = sum(i * o for i, o in sites)
+    forward = FORWARD * 2 * weights * tokens * 1e-15
+    split = (HESSIAN * sum(2 * i * i * tokens for i, _ in sites) + SOLVE * sum(o * i * i for i, o in sites)) * 1e-15
+    whole = (FACTOR * sum(i**3 for i, _ in sites) + MERGE * 2 * weights * h) * 1e-15
+    return LayerCost(forward, split, whole)
+
+
+def memory_needed(shape: Shape, tokens: int, itemsize: int) -> int:
+    """Bytes that quantising with all sequences on one rank takes about: states, inputs of down_proj, matrices, weights."""
+    widest = max(shape.intermediate, shape.heads * shape.head_dim)
+    weights = shape.hidden * (2 * (shape.heads + shape.kv_heads) * shape.head_dim + 3 * shape.intermediate)
+    return tokens * (shape.hidden + widest) * itemsize + 3 * 4 * widest**2 + 3 * weights * itemsize
+
+
+def assign(missing: Sequence[int], ranks: int) -> list[list[int]]:
+    """Which ranges each rank takes, by their numbers: the longest first, each to the rank with the fewest layers."""
+    taken: list[list[int]] = [[] for _ in range(ranks)]
+    layers = [0] * ranks
+    for number in sorted(range(len(missing)), key=lambda i: -missing[i]):
+        rank = layers.index(min(layers))
+        taken[rank].append(number)
+        layers[rank] += missing[number]
+    return taken
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the ranks share the work, and why, for the user."""
+
+    parallel: Literal["ranks", "layers"]
+    reason: str
+
+
+def choose(
+    setting: Literal["auto", "ranks", "layers"],
+    cost: LayerCost,
+    missing: Sequence[int],
+    states_to: int,
+    sequences: int,
+    ranks: int,
+    *,
+    fits: bool,
+) -> Choice:
+    """What `quantize.parallel` means for this work; both give the same files, up to how sums are rounded.
+
+    Args:
+        missing: layers that each open range lacks. states_to: the last layer whose entering states are still to be stored.
+        fits: whether one rank holds all sequences.
+    """
+    if len(missing) < 2:
+        return Choice("ranks", "one range of layers is left; quantize.layers_per_job cuts smaller ones")
+    if setting != "auto":
+        return Choice(setting, "quantize.parallel says so")
+    if not fits:
+        return Choice("ranks", "one of them does not hold all calibration sequences")
+    longest = max(sum(missing[i] for i in numbers) for numbers in assign(missing, ranks))
+    states = states_to * cost.forward / min(ranks, sequences)
+    apart = states + longest * (cost.forward + cost.split + cost.whole)
+    forward = cost.forward / min(ranks, sequences)
+    together = states + sum(missing) * (forward + cost.split / ranks + cost.whole)
+    if apart < together:
+        return Choice("layers", f"about {together / apart:.1f} times as fast as sharing each layer")
+    return Choice("ranks", f"about {apart / together:.1f} times as fast as whole ranges of layers")

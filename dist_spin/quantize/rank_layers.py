@@ -1,0 +1,52 @@
+"""Whole ranges of layers on each rank: nobody waits for another rank within a layer, and all agree after each one."""
+
+import contextlib
+import dataclasses
+from collections.abc import Generator, Sequence
+
+import torch
+
+from dist_spin.quantize.job import QuantizeJob
+from dist_spin.quantize.layer_range import LayerRange, quantize_layers
+from dist_spin.quantize.parallel import assign
+from dist_spin.runtime.distributed import World, any_rank, apart, raise_on_any_failure, sum_over_ranks_
+from dist_spin.runtime.progress import Progress
+
+
+def quantize_apart(ranges: Sequence[LayerRange], world: World) -> None:
+    """Quantise `ranges`, the same list on every rank, each by one rank alone.
+
+    Ranks agree after every layer, so that a mistake or a signal on one of them ends all of them within a layer.
+
+    Raises:
+        Interrupted: a signal came; finished layers are kept.
+        UserError: the mistake of any rank.
+    """
+    own = [ranges[number] for number in assign([layers.missing for layers in ranges], world.size)[world.rank]]
+    steps = _layers_alone(own, World(0, 1, world.local_rank, world.local_size, world.device))
+    total = sum(len(layers.finished) for layers in ranges)
+    done = total - sum(layers.missing for layers in ranges)
+    progress = Progress(f"quantise on {world.size} ranks: layer", total, done, show=world.is_rank0)
+    working = True
+    with contextlib.closing(steps):
+        while any_rank(working):
+            errors: list[float] = []
+
+            def step(errors: list[float] = errors) -> None:
+                with apart():
+                    error = next(steps, None)
+                if error is not None:
+                    errors.append(error)
+
+            raise_on_any_failure(step)
+            working = bool(errors)
+            for _ in range(int(sum_over_ranks_(torch.tensor([float(len(errors))])))):
+                progress.advance()
+
+
+def _layers_alone(ranges: Sequence[LayerRange], alone: World) -> Generator[float, None, None]:
+    """The layers of `ranges`, one after the other; jobs are made anew, since what they hold depends on the ranks."""
+    jobs: dict[int, QuantizeJob] = {}
+    for layers in ranges:
+        job = jobs.setdefault(id(layers.job), dataclasses.replace(layers.job, world=alone))
+        yield from quantize_layers(dataclasses.replace(layers, job=job))
