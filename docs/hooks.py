@@ -30,6 +30,7 @@ OUTSIDE = {  # Markdown pages that lie elsewhere -> their names on the site
 LANGUAGES = {".py": "python", ".sh": "bash", ".sbatch": "bash", ".yaml": "yaml", ".toml": "toml", ".cff": "yaml"}
 LINK = re.compile(r"\]\(([^)\s#]*)(#[^)\s]*)?\)")
 SETTINGS = "<!-- settings -->"
+HOOKS = "docs/hooks.py"  # this file, the only one in the folder that is no part of the site
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
@@ -87,7 +88,7 @@ def _relinked(path: str, name: str) -> str:
         goal = os.path.normpath(os.path.join(os.path.dirname(path), target))
         if goal == "docs":
             here = "index.md"
-        elif goal.startswith("docs/"):
+        elif goal.startswith("docs/") and goal != HOOKS:
             here = goal.removeprefix("docs/")
         else:
             here = OUTSIDE.get(goal) or _source_page(goal)
@@ -100,7 +101,12 @@ def _sources(page: str) -> Iterator[str]:
     """The source files, as paths in the repository, that a page links to."""
     for target, _ in LINK.findall((ROOT / page).read_text(encoding="utf-8")):
         goal = os.path.normpath(os.path.join(os.path.dirname(page), target))
-        if target and not re.match(r"\w+:", target) and not goal.startswith("docs") and goal not in OUTSIDE:
+        if (
+            target
+            and not re.match(r"\w+:", target)
+            and goal not in OUTSIDE
+            and (goal == HOOKS or not goal.startswith("docs"))
+        ):
             yield goal
 
 
