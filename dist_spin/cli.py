@@ -114,7 +114,7 @@ def _check_options(parser: Parser, verb: str, rest: list[str]) -> None:
 
 
 def _parser() -> Parser:
-    table = "\n".join(f"  {name:10}{verb.what}" for name, verb in VERBS.items())
+    table = "\n".join(f"  {name:12}{verb.what}" for name, verb in VERBS.items())
     how = (
         "`dist-spin VERB --help` explains a verb and lists the settings that it reads, `dist-spin help optimize.lr` explains "
         "a setting;\n--help-all explains every setting."
@@ -182,6 +182,21 @@ def _quantize_options(parser: Parser) -> None:
 def _export_options(parser: Parser) -> None:
     parser.add_argument("--format", metavar="|".join(FORMATS), help="default: export.target")
     parser.add_argument("--output", metavar="DIR", type=Path, help="default: export/FORMAT in the run's directory")
+
+
+def _serve_check_options(parser: Parser) -> None:
+    parser.add_argument("paths", metavar="EXPORT", type=Path, nargs="+", help="directories that `export` wrote")
+    parser.add_argument("--engine", choices=("vllm",), default="vllm", help="which engine (default: vllm)")
+    meaning = "of the engine's environment; default: this one, or the one of the vllm program on PATH"
+    parser.add_argument("--python", metavar="PATH", type=Path, help=meaning)
+    meaning = "what is read, as evaluate.sources; its test part (default: pydoc)"
+    parser.add_argument("--text", metavar="SOURCE", help=meaning)
+    parser.add_argument("--sequences", metavar="N", type=_count, help="windows of it (default: 4)")
+    parser.add_argument("--seq-len", metavar="N", type=_count, help="tokens of a window (default: 128)")
+    parser.add_argument("--tokens", metavar="N", type=_count, help="tokens written after half a window (default: 16)")
+    parser.add_argument("--tensor-parallel", metavar="N", type=_count, help="GPUs of the engine (default: 1)")
+    parser.add_argument("--kv-cache-dtype", metavar="DTYPE", help="as the engine's own option (default: auto)")
+    parser.add_argument("--json", dest="as_json", action="store_true", help="the same as JSON, for programs")
 
 
 def _submit_options(parser: Parser) -> None:
@@ -294,6 +309,14 @@ VERBS = {
         (*MODEL, *LEARNED_ON, "quantize", "export", *PROCESS),
         f"RUN|{CONFIG}",
         example="runs/quickstart --format compressed-tensors",
+    ),
+    "serve-check": Verb(
+        "load exports in vLLM and compare what it computes with dist_spin.load",
+        "dist_spin.serve.check:serve_check",
+        command.call_serve_check,
+        _serve_check_options,
+        takes="EXPORT ...",
+        example="runs/quickstart/export/compressed-tensors --python .vllm/bin/python",
     ),
     "compare": Verb(
         "measure RTN, GPTQ, SmoothQuant, QuaRot, SpinQuant and ours at several bit widths: the table",

@@ -192,6 +192,18 @@ def call_init(command: Command) -> int:
     return EXIT_OK
 
 
+def call_serve_check(command: Command) -> int:
+    """function(paths, **options) of exports, wherever they lie."""
+    left_out = ("verb", "engine", *EVERYWHERE)  # there is one engine
+    options = {name: value for name, value in vars(command.options).items() if name not in left_out}
+    command.no_more()
+    command.quieten()
+    load(command.function)(
+        **{name: value for name, value in options.items() if value is not None}, shown=command.console.verbose
+    )
+    return EXIT_OK
+
+
 def call_bench(command: Command) -> int:
     """run(options) of one file of dist_spin.bench."""
     bench = command.options.bench

@@ -14,6 +14,7 @@ EXIT_USER = 2  # wrong configuration, input or environment: the line printed say
 EXIT_NUMERICS = 3  # NaN or infinite loss or weights: the last good checkpoint is kept
 EXIT_HANG = 4  # a collective timed out: another rank died or hangs; start again to resume
 EXIT_MEMORY = 5  # a GPU ran out of memory: settings that take less, or another moment where others use it too
+EXIT_SERVED_OTHERWISE = 6  # serve-check: an engine does not load an export, or computes something else of it
 EXIT_ABORTED = 130  # ended at once by ctrl-C: what was saved before is kept, and the same command continues
 EXIT_INTERRUPTED = 75  # stopped by a signal after saving (EX_TEMPFAIL): the same command continues
 EXIT_PIPE = 141  # whoever read our output has left (`| head`): 128 + SIGPIPE, as a shell says of its own tools
@@ -102,6 +103,12 @@ class OutOfMemory(UserError):
     """A GPU is full; a fan-out tries the job again, since its own jobs may share one."""
 
     exit_code = EXIT_MEMORY
+
+
+class NotServed(UserError):
+    """A serving engine does not load an export, or computes something else of it."""
+
+    exit_code = EXIT_SERVED_OTHERWISE
 
 
 def out_of_memory(error: BaseException) -> OutOfMemory | None:

@@ -273,6 +273,25 @@ def test_a_run_whose_target_takes_no_such_model_does_not_start(place, tmp_path, 
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+def test_everything_in_the_way_of_a_target_is_one_answer(place, tmp_path, capfd):
+    words = [*settings(place, "gqa_tied"), f"output_dir={tmp_path}", "export.target=compressed-tensors"]
+    words += ["rotation.online=true", "quant.w_bits=3", "quant.o_per_head=true", "optimize.clips=true"]
+    assert main(["optimize", *words]) == 2
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("dist-spin:"))
+    assert "5 settings do not fit compressed-tensors: (1) " in line
+    for remedy in ("rotation.online=false", "quant.w_bits and", "a_symmetric=true", "o_per_head=false", "clips=false"):
+        assert remedy in line
+
+
+def test_a_run_without_a_target_says_once_what_it_can_become(place, tmp_path, capfd):
+    words = [*settings(place, "gqa_tied"), f"output_dir={tmp_path}", *NO_HAD, "quant.a_symmetric=true"]
+    make_run([*words, "optimize.steps=0"], "optimize", "quantize")
+    said = "the result can be exported as hf, compressed-tensors, gguf; not as executorch ("
+    assert capfd.readouterr().err.count(said) == 1
+    make_run([*words, "optimize.steps=0", "export.target=hf", "name=other"], "optimize")
+    assert "can be exported" not in capfd.readouterr().err
+
+
 def test_pipelines_and_lm_eval_take_the_model(tmp_path):
     words = settings(tmp_path, "gqa_tied", "name=smol", *NO_HAD)
     make_run(words, "optimize")

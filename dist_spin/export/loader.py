@@ -20,6 +20,7 @@ from dist_spin.export.hf import DOWN, FOREIGN_TYPE, ROTATED_DOWN
 from dist_spin.export.sidecar import Sidecar, read_sidecar
 from dist_spin.model.architecture import ATTENTION_NORM, EMBEDDING, HEAD, LAYER_LINEARS, MLP_NORM, layer_name
 from dist_spin.model.full_model import build_full_model
+from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import SafetensorsWeights
 from dist_spin.numerics.quantizer import dequantize_weight
 
@@ -40,10 +41,21 @@ def load(path: str | Path, device: str | torch.device = "auto") -> Any:
     Raises:
         UserError: the directory is no export, or its files are damaged or do not belong together.
     """
-    from transformers import AutoConfig, GenerationConfig
-
     directory = Path(path).expanduser()
     sidecar = read_sidecar(directory)
+    return load_with_sites(directory, sidecar, sidecar.sites, device)
+
+
+def load_with_sites(directory: Path, sidecar: Sidecar, sites: Sites, device: str | torch.device = "auto") -> Any:
+    """`load` of the export that `sidecar` is of, with other quantisers at run time: what an engine without them computes.
+
+    sites: must have the sidecar's online Hadamards, which the weights need.
+
+    Raises:
+        UserError: as `load`.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
     content = json.loads((directory / "config.json").read_text())
     quantization = content.pop("quantization_config", {})
     model_type = content.pop("model_type")
@@ -54,7 +66,7 @@ def load(path: str | Path, device: str | torch.device = "auto") -> Any:
     source = SafetensorsWeights(directory)
     model = build_full_model(
         AutoConfig.for_model(sidecar.model_type, **content),
-        sidecar.sites,
+        sites,
         layer=lambda index: _layer(source, index, sidecar, quantization, dtype, target),
         embedding=source.rows(f"{EMBEDDING}.weight", device=target),
         head=source.rows(f"{HEAD}.weight", device=target),

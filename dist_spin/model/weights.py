@@ -72,15 +72,24 @@ class ModelFiles:
         Raises:
             UserError: the directory has none.
         """
-        from transformers import AutoTokenizer
+        return read_tokenizer(self.directory, trust_remote_code=self.trust_remote_code)
 
-        try:
-            return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
-        except Exception as error:
-            raise UserError(
-                f"no tokenizer can be read from {self.directory} ({first_line(error)})",
-                "put the tokenizer's files there, or use pre-tokenised data: tokens:PATH.npy",
-            ) from error
+
+def read_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a model's directory.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UserError(
+            f"no tokenizer can be read from {directory} ({first_line(error)})",
+            "put the tokenizer's files there, or use pre-tokenised data: tokens:PATH.npy",
+        ) from error
 
 
 class SafetensorsWeights:

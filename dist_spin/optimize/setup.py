@@ -26,7 +26,7 @@ from dist_spin.optimize.cayley_optimizer import CayleyOptimizer
 from dist_spin.optimize.sharding.engine import Engine, choose_engine
 from dist_spin.optimize.sharding.memory_planner import Workload, layers_to_offload, micro_batch_and_levels
 from dist_spin.pipeline.dtype import dtype_name
-from dist_spin.pipeline.export_limits import check_export_target
+from dist_spin.pipeline.export_limits import check_export_target, tell_exportable
 from dist_spin.pipeline.fingerprints import EMBEDDING_SETTINGS, WEIGHT_SETTINGS, flat
 from dist_spin.pipeline.initial_rotations import fits_start, starting_rotations
 from dist_spin.pipeline.model import check_vocabulary, model_dtype, open_configured_model
@@ -176,6 +176,8 @@ def build_training(config: RunConfig, world: World) -> TrainState:
     if held_out is not None:
         train_state.best_state, train_state.held_out = BestState(optimizer.masters()), held_out
     resume(train_state)
+    if train_state.step == 0:
+        tell_exportable(config, files.config)
     return train_state
 
 

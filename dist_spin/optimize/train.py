@@ -17,7 +17,7 @@ from dist_spin.errors import Interrupted, NumericsError
 from dist_spin.numerics.cayley import nearest_orthogonal, orthogonality_error
 from dist_spin.optimize.overflow import overflow_at_start
 from dist_spin.optimize.setup import TrainState, build_training, learning_tokens, write_checkpoint
-from dist_spin.pipeline.export_limits import check_export_target
+from dist_spin.pipeline.export_limits import check_export_target, tell_exportable
 from dist_spin.pipeline.initial_rotations import fits_start
 from dist_spin.pipeline.model import model_dtype, open_configured_model
 from dist_spin.pipeline.preset_rotations import check_not_preset, save_preset_rotations
@@ -95,6 +95,7 @@ def keep_initial_rotations(config: RunConfig, world: World) -> None:
     if fits_start(config):
         make_start(config, world, files, learning_tokens(config, files))
     save_preset_rotations(config, files.shape)
+    tell_exportable(config, files.config)
     say("optimize.steps=0: the initial rotations are used as they are")
 
 

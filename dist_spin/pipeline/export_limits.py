@@ -3,12 +3,17 @@
 Every stage that computes something asks once, at its start, for `export.target`; `export` asks for the format it writes.
 """
 
+import typing
+from collections.abc import Iterator
 from typing import Any
 
+from dist_spin.config.export import ExportConfig
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
+from dist_spin.runtime.progress import say
 
+FORMATS = typing.get_args(ExportConfig.__annotations__["target"])[1:]  # all but "none"
 QUANTISED = ("compressed-tensors", "executorch")  # formats whose weights come from the quantised layers
 PACKED_BITS = (4, 8)  # of weights, that kernels read
 
@@ -26,6 +31,15 @@ def check_export_target(config: RunConfig, model: Any) -> None:
         check_target(config.export.target, config, model, starting=True)
 
 
+def tell_exportable(config: RunConfig, model: Any) -> None:
+    """Say as what the result of a run without `export.target` can be exported; said when its first stage begins to compute.
+
+    model: its config, from transformers.
+    """
+    if config.export.target == "none":
+        say(exportable(config, model))
+
+
 def check_target(target: str, config: RunConfig, model: Any, *, starting: bool) -> None:
     """Refuse settings whose result no runtime of the format `target` would load, or would run as something else.
 
@@ -35,24 +49,59 @@ def check_target(target: str, config: RunConfig, model: Any, *, starting: bool) 
             16-bit weights could be exported without it.
 
     Raises:
-        UserError: names the first setting in the way and what to set instead.
+        UserError: names every setting in the way, and what to set instead.
     """
+    found = list(conflicts(target, config, model, starting=starting))
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        problems = "; ".join(f"({number}) {error.problem}: {error.remedy}" for number, error in enumerate(found, 1))
+        raise UserError(f"{len(found)} settings do not fit {target}: {problems}", "change them all")
+
+
+def exportable(config: RunConfig, model: Any) -> str:
+    """One line on the formats that the result of a run without `export.target` can be exported as.
+
+    model: its config, from transformers.
+    """
+    found = {}
+    for target in FORMATS:
+        errors = [
+            *conflicts(target, config, model, starting=False),
+            *_of_clips(target, config, clips=config.optimize.clips),
+        ]
+        found[target] = len(errors)
+    fitting = ", ".join(target for target, count in found.items() if not count) or "nothing"
+    others = ", ".join(f"{target} ({count})" for target, count in found.items() if count)
+    more = (
+        f"; not as {others}: so many settings are in the way, which export.target=FORMAT names at once"
+        if others
+        else ""
+    )
+    return f"the result can be exported as {fitting}{more}"
+
+
+def conflicts(target: str, config: RunConfig, model: Any, *, starting: bool) -> Iterator[UserError]:
+    """Every setting in the way of an export as `target`; see `check_target`."""
     online, profile, shape = config.rotation.online, config.export.profile, Shape.of(model)
     if profile == "r4-block" and target == "gguf":
-        raise UserError("llama.cpp applies no Hadamard before down_proj", "use export.profile=no-had")
-    if profile == "r4-block" and not online:
-        raise UserError("export.profile=r4-block exports R4, but rotation.online=false", "set rotation.online=true")
-    if profile == "no-had" and online and (starting or target in QUANTISED):
+        yield UserError("llama.cpp applies no Hadamard before down_proj", "use export.profile=no-had")
+    elif profile == "r4-block" and not online:
+        yield UserError("export.profile=r4-block exports R4, but rotation.online=false", "set rotation.online=true")
+    elif profile == "no-had" and online and (starting or target in QUANTISED):
         other = "" if target == "gguf" else ", or export.profile=r4-block"
         problem = f"{target} with export.profile=no-had has no online Hadamards, but rotation.online=true"
-        raise UserError(problem, f"set rotation.online=false{other}")
+        yield UserError(problem, f"set rotation.online=false{other}")
     if target == "compressed-tensors":
-        _check_compressed_tensors(config, shape)
+        yield from _of_compressed_tensors(config, shape)
     if target == "executorch":
-        model_params(model, config.quant.w_group_size)
-        _check_executorch(config, shape)
+        try:
+            model_params(model, config.quant.w_group_size)
+        except UserError as error:
+            yield error
+        yield from _of_executorch(config, shape)
     if starting:
-        check_clips(target, config, clips=config.optimize.clips)
+        yield from _of_clips(target, config, clips=config.optimize.clips)
 
 
 def check_clips(target: str, config: RunConfig, *, clips: bool) -> None:
@@ -66,25 +115,30 @@ def check_clips(target: str, config: RunConfig, *, clips: bool) -> None:
     Raises:
         UserError: they have no place in the format `target`.
     """
+    for error in _of_clips(target, config, clips=clips):
+        raise error
+
+
+def _of_clips(target: str, config: RunConfig, *, clips: bool) -> Iterator[UserError]:
     if clips and target in QUANTISED and config.quant.a_bits < 16:
         problem = f"learned clips have no place in {target}, whose runtimes quantise the whole range of an activation"
-        raise UserError(problem, "learn with optimize.clips=false")
+        yield UserError(problem, "learn with optimize.clips=false")
 
 
-def _check_compressed_tensors(config: RunConfig, shape: Shape) -> None:
+def _of_compressed_tensors(config: RunConfig, shape: Shape) -> Iterator[UserError]:
     q, block = config.quant, config.rotation.r4_block or shape.intermediate
-    if config.rotation.online and block & (block - 1):
+    if config.rotation.online and config.export.profile == "r4-block" and block & (block - 1):
         problem = f"compressed-tensors applies Hadamards whose size is a power of two, not {block}"
-        raise UserError(problem, f"set rotation.r4_block={shape.intermediate & -shape.intermediate}")
+        yield UserError(problem, f"set rotation.r4_block={shape.intermediate & -shape.intermediate}")
     if config.quantize.method == "none" or q.w_bits not in PACKED_BITS or q.down_bits not in (0, *PACKED_BITS):
-        raise UserError(
+        yield UserError(
             "kernels for compressed-tensors read weights of 4 or 8 bits",
             "set quant.w_bits and quant.down_bits so, with quantize.method=gptq or rtn; or export as hf",
         )
     if q.a_bits == 16:
         return
     if q.a_bits not in PACKED_BITS:
-        raise UserError(
+        yield UserError(
             "kernels for compressed-tensors read activations of 4 or 8 bits", "set quant.a_bits so, or to 16"
         )
     wanted = {"a_symmetric": True, "o_per_head": False, "a_clip_ratio": 1.0, "w_symmetric": True}
@@ -93,16 +147,16 @@ def _check_compressed_tensors(config: RunConfig, shape: Shape) -> None:
             problem = (
                 f"quant.{setting}={getattr(q, setting)} has no place in compressed-tensors beside quantised activations"
             )
-            raise UserError(problem, f"learn and quantise with quant.{setting}={value}".lower())
+            yield UserError(problem, f"learn and quantise with quant.{setting}={value}".lower())
 
 
-def _check_executorch(config: RunConfig, shape: Shape) -> None:
+def _of_executorch(config: RunConfig, shape: Shape) -> Iterator[UserError]:
     """What the loader's kernels ("8da4w") and its Hadamard take; sizes of 28 * 2^k give a wrong transform, others garbage."""
     q = config.quant
     rows = {"hidden": shape.hidden, "intermediate": shape.intermediate, "query": shape.heads * shape.head_dim}
     if config.rotation.online and (shape.intermediate & (shape.intermediate - 1) or config.rotation.r4_block):
         what = f"rotation.r4_block={config.rotation.r4_block}" if config.rotation.r4_block else f"{shape.intermediate}"
-        raise UserError(
+        yield UserError(
             f"executorch applies R4 to all of an intermediate size that is a power of two, not {what}",
             "set rotation.online=false, with export.profile=no-had",
         )
@@ -124,14 +178,15 @@ def _check_executorch(config: RunConfig, shape: Shape) -> None:
         if (value := getattr(q, setting)) not in accepted:
             choices = " or ".join(str(choice).lower() for choice in accepted)
             problem = f"quant.{setting}={value} has no place in executorch's 4-bit Llama"
-            raise UserError(problem, f"learn and quantise with quant.{setting}={choices}")
+            yield UserError(problem, f"learn and quantise with quant.{setting}={choices}")
     if config.quantize.method == "none":
-        raise UserError("executorch takes weights of 4 bits", "set quantize.method=gptq or rtn")
+        yield UserError("executorch takes weights of 4 bits", "set quantize.method=gptq or rtn")
     for name, size in rows.items():
         # Its loader squeezes the scales, so that one group a row does not load.
-        if size % q.w_group_size or size == q.w_group_size:
+        if q.w_group_size and (size % q.w_group_size or size == q.w_group_size):
             what = f"quant.w_group_size={q.w_group_size} does not cut the {name} size {size} into two groups or more"
-            raise UserError(what, "use 32, 64 or 128" if size % 32 == 0 and size > 32 else "use another model")
+            yield UserError(what, "use 32, 64 or 128" if size % 32 == 0 and size > 32 else "use another model")
+            return
 
 
 # What ExecuTorch's Llama 3.1 scaling of the position embedding has fixed.

@@ -1,0 +1,168 @@
+"""Exports in the real vLLM, beside what `dist_spin.load` computes: one engine process for all of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from exported import NO_HAD, R4_BLOCK, W4A8, W4A16, W8A8, exported, make_run
+from tiny import tiny_run, write_model
+from transformers import LlamaConfig
+
+import dist_spin.serve.check as serve
+from dist_spin.cli import main
+from dist_spin.errors import EXIT_SERVED_OTHERWISE, EXIT_USER
+
+PYTHON = Path(__file__).parent.parent / ".vllm" / "bin" / "python"
+AVX512 = "avx512f" in Path("/proc/cpuinfo").read_text()
+NO_WNA16 = "vLLM's build for CPUs has its kernel of 4-bit weights (cpu_gemm_wna16) for AVX-512 alone"
+# Sizes that are multiples of 32, and a head size, that its kernels take.
+MODEL = LlamaConfig(
+    vocab_size=97,
+    hidden_size=128,
+    intermediate_size=256,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+    tie_word_embeddings=False,
+)
+FP32 = "quant.arithmetic=fp32"  # activations from 127 down, as vLLM's kernels round them
+ROWS = {  # dtype, format, settings
+    "merged": ("float32", "hf", [*NO_HAD, *W8A8, FP32]),
+    "W8A8": ("float32", "compressed-tensors", [*NO_HAD, *W8A8, FP32]),
+    "W8A8, R4 in blocks": ("float32", "compressed-tensors", [*R4_BLOCK, *W8A8, FP32]),
+    "W8A8, 127.5": ("float32", "compressed-tensors", [*NO_HAD, *W8A8, "quant.arithmetic=compressed-tensors"]),
+}
+PACKED_ROWS = {
+    "W4A16": ("bfloat16", "compressed-tensors", [*NO_HAD, *W4A16, "quant.w_group_size=32"]),
+    "W4A16, asymmetric": ("bfloat16", "compressed-tensors", [*NO_HAD, *W4A16, "quant.w_symmetric=false"]),
+    "W4A8": ("bfloat16", "compressed-tensors", [*NO_HAD, *W4A8, "quant.w_group_size=32", FP32]),
+}
+needs_vllm = pytest.mark.skipif(not PYTHON.exists(), reason="no vLLM: make vllm-venv")
+needs_avx512 = pytest.mark.skipif(not AVX512, reason=NO_WNA16)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory) -> Path:
+    """An export whose making takes no time."""
+    words = tiny_run(tmp_path_factory.mktemp("merged"), "optimize.steps=0", *NO_HAD)
+    make_run(words, "optimize")
+    return exported(words, "hf")
+
+
+@pytest.fixture(scope="module")
+def exports(place) -> dict[str, Path]:
+    """The export of each row, by its name."""
+    found = {}
+    for number, (name, (dtype, target, settings)) in enumerate((ROWS | (PACKED_ROWS if AVX512 else {})).items()):
+        model = place / dtype
+        if not model.exists():
+            write_model(MODEL, model)
+        more = ["optimize.steps=0", "quantize.method=rtn", f"model.dtype={dtype}", f"name=run{number}"]
+        words = tiny_run(place / "runs", *more, *settings, model=model, sequences=120)
+        make_run(words, "optimize" if target == "hf" else "quantize")
+        found[name] = exported(words, target)
+    return found
+
+
+@pytest.fixture(scope="module")
+def checked(exports, place):
+    """What serve-check prints as JSON of each row, and its exit code."""
+    import contextlib
+    import io
+
+    printed = io.StringIO()
+    words = [
+        *map(str, exports.values()),
+        "--python",
+        str(PYTHON),
+        "--text",
+        f"tokens:{place / 'float32' / 'tokens.npy'}",
+    ]
+    with contextlib.redirect_stdout(printed):
+        code = main(["serve-check", *words, "--seq-len", "20", "--sequences", "24", "--tokens", "8", "--json"])
+    rows = json.loads(printed.getvalue())
+    print(rows[0]["engine"])
+    return code, dict(zip(exports, rows, strict=True))
+
+
+@pytest.mark.vllm
+@needs_vllm
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("restored_process")
+class TestVllm:
+    def test_it_says_its_version_and_that_some_rows_differ(self, checked):
+        code, rows = checked
+        assert {row["engine"] for row in rows.values()} == {"vLLM 0.32.0"}
+        assert code == EXIT_SERVED_OTHERWISE
+
+    def test_the_merged_model_is_the_same_to_the_order_of_sums(self, checked):
+        row = checked[1]["merged"]
+        assert row["problem"] == ""
+        assert row["difference"] < 1e-4
+        assert row["same"] == row["tokens"] == 24 * 8
+        assert row["perplexity"] == pytest.approx(row["expected_perplexity"], rel=1e-4)
+
+    def test_int8_follows_the_oracle(self, checked):
+        """The bound is derived in docs/serving.md: the same grid of activations, but for codes next to a tie."""
+        row = checked[1]["W8A8"]
+        assert row["problem"] == ""
+        assert {kernel.partition(": ")[2] for kernel in row["kernels"] if "Unquantized" not in kernel} == {
+            "CompressedTensorsW8A8Int8 (CPUInt8ScaledMMLinearKernel)"
+        }
+        assert row["difference"] <= row["allowed"]
+        assert row["perplexity"] == pytest.approx(row["expected_perplexity"], rel=serve.PERPLEXITY)
+        assert row["same"] >= 0.9 * row["tokens"]
+
+    def test_a_grid_of_127_and_a_half_steps_is_another(self, checked):
+        """All rounding errors are drawn anew: as far as two roundings of the same activations are apart, and no further."""
+        same, other = checked[1]["W8A8"], checked[1]["W8A8, 127.5"]
+        unit = (same["allowed"] - serve.SUMMED["float32"]) / serve.SAME_GRID
+        assert same["difference"] < unit / 4 < unit / 2 < other["difference"] <= other["allowed"]
+
+    def test_what_the_engine_cannot_load_is_reported_as_its_own_error(self, checked):
+        """Its build for CPUs lacks the Hadamard that it applies online."""
+        assert checked[1]["W8A8, R4 in blocks"]["problem"].startswith("does not load: ")
+        assert "hadacore_transform" in checked[1]["W8A8, R4 in blocks"]["problem"]
+
+    @needs_avx512
+    @pytest.mark.parametrize("name", ["W4A16", "W4A16, asymmetric"])
+    def test_4_bit_weights_follow_the_oracle(self, checked, name):
+        row = checked[1][name]
+        assert row["problem"] == ""
+        assert "qkv_proj: CompressedTensorsWNA16 (CPUWNA16LinearKernel)" in row["kernels"]
+
+    @needs_avx512
+    def test_a_kernel_of_weights_alone_is_noticed(self, checked):
+        """Of packed codes beside rounded activations, vLLM takes a kernel here that leaves activations as they are."""
+        row = checked[1]["W4A8"]
+        assert "activations stay in 16 bits here" in row["problem"]
+        assert "CPUWNA16LinearKernel" in row["problem"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["{}", "--python", "/nowhere/python"], "--python /nowhere/python: No such file"),
+        (["{}", "--python", "/bin/false"], "/bin/false has no vLLM; give --python"),
+        (["{}"], "neither this interpreter nor PATH has vLLM; give --python"),
+        (["{}/none", "--python", "/bin/true"], "none has no dist_spin.json"),
+        (["{}", "--python", "/bin/true", "--text", "tokens:/nowhere/t.npy"], "/nowhere/t.npy"),
+        (["{}", "--python", "/bin/true"], "no tokenizer can be read from"),
+        (["{}", "--python", "/bin/true", "--text", "tokens:t"], "is no text source"),
+        (["{}", "--python", "/bin/true", "--tokens", "0"], "give counts above 0"),
+    ],
+)
+def test_what_cannot_be_checked_is_one_line(merged, words, said, capfd, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main(["serve-check", *(word.format(merged) for word in words)]) == EXIT_USER
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("dist-spin: ")
+    assert said in line
