@@ -144,6 +144,12 @@ class Run:
         """The run's directory, which every stage writes into; it need not be there yet."""
         return Path(self.config.output_dir) / self.config.name
 
+    @property
+    def is_rank0(self) -> bool:
+        """Whether this process is the first of those that torchrun or Slurm started; a process alone is."""
+        names = ("RANK", "SLURM_PROCID") if "SLURM_STEP_ID" in os.environ else ("RANK",)
+        return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
     def learn_rotations(self) -> LearnedRotations:
         """Learn R1 and R2, from the newest checkpoint where there is one (`dist-spin optimize`)."""
         self._call("optimize", "dist_spin.optimize.train:train")

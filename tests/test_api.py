@@ -210,6 +210,7 @@ def test_a_script_under_torchrun_takes_one_stage_after_another(tmp_path):
         "layers = run.quantize()\n"
         "rows = run.evaluate()\n"
         "assert not dist.is_initialized() and dict(os.environ) == before\n"
+        "assert run.is_rank0 == (os.environ['RANK'] == '0')\n"
         "print(os.environ['RANK'], len(steps), len(layers), round(rows[-1]['ppl'], 3))\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
