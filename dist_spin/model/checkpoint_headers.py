@@ -19,6 +19,7 @@ from dist_spin.model.families import check_supported
 
 INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors writes them; anything else holds codes, not numbers
+POINTER = b"version https://git-lfs"
 DOWNLOAD_AGAIN = "download the model again"
 GIVE_16_BIT = "give the 16-bit model that it was made from"
 
@@ -79,6 +80,8 @@ def local_directory(path: str) -> Path | None:
     if directory.is_dir():
         return directory
     if path.startswith(("/", ".", "~")):
+        if directory.is_file():
+            raise UserError(f"{path} is a file", "give the directory it lies in")
         raise UserError(f"model directory {path} does not exist", "check model.path")
     return None
 
@@ -115,6 +118,9 @@ def check_config(directory: Path, *, dummy: bool = False) -> dict[str, Any]:
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
+        if (directory / "adapter_config.json").exists():
+            remedy = "merge it into its model (merge_and_unload of peft) and give the directory of the whole"
+            raise UserError(f"{directory} is an adapter, not a model", remedy) from error
         raise UserError(f"{directory} has no config.json", "give the directory of a Hugging Face model") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({first_line(error)})", DOWNLOAD_AGAIN) from error
@@ -216,7 +222,19 @@ def open_safetensors(path: Path, framework: str = "pt") -> Any:
     try:
         return safe_open(path, framework=framework)
     except Exception as error:
+        if is_pointer(path):
+            problem = f"{path} is a pointer of Git LFS, not the file itself"
+            raise UserError(problem, f"`git lfs pull` fetches it; or {DOWNLOAD_AGAIN}") from error
         raise UserError(f"{path} cannot be read ({first_line(error)})", DOWNLOAD_AGAIN) from error
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a clone without Git LFS left a few lines of text in the place of a large file."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(POINTER)) == POINTER
+    except OSError:
+        return False
 
 
 def _tensors_of(directory: Path, file: str) -> dict[str, StoredTensor]:
