@@ -47,6 +47,9 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     """Lead the links of a page to what the site has; fill in the settings."""
     if page.file.abs_src_path:
         markdown = _relinked(f"docs/{page.file.src_uri}", page.file.src_uri)
+    # A forge's tables want a backslash before a bar inside code, and do not show it; here it would be shown.
+    rows = re.compile(r"^\|.*$", re.MULTILINE)
+    markdown = rows.sub(lambda row: re.sub(r"`[^`]+`", lambda code: code[0].replace("\\|", "|"), row[0]), markdown)
     return markdown.replace(SETTINGS, settings_list())
 
 
