@@ -66,9 +66,8 @@ def fan_out(
             if any(job.stop for job in quantize_jobs):  # it came while the jobs were prepared
                 return EXIT_INTERRUPTED
             tasks = open_tasks(quantize_jobs)
-            if any(task.layers.start for task in tasks):
-                run_tasks([Task(["--hidden-states"], range(0))], executor, quantize_jobs, retries, signals)
-            run_tasks(tasks, executor, quantize_jobs, retries, signals)
+            states = [Task(["--hidden-states"], range(0))] if any(task.layers.start for task in tasks) else []
+            run_tasks([*states, *tasks], executor, quantize_jobs, retries, signals)
         if signals.name:
             warn(f"dist-spin: stopped by {signals.name}; the same command continues")
             return EXIT_INTERRUPTED
@@ -133,6 +132,8 @@ def run_tasks(
 ) -> None:
     """Run tasks, at most `executor.slots` at a time, those that fail again; returns when all are done or stopped.
 
+    Layers that begin inside the model wait for what enters the first of them, not for the whole pass that stores it.
+
     Raises:
         UserError: a task cannot succeed; the others were asked to stop, and have.
     """
@@ -143,9 +144,18 @@ def run_tasks(
     total, done = len(quantize_jobs) * len(all_layers), finished_count(quantize_jobs, all_layers)
     progress = Progress("quantise: layer", total, done)
     queued, running, failure = list(tasks), 0, ""
+    states_stored = all(task.layers for task in tasks)
+
+    def ready(task: Task) -> bool:
+        first = task.layers.start if task.layers else 0
+        return not first or states_stored or all(job.stored.present(first) for job in quantize_jobs)
+
     while running or (queued and not signals.name and not failure):
         while queued and running < executor.slots and not signals.name and not failure:
-            task = queued.pop(0)
+            task = next(filter(ready, queued), None)
+            if task is None:
+                break
+            queued.remove(task)
             task.done_before = finished_count(quantize_jobs, task.layers)
             run.event("job_start", job=task.name, layers=[task.layers.start, task.layers.stop])
             executor.start(task)
@@ -153,6 +163,7 @@ def run_tasks(
         for task, code in executor.wait(0.2):
             running -= 1
             note_end(run, task, code)
+            states_stored = states_stored or (code == EXIT_OK and not task.layers)
             if code == EXIT_OK or (signals.name and code not in NON_RETRYABLE):
                 continue
             task.failures = task.failures + 1 if finished_count(quantize_jobs, task.layers) == task.done_before else 0
