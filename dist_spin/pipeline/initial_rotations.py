@@ -3,6 +3,7 @@
 Where nothing is learned (`optimize.steps=0`), they are the ones that are used.
 """
 
+import math
 from pathlib import Path
 
 from torch import Tensor
@@ -11,7 +12,9 @@ from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 from dist_spin.model.rotation import initial
-from dist_spin.storage.rotations import load_rotations
+from dist_spin.model.scales_and_clips import scale_shapes
+from dist_spin.model.sites_config import CLIP_SITES
+from dist_spin.storage.rotations import load_rotations, load_transforms
 from dist_spin.storage.run_directory import run_dir
 
 
@@ -23,7 +26,9 @@ def starting_rotations(config: RunConfig, shape: Shape) -> tuple[Tensor, Tensor]
     """
     sizes = shape.hidden, shape.head_dim, shape.layers
     if config.rotation.load:
-        return load_rotations(Path(config.rotation.load), *sizes)
+        rotations = load_rotations(Path(config.rotation.load), *sizes)
+        check_transforms(Path(config.rotation.load), shape)
+        return rotations
     if fits_start(config):
         if not start_path(config).exists():
             raise UserError(
@@ -31,6 +36,25 @@ def starting_rotations(config: RunConfig, shape: Shape) -> tuple[Tensor, Tensor]
             )
         return load_rotations(start_path(config), *sizes)
     return initial(config.rotation.init, shape, config.rotation.seed)
+
+
+def check_transforms(path: Path, shape: Shape) -> None:
+    """Refuse a rotation file whose scales or clips are of another model, or cannot be.
+
+    Raises:
+        UserError: names the tensor.
+    """
+    wanted: dict[str, list[tuple[int, ...]]] = {"clip": [(shape.layers, len(CLIP_SITES))]}
+    for shared in (False, True):
+        for name, size in scale_shapes(shape, shared_keys=shared).items():
+            wanted.setdefault(f"scale.{name}", []).append((shape.layers, *size))
+    for name, values in load_transforms(path).items():
+        size, most = tuple(values.shape), 1.0 if name == "clip" else math.inf
+        if size not in wanted.get(name, []):
+            sizes = " or ".join(map(str, dict.fromkeys(wanted.get(name, [])))) or "none of that name"
+            raise UserError(f"{path} holds {name} {size}, but this model has {sizes}", "it was made for another model")
+        if not ((values > 0) & (values <= most) & values.isfinite()).all():
+            raise UserError(f"{path}: {name} holds numbers that no {name.partition('.')[0]} has", "check rotation.load")
 
 
 def fits_start(config: RunConfig) -> bool:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dist_spin.storage.run_directory import RunDir
 from dist_spin.storage.tensor_file import HEADER, load_tensors, read_metadata, save_tensors, set_aside
 
 R2_NAME = "model.layers.{}.self_attn.R2"
+KNOWN = re.compile(r"R1|R2|model\.layers\.\d+\.self_attn\.R2|clip|scale\.\w+")  # names of tensors in a rotation file
 FINAL = "final.safetensors"
 CLIP_BITS = "clip_bits"  # in the metadata, as JSON
 
@@ -116,6 +118,10 @@ def load_rotations(path: Path, hidden: int, head_dim: int, layers: int) -> tuple
         r2 = tensors["R2"] if "R2" in tensors else torch.stack([tensors[R2_NAME.format(i)] for i in range(layers)])
         count = sum(name.endswith(".R2") for name in tensors) or len(r2)
         shapes = tuple(r1.shape), tuple(r2.shape)
+        unknown = sorted(str(name) for name in tensors if not KNOWN.fullmatch(str(name)))
+        if unknown:
+            raise ValueError(f"it holds {unknown[0]}, which is no rotation, scale or clip")
+        r1, r2 = (_plain(r) for r in (r1, r2))
     except Exception as error:  # a file of somebody else may hold anything
         problem = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         if problem.startswith("Weights only"):  # torch's advice is to run what is in the file
@@ -128,12 +134,25 @@ def load_rotations(path: Path, hidden: int, head_dim: int, layers: int) -> tuple
             f"but this model needs R1 {wanted[0]} and {layers} R2 {wanted[1][1:]}",
             "it was made for another model",
         )
-    r1, r2 = r1.detach().double(), r2.detach().double()
     for name, r in (("R1", r1), ("R2", r2)):
         off = float((r @ r.mT - torch.eye(r.shape[-1], dtype=r.dtype)).abs().max())
         if not off < 1e-2:
             raise UserError(f"{path}: {name} is not orthogonal (error {off:.1e})", "check rotation.load")
     return r1, r2
+
+
+def _plain(r: Tensor) -> Tensor:
+    """r as fp64 numbers on the CPU.
+
+    Raises:
+        ValueError: it is sparse, quantised, complex or without content.
+    """
+    if r.layout != torch.strided or r.is_quantized or not r.is_floating_point() or r.device.type != "cpu":
+        kind = "quantised" if r.is_quantized else r.dtype if r.layout == torch.strided else r.layout
+        raise ValueError(
+            f"it holds a tensor of type {str(kind).removeprefix('torch.')} on {r.device}, not plain numbers"
+        )
+    return r.detach().double()
 
 
 def load_transforms(path: Path) -> dict[str, Tensor]:
