@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,12 @@ class FailuresAtOnce:
             self.reporter.ensure_newline()
             self.reporter.write_line(f"FAILED {report.nodeid} in {report.when} after {report.duration:.0f} s")
             self.reporter.write_line("\n".join(report.longreprtext.splitlines()[-5:]))
+
+
+def pytest_report_header() -> str:
+    """Which engine the `vllm` tests will start."""
+    found = sorted(Path(__file__).parent.glob(".vllm/lib/python*/site-packages/vllm*.dist-info"))
+    return f"engine: {found[0].name.removesuffix('.dist-info')}" if found else "engine: none (make vllm-venv)"
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -85,6 +85,19 @@ def test_hf_of_a_run_with_online_hadamards_leaves_them_out(learned, tmp_path, pl
     assert "learned beside R3 and R4, which are left out" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_the_card_names_the_base_model_by_its_id_where_one_is_known(learned, place, tmp_path):
+    def base(*words: str) -> str:
+        assert main(["export", *learned[0], *words, "--format", "hf", "--output", str(tmp_path / str(len(words)))]) == 0
+        return (tmp_path / str(len(words)) / "README.md").read_text()
+
+    card = base()
+    assert "| Base model | gqa_tied |" in card  # a directory: no link of the hub
+    assert "base_model:" not in card
+    cached = tmp_path / "models--some--model-1B" / "snapshots" / "0123"  # where the hub's client puts a download
+    shutil.copytree(place / "gqa_tied", cached)
+    assert "base_model: some/model-1B\n" in base(f"model.path={cached}")
+
+
 def test_others_refuse_an_hf_checkpoint_that_needs_r4(learned):
     directory = exported(learned[0], "hf")
     with pytest.raises(ValueError, match="does not recognize this architecture"):
@@ -102,6 +115,9 @@ def test_the_export_holds_what_a_reader_needs(learned):
     card = (directory / "README.md").read_text()
     assert all(f"{value:.3f}" in card for value in ppl)
     assert "gptq on 12 x 20 tokens" in card
+    assert card.count("| gptq | ") == card.count(" | this model |") == 1  # the others have 16-bit weights
+    assert card.count(" | another model of the run |") == len(ppl) - 1
+    assert "    vllm serve PATH OF THIS DIRECTORY" in card
     assert (directory / "dist_spin" / "final.safetensors").read_bytes() == (
         run / "rotations" / "final.safetensors"
     ).read_bytes()

@@ -88,9 +88,7 @@ def checked(exports, place):
     ]
     with contextlib.redirect_stdout(printed):
         code = main(["serve-check", *words, "--seq-len", "20", "--sequences", "24", "--tokens", "8", "--json"])
-    rows = json.loads(printed.getvalue())
-    print(rows[0]["engine"])
-    return code, dict(zip(exports, rows, strict=True))
+    return code, dict(zip(exports, json.loads(printed.getvalue()), strict=True))
 
 
 @pytest.mark.vllm
@@ -145,6 +143,18 @@ class TestVllm:
         row = checked[1]["W4A8"]
         assert "activations stay in 16 bits here" in row["problem"]
         assert "CPUWNA16LinearKernel" in row["problem"]
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@needs_vllm
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("restored_process")
+def test_two_processes_share_a_model_out(exports, place, capfd):
+    words = [str(exports["W8A8"]), "--python", str(PYTHON), "--text", f"tokens:{place / 'float32' / 'tokens.npy'}"]
+    more = ["--tensor-parallel", "2", "--seq-len", "20", "--sequences", "24", "--tokens", "2"]
+    assert main(["serve-check", *words, *more]) == 0
+    assert capfd.readouterr().out.startswith("pass  ")
 
 
 @pytest.mark.parametrize(

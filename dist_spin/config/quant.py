@@ -34,9 +34,10 @@ class QuantConfig:
     """Fraction of the activation range that is kept, above 0 up to 1; 1 clips nothing."""
     clips: Literal["none", "quarot"] = "none"
     """Preset of the three clip ratios: quarot sets activations 0.9, keys and values 0.95; none leaves them as given."""
-    arithmetic: Literal["auto", "fp32", "compressed-tensors"] = "auto"
+    arithmetic: Literal["auto", "fp32", "compressed-tensors", "vllm"] = "auto"
     """How scales are computed: in fp32, largest symmetric activation = highest code; or as compressed-tensors' runtime does,
-    in the model's number format and half a step beyond it; auto: as export.target needs."""
+    in the model's number format and half a step beyond it; vllm: activations as in fp32, and weight scales in the number format
+    in which vLLM's kernels hold them; auto: as export.target needs."""
     o_per_head: bool = False
     """Quantise the input of o_proj per head instead of per token; the paper says per token."""
     k_bits: int = 4

@@ -80,7 +80,10 @@ def described(config: RunConfig, files: ModelFiles, target: EvalTarget, source: 
             **target_identity(config, files, target),
         }
     )
-    return {"method": target.label, **row, "tokens": tokens.numel(), "identity": identity, **target.about}
+    layers = (
+        {"layers": target.fingerprint} if target.fingerprint else {}
+    )  # an export says which rows are of its own weights
+    return {"method": target.label, **row, "tokens": tokens.numel(), "identity": identity, **layers, **target.about}
 
 
 def measured_before(run: RunDir, row: dict[str, Any]) -> dict[str, Any] | None:

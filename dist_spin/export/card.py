@@ -1,14 +1,14 @@
 """The README.md of an export: what it is, how it was made, how good it is, and what whoever loads it must do."""
 
+import re
 from pathlib import Path
-from typing import Any
 
-from dist_spin.config.run import RunConfig
 from dist_spin.export.export_job import ExportJob
 from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.export_limits import QUANTISED
 from dist_spin.version import __version__
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LOAD_EXAMPLE = """    import dist_spin
 
     model = dist_spin.load("PATH OF THIS DIRECTORY", device="cuda")"""
@@ -21,11 +21,11 @@ def model_card(job: ExportJob, loading: list[str]) -> str:
         loading: the format's own lines on how to load the export.
     """
     config, target = job.config, job.target
-    base = _base(config)
+    base = _base(job)
     lines = [
         "---",
         "library_name: transformers",
-        f"base_model: {base}",
+        *([f"base_model: {base}"] if HUB_ID.fullmatch(base) else []),  # the hub makes a link of it
         "tags: [quantization, rotation, spinquant]",
         "---",
         f"# {config.name}: {base}, rotated" + (" and quantised" if target in QUANTISED else ""),
@@ -42,16 +42,25 @@ def model_card(job: ExportJob, loading: list[str]) -> str:
         "",
         "## Perplexity",
         "",
-        *_perplexity(job.results),
+        *_perplexity(job),
         "",
     ]
     return "\n".join(lines)
 
 
-def _base(config: RunConfig) -> str:
-    """The hub's name of the model, or the last part of a path, which must not give away directories of the author's."""
-    path = config.model.path
-    return Path(path).name if path.startswith(("/", ".", "~")) else path
+def _base(job: ExportJob) -> str:
+    """The model's id on the hub where that is known; else the last part of its path, without directories of the author's.
+
+    A model that was downloaded says its id by its place in the hub's cache, or in its config.
+    """
+    path = job.config.model.path
+    if not path.startswith(("/", ".", "~")) and not Path(path).exists():
+        return path
+    cached = re.search(r"models--([^/]+?)--([^/]+)", str(Path(path).expanduser().absolute()))
+    if cached:
+        return f"{cached[1]}/{cached[2]}"
+    named = str(getattr(job.files.config, "name_or_path", ""))
+    return named if HUB_ID.fullmatch(named) and not Path(named).exists() else Path(path).resolve().name
 
 
 def _method(job: ExportJob) -> list[str]:
@@ -60,7 +69,7 @@ def _method(job: ExportJob) -> list[str]:
     rotated = "R1 (residual stream), R2 (values)" + (", R4 (down_proj input, online)" if r4 else "")
     left_out = config.rotation.online and not r4
     table = {
-        "Base model": _base(config),
+        "Base model": _base(job),
         "Rotations merged": rotated + ("; learned beside R3 and R4, which are left out" if left_out else ""),
         "Learned": f"{step} steps of {learned.optimizer}, {learned.batch_size} x {learned.seq_len} tokens of {learned.source}"
         if step != "0"
@@ -84,12 +93,21 @@ def _method(job: ExportJob) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in table.items())]
 
 
-def _perplexity(results: list[dict[str, Any]]) -> list[str]:
+def _perplexity(job: ExportJob) -> list[str]:
+    results = job.results
     if not results:
         return ["Not measured (`dist-spin evaluate` does)."]
+    mine = [job.measured_here(row) for row in results]
     rows = [
         f"| {r['dataset']} | W{r['w_bits']}A{r['a_bits']}K{r['k_bits']}V{r['v_bits']} | {r['method']} | {r['weights']} "
-        f"| {r['ppl']:.3f} |"
-        for r in results
+        f"| {r['ppl']:.3f} | {'this model' if here else 'another model of the run'} |"
+        for r, here in zip(results, mine, strict=True)
     ]
-    return ["| Text | Bits | Method | Weights | Perplexity |", "|---|---|---|---|---|", *rows]
+    said = (
+        "Rows of this model are what `dist_spin.load` computes of these files, all quantisers included; a runtime that rounds "
+        "otherwise, or not at all, is another measurement."
+        if any(mine)
+        else "None of these rows is of this model: they are of the run that it was made from."
+    )
+    head = ["| Text | Bits | Method | Weights | Perplexity | Of |", "|---|---|---|---|---|---|"]
+    return [f"Measured by the run {job.config.name}. {said}", "", *head, *rows]

@@ -16,10 +16,10 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.transform import TransformArgs, TransformConfig, TransformScheme
 from torch import Tensor
 
-from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.export.card import LOAD_EXAMPLE
 from dist_spin.export.export_job import DirectoryWriter, ExportFormat, ExportJob
+from dist_spin.export.serving import kv_cache_dtype, linear_backend, serve_command
 from dist_spin.model.sites_config import Sites
 from dist_spin.numerics.gptq import QuantizedWeight
 from dist_spin.numerics.quantizer import QuantSpec, dequantize_weight
@@ -201,11 +201,11 @@ def loading(job: ExportJob) -> list[str]:
             "",
             "and runtimes that apply `transform_config` of config.json online (vLLM with tensor-parallel size 1; it refuses",
             "more).",
-            *_serving(job.config),
+            *_serving(job),
         ]
     return [
         "Any program that loads the format: R1 and R2 are part of the weights, nothing has to be rotated online.",
-        *_serving(job.config),
+        *_serving(job),
         "",
         LOAD_EXAMPLE,
         "",
@@ -213,20 +213,37 @@ def loading(job: ExportJob) -> list[str]:
     ]
 
 
-def _serving(config: RunConfig) -> list[str]:
-    lines = []
+LIKE_VLLM = (
+    "vLLM does: the largest is divided by 127 (7). Transformers divides by 127.5 (7.5), which "
+    "`quant.arithmetic=compressed-tensors` learns, quantises and measures."
+)
+ACTIVATIONS = {  # how each `quant.arithmetic` rounds activations
+    "compressed-tensors": "transformers does: the largest is divided by 127.5 (7.5). vLLM divides by 127 (7), which "
+    "`quant.arithmetic=vllm` learns, quantises and measures.",
+    "fp32": LIKE_VLLM,
+    "vllm": LIKE_VLLM,
+}
+
+
+def _serving(job: ExportJob) -> list[str]:
+    config, first = job.config, job.quantised_layer(0)
+    entries = config_entries(job.sites, first.bits, symmetric=first.symmetric, group_size=first.group_size)
+    command = serve_command("PATH OF THIS DIRECTORY", entries, job.sites)
+    lines = ["", f"    {command}", "", "serves it with vLLM."]
+    if linear_backend(entries):
+        lines.append("Without its `--linear-backend`, vLLM would leave activations in 16 bits, without a word.")
+    if kv_cache_dtype(job.sites) != "auto":
+        lines.append(
+            "Its cache of keys and values has the same bits by another rule: measure it (`dist-spin serve-check`)."
+        )
+    elif min(config.quant.k_bits, config.quant.v_bits) < 16:
+        lines.append("The KV cache is quantised by `dist_spin.load` alone.")
     if config.quant.arithmetic == "compressed-tensors" and config.export.profile == "no-had":
         lines.append("Bare transformers rounds what the linears read and hold as measured below, to the bit.")
     if config.quant.arithmetic == "fp32" and dtype_name(config) in ("bfloat16", "float16"):
         lines.append("Scales are in fp32 here; a program that holds them in 16 bits rounds them, by up to 0.2 %.")
     if config.quant.a_bits < 16:
-        here = "127.5 (7.5)" if config.quant.arithmetic == "compressed-tensors" else "127 (7)"
-        lines += [
-            f"How activations are rounded is the runtime's own: here the largest is divided by {here}. Transformers divides by",
-            "127.5 (7.5), others by 127 (7); `quant.arithmetic=compressed-tensors` learns, quantises and measures as the former.",
-        ]
-    if min(config.quant.k_bits, config.quant.v_bits) < 16:
-        lines.append("The KV cache is quantised by `dist_spin.load` alone; elsewhere it is a matter of how one serves.")
+        lines.append(f"Activations are rounded here as {ACTIVATIONS[config.quant.arithmetic]}")
     return lines
 
 

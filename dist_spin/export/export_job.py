@@ -27,7 +27,7 @@ from dist_spin.runtime.progress import Progress, warn
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.quantized_layers import QuantizedLayer, layer_path, load_embeddings, load_layer
 from dist_spin.storage.results import load_results
-from dist_spin.storage.run_directory import RunDir, read_fingerprint
+from dist_spin.storage.run_directory import LEARNED, RunDir, read_fingerprint
 from dist_spin.storage.tensor_file import FOREIGN, CorruptFile, identity_hash, read_metadata
 from dist_spin.version import __version__
 
@@ -79,6 +79,16 @@ class ExportJob:
         """The perplexities that were measured, by `evaluate` or in a comparison."""
         return [row for row in load_results(self.run, warn) if "ppl" in row]
 
+    def measured_here(self, row: dict[str, Any]) -> bool:
+        """Whether a row of the results is of this export's own weights and quantisers, as `dist_spin.load` puts them back."""
+        q = self.config.quant
+        same = {f"{s}_bits": getattr(q, f"{s}_bits") for s in "akv"} | {"rotation": LEARNED}
+        if any(row.get(name) != value for name, value in same.items()) or (self.config.rotation.online and not self.r4):
+            return False
+        if self.target == "compressed-tensors":
+            return bool(row.get("layers") == self.layers_fingerprint)
+        return self.target == "hf" and row["weights"] == "none" and "system" not in row
+
     @property
     def sites(self) -> Sites:
         """What happens online in the exported model; nothing where R4 was learned with and is left out."""
@@ -108,7 +118,10 @@ class ExportJob:
             "shard_gb": self.config.export.shard_gb,
             "layers": self.quantised and self.layers_fingerprint,
             "ends": embeddings,
-            "results": [{name: row.get(name) for name in CARD_FIGURES} for row in self.results],
+            "results": [
+                {name: row.get(name) for name in CARD_FIGURES} | {k: v for k, v in row.items() if k == "layers"}
+                for row in self.results
+            ],
             "dist_spin": __version__,
         }
         return identity_hash(model | export)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from dist_spin.export.card import LOAD_EXAMPLE
 from dist_spin.export.export_job import DirectoryWriter, ExportFormat, ExportJob
+from dist_spin.export.serving import serve_command
+from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
 
 DOWN, ROTATED_DOWN = "mlp.down_proj.weight", "mlp.down_proj.weight_after_r4"
@@ -54,7 +56,13 @@ def loading(job: ExportJob) -> list[str]:
             "",
             LOAD_EXAMPLE,
         ]
-    lines = ["Any program that loads the format: R1 and R2 are part of the weights, nothing has to be rotated online."]
+    lines = [
+        "Any program that loads the format: R1 and R2 are part of the weights, nothing has to be rotated online.",
+        "",
+        f"    {serve_command('PATH OF THIS DIRECTORY', {}, Sites())}",
+        "",
+        "serves it with vLLM.",
+    ]
     if job.quantisers:
         lines += [
             "Quantisers of activations, keys and values, as they were learned with, are put back by",

@@ -88,8 +88,8 @@ def gptq_options(config: RunConfig) -> GPTQOptions:
         q.act_order,
         clip_norm=q.clip_norm,
     )
-    if (
-        w.arithmetic == "compressed-tensors" and dtype_name(config) in HALF
-    ):  # its runtimes hold scales in the model's dtype
+    # Runtimes hold scales in the model's number format; but vLLM those of weights that meet int8 activations as int8 in fp32.
+    int8 = w.arithmetic == "vllm" and w.w_bits == w.a_bits == 8 and w.down_bits in (0, 8) and not w.w_group_size
+    if w.arithmetic in ("compressed-tensors", "vllm") and not int8 and dtype_name(config) in HALF:
         return dataclasses.replace(options, scale_dtype=model_dtype(config))
     return options
