@@ -1,6 +1,7 @@
 """What people install: the wheel holds code, templates and examples under the one name dist_spin, and works without the tree."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from dist_spin.config.examples import example, examples
 from dist_spin.config.loader import load_config
 from dist_spin.errors import UserError
+from dist_spin.version import __version__
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,6 +52,18 @@ def test_every_configuration_and_slurm_script_is_in_it(installed: Path) -> None:
         copy = installed / "dist_spin" / path.relative_to(ROOT)
         assert copy.read_bytes() == path.read_bytes()
         assert os.access(copy, os.X_OK) == os.access(path, os.X_OK)
+
+
+def test_files_that_name_the_version_name_this_one() -> None:
+    named = {
+        "CITATION.cff": r"^version: (\S+)$",
+        "CHANGELOG.md": r"^## \[(\d\S+)\] - ",
+        "containers/dist_spin.def": r"^    Version (\S+)$",
+        "README.md": r"dist_spin-(\d\S+?)-py3-none-any\.whl",
+        "docs/getting-started.md": r"dist_spin-(\d\S+?)-py3-none-any\.whl",
+    }
+    found = {path: re.findall(names, (ROOT / path).read_text(), re.M)[:1] for path, names in named.items()}
+    assert found == {path: [__version__] for path in named}
 
 
 @pytest.mark.parametrize("name", examples())
