@@ -238,6 +238,21 @@ def _init_options(parser: Parser) -> None:
     parser.add_argument("--force", action="store_true", help="replace a file that is there")
 
 
+def _plan_options(parser: Parser) -> None:
+    parser.add_argument(
+        "--gpus", metavar="N", type=_count, default=0, help="of one host; default: those of this machine"
+    )
+    parser.add_argument(
+        "--gpu", dest="kind", choices=("h100", "h200"), default="", help="default: this machine's, or h200"
+    )
+    amount: dict[str, Any] = {"metavar": "GIB", "type": float, "default": 0.0}
+    parser.add_argument("--gpu-memory", help="of one GPU; default: all that its kind has", **amount)
+    parser.add_argument("--host-memory", help="default: what is free on this machine", **amount)
+    meaning = "GB/s at which files are written (default: %(default)s)"
+    parser.add_argument("--disk-gb-s", dest="disk", metavar="X", type=float, default=2.0, help=meaning)
+    parser.add_argument("--json", dest="as_json", action="store_true", help="the same as JSON, for programs")
+
+
 def _bench_options(parser: Parser) -> None:
     # By its name, as the functions of verbs: no import arrow from the command line to what it starts.
     bench_options: Any = importlib.import_module("dist_spin.bench.options")
@@ -275,6 +290,15 @@ VERBS = {
         reads=EVERY_STAGE,
         takes=CONFIG,
         example="quickstart.yaml optimize.steps=20",
+    ),
+    "plan": Verb(
+        "say before a run whether it fits, and the seconds, memory and disk of each part",
+        "dist_spin.bench.plan:plan",
+        command.call_plan,
+        _plan_options,
+        EVERY_STAGE,
+        CONFIG,
+        example="llama-3.1-70b.yaml --gpus 4 --gpu h200",
     ),
     "optimize": Verb(
         "learn the rotations",

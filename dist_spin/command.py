@@ -156,6 +156,15 @@ def reading_stages(config: RunConfig) -> list[str]:
     return [stage for stage, does in reads.items() if does]
 
 
+def call_plan(command: Command) -> int:
+    """function(config, **options)."""
+    config, _ = command.settings()
+    command.quieten()
+    names = ("gpus", "kind", "gpu_memory", "host_memory", "disk", "as_json")
+    code: int = load(command.function)(config, **{name: getattr(command.options, name) for name in names})
+    return code
+
+
 def call_submit(command: Command) -> int:
     """function(words, config, cluster, scheduler settings)."""
     config, words = command.settings()

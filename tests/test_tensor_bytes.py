@@ -83,7 +83,7 @@ def test_a_tensor_of_several_pieces_comes_back_and_a_flipped_bit_in_any_is_notic
 
 
 def with_sha256(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A file as version 0.1 wrote it."""
+    """A file as version 0.2 wrote it."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode() + tensor.numpy().tobytes())

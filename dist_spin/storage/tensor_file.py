@@ -42,7 +42,10 @@ def set_aside(path: Path, problem: str, remedy: str, warn: Callable[[str], None]
 
 
 HEADER = "dist_spin"  # the metadata entry of our safetensors files
-CHECKSUM, OLD_CHECKSUM = "xxh3", "sha256"  # its entries that hold a checksum; files before version 0.2 have the second
+CHECKSUM, OLD_CHECKSUM = (
+    "xxh3",
+    "sha256",
+)  # its entries that hold a checksum; files of version 0.2 and before have the second
 
 
 class CorruptFile(Exception):

@@ -1,0 +1,243 @@
+"""What a run will take, before it is started: seconds and memory of every part, from the shape, the settings and the GPUs.
+
+Learning follows `scaling_model`, GPTQ its products and factorisations at measured rates, the rest bytes over the rate at which
+they are read, merged or written. Rates were measured on H200s (docs/performance.md); `Gpu.speed` scales them. tests/test_plan.py
+holds the model against every row measured of learning and GPTQ: seconds and memory are within 15 %, but for the memory of
+learning with quantised weights, of which up to a fifth less was used than is planned for.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+from dist_spin.bench import scaling_model as scaling
+from dist_spin.bench.scaling_model import DTYPE, GIB
+from dist_spin.bench.stage_costs import code_bytes, forward_flop, hessian_flop, model_bytes, vocab_bytes
+from dist_spin.config.run import RunConfig
+from dist_spin.model.architecture import Shape
+from dist_spin.optimize.sharding.memory_planner import (
+    HOST_SHARE,
+    SPARE_SHARE,
+    Workload,
+    fewest_or_fastest,
+    layer_bytes,
+    within,
+)
+
+# Of one H200, fitted to the rows of docs/performance.md.
+LINK, COPY, CONTENTION = 375e9, 4000e9, 0.3  # as `bench scaling` has them
+RATE, ROUNDED_RATE = 625e12, 559e12  # FLOP/s of learning with 16-bit weights, and with fewer bits
+OVERHEAD = 3.9e-7  # seconds per layer and pass, times the hidden size
+REQUANTIZE = 7.9e-11  # seconds per weight on one GPU, in each step that learns with fewer weight bits
+OTHER_SHARE = 0.0065  # of a step: all-reduce, Cayley step, checkpoint
+SCALES, KL = 1.2, 1.3  # times that a step takes with scales or clips; besides with the divergence from the original
+FORWARD, HESSIAN, FACTOR, SOLVE, ERRORS, MERGE = 545e12, 506e12, 30e12, 20e12, 449e12, 42e12  # FLOP/s of parts of GPTQ
+# Not of the GPU.
+START = 20.0  # seconds before a process starts its work: imports, CUDA, NCCL
+COMPILE = 24.0  # seconds of the first step beyond the others
+READ = 6e9  # bytes/s at which one process reads weights from the page cache
+PROCESS = 3 * GIB  # bytes of host memory that a process takes before it holds anything
+HOST_LINK = 50e9  # bytes/s from pinned memory to one GPU
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """memory: bytes. speed: of its products, times an H200's."""
+
+    memory: float
+    speed: float
+
+
+GPUS = {"h200": Gpu(139 * GIB, 1.0), "h100": Gpu(79 * GIB, 0.95)}  # those that were measured
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The GPUs of one host. host: bytes of its memory that are free. disk: bytes/s at which files are written."""
+
+    gpus: int
+    gpu: Gpu
+    host: float
+    disk: float
+
+    @property
+    def usable(self) -> float:
+        """Bytes of one GPU beside its context and what fragmentation wastes."""
+        return (1 - SPARE_SHARE) * self.gpu.memory - GIB
+
+    def machine(self) -> scaling.Machine:
+        """As the model of a step takes it."""
+        return scaling.Machine(LINK, COPY, CONTENTION, self.gpu.memory)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a run: seconds from the start of its processes, the most bytes of one GPU and of the host, written bytes.
+
+    notes: what a user should know of how it was planned. fits: whether its GPUs and the host have room for it.
+    """
+
+    seconds: float
+    gpu: float
+    host: float
+    disk: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    fits: bool = True
+
+
+def learning_point(config: RunConfig, shape: Shape, hardware: Hardware) -> tuple[scaling.Point, int]:
+    """Passes and recomputation that `optimize` would choose, and the layers that it would keep in host memory."""
+    o, d, machine = config.optimize, config.distributed, hardware.machine()
+    ranks, shards = hardware.gpus, d.shard_ranks or hardware.gpus
+    point = scaling.planned(shape, ranks, shards, o.batch_size, o.seq_len, shape.layers, o.w_bits, machine)
+    if d.offload_layers < 0 and scaling.memory(shape, point) <= hardware.usable:
+        return point, 0
+    workload = Workload(shape, point.share, o.seq_len, DTYPE, shards, o.w_bits, micro=o.micro_batch_size)
+    total = int(hardware.gpu.memory)
+    room = min(shape.layers, int(HOST_SHARE * hardware.host / (workload.layer * ranks)))
+    offloaded = d.offload_layers
+    if offloaded < 0:
+        offloaded = fewest_or_fastest(workload, total - GIB, total, room)
+    rotations = 12 * 4 * (shape.hidden**2 + shape.layers * shape.head_dim**2)
+    free = total - GIB - rotations - vocab_bytes(shape) / shards - workload.reserved(total)
+    micro, levels = within(workload, int(free) - (shape.layers - offloaded) * workload.layer, offloaded)
+    counts = {level: levels.count(level) for level in set(levels)}
+    return scaling.Point(ranks, shards, o.batch_size, o.seq_len, shape.layers, o.w_bits, micro, counts), offloaded
+
+
+def step_seconds(config: RunConfig, shape: Shape, point: scaling.Point, offloaded: int, hardware: Hardware) -> float:
+    """One learning step."""
+    o, speed = config.optimize, hardware.gpu.speed
+    fit = scaling.Fit(
+        (RATE if o.w_bits == 16 else ROUNDED_RATE) * speed, OVERHEAD * shape.hidden if o.w_bits == 16 else 0.0
+    )
+    seconds = sum(scaling.layers_time(shape, point, fit, hardware.machine())[:3])
+    layer = layer_bytes(shape, DTYPE, o.w_bits) / point.shards
+    copied = point.micro_batches * 2 * offloaded * layer / HOST_LINK
+    seconds = max(seconds, copied) if point.shards == 1 else seconds + copied
+    if o.w_bits < 16:
+        seconds += REQUANTIZE * shape.layers * layer_bytes(shape, DTYPE) / DTYPE.itemsize / point.shards / speed
+    seconds *= SCALES if o.scales or o.clips else 1.0
+    seconds *= KL if o.objective != "cross_entropy" else 1.0
+    return seconds / (1 - OTHER_SHARE)
+
+
+def optimize(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
+    """Learning the rotations."""
+    o, ranks = config.optimize, hardware.gpus
+    point, offloaded = learning_point(config, shape, hardware)
+    step = step_seconds(config, shape, point, offloaded, hardware)
+    layer = layer_bytes(shape, DTYPE, o.w_bits) / point.shards
+    gpu = scaling.memory(shape, point) - offloaded * layer
+    pinned = offloaded * layer * ranks
+    rotations = 4 * (shape.hidden**2 + shape.layers * shape.head_dim**2)
+    levels = ", ".join(f"{count} layers keep {level}" for level, count in sorted(point.levels.items()))
+    notes = [f"{step:.2f} s a step in {point.micro_batches} x {point.micro} sequences a GPU (recompute: {levels})"]
+    if offloaded:
+        notes.append(f"{offloaded} of {shape.layers} layers lie in host memory and are copied in")
+    return Part(
+        START + model_bytes(shape) / (ranks * READ) + COMPILE + o.steps * step,
+        gpu,
+        ranks * PROCESS + pinned,
+        (o.keep_checkpoints + 3) * rotations,  # the final ones in fp32 and as R.bin, and what is being written
+        notes,
+        gpu <= hardware.usable and ranks * PROCESS + pinned <= hardware.host,
+    )
+
+
+def gptq_layer_seconds(shape: Shape, tokens: float, seq_len: int, speed: float) -> dict[str, float]:
+    """Parts of quantising one layer on one GPU with `tokens` tokens of calibration text, seconds."""
+    h, q, i = shape.hidden, shape.heads * shape.head_dim, shape.intermediate
+    kv = shape.kv_heads * shape.head_dim
+    linears = ((q + 2 * kv, h), (h, q), (2 * i, h), (h, i))
+    weights = sum(rows * columns for rows, columns in linears)
+    layers = shape.layers
+    return {
+        "merge": 2 * weights * h / MERGE / speed,
+        "forward": tokens * forward_flop(shape, seq_len) / layers / FORWARD / speed,
+        "hessian": tokens * hessian_flop(shape) / layers / HESSIAN / speed,
+        "factor": (2 * h**3 + q**3 + i**3) / FACTOR / speed,
+        "solve": sum(rows * columns**2 for rows, columns in linears) / SOLVE / speed,
+        "errors": tokens * 2 * weights / ERRORS / speed,
+    }
+
+
+def gptq_bytes(shape: Shape, tokens: float) -> float:
+    """Bytes of one GPU: states entering a layer and the inputs of down_proj, its Hessian and two of that size while it is
+    factored, the largest weights in fp32 twice, two layers, and what the allocator and the libraries keep."""
+    h, i = shape.hidden, shape.intermediate
+    wide = 4 * (3 * i * i + 2 * 2 * i * h)
+    return tokens * (h + i) * DTYPE.itemsize + wide + 2 * layer_bytes(shape, DTYPE) + 2 * GIB
+
+
+def quantize(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
+    """Rounding the weights; with several GPUs each takes jobs of `layers_per_job`, or all work on one layer where it is 0."""
+    q, gpus, layers = config.quantize, hardware.gpus, shape.layers
+    variants = 1 + len(q.baselines)
+    tokens = q.n_sequences * q.seq_len
+    seconds = gptq_layer_seconds(shape, tokens if q.method == "gptq" else 0, q.seq_len, hardware.gpu.speed)
+    beside = max(seconds["merge"], layer_bytes(shape, DTYPE) / READ)  # the next layer is read and merged meanwhile
+    solving = {name: s for name, s in seconds.items() if name != "merge"} if q.method == "gptq" else {}
+    alone = max(sum(solving.values()), beside)
+    jobs = math.ceil(layers / q.layers_per_job) if q.layers_per_job else 1
+    states = (jobs - 1) * tokens * shape.hidden * DTYPE.itemsize
+    if jobs > 1:
+        before = layers * max(seconds["forward"] / gpus, layer_bytes(shape, DTYPE) / READ) + states / hardware.disk
+        total = 2 * START + before + math.ceil(jobs / gpus) * q.layers_per_job * alone * variants
+        note = f"{alone:.2f} s a layer and GPU, {jobs} jobs of up to {q.layers_per_job} layers"
+    else:
+        shared = (sum(solving.values()) - solving.get("factor", 0.0)) / gpus + solving.get("factor", 0.0)
+        each = max(shared, beside)
+        total = START + layers * each * variants
+        note = f"{each:.2f} s a layer"
+        note += f", on which {gpus} GPUs work together" if gpus > 1 else ""
+    need = gptq_bytes(shape, tokens if jobs > 1 else tokens / gpus)
+    host = gpus * (PROCESS + 2 * layer_bytes(shape, DTYPE))
+    return Part(
+        total,
+        need,
+        host,
+        variants * code_bytes(shape, config) + states,
+        [note],
+        need <= hardware.usable and host <= hardware.host,
+    )
+
+
+def evaluate(config: RunConfig, shape: Shape, hardware: Hardware, tokens: int) -> Part:
+    """Measuring; tokens: of all texts."""
+    q, gpus, layers = config.quantize, hardware.gpus, shape.layers
+    rotations = 1 + len(q.baselines)
+    quantised = rotations if q.method != "none" and config.quant.w_bits < 16 else 0
+    merged = rotations if config.evaluate.unquantized_weights or not quantised else 0
+    computing = tokens * forward_flop(shape, config.evaluate.seq_len) / layers / FORWARD / hardware.gpu.speed / gpus
+    codes = code_bytes(shape, config) / layers
+    full = max(computing, layer_bytes(shape, DTYPE) / READ)
+    merging = gptq_layer_seconds(shape, 0, 1, hardware.gpu.speed)["merge"]
+    seconds = layers * (full + merged * max(full, merging) + quantised * max(computing, codes / READ))
+    states = tokens / gpus * shape.hidden * DTYPE.itemsize
+    gpu = 4 * layer_bytes(shape, DTYPE) + vocab_bytes(shape) + states + hardware.gpu.memory / 8
+    notes = [f"{1 + merged + quantised} models on {tokens} tokens"]
+    return Part(START + seconds, gpu, gpus * PROCESS, notes=notes, fits=gpu <= hardware.usable)
+
+
+def export(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
+    """Writing `export.target`, by one process."""
+    codes = config.export.target in ("compressed-tensors", "executorch")
+    size = code_bytes(shape, config) + vocab_bytes(shape) if codes else model_bytes(shape)
+    merging = 0.0 if codes else shape.layers * gptq_layer_seconds(shape, 0, 1, hardware.gpu.speed)["merge"]
+    host = PROCESS + 5 * config.export.shard_gb * 1e9
+    seconds = START + max(size / READ, merging, size / hardware.disk)
+    return Part(seconds, 6 * layer_bytes(shape, DTYPE), min(host, hardware.host / 2), size, [config.export.target])
+
+
+def parts(config: RunConfig, shape: Shape, hardware: Hardware, tokens: int) -> dict[str, Part]:
+    """Every part of a run that the configuration asks for, in order."""
+    planned = {}
+    if config.optimize.steps:
+        planned["optimize"] = optimize(config, shape, hardware)
+    if config.quantize.method != "none" and config.quant.w_bits < 16:
+        planned["quantize"] = quantize(config, shape, hardware)
+    if config.evaluate.sources:
+        planned["evaluate"] = evaluate(config, shape, hardware, tokens)
+    if config.export.target != "none":
+        planned["export"] = export(config, shape, hardware)
+    return planned

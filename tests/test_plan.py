@@ -1,0 +1,156 @@
+"""`plan` predicts what was measured: every row of docs/performance.md on learning and GPTQ, within 15 %."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from dist_spin.bench.plan import evaluated_tokens
+from dist_spin.bench.plan_model import (
+    GPUS,
+    Hardware,
+    gptq_bytes,
+    gptq_layer_seconds,
+    learning_point,
+    optimize,
+    parts,
+    quantize,
+    step_seconds,
+)
+from dist_spin.bench.scaling_model import GIB
+from dist_spin.cli import main
+from dist_spin.config.loader import load_config
+from dist_spin.config.run import RunConfig
+from dist_spin.model.architecture import Shape
+
+ROOT = Path(__file__).parent.parent
+SHAPES = {
+    name: Shape.of(AutoConfig.from_pretrained(ROOT / "configs" / "shapes" / f"llama-3-{name}"))
+    for name in ("8b", "70b")
+}
+PAGE = (ROOT / "docs" / "performance.md").read_text()
+# Shape, GPU, how many, sequences of 2048 tokens, weight bits; measured seconds of a step; peak GiB of one GPU, where measured.
+LEARNING = [
+    ("8b", "h100", 1, 8, 16, 1.22, 47),
+    ("8b", "h100", 1, 8, 4, 2.08, 65),
+    ("8b", "h200", 1, 8, 16, 1.16, 47),
+    ("8b", "h200", 1, 1, 16, 0.190, None),
+    ("8b", "h200", 1, 2, 16, 0.305, None),
+    ("8b", "h200", 1, 4, 16, 0.584, None),
+    ("8b", "h200", 2, 8, 16, 0.63, 40),
+    ("8b", "h200", 2, 2, 16, 0.219, None),
+    ("8b", "h200", 2, 4, 16, 0.345, None),
+    ("70b", "h200", 2, 8, 16, 6.0, 123),
+    ("70b", "h200", 4, 8, 16, 2.8, 111),
+    ("70b", "h200", 2, 8, 4, 11.7, 110),
+    ("70b", "h200", 4, 8, 4, 5.7, 104),
+    ("70b", "h200", 2, 2, 16, 1.66, None),
+    ("70b", "h200", 1, 8, 16, 12.1, 122),
+    ("70b", "h200", 2, 16, 16, 12.10, None),
+    ("70b", "h200", 4, 16, 16, 5.65, None),
+    ("70b", "h200", 2, 16, 4, 20.79, None),
+    ("70b", "h200", 4, 16, 4, 9.85, None),
+]
+PREDICTED = [
+    (16, 8, 1.63),
+    (16, 16, 2.90),
+    (4, 8, 3.05),
+    (4, 16, 4.89),
+]  # 70B on 8 GPUs: bits, sequences, by `bench scaling`
+GPTQ = [("70b", "h200", 4.1, 39), ("8b", "h100", 0.99, 14)]  # a layer with 128 sequences, on one GPU
+
+
+def settings(*words: str) -> RunConfig:
+    return load_config(None, ["model.path=nothing", "quant.w_bits=4", *words])
+
+
+def machine(kind: str, gpus: int, host: float = 128.0) -> Hardware:
+    return Hardware(gpus, GPUS[kind], host * GIB, 2e9)
+
+
+@pytest.mark.parametrize(("shape", "kind", "gpus", "sequences", "bits", "seconds", "peak"), LEARNING)
+def test_learning_takes_what_was_measured(shape, kind, gpus, sequences, bits, seconds, peak):
+    config = settings(f"optimize.batch_size={sequences}", f"optimize.w_bits={bits}")
+    hardware = machine(kind, gpus)
+    point, offloaded = learning_point(config, SHAPES[shape], hardware)
+    assert step_seconds(config, SHAPES[shape], point, offloaded, hardware) == pytest.approx(seconds, rel=0.15)
+    assert re.search(rf"(?<![\d.]){re.escape(f'{seconds:.3f}'.rstrip('0'))}0?(?!\d)", PAGE)  # the row is the page's
+    assert (offloaded > 0) == (shape == "70b" and gpus == 1)
+    part = optimize(config, SHAPES[shape], hardware)
+    assert part.fits
+    if peak is not None:
+        assert part.gpu / GIB == pytest.approx(peak, rel=0.15 if bits == 16 else 0.2)  # see plan_model
+
+
+@pytest.mark.parametrize(("bits", "sequences", "seconds"), PREDICTED)
+def test_eight_gpus_are_predicted_as_by_the_fit_to_two(bits, sequences, seconds):
+    config = settings(f"optimize.batch_size={sequences}", f"optimize.w_bits={bits}")
+    hardware = machine("h200", 8)
+    point, _ = learning_point(config, SHAPES["70b"], hardware)
+    assert step_seconds(config, SHAPES["70b"], point, 0, hardware) == pytest.approx(seconds, rel=0.15)
+
+
+def test_one_gpu_keeps_the_layers_in_host_memory_that_were_measured():
+    assert learning_point(settings(), SHAPES["70b"], machine("h200", 1, host=126))[1] == pytest.approx(31, abs=1)
+
+
+@pytest.mark.parametrize(("shape", "kind", "seconds", "peak"), GPTQ)
+def test_gptq_takes_what_was_measured(shape, kind, seconds, peak):
+    tokens = 128 * 2048
+    predicted = gptq_layer_seconds(SHAPES[shape], tokens, 2048, GPUS[kind].speed)
+    assert sum(predicted.values()) == pytest.approx(seconds, rel=0.15)
+    assert gptq_bytes(SHAPES[shape], tokens) / GIB == pytest.approx(peak, rel=0.15)
+
+
+def test_jobs_on_several_gpus_are_faster_than_all_of_them_on_one_layer():
+    alone, together = (quantize(settings(), SHAPES["70b"], machine("h200", gpus, 900)) for gpus in (1, 4))
+    jobs = quantize(settings("quantize.layers_per_job=20"), SHAPES["70b"], machine("h200", 4, 900))
+    assert jobs.seconds < together.seconds < alone.seconds
+    assert alone.seconds == pytest.approx(330 + 20, rel=0.15)
+    assert jobs.disk > alone.disk + 3 * 128 * 2048 * 8192 * 2 * 0.99  # stored states of three jobs
+
+
+def test_more_of_anything_takes_no_less():
+    base = parts(settings("export.target=hf"), SHAPES["8b"], machine("h100", 1), 2048)
+    assert list(base) == ["optimize", "quantize", "evaluate", "export"]
+    for name, words in {
+        "optimize": ["optimize.scales=true", "optimize.objective=kl"],
+        "quantize": ["quantize.baselines=[none]"],
+        "evaluate": ["evaluate.unquantized_weights=true"],
+    }.items():
+        more = parts(settings(*words), SHAPES["8b"], machine("h100", 1), 2048)
+        assert more[name].seconds > base[name].seconds
+
+
+def test_a_plan_is_printed_with_what_to_change(tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    shape = ROOT / "configs" / "shapes" / "llama-3-70b"
+    config.write_text(f"model: {{path: '{shape}'}}\nquant: {{w_bits: 4}}\ndistributed: {{offload_layers: 0}}\n")
+    words = ["plan", str(config), "--gpu", "h100", "--host-memory", "500"]
+    assert main([*words, "--gpus", "1", "--json"]) == 0
+    one = json.loads(capsys.readouterr().out)
+    assert not one["fits"]
+    assert "use 4 GPUs" in one["changes"]
+    assert main([*words, "--gpus", "4"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("fits: 80 layers, 141 GB in 16 bits, on 4 GPUs of 79 GiB, 500 GiB")
+    assert re.findall(r"^(optimize|quantize|evaluate|all) +\d+", text, re.M) == [
+        "optimize",
+        "quantize",
+        "evaluate",
+        "all",
+    ]
+    assert "quantize.layers_per_job=20" in text
+
+
+def test_tokens_of_texts(tmp_path):
+    import numpy as np
+
+    np.save(tmp_path / "ids.npy", np.zeros((7, 100), dtype=np.int64))
+    source = f"tokens:{tmp_path / 'ids.npy'}"
+    assert evaluated_tokens(settings(f"evaluate.sources=[{source}]")) == 700
+    assert (
+        evaluated_tokens(settings(f"evaluate.sources=[{source},wikitext2]", "evaluate.max_sequences=2")) == 700 + 4096
+    )
