@@ -127,6 +127,8 @@ def _pipeline(parser: argparse.ArgumentParser) -> None:
     meaning = "GPUs to use, one process for each; 0 (default): all of this machine"
     parser.add_argument("--gpus", metavar="N", type=int, default=0, help=meaning)
     parser.add_argument("--steps", metavar="N", type=int, default=5, help="learning steps (default: %(default)s)")
+    meaning = "quantize by jobs of their own (--cluster local) instead of ranks of one process group"
+    parser.add_argument("--fan-out", action="store_true", help=meaning)
     meaning = "whether files are in the page cache when a part starts (warm: as the part before left them; default)"
     parser.add_argument("--cache", choices=("warm", "cold", "both"), default="warm", help=meaning)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures here")

@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
         for part in options.parts:
             if cache == "cold":
                 drop_cache([model, run_dir(config).path])
-            code, figures = timed(start, part, settings, gpus, config)
+            code, figures = timed(start, part, settings, gpus, config, fan_out=options.fan_out)
             if code:
                 return code
             figures |= {"cache": cache, "layers": shape.layers, "floor_s": needed[part].floor(gpus, matmul, copy)}
@@ -106,10 +106,12 @@ def run_settings(model: Path, options: argparse.Namespace, gpus: int) -> list[st
     ]
 
 
-def timed(start: Start, part: str, settings: list[str], gpus: int, config: RunConfig) -> tuple[int, dict[str, Any]]:
+def timed(
+    start: Start, part: str, settings: list[str], gpus: int, config: RunConfig, *, fan_out: bool
+) -> tuple[int, dict[str, Any]]:
     """Run one part; its exit code, and seconds, bytes from and to the disk, and the most memory of one of its processes."""
     stage, more, ranks = part, [], gpus
-    if part == "quantize" and gpus > 1:
+    if part == "quantize" and fan_out:
         more, ranks = ["--cluster", "local", "--workers", str(gpus)], 1
     if part in ("compressed-tensors", "hf"):
         stage, more, ranks = "export", ["--format", part], 1

@@ -92,7 +92,7 @@ def changes(config: RunConfig, shape: Shape, hardware: Hardware, planned: dict[s
         saved = planned["quantize"].seconds - quantize(in_jobs, shape, hardware).seconds
         if saved > 0:
             advice.append(
-                f"quantize.layers_per_job={per_gpu}, a job for each GPU, would save {saved:.0f} s of quantize"
+                f"quantize.layers_per_job={per_gpu}, a range for each GPU, would save {saved:.0f} s of quantize"
             )
     return advice
 

@@ -170,7 +170,8 @@ def gptq_bytes(shape: Shape, tokens: float) -> float:
 
 
 def quantize(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
-    """Rounding the weights; with several GPUs each takes jobs of `layers_per_job`, or all work on one layer where it is 0."""
+    """Rounding the weights: each GPU takes ranges of `layers_per_job` layers, or all share each layer where there is one range
+    or `parallel` says so."""
     q, gpus, layers = config.quantize, hardware.gpus, shape.layers
     variants = 1 + len(q.baselines)
     tokens = q.n_sequences * q.seq_len
@@ -180,17 +181,18 @@ def quantize(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
     alone = max(sum(solving.values()), beside)
     jobs = math.ceil(layers / q.layers_per_job) if q.layers_per_job else 1
     states = (jobs - 1) * tokens * shape.hidden * DTYPE.itemsize
-    if jobs > 1:
+    shares_layers = jobs == 1 or (gpus > 1 and q.parallel == "ranks")
+    if not shares_layers:
         before = layers * max(seconds["forward"] / gpus, layer_bytes(shape, DTYPE) / READ) + states / hardware.disk
-        total = 2 * START + before + math.ceil(jobs / gpus) * q.layers_per_job * alone * variants
-        note = f"{alone:.2f} s a layer and GPU, {jobs} jobs of up to {q.layers_per_job} layers"
+        total = START + before + math.ceil(jobs / gpus) * q.layers_per_job * alone * variants
+        note = f"{alone:.2f} s a layer and GPU, {jobs} ranges of up to {q.layers_per_job} layers"
     else:
         shared = (sum(solving.values()) - solving.get("factor", 0.0)) / gpus + solving.get("factor", 0.0)
         each = max(shared, beside)
         total = START + layers * each * variants
         note = f"{each:.2f} s a layer"
         note += f", on which {gpus} GPUs work together" if gpus > 1 else ""
-    need = gptq_bytes(shape, tokens if jobs > 1 else tokens / gpus)
+    need = gptq_bytes(shape, tokens / gpus if shares_layers else tokens)
     host = gpus * (PROCESS + 2 * layer_bytes(shape, DTYPE))
     return Part(
         total,
