@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_spin import command
+from dist_spin.config.checks import shown
 from dist_spin.config.command_parser import HelpAll, Parser, every_verb
 from dist_spin.config.export import FORMATS
 from dist_spin.config.help import settings_help
@@ -140,15 +141,20 @@ def _parser() -> Parser:
 
 
 def _count(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+    if not (text.isdecimal() and 0 < len(text) <= DIGITS and int(text)):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no whole number from 1 on")
     return int(text)
+
+
+def _count_or_zero(text: str) -> int:
+    return 0 if text == "0" else _count(text)
 
 
 def _layers(text: str) -> tuple[int, int]:
     start, _, stop = text.partition(":")
-    if not (start.isdigit() and stop.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not A:B, which means layers A to B-1, such as 0:10")
+    numbers = start.isdecimal() and stop.isdecimal() and max(len(start), len(stop)) <= DIGITS
+    if not (numbers and int(start) < int(stop)):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not A:B, which means layers A to B-1, such as 0:10")
     return int(start), int(stop)
 
 
@@ -175,7 +181,7 @@ def _quantize_options(parser: Parser) -> None:
     parser.add_argument("--cluster", choices=clusters, help="run all jobs in parallel: on this machine, or by submitit")
     parser.add_argument("--workers", metavar="N", type=_count, help="jobs at a time; default: one per GPU or core")
     meaning = "how often a job may fail in a row without finishing a layer (default: 3)"
-    parser.add_argument("--retries", metavar="N", type=_count, help=meaning)
+    parser.add_argument("--retries", metavar="N", type=_count_or_zero, help=meaning)
     _scheduler_options(parser)
 
 
@@ -267,6 +273,7 @@ def _bench_options(parser: Parser) -> None:
 
 
 CONFIG = "CONFIG.yaml [key.sub=value ...]"
+DIGITS = 9  # of numbers on the command line
 MODEL = ("model", "rotation", "quant")
 PROCESS = ("distributed.timeout_s", "distributed.device", "distributed.threads")
 SHARDED = (*PROCESS, *(f"distributed.{name}" for name in ("offload_layers", "offload_dir", "engine", "shard_ranks")))

@@ -98,9 +98,9 @@ def slurm_settings(words: list[str], *, ranks: int, gpu: bool) -> dict[str, Any]
     known = submitit.SlurmExecutor._valid_parameters()
     for word in words:
         key, equals, text = word.partition("=")
-        if not equals:
+        if not (equals and key):
             raise UserError(f"--slurm {word} sets nothing", "write --slurm key=value, such as partition=gpu")
-        value: Any = int(text) if text.isdigit() else text
+        value: Any = int(text) if text.isascii() and text.isdigit() else text
         key = key.replace("-", "_")
         if key == "nodes":
             settings["nodes"] = value

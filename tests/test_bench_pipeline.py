@@ -47,7 +47,8 @@ def test_a_tiny_shape_goes_through_the_stages_that_are_asked_for(tmp_path, capfd
 def test_a_shape_without_a_config_is_refused(tmp_path, capsys):
     assert main(["bench", "pipeline", str(tmp_path), "--directory", str(tmp_path)]) == 2
     assert "has no config.json" in capsys.readouterr().err
-    assert main(["bench", "pipeline", str(tmp_path), "--stages", "learn"]) == 2
+    shape = str(ROOT / "configs" / "shapes" / "llama-3-8b")
+    assert main(["bench", "pipeline", shape, "--stages", "learn"]) == 2
     assert "parts are some of optimize, quantize" in capsys.readouterr().err
 
 

@@ -61,8 +61,6 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     kernels = list(dict.fromkeys(["bf16", *options.kernels.split(",")]))
     if unknown := set(kernels) - set(KERNELS):
         raise UserError(f"--kernels names {min(unknown)!r}", f"use some of {', '.join(KERNELS)}")
-    if not (Path(options.shape) / "config.json").is_file():
-        raise UserError(f"{options.shape} has no config.json", "give a directory such as configs/shapes/llama-3-8b")
     shape = Shape.of(json_config(Path(options.shape)))
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -266,7 +264,7 @@ class Bench:
 
 def _numbers(option: str, text: str) -> list[int]:
     words = text.split(",")
-    if not all(word.isdigit() and int(word) for word in words):
+    if not all(word.isdecimal() and int(word) for word in words):
         raise UserError(f"{option} is {text!r}", "write whole numbers above 0 with commas between them, such as 1,16")
     return sorted({int(word) for word in words})
 

@@ -4,6 +4,10 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from dist_spin.config.checks import one_line
+from dist_spin.errors import UserError
+from dist_spin.model.checkpoint_headers import check_config
+
 BENCHES = {
     "optimize": "seconds per step of rotation learning, on random weights of a real shape",
     "quantize": "seconds per decoder layer of GPTQ",
@@ -20,6 +24,22 @@ SHAPES = {  # hidden size, intermediate size, heads, key and value heads
     "8b": (4096, 14336, 32, 8),
     "70b": (8192, 28672, 64, 8),
 }
+
+
+def shape(text: str) -> Path:
+    """A directory with a config.json that can be used.
+
+    Raises:
+        UserError: it cannot.
+    """
+    directory = Path(text)
+    try:
+        check_config(directory, dummy=True)
+    except UserError as error:
+        raise UserError(
+            one_line(error.problem), "give a directory like configs/shapes/llama-3-8b", shared=True
+        ) from error
+    return directory
 
 
 def numbers(text: str) -> list[int]:
@@ -49,7 +69,7 @@ def add_arguments(bench: str, parser: argparse.ArgumentParser) -> None:
 
 def _optimize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "shape", metavar="SHAPE", help="directory with a config.json, such as configs/shapes/llama-3-8b"
+        "shape", metavar="SHAPE", type=shape, help="directory with a config.json, such as configs/shapes/llama-3-8b"
     )
     meaning = "timed steps, after two that are not (default: %(default)s)"
     parser.add_argument("--steps", metavar="N", type=int, default=5, help=meaning)
@@ -87,7 +107,7 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
 
 def _inference(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "shape", metavar="SHAPE", help="directory with a config.json, such as configs/shapes/llama-3-8b"
+        "shape", metavar="SHAPE", type=shape, help="directory with a config.json, such as configs/shapes/llama-3-8b"
     )
     meaning = f"some of {', '.join(KERNELS)} (default: all); bf16 is always measured"
     parser.add_argument("--kernels", metavar="A,B,...", default=",".join(KERNELS), help=meaning)
@@ -115,7 +135,7 @@ def _inference(parser: argparse.ArgumentParser) -> None:
 
 def _pipeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "shape", metavar="SHAPE", help="directory with a config.json, such as configs/shapes/llama-3-70b"
+        "shape", metavar="SHAPE", type=shape, help="directory with a config.json, such as configs/shapes/llama-3-70b"
     )
     meaning = "where the checkpoint (once for each number of layers) and the run are written, on the disk to be timed"
     parser.add_argument("--directory", metavar="DIR", type=Path, default=Path("bench-pipeline"), help=meaning)
@@ -137,7 +157,7 @@ def _pipeline(parser: argparse.ArgumentParser) -> None:
 def _scaling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", type=Path, help="what `bench optimize --json` wrote")
     meaning = "directory with the config.json of the model that was timed (default: %(default)s)"
-    parser.add_argument("--shape", metavar="DIR", type=Path, default=Path("configs/shapes/llama-3-70b"), help=meaning)
+    parser.add_argument("--shape", metavar="DIR", type=shape, default=Path("configs/shapes/llama-3-70b"), help=meaning)
     meaning = "numbers of GPUs to predict for, with all layers of the shape"
     parser.add_argument("--predict", metavar="4,8,...", type=numbers, default=[], help=meaning)
     meaning = "numbers of sequences per step to predict for (default: those measured)"

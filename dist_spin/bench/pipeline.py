@@ -26,7 +26,7 @@ import torch
 
 from dist_spin.bench.device import describe, matmul_ceiling, synchronize
 from dist_spin.bench.optimize import json_config
-from dist_spin.bench.random_checkpoint import TOKENS_FILE, check_shape, random_checkpoint
+from dist_spin.bench.random_checkpoint import TOKENS_FILE, random_checkpoint
 from dist_spin.bench.stage_costs import costs
 from dist_spin.config.loader import load_config
 from dist_spin.config.run import RunConfig
@@ -51,7 +51,6 @@ Start = Callable[[list[str], int, tuple[str, ...]], int]  # (arguments, ranks, s
 def run(options: argparse.Namespace) -> int:
     """Print a row for each part as it ends; returns the exit code of the first that fails, or 0."""
     start: Start = options.start
-    check_shape(Path(options.shape))
     gpus = options.gpus or max(1, torch.cuda.device_count())
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), quieten_libraries) as apart:  # gives the GPU back
         model = apart.submit(random_checkpoint, Path(options.shape), options.directory, options.layers).result()

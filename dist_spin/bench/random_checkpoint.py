@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from dist_spin.bench.optimize import json_config
-from dist_spin.errors import UserError
 from dist_spin.export.directory import Shards
 from dist_spin.model.architecture import skeleton
 from dist_spin.model.weights import DummyWeights
@@ -17,12 +16,6 @@ from dist_spin.storage.atomic import write_json
 SHARD_BYTES = 4e9
 WRITTEN = "random.json"  # last, when everything is there
 TOKENS, TOKENS_FILE = (1024, 2048), "tokens.npy"  # sequences of random ids
-
-
-def check_shape(shape: Path) -> None:
-    """Raise UserError if there is no config.json in `shape`."""
-    if not (shape / "config.json").is_file():
-        raise UserError(f"{shape} has no config.json", "give a directory like configs/shapes/llama-3-8b")
 
 
 def random_checkpoint(shape: Path, directory: Path, layers: int) -> Path:

@@ -218,7 +218,7 @@ def _checked_model(text: str) -> str:
 
 
 def _checked_gpus(text: str) -> int:
-    if not text.isdigit() or int(text) > MAX_LOCAL_PROCESSES:
+    if not text.isdecimal() or int(text) > MAX_LOCAL_PROCESSES:
         raise UserError(f"{text!r} is no number of GPUs", f"give 0 to {MAX_LOCAL_PROCESSES}")
     return int(text)
 
