@@ -407,14 +407,14 @@ VERBS = {
     ),
     "logs": Verb(
         "show the end of everything a run's jobs printed",
-        "dist_spin.report.status:logs",
+        "dist_spin.report.logs:logs",
         command.call_on_run,
         _run_options,
         example="runs/quickstart",
     ),
     "cancel": Verb(
-        "cancel a run's jobs; they save first",
-        "dist_spin.report.status:cancel",
+        "end what is at work on a run, on Slurm or on this machine; it saves first",
+        "dist_spin.report.cancel:cancel",
         command.call_on_run,
         _run_options,
         example="runs/quickstart",

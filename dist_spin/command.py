@@ -17,7 +17,7 @@ from dist_spin.config.command_parser import EVERYWHERE
 from dist_spin.config.examples import examples
 from dist_spin.config.export import FORMATS
 from dist_spin.config.loader import load_config, setting_names
-from dist_spin.config.run import RunConfig
+from dist_spin.config.run import RunConfig, reading_stages
 from dist_spin.config.suggestions import closest, did_you_mean
 from dist_spin.config.yaml_text import YAML_ENDINGS
 from dist_spin.errors import EXIT_OK, UserError
@@ -138,22 +138,12 @@ def call_report(command: Command) -> int:
 
 
 def call_run(command: Command) -> int:
-    """function(words, ranks), which starts every stage in processes of its own."""
+    """function(words, ranks, run directory), which starts every stage in processes of its own."""
     config, words = command.settings()
     lengths = {f"{stage}.seq_len": getattr(config, stage).seq_len for stage in reading_stages(config)}
     check_model_path(config.model.path, dummy=config.model.dummy_weights, lengths=lengths)
-    code: int = load(command.function)(words, config.distributed.nproc)
+    code: int = load(command.function)(words, config.distributed.nproc, Path(config.output_dir) / config.name)
     return code
-
-
-def reading_stages(config: RunConfig) -> list[str]:
-    """The stages that pass text of their own `seq_len` through the model."""
-    reads = {
-        "optimize": config.optimize.steps > 0,
-        "quantize": config.quantize.method != "none" and config.quant.w_bits < 16,
-        "evaluate": bool(config.evaluate.sources),
-    }
-    return [stage for stage, does in reads.items() if does]
 
 
 def call_plan(command: Command) -> int:

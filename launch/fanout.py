@@ -19,6 +19,7 @@ from dist_spin.quantize.stage import prepare_jobs
 from dist_spin.runtime import distributed
 from dist_spin.runtime.progress import Progress, warn
 from dist_spin.runtime.signals import forwarded_to, leave, leave_terminal
+from dist_spin.storage.locks import Lock
 from dist_spin.storage.run_directory import RunDir, run_dir
 
 NON_RETRYABLE = (EXIT_USER, EXIT_NUMERICS)  # the same again would end the same way
@@ -54,9 +55,15 @@ def fan_out(
         scheduler: `key=value` settings of slurm.
 
     Raises:
+        Held: another launcher is at work on the same run.
         UserError: a job ended with one, or too often; finished layers are kept.
     """
     executor = make_executor(cluster, arguments, config, workers, scheduler)
+    with Lock(run_dir(config).path / "locks" / "fan-out.lock", "fan-out"):  # so that `status` and `cancel` find us
+        return _fan_out(config, executor, retries)
+
+
+def _fan_out(config: RunConfig, executor: Executor, retries: int) -> int:
     world = distributed.start("cpu", threads=1)
     try:
         config = resolve_dtype(config, world)  # noted in the run before a job starts, so that all jobs take the same

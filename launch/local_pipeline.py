@@ -6,11 +6,13 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import FrameType
 
 from dist_spin.errors import EXIT_HANG, EXIT_INTERRUPTED
 from dist_spin.runtime.processes import LISTENING_SOCKET, dependent_environment
 from dist_spin.runtime.signals import forwarded_to, leave_terminal
+from dist_spin.storage.locks import Lock
 
 STAGES = ("optimize", "quantize", "evaluate", "report")
 SINGLE_PROCESS = ("report",)
@@ -65,15 +67,20 @@ class StageRanks:
                 process.send_signal(number)
 
 
-def run_stages(arguments: list[str], nproc: int, stages: tuple[str, ...] = STAGES) -> int:
+def run_stages(arguments: list[str], nproc: int, run: Path, stages: tuple[str, ...] = STAGES) -> int:
     """Run `stages` in order with the same configuration arguments; returns the first exit code that is not 0.
 
     Each stage starts `nproc` ranks, those of SINGLE_PROCESS one. A stopping signal is passed on to all of them, so that the
     stage at work saves and leaves; they do not outlive this process. torchrun is not used here: it turns every failure into
     exit code 1 and a long report, and SIGUSR1 to it would leave the ranks behind.
+
+    run: the run's directory. A lock in it names this process, also between two stages, so that `status` and `cancel` find it.
+
+    Raises:
+        Held: another process runs these stages already.
     """
     ranks = StageRanks()
-    with forwarded_to(ranks.forward):
+    with Lock(run / "locks" / "run.lock", "run"), forwarded_to(ranks.forward):
         for stage in stages:
             if ranks.received:
                 return EXIT_INTERRUPTED

@@ -25,6 +25,7 @@ from dist_spin.pipeline.model import open_configured_model
 from dist_spin.quantize.job import layer_ranges_of
 from dist_spin.quantize.stage import prepare_jobs
 from dist_spin.runtime import distributed
+from dist_spin.runtime.processes import identity
 from dist_spin.runtime.progress import say, warn
 from dist_spin.runtime.slurm import JobState, cancel_jobs, job_states
 from dist_spin.storage.locks import Lock
@@ -116,8 +117,9 @@ def _submit_here(arguments: list[str], config: RunConfig, run: RunDir, cluster: 
         raise UserError("--slurm is for --cluster slurm", "leave it out")
     executor = submitit.AutoExecutor(folder=run.logs / "submitit", cluster=cluster)
     executor.update_parameters(timeout_min=60 * 24 * 30, name=config.name)
-    job = executor.submit(PipelineJob(arguments, config.distributed.nproc))
-    run.event("submitted", stage="run", job=f"{cluster}-{job.job_id}", part=[])
+    job = executor.submit(PipelineJob(arguments, config.distributed.nproc, run.path.absolute()))
+    process = {} if cluster == "debug" else {"process": identity(int(job.job_id))}  # so that `status` knows its end
+    run.event("submitted", stage="run", job=f"{cluster}-{job.job_id}", part=[], **process)
     if cluster == "debug":
         return job.result()
     say(f"process {job.job_id} of this machine; it writes to {job.paths.stderr}")

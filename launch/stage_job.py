@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import submitit
@@ -77,16 +78,17 @@ class StageJob:
 class PipelineJob:
     """Every stage one after the other on this machine."""
 
-    def __init__(self, arguments: list[str], ranks: int) -> None:
-        self.arguments, self.ranks = arguments, ranks
+    def __init__(self, arguments: list[str], ranks: int, run: Path) -> None:
+        """run: the run's directory."""
+        self.arguments, self.ranks, self.run = arguments, ranks, run
 
     def __call__(self) -> int:
         """The exit code of the first stage that failed, or 0."""
-        return run_stages(self.arguments, self.ranks)
+        return run_stages(self.arguments, self.ranks, self.run)
 
     def checkpoint(self) -> DelayedSubmission:
         """Start again: every stage continues where it was."""
-        return DelayedSubmission(PipelineJob(self.arguments, self.ranks))
+        return DelayedSubmission(PipelineJob(self.arguments, self.ranks, self.run))
 
 
 def run_command(arguments: list[str]) -> int:

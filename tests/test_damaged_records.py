@@ -16,9 +16,11 @@ from tiny import tiny_run
 from dist_spin.cli import main
 from dist_spin.errors import UserError
 from dist_spin.evaluate.measurements import read_rows
+from dist_spin.report.logs import logs
 from dist_spin.report.page import html_page, markdown_page
 from dist_spin.report.run_summary import load_run_summary
-from dist_spin.report.status import logs, status, status_text
+from dist_spin.report.status import status
+from dist_spin.report.status_text import status_text
 from dist_spin.storage.atomic import append_line, read_lines, write_json
 from dist_spin.storage.checked_json import CHECKSUM, add_checksum, remove_checksum
 from dist_spin.storage.metrics import append_metrics, drop_metrics_after, read_metrics

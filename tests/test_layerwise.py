@@ -22,7 +22,7 @@ from dist_spin.numerics.gptq import GPTQOptions, prepare, solve
 from dist_spin.numerics.hessian import Hessian
 from dist_spin.quantize.job import layer_ranges_of, ranges_within
 from dist_spin.quantize.layer_quantizer import LayerQuantizer
-from dist_spin.report.status import ranges
+from dist_spin.report.status_text import ranges
 from dist_spin.runtime.distributed import World
 from dist_spin.storage import hidden_states as boundary_files
 from dist_spin.storage.hidden_states import HiddenStateFiles

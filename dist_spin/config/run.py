@@ -51,3 +51,13 @@ class RunConfig:
         short = f"use at most {MAX_NAME} bytes: files are named after it"
         require(len(self.name.encode()) <= MAX_NAME, "name", self.name, short)
         check_path("output_dir", self.output_dir)
+
+
+def reading_stages(config: RunConfig) -> list[str]:
+    """The stages that pass text of their own `seq_len` through the model."""
+    reads = {
+        "optimize": config.optimize.steps > 0,
+        "quantize": config.quantize.method != "none" and config.quant.w_bits < 16,
+        "evaluate": bool(config.evaluate.sources),
+    }
+    return [stage for stage, does in reads.items() if does]

@@ -1,4 +1,4 @@
-"""What surrounds every stage that writes into a run: its process group, its lock, and the events "job" and "stage_end".
+"""What surrounds every stage that writes into a run: its process group, its lock, and the events "job", "stage_end", "stage_failed".
 
 The events tell on which hosts and devices the stage ran, with which versions, how long, and the most memory that it took.
 """
@@ -21,7 +21,9 @@ from dist_spin.runtime.distributed import World, lost_rank, on_rank0, start, sto
 from dist_spin.runtime.environment import environment
 from dist_spin.storage.atomic import remove_leftovers
 from dist_spin.storage.locks import stage_lock
-from dist_spin.storage.run_directory import run_dir
+from dist_spin.storage.run_directory import RunDir, run_dir
+
+LONGEST_PROBLEM = 500  # characters that are kept of an error's line
 
 
 @contextlib.contextmanager
@@ -70,7 +72,7 @@ def writing(config: RunConfig, world: World, stage: str, part: str = "") -> Iter
         Held: another process works on the same stage or part.
     """
     run = run_dir(config)
-    new = on_rank0(lambda: not os.path.lexists(run.path))
+    new = on_rank0(lambda: not any((run.path / name).exists() for name in ("config.yaml", "events.jsonl")))
     with contextlib.ExitStack() as held:
         on_rank0(lambda: held.enter_context(stage_lock(run.path, stage, part)))
         on_rank0(lambda: remove_leftovers(run.path))
@@ -89,10 +91,22 @@ def writing(config: RunConfig, world: World, stage: str, part: str = "") -> Iter
         except Interrupted:
             note("interrupted", own_peak_memory(world))  # the others may not have left together
             raise
-        except UserError:
-            if new and world.is_rank0 and not (run.path / "config.yaml").exists():
-                (run.path / "events.jsonl").unlink(missing_ok=True)  # a start that failed leaves no event
+        except Exception as error:
+            if world.is_rank0:
+                if isinstance(error, UserError) and new and not (run.path / "config.yaml").exists():
+                    (run.path / "events.jsonl").unlink(missing_ok=True)  # a start that failed leaves no event
+                else:
+                    note_failure(run, stage, part, error)
             raise
+
+
+def note_failure(run: RunDir, stage: str, part: str, error: Exception) -> None:
+    """Write into the run's events why a stage has ended; where that cannot be written, the error itself is what counts."""
+    problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if not isinstance(error, UserError):
+        problem = f"{type(error).__name__}: {problem}"
+    with contextlib.suppress(OSError, UserError):
+        run.event("stage_failed", stage=stage, part=part, problem=problem[:LONGEST_PROBLEM])
 
 
 def own_peak_memory(world: World) -> dict[str, int]:

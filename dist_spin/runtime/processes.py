@@ -4,7 +4,7 @@ import ctypes
 import os
 import signal
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dist_spin.errors import EXIT_HANG
 
@@ -41,6 +41,11 @@ def began(pid: int) -> int | None:
 def machine() -> str:
     """Names this boot of this machine and its process ids; two containers differ."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+
+
+def identity(pid: int) -> dict[str, Any]:
+    """What tells a process from every other one: {"pid", "began", "machine"}."""
+    return {"pid": pid, "began": began(pid), "machine": machine()}
 
 
 def children() -> list[int]:

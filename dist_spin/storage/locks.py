@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from dist_spin.errors import EXIT_HANG, UserError
-from dist_spin.runtime.processes import began, machine
+from dist_spin.runtime.processes import began, identity, machine
 from dist_spin.runtime.progress import warn
 from dist_spin.storage.atomic import user_error
 
@@ -212,9 +212,7 @@ def here() -> dict[str, Any]:
     """This process, in words for others and in numbers for itself."""
     return {
         "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "began": began(os.getpid()),
-        "machine": machine(),
+        **identity(os.getpid()),
         **({"job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}),
     }
 

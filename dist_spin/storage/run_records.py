@@ -63,6 +63,7 @@ EVENTS: dict[str, dict[str, Kind]] = {
         "peak_host_bytes": is_count,
         "peak_gpu_bytes": optional(is_count),
     },
+    "stage_failed": {"stage": is_text, "part": is_text, "problem": is_text},
     "submitted": {"stage": is_text, "job": _is_job_id, "part": list_of(is_text)},
     "quantize": {"layers": _is_layer},
     "layer_start": {"variant": is_text, "layer": _is_layer, "host": is_text, "pid": is_count},

@@ -15,7 +15,8 @@ from tiny import tiny_run, write_model
 
 from dist_spin.errors import EXIT_INTERRUPTED
 from dist_spin.numerics.random_rotations import random_orthogonal
-from dist_spin.report.status import status, status_text
+from dist_spin.report.status import status
+from dist_spin.report.status_text import status_text
 from dist_spin.storage.atomic import read_lines
 from dist_spin.storage.quantized_layers import load_layer
 from dist_spin.storage.rotations import save_final

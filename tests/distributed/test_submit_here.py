@@ -57,6 +57,29 @@ def test_local_runs_in_the_background_and_can_be_watched(run, capsys):
     assert "wrote" in capsys.readouterr().out
 
 
+def test_cancel_ends_a_run_of_this_machine(tmp_path, capsys):
+    run = Run(tmp_path, write_model("gqa_tied", tmp_path / "model"), optimize__steps=1_000_000)
+    assert main(["submit", str(run.config), "--cluster", "local"]) == 0
+    deadline = time.monotonic() + 120
+    while run.step < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert main(["status", str(run.path)]) == 0
+    text = capsys.readouterr().out
+    assert "run: RUNNING" in text
+    assert "held by   run: process " in text
+    assert "held by   optimize: process " in text
+    assert main(["cancel", str(run.path)]) == 0
+    step = run.events("interrupted")[0]["step"]
+    assert f"step {step} is saved; the same command continues" in capsys.readouterr().out
+    assert main(["status", str(run.path)]) == 0
+    text = capsys.readouterr().out
+    assert f"stopped   optimize: stopped by a signal after step {step}; the same command continues" in text
+    assert "held by" not in text
+    assert main(["cancel", str(run.path)]) == 0
+    assert capsys.readouterr().out == "nothing of this run is waiting or running\n"
+
+
 def test_debug_runs_in_the_terminal_and_hands_on_the_exit_code(run, capsys):
     assert main(["submit", str(run.config), "--cluster", "debug"]) == 0
     assert [row["method"] for row in run.results] == ["full precision", "learned rotation"]
