@@ -107,7 +107,8 @@ def test_status_tells_why_a_stage_has_ended(run: RunDir, tmp_path: Path, capsys:
     capsys.readouterr()
     assert main(["status", str(run.path)]) == 0
     said = capsys.readouterr().out
-    assert "stopped   evaluate: evaluate.seq_len=4096 is longer than the model's context of 128 tokens" in said
+    assert "stopped   evaluate, 0:0" in said
+    assert " ago: evaluate.seq_len=4096 is longer than the model's context of 128 tokens" in said
     run.event("stage_end", stage="evaluate", part="", outcome="done", seconds=1, peak_host_bytes=1)
     assert status(run.path)["stopped"] is None
 

@@ -59,12 +59,10 @@ def drawings(summary: RunSummary) -> Iterator[Drawing]:
         layers = min(map(len, values.values()))
         layer = int(summary.activations[variants[0]][site]["peak"][:layers, LARGEST].argmax())
         one_layer = {v: x[layer] for v, x in values.items()}
-        caption = "Magnitude by token and channel of the first sequence, each on a height of its own. " + _each(
-            one_layer, _up_to
-        )
+        caption = "First sequence. Magnitude " + _each(one_layer, _up_to)
         yield Drawing(f"surface-{_slug(site)}", "surface", f"{title}, layer {layer}", caption, _surface(one_layer))
         caption = f"Magnitude by token (down) and channel (across), all {layers} layers."
-        yield Drawing(f"surfaces-{_slug(site)}", "surfaces", title, caption, _all_surfaces(values), folded=True)
+        yield Drawing(f"surfaces-{_slug(site)}", "surfaces", title, caption, _all_surfaces(values))
 
 
 def _each(values: dict[str, np.ndarray[Any, Any]], say: Callable[[np.ndarray[Any, Any]], str]) -> str:
@@ -135,11 +133,12 @@ def _channel_map(values: dict[str, np.ndarray[Any, Any]]) -> Callable[[], Figure
 
 
 def _surface(values: dict[str, np.ndarray[Any, Any]]) -> Callable[[], Figure]:
-    """Magnitude over tokens and channels as a surface, each variant on an axis of its own, with the same colours."""
+    """Magnitude over tokens and channels as a surface, one for each variant, all on one scale of height and colour."""
 
     def draw() -> Figure:
         figure = Figure(figsize=(WIDTH, HEIGHT * 0.65))
         norm = _scale(values.values())
+        highest = max(float(x.max()) for x in values.values()) or 1.0
         for column, (variant, x) in enumerate(values.items()):
             left, width = column / len(values), 1 / len(values)
             plot: Any = figure.add_axes((left - 0.01, -0.02, width - 0.07, 1.06), projection="3d")
@@ -159,7 +158,7 @@ def _surface(values: dict[str, np.ndarray[Any, Any]]) -> Callable[[], Figure]:
             )
             plot.set_xticks([])
             plot.set_yticks([])
-            plot.set_zlim(0, float(x.max()) or 1)
+            plot.set_zlim(0, highest)
             plot.zaxis.set_major_locator(MaxNLocator(nbins=4))
             plot.tick_params(axis="z", pad=-2, labelsize=7.5)
             plot.zaxis.set_major_formatter(lambda value, _: short(value))

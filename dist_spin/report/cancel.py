@@ -20,6 +20,7 @@ from dist_spin.runtime.slurm import cancel_jobs
 from dist_spin.storage.run_directory import RunDir
 
 WAIT_S = 300.0  # for a process to finish its step or layer and save
+LEAVING_S = 15.0  # for what `submit` has started on this machine to notice that its stages have ended
 LOOK_EVERY_S = 0.1
 ENDS = ("UNKNOWN", "ENDED", *FINISHED)  # states of jobs that Slurm need not be asked to end
 
@@ -54,6 +55,9 @@ def cancel(path: Path, wait_s: float = WAIT_S) -> str:
         RunDir(path).event("cancelled", jobs=slurm, processes=processes)
     if signalled:
         _wait(path, alive, wait_s)
+        end = time.monotonic() + LEAVING_S
+        while _local_jobs(jobs_of(events)) and time.monotonic() < end:
+            time.sleep(LOOK_EVERY_S)
         said.append(
             f"ended {'; '.join(map(str, signalled))}; {_saved(run_events(path)[len(events) :])}the same command continues"
         )
@@ -63,13 +67,18 @@ def cancel(path: Path, wait_s: float = WAIT_S) -> str:
         done = f"{'; '.join(said)}; but " if said else ""
         remedy = f"give the same command on {elsewhere[0].host}, or `kill {elsewhere[0].pid}` there"
         raise UserError(f"{done}{places} is at work on another machine, which no signal reaches from here", remedy)
-    waiting = [job["job"] for job in jobs if job["job"].startswith("local-")]
+    waiting = _local_jobs(jobs)
     if not said and waiting:
         raise StillAtWork(f"{', '.join(waiting)} has only just been started and holds nothing yet", "try again")
     if not said:
         ended = [f"; {holder} has ended without releasing the run, which the next start takes over" for holder in found]
         said = ["".join(["nothing of this run is waiting or running", *ended])]
     return "\n".join(said)
+
+
+def _local_jobs(jobs: list[dict[str, str]]) -> list[str]:
+    """Those that `submit --cluster local` has started and that have not ended."""
+    return [job["job"] for job in jobs if job["job"].startswith("local-") and job["state"] == "RUNNING"]
 
 
 def _terminate(holder: Holder) -> bool:

@@ -31,7 +31,7 @@ def jobs_of(events: list[dict[str, Any]]) -> list[dict[str, str]]:
             local[event["job"]] = _local_state(event)
         elif event["event"] == "job" and (job := slurm_job_id(event.get("slurm") or {})):
             jobs.setdefault(job, f"{event['stage']} {event['part']}".strip())
-    states = job_states(jobs)
+    states = job_states(job for job in jobs if job[0].isdigit())  # squeue refuses ids that it does not know how to read
     return [
         {"job": job, "stage": stage, **states.get(job, local.get(job, UNKNOWN))._asdict()}
         for job, stage in jobs.items()

@@ -1,80 +1,111 @@
 """A report as one HTML page without scripts or addresses to load, and as Markdown."""
 
+import dataclasses
 import functools
 import importlib.resources
 import shlex
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from dist_spin.report.figures import drawings
-from dist_spin.report.run_summary import RunSummary
+from dist_spin.report.run_summary import RunSummary, stages
+from dist_spin.report.sentence import sentence
 from dist_spin.report.style import NAMES, Drawing, as_svg, short
 from dist_spin.report.tables import Table, outlier_table, result_tables, stage_table
 from dist_spin.runtime.progress import clock
 from dist_spin.storage.results import bits_label
 from dist_spin.version import __version__
 
-# section -> heading and what its figures show.
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page. text: what its figures show. open: whether it is unfolded when the page is opened."""
+
+    title: str
+    text: str
+    open: bool = False
+
+
 SECTIONS = {
-    "learning": (
-        "Learning",
-        "The rotations R1 and R2 are learned by gradient steps on the group of orthogonal matrices.",
+    "surface": Section(
+        "Activations before and after rotation",
+        "Magnitude by token and channel, both on one scale; at each site the layer with the highest peak before rotation.",
+        open=True,
     ),
-    "seeds": (
+    "seeds": Section(
         "Random rotations",
         "How much the perplexity of random rotations varies, and where the learned one stands.",
+        open=True,
     ),
-    "peak": ("Peak over RMS", "How far the largest channel of a token stands out; what a 4-bit grid has to span."),
-    "kurtosis": ("Kurtosis", "How heavy the tails of a token are; 3 for a Gaussian, which rotation approaches."),
-    "channels": ("Magnitude by channel", "The largest magnitude of each channel, in every layer."),
-    "surface": (
-        "Magnitude by token and channel",
-        "The layer with the highest peak at each site, before and after rotation.",
+    "learning": Section(
+        "Learning",
+        "The rotations R1 and R2 are learned by gradient steps on the group of orthogonal matrices.",
+        open=True,
     ),
-    "surfaces": ("The same for every layer", "Tokens downwards, channels across, one pair of maps for each layer."),
-    "rounding": (
-        "Rounding error of each layer",
-        "Relative error of each linear layer's output on the calibration text.",
+    "peak": Section(
+        "Peak over RMS", "How far the largest channel of a token stands out; what a 4-bit grid has to span."
+    ),
+    "kurtosis": Section("Kurtosis", "How heavy the tails of a token are; 3 for a Gaussian, which rotation approaches."),
+    "channels": Section("Magnitude by channel", "The largest magnitude of each channel, in every layer."),
+    "surfaces": Section(
+        "Every layer by token and channel", "Tokens downwards, channels across, one pair of maps for each layer."
+    ),
+    "rounding": Section(
+        "Rounding error of each layer", "Relative error of each linear layer's output on the calibration text."
     ),
 }
 
 
 def html_page(summary: RunSummary) -> str:
     """The whole page."""
-    return _template("report.html.jinja", autoescape=True).render(**_content(summary), draw=_svg)
+    return template("report.html.jinja", autoescape=True).render(**_content(summary), draw=svg)
 
 
 def markdown_page(summary: RunSummary) -> str:
     """Tables, captions and how to reproduce the run; the figures are in the page and in `dist-spin plot`."""
-    return _template("report.md.jinja", autoescape=False).render(**_content(summary), table=_markdown_table)
+    return template("report.md.jinja", autoescape=False).render(**_content(summary), table=markdown_table)
 
 
 @functools.cache
-def _template(name: str, *, autoescape: bool) -> jinja2.Template:
+def template(name: str, *, autoescape: bool) -> jinja2.Template:
+    """One of the templates beside this file; what they import or extend is looked for there too."""
     environment = jinja2.Environment(
-        autoescape=autoescape, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FunctionLoader(_source),
+        autoescape=autoescape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
-    source = importlib.resources.files("dist_spin.report").joinpath(name).read_text(encoding="utf-8")
-    return environment.from_string(source)
+    return environment.get_template(name)
+
+
+def _source(name: str) -> str:
+    return importlib.resources.files("dist_spin.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _content(summary: RunSummary) -> dict[str, Any]:
     figures = drawings(summary)
     sections = [
-        {"id": key, "title": title, "text": text, "figures": [d for d in figures if d.section == key]}
-        for key, (title, text) in SECTIONS.items()
+        {"id": key, **dataclasses.asdict(section), "figures": [d for d in figures if d.section == key]}
+        for key, section in SECTIONS.items()
     ]
     results = result_tables(summary)
+    settings = headline(summary)
+    times = stages(summary)
     return {
         "summary": summary,
-        "headline": headline(summary),
+        "sentence": sentence(summary),
+        "headline": settings,
+        "settings_line": "; ".join(text for _, text in settings[:2]),
         "progress": progress(summary),
         "results": results,
         "sections": [section for section in sections if section["figures"]],
         "outliers": outlier_table(summary, NAMES),
         "stages": stage_table(summary, clock),
+        "all_stages": f"{clock(sum(row['seconds'] for row in times))} in all",
         "orthogonality": {name.upper(): short(value) for name, value in summary.orthogonality.items()},
         "command": command(summary),
         "versions": summary.job.get("versions", {"dist-spin": __version__}),
@@ -130,12 +161,15 @@ def command(summary: RunSummary) -> str:
     return "\n".join(f"dist-spin {verb} {shlex.quote(f'{summary.name}.yaml')}" for verb in verbs)
 
 
-def _svg(drawing: Drawing) -> Markup:
+def svg(drawing: Drawing) -> Markup:
+    """A drawing as a part of a page."""
     # Drawn by matplotlib from our own titles and numbers, which it escapes.
     return Markup(as_svg(drawing.draw, drawing.caption))
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """A table in Markdown; the best entries are bold."""
+
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

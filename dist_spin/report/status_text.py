@@ -75,7 +75,7 @@ def _now(figures: dict[str, Any]) -> list[str]:
     if stopped := figures["stopped"]:
         name = f"{stopped['stage']} {stopped['part']}".strip()
         ago = "" if stopped["time"] is None else f", {clock(time.time() - stopped['time'])} ago"
-        lines.append(f"stopped   {name}: {stopped['problem']}{ago}")
+        lines.append(f"stopped   {name}{ago}: {stopped['problem']}")
     if event := figures["last_event"]:
         lines.append(f"last      {event['event']}, {clock(time.time() - event['time'])} ago")
     return lines

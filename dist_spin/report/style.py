@@ -167,8 +167,7 @@ def as_png(draw: Callable[[], Figure], theme: str = "light", dpi: int = 200) -> 
 class Drawing:
     """A figure that can be drawn.
 
-    section: where in the report it stands (`page.SECTIONS`). words: what it shows, as a caption and for who does not see it.
-    folded: shown only when it is asked for.
+    section: where in the report it stands (`page.SECTIONS`). caption: what it shows, also for who does not see it.
     """
 
     name: str
@@ -176,4 +175,3 @@ class Drawing:
     title: str
     caption: str
     draw: Callable[[], Figure]
-    folded: bool = False

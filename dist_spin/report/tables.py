@@ -148,7 +148,7 @@ def _tasks(summary: RunSummary) -> Table | None:
         key = (bits_label(row), row.get("system", row["method"]), row["weights"])
         lines.setdefault(key, {})[f"{row['task']} {row['metric']}"] = row
     columns = list(dict.fromkeys(name for of in lines.values() for name in of))
-    shares = _one_accuracy_each(columns)
+    shares = one_accuracy_each(columns)
     counts = ", ".join(f"{task} {n}" for task, n in {row["task"]: row["n"] for row in rows if "n" in row}.items())
     table = Table("Zero-shot tasks", ["bits", "method", "weights", *columns, "mean accuracy"], 3)
     table.note = "Accuracies in percent ± standard error; bold: best of its bits." + (
@@ -173,7 +173,7 @@ def _tasks(summary: RunSummary) -> Table | None:
     return table
 
 
-def _one_accuracy_each(columns: list[str]) -> list[str]:
+def one_accuracy_each(columns: list[str]) -> list[str]:
     """The column of each task that enters the mean: its plain accuracy, or the first fraction that it has."""
     column_of_task: dict[str, str] = {}
     for name in filter(_is_share, columns):

@@ -74,7 +74,8 @@ def test_cancel_ends_a_run_of_this_machine(tmp_path, capsys):
     assert f"step {step} is saved; the same command continues" in capsys.readouterr().out
     assert main(["status", str(run.path)]) == 0
     text = capsys.readouterr().out
-    assert f"stopped   optimize: stopped by a signal after step {step}; the same command continues" in text
+    assert "stopped   optimize, 0:" in text
+    assert f" ago: stopped by a signal after step {step}; the same command continues" in text
     assert "held by" not in text
     assert main(["cancel", str(run.path)]) == 0
     assert capsys.readouterr().out == "nothing of this run is waiting or running\n"
