@@ -211,6 +211,11 @@ def _submit_options(parser: Parser) -> None:
     _scheduler_options(parser)
 
 
+def _report_options(parser: Parser) -> None:
+    meaning = "where the page of several runs goes; default: side-by-side.html beside the first of them"
+    parser.add_argument("-o", dest="output", metavar="FILE.html", type=Path, help=meaning)
+
+
 def _plot_options(parser: Parser) -> None:
     _run_options(parser)
     parser.add_argument("name", metavar="FIGURE", nargs="?", help="name of a figure; default: list them")
@@ -361,11 +366,12 @@ VERBS = {
         example="compare.yaml compare.bits=W4A4KV4",
     ),
     "report": Verb(
-        "write report.html and report.md: tables and pictures of a run, finished or not",
+        "write report.html and report.md of a run, finished or not, or one page of several runs",
         "dist_spin.report.stage:report",
         command.call_report,
+        _report_options,
         reads=(*MODEL, "optimize.steps", *CALIBRATION, "quantize.baselines", "report.sequences", *PROCESS),
-        takes=f"RUN|{CONFIG}",
+        takes=f"RUN [RUN ...]|{CONFIG}",
         example="runs/quickstart",
     ),
     "plot": Verb(

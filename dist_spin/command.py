@@ -125,15 +125,23 @@ def call_export(command: Command) -> int:
 
 
 def call_report(command: Command) -> int:
-    """Of a run's directory, from its files alone; or of the run that a configuration names, which measures first."""
+    """Of one or several run directories, from their files alone; or of the run that a configuration names, measured first."""
     check_run_or_config(command)
     if not (command.words and Path(command.words[0]).is_dir()):
         return call_stage(command)
-    path = Path(command.words.pop(0))
+    runs = [Path(word) for word in command.words if "=" not in word and not word.startswith("-")]
+    command.words[:] = [word for word in command.words if Path(word) not in runs]
     command.no_more()
-    check_run_directory(path)
+    for path in runs:
+        check_run_directory(path)
+    output = command.options.output
+    if output is not None and len(runs) == 1:
+        raise UserError("-o is for several runs side by side", "leave it out: a run's report lies in its directory")
     command.quieten()
-    load("dist_spin.report.stage:write_report")(path)
+    if len(runs) == 1:
+        load("dist_spin.report.stage:write_report")(runs[0])
+    else:
+        load("dist_spin.report.stage:write_side_by_side")(runs, output)
     return EXIT_OK
 
 

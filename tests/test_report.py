@@ -19,6 +19,8 @@ from dist_spin.report.figures import drawings
 from dist_spin.report.page import html_page, markdown_page
 from dist_spin.report.published import known_model, published
 from dist_spin.report.run_summary import load_run_summary
+from dist_spin.report.sentence import sentence
+from dist_spin.report.side_by_side import sentence_side_by_side, tables_side_by_side
 from dist_spin.report.tables import result_tables
 from dist_spin.storage.atomic import read_lines
 from dist_spin.storage.checkpoints import checkpoints
@@ -70,6 +72,15 @@ def test_page_in_a_browser(browser, finished, scheme, width):
     page.on("request", lambda request: requests.append(request.url))
     page.goto(f"file://{finished / 'report.html'}")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    if width == 1280:
+        assert page.evaluate("document.documentElement.scrollHeight") < 6 * 800
+    # A sentence first, then the results; a link to a folded section unfolds it.
+    first = page.evaluate("[...document.querySelectorAll('main h2, .lead')].map(e => e.innerText)")
+    assert "full precision" in first[0]
+    assert first[1] == "Results"
+    assert not page.is_visible("#peak")
+    page.click("nav a[href='#peak']")
+    assert page.is_visible("#peak figure")
     page.eval_on_selector_all("details", "all => all.forEach(d => d.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert problems == []
@@ -179,6 +190,172 @@ def test_runs_in_progress(capsys, tmp_path, model):
 def stop_after(run: RunDir, step: int) -> None:
     """Send this process SIGTERM once a checkpoint of `step` is there."""
     terminate_when(lambda: bool(found := checkpoints(run)) and found[0][0] >= step)
+
+
+def test_surfaces_before_and_after_have_one_scale(finished):
+    surfaces = [drawing for drawing in drawings(load_run_summary(finished)) if drawing.section == "surface"]
+    assert len(surfaces) == len(SITES)
+    for drawing in surfaces:
+        before, after = drawing.draw().axes
+        assert before.get_zlim() == after.get_zlim(), drawing.name
+        heights = [float(axes.collections[0]._vec[2].max()) for axes in (before, after)]  # drawn vertices
+        assert max(heights) == pytest.approx(before.get_zlim()[1], rel=0.02)
+
+
+def row(method: str, ppl: float, bits: int = 4, **more: object) -> dict:
+    weights = "none" if bits == 16 else "gptq"
+    widths = dict.fromkeys(("w_bits", "a_bits", "k_bits", "v_bits"), bits)
+    return {"method": method, "weights": weights, **widths, "dataset": "pydoc", "ppl": ppl, **more}
+
+
+FULL_ROW = row("full precision", 12.6, 16)
+LEARNED_ROW, HADAMARD_ROW = row("learned rotation", 14.9), row("random Hadamard", 22.4)
+NONE_ROW = row("no rotation", 1873.05)
+OURS = [row("ours", ppl, stage="compare", system="ours") for ppl in (14.0, 15.0)]
+
+
+def task(method: str, value: float, bits: int = 4, name: str = "piqa") -> dict:
+    return {**row(method, 0, bits), "task": name, "metric": "acc", "value": value}
+
+
+def tasks(*rows: dict) -> list[dict]:
+    return [{key: value for key, value in one.items() if key not in ("ppl", "dataset")} for one in rows]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            [FULL_ROW, HADAMARD_ROW, LEARNED_ROW],
+            "W4A4KV4 with learned rotations costs 18 % in perplexity on pydoc: 14.9 against 12.6 in full precision; "
+            "a random Hadamard gives 22.4.",
+        ),
+        (
+            [FULL_ROW, row("random Hadamard", 14.2), LEARNED_ROW],
+            "W4A4KV4 with learned rotations costs 18 % in perplexity on pydoc: 14.9 against 12.6 in full precision; "
+            "a random Hadamard does no worse, with 14.2.",
+        ),
+        ([LEARNED_ROW], "W4A4KV4 with learned rotations has perplexity 14.9 on pydoc; full precision is not measured."),
+        (
+            [FULL_ROW],
+            "Full precision has perplexity 12.6 on pydoc; nothing that is quantised is measured yet.",
+        ),
+        (
+            [FULL_ROW, NONE_ROW],
+            "W4A4KV4 without rotations multiplies the perplexity on pydoc by 150: 1,873 against 12.6 in full precision; "
+            "the learned rotations are not measured yet.",
+        ),
+        (
+            [FULL_ROW, row("learned rotation", 12.62), row("learned rotation", 99, dataset="other")],
+            "W4A4KV4 with learned rotations keeps the perplexity of full precision on pydoc: 12.62 against 12.60.",
+        ),
+        (
+            [FULL_ROW, row("learned rotation", 13.0, k_bits=8, v_bits=8), LEARNED_ROW],
+            "W4A4KV4 with learned rotations costs 18 % in perplexity on pydoc: 14.9 against 12.6 in full precision.",
+        ),
+        (
+            [FULL_ROW, *OURS],
+            "W4A4KV4 with learned rotations costs 15 % in perplexity on pydoc: 14.5 against 12.6 in full precision "
+            "(mean of 2 seeds).",
+        ),
+        (
+            [
+                FULL_ROW,
+                LEARNED_ROW,
+                HADAMARD_ROW,
+                *tasks(
+                    task("full precision", 0.8, 16),
+                    task("learned rotation", 0.6),
+                    task("learned rotation", 0.2, name="arc"),
+                ),
+            ],
+            "W4A4KV4 with learned rotations keeps 75 % of the zero-shot accuracy (60.0 against 80.0, piqa); "
+            "perplexity on pydoc: 14.9 against 12.6 in full precision; a random Hadamard gives 22.4.",
+        ),
+        ([], "The rotations are there; no perplexity is measured yet."),
+    ],
+)
+def test_the_run_in_one_sentence(finished, rows, said):
+    assert sentence(dataclasses.replace(load_run_summary(finished), rows=rows)) == said
+
+
+@pytest.fixture(scope="module")
+def three_runs(finished, tmp_path_factory) -> list[Path]:
+    """A finished run; one with other settings, results and as many windows; and one that has only begun."""
+    directory = tmp_path_factory.mktemp("several")
+    shutil.copytree(finished, directory / "tiny")
+    shutil.copytree(finished, directory / "better")
+    text = (finished / "config.yaml").read_text()
+    (directory / "better" / "config.yaml").write_text(
+        text.replace("name: tiny", "name: better").replace("lr: 1.5", "lr: 0.75")
+    )
+    rows = load_run_summary(finished).rows
+    better = [{**one, "ppl": one["ppl"] - (one["method"] == "learned rotation")} for one in rows]
+    (directory / "better" / "results.json").write_text(json.dumps(better))
+    begun = directory / "begun"
+    begun.mkdir()
+    (begun / "config.yaml").write_text(text.replace("name: tiny", "name: begun"))
+    return [directory / "tiny", directory / "better", begun]
+
+
+def test_runs_side_by_side(capsys, tmp_path, three_runs):
+    words = [str(path) for path in three_runs]
+    assert main(["report", *words]) == 0
+    page, text = (three_runs[0].parent / f"side-by-side.{ending}" for ending in ("html", "md"))
+    assert str(page) in capsys.readouterr().err
+    tables = {
+        table.title: table for table in tables_side_by_side([load_run_summary(p) for p in three_runs], ["a", "b", "c"])
+    }
+    assert list(tables) == ["Where they stand", "Results", "Settings that differ", "Time and memory"]
+    ppl = {one["method"]: one["ppl"] for one in load_run_summary(three_runs[0]).rows}
+    learned = ppl["learned rotation"]
+    rows = {r[1].text: r[2:] for r in tables["Results"].rows}
+    cells = rows["learned rotation, W4A4KV4, gptq"]
+    assert [cell.text for cell in cells] == [f"{learned:.3f}", f"{learned - 1:.3f}", "–"]
+    assert [cell.best for cell in cells] == [False, True, False]
+    assert not any(cell.best for cell in rows["full precision, W16A16KV16"])
+    assert [[cell.text for cell in r] for r in tables["Settings that differ"].rows] == [
+        ["optimize.lr", "1.5", "0.75", "1.5"]
+    ]
+    assert [r[0].text for r in tables["Time and memory"].rows] == ["optimize", "quantize", "evaluate", "report"]
+    said = text.read_text().splitlines()
+    assert said[0] == "# tiny, better, begun"
+    assert said[2].startswith("better has the lowest perplexity on tokens:")
+    assert "W4A4KV4, learned rotation): " in said[2]
+    # Measured in other windows, they do not compare.
+    other = dataclasses.replace(load_run_summary(three_runs[1]))
+    other.rows = [{**one, "seq_len": 10} for one in other.rows]
+    assert "no quantised model is measured alike" in sentence_side_by_side([load_run_summary(three_runs[0]), other])
+    assert main(["report", *words, "-o", str(tmp_path / "page.pdf")]) == 2
+    assert "does not end in .html" in capsys.readouterr().err
+    assert main(["report", words[0], "-o", str(tmp_path / "page.html")]) == 2
+    assert "-o is for several runs" in capsys.readouterr().err
+    assert main(["report", words[0], str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert main(["report", *words[:2], "optimize.lr=1"]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_page_of_several_runs_in_a_browser(browser, three_runs, tmp_path):
+    target = tmp_path / "page.html"
+    assert main(["report", *map(str, three_runs), "-o", str(target)]) == 0
+    for width, scheme in ((1280, "light"), (400, "dark")):
+        page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 800})
+        problems = []
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(f"file://{target}")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate("document.documentElement.scrollHeight") < 6 * 800
+        assert page.locator("table").count() == 4
+        assert page.locator("#losses svg").is_visible()
+        addresses = page.eval_on_selector_all("header a", "all => all.map(a => a.href)")
+        assert addresses == [f"file://{path / 'report.html'}" for path in three_runs[:2]]
+        page.click("header a >> nth=1")
+        assert page.url == addresses[1]
+        assert problems == []
+        page.close()
 
 
 def test_single_figures(capsys, tmp_path, finished):

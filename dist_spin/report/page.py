@@ -5,6 +5,7 @@ import functools
 import importlib.resources
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -13,6 +14,7 @@ from markupsafe import Markup
 from dist_spin.report.figures import drawings
 from dist_spin.report.run_summary import RunSummary, stages
 from dist_spin.report.sentence import sentence
+from dist_spin.report.side_by_side import links, losses, run_names, sentence_side_by_side, tables_side_by_side
 from dist_spin.report.style import NAMES, Drawing, as_svg, short
 from dist_spin.report.tables import Table, outlier_table, result_tables, stage_table
 from dist_spin.runtime.progress import clock
@@ -67,6 +69,20 @@ def html_page(summary: RunSummary) -> str:
 def markdown_page(summary: RunSummary) -> str:
     """Tables, captions and how to reproduce the run; the figures are in the page and in `dist-spin plot`."""
     return template("report.md.jinja", autoescape=False).render(**_content(summary), table=markdown_table)
+
+
+def runs_pages(summaries: list[RunSummary], page: Path) -> tuple[str, str]:
+    """Several runs side by side, as HTML and as Markdown. page: where the HTML will lie, which links count from."""
+    figure = losses(summaries)
+    content = {
+        "names": run_names(summaries),
+        "sentence": sentence_side_by_side(summaries),
+        "tables": tables_side_by_side(summaries, [progress(summary) for summary in summaries]),
+        "links": links(summaries, page),
+        "figures": [] if figure is None else [figure],
+    }
+    html = template("runs.html.jinja", autoescape=True).render(**content, draw=svg)
+    return html, template("runs.md.jinja", autoescape=False).render(**content, table=markdown_table)
 
 
 @functools.cache

@@ -162,7 +162,7 @@ def _tasks(summary: RunSummary) -> Table | None:
     )
     for (bits, method, weights), of in lines.items():
         cells = [
-            Cell(_task_text(name, of[name]), method != FULL and _badness(name, of[name]["value"]) == best[(bits, name)])
+            Cell(task_text(name, of[name]), method != FULL and _badness(name, of[name]["value"]) == best[(bits, name)])
             if name in of
             else Cell("–")
             for name in columns
@@ -176,25 +176,26 @@ def _tasks(summary: RunSummary) -> Table | None:
 def one_accuracy_each(columns: list[str]) -> list[str]:
     """The column of each task that enters the mean: its plain accuracy, or the first fraction that it has."""
     column_of_task: dict[str, str] = {}
-    for name in filter(_is_share, columns):
+    for name in filter(is_share, columns):
         task, _, metric = name.rpartition(" ")
         if metric == "acc" or task not in column_of_task:
             column_of_task[task] = name
     return list(column_of_task.values())
 
 
-def _is_share(name: str) -> bool:
+def is_share(name: str) -> bool:
     """Whether "TASK METRIC" is a fraction of items, of which more is better; others are perplexities."""
     metric = name.rpartition(" ")[2]
     return "acc" in metric or "match" in metric
 
 
 def _badness(name: str, value: float) -> float:
-    return -value if _is_share(name) else value
+    return -value if is_share(name) else value
 
 
-def _task_text(name: str, row: dict[str, Any]) -> str:
-    scale, error = (100 if _is_share(name) else 1), row.get("stderr")
+def task_text(name: str, row: dict[str, Any]) -> str:
+    """The figure of a task, with its standard error where that is known; fractions in percent."""
+    scale, error = (100 if is_share(name) else 1), row.get("stderr")
     if not isinstance(error, int | float) or not math.isfinite(error):
         return f"{row['value'] * scale:.2f}"
     return f"{row['value'] * scale:.2f} ± {error * scale:.2f}"
