@@ -7,6 +7,7 @@ A job that is preempted, runs out of time or stops getting answers saves and que
 were submitted stands in the run's events.jsonl; whether they still live, Slurm is asked.
 """
 
+import shlex
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,6 +159,10 @@ def _submit_slurm(arguments: list[str], config: RunConfig, run: RunDir, schedule
         jobs = sorted(job for ids in active.values() for job in ids)
         say(
             f"nothing to submit: {'jobs ' + ', '.join(jobs) + ' are queued or running' if jobs else 'the run is complete'}"
+        )
+    else:
+        say(
+            f"`dist-spin status {shlex.quote(str(run.path))} --watch` follows them; logs and cancel take the same directory"
         )
     warn_of_stuck(job_states(submitter.submitted))
     return 0

@@ -340,9 +340,9 @@ def test_runs_side_by_side(capsys, tmp_path, three_runs):
 def test_the_page_of_several_runs_in_a_browser(browser, three_runs, tmp_path):
     target = tmp_path / "page.html"
     assert main(["report", *map(str, three_runs), "-o", str(target)]) == 0
+    problems = []
     for width, scheme in ((1280, "light"), (400, "dark")):
         page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 800})
-        problems = []
         page.on("console", lambda message: problems.append(message.text))
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.goto(f"file://{target}")

@@ -46,7 +46,7 @@ def cancel(path: Path, wait_s: float = WAIT_S) -> str:
     slurm = [job["job"] for job in jobs if not job["job"].startswith(("local-", "debug-"))]
     found = [holder for holder in holders(path) if not (holder.job and slurm)]  # their job's end is Slurm's matter
     cancel_jobs(slurm)
-    said = [f"cancelled {', '.join(slurm)}"] * bool(slurm)
+    said = [f"cancelled {', '.join(slurm)}; what runs saves first, and the same submit continues"] * bool(slurm)
     alive = [holder for holder in found if holder.state == ALIVE and holder.pid != os.getpid()]
     asked = [holder for holder in alive if holder.launches] or alive  # a launcher passes it on to its stages
     signalled = [holder for holder in asked if _terminate(holder)]

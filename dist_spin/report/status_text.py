@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_spin.report.holders import ALIVE, ELSEWHERE, ENDED
+from dist_spin.report.jobs import FINISHED
 from dist_spin.report.sequence_lengths import too_long
 from dist_spin.runtime.progress import clock
 
@@ -69,7 +70,7 @@ def _now(figures: dict[str, Any]) -> list[str]:
     lines = [
         f"job       {j['job']} {j['stage']}: {j['state']}"
         + (f" ({j['reason']})" if j["reason"] not in ("", "None") else "")
-        for j in figures["jobs"]
+        for j in _latest(figures["jobs"])
     ]
     lines += [f"held by   {_holder(holder)}" for holder in figures["holders"]]
     if stopped := figures["stopped"]:
@@ -79,6 +80,14 @@ def _now(figures: dict[str, Any]) -> list[str]:
     if event := figures["last_event"]:
         lines.append(f"last      {event['event']}, {clock(time.time() - event['time'])} ago")
     return lines
+
+
+def _latest(jobs: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The jobs of each stage or part, but for those that have ended and were submitted again."""
+    last = {job["stage"]: job["job"] for job in jobs}
+    return [
+        job for job in jobs if last[job["stage"]] == job["job"] or job["state"] not in (*FINISHED, "ENDED", "unknown")
+    ]
 
 
 def _is_at_work(holder: dict[str, Any]) -> bool:

@@ -32,7 +32,10 @@ def job_states(jobs: Iterable[str]) -> dict[str, JobState]:
     ids = ",".join(sorted({job.partition("_")[0] for job in wanted}))
     lines = _run("squeue", "--noheader", "--array", "--states=all", f"--jobs={ids}", "--format=%i|%T|%r").splitlines()
     states = {fields[0]: JobState(*fields[1:]) for line in lines if len(fields := line.split("|")) == 3}
-    return {job: state for job, state in states.items() if job in wanted}
+    # Tasks of an array that were cancelled before they began share one entry: `12` or `12_[0-3]`.
+    arrays = {name.partition("_")[0]: state for name, state in states.items() if "_" not in name or "[" in name}
+    known = {job: states.get(job, arrays.get(job.partition("_")[0])) for job in wanted}
+    return {job: state for job, state in known.items() if state is not None}
 
 
 def cancel_jobs(jobs: Iterable[str]) -> None:
