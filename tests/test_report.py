@@ -193,13 +193,17 @@ def stop_after(run: RunDir, step: int) -> None:
 
 
 def test_surfaces_before_and_after_have_one_scale(finished):
-    surfaces = [drawing for drawing in drawings(load_run_summary(finished)) if drawing.section == "surface"]
+    run_summary = load_run_summary(finished)
+    surfaces = [drawing for drawing in drawings(run_summary) if drawing.section == "surface"]
     assert len(surfaces) == len(SITES)
-    for drawing in surfaces:
+    for drawing, site in zip(surfaces, SITES, strict=True):
+        layer = int(drawing.title.rpartition(" ")[2])
+        highest = [
+            run_summary.activations[v][site.replace("-", "_")]["surface"][layer].max() for v in ("none", "learned")
+        ]
         before, after = drawing.draw().axes
         assert before.get_zlim() == after.get_zlim(), drawing.name
-        heights = [float(axes.collections[0]._vec[2].max()) for axes in (before, after)]  # drawn vertices
-        assert max(heights) == pytest.approx(before.get_zlim()[1], rel=0.02)
+        assert before.get_zlim()[1] == pytest.approx(max(highest), rel=0.05)
 
 
 def row(method: str, ppl: float, bits: int = 4, **more: object) -> dict:
@@ -242,7 +246,7 @@ def tasks(*rows: dict) -> list[dict]:
         ),
         (
             [FULL_ROW, NONE_ROW],
-            "W4A4KV4 without rotations multiplies the perplexity on pydoc by 150: 1,873 against 12.6 in full precision; "
+            "W4A4KV4 without rotations multiplies the perplexity on pydoc by 149: 1,873 against 12.6 in full precision; "
             "the learned rotations are not measured yet.",
         ),
         (

@@ -1,7 +1,7 @@
 """What surrounds every stage that writes into a run: its process group, its lock, and the events of its start and end.
 
-"job" tells on which hosts and devices the stage runs and with which versions; "stage_end" how long it ran and the most memory that it
-took; "stage_failed" the error that ended it.
+"job" tells on which hosts and devices the stage runs and with which versions; "stage_end" how long it ran and the most memory
+that it took; "stage_failed" the error that ended it.
 """
 
 import contextlib
