@@ -126,14 +126,16 @@ class Run:
         if isinstance(config, RunConfig):
             if settings:
                 raise TypeError("give settings with a file, or change the RunConfig with dataclasses.replace")
-            self.config = config
+            self.config = config.with_base_dir()
         else:
             path = None if config is None else Path(config).expanduser()
             moved: list[str] = []
             if path is not None and (path / "config.yaml").exists():
                 here = path.resolve()
                 moved, path = [f"output_dir={here.parent}", f"name={here.name}"], path / "config.yaml"
-            self.config = load_config(None if path is None else str(path), [*moved, *_words(settings)], WHERE)
+            self.config = load_config(
+                None if path is None else str(path), [*moved, *_words(settings)], WHERE
+            ).with_base_dir()
         self.quiet = quiet
 
     def __repr__(self) -> str:
@@ -142,7 +144,7 @@ class Run:
     @property
     def path(self) -> Path:
         """The run's directory, which every stage writes into; it need not be there yet."""
-        return Path(self.config.output_dir) / self.config.name
+        return Path(self.config.path(self.config.output_dir)) / self.config.name
 
     @property
     def is_rank0(self) -> bool:
@@ -217,7 +219,7 @@ class Run:
     def _call(self, stage: str, function: str, part: str = "", **options: Any) -> Any:
         """What the stage's function returns."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 and stage != "report":
-            check_model_path(self.config.model.path, dummy=self.config.model.dummy_weights)
+            check_model_path(self.config.model_path, dummy=self.config.model.dummy_weights)
         console = Console(sys.stdout, int(os.environ.get("RANK", "0")), quiet=self.quiet, bare=True)
         module, _, name = function.partition(":")
         with signals.embedded(), _process_as_before(), libraries_quiet(), shown_on(console):

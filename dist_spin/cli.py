@@ -29,6 +29,8 @@ from dist_spin.errors import EXIT_OK, EXIT_PIPE, RankLost, UserError, out_of_mem
 from dist_spin.runtime.console import Console, shown_on
 from dist_spin.version import __version__
 
+OWN = ("name", "output_dir", "base_dir")  # settings that are in no group
+
 
 @dataclass(frozen=True)
 class Verb:
@@ -86,7 +88,7 @@ def _run_verb(words: list[str]) -> int:
         name = next((word for word in words if not word.startswith("-")), None)
         groups = typing.get_type_hints(RunConfig)
         if name is not None and name not in VERBS and ("." in name or name in groups):
-            print(settings_help(name if "." in name or name in ("name", "output_dir") else f"{name}."), end="")
+            print(settings_help(name if "." in name or name in OWN else f"{name}."), end="")
             return EXIT_OK
     if name is not None and name not in VERBS:
         meant = did_you_mean(closest(name, VERBS))
@@ -108,7 +110,7 @@ def _check_options(parser: Parser, verb: str, rest: list[str]) -> None:
     own = parser.verbs[verb].option_names()
     for word in rest:
         name = word.partition("=")[0]
-        setting = not word.startswith("-") or "." in name or name in ("--name", "--output_dir")
+        setting = not word.startswith("-") or "." in name or name.removeprefix("--") in OWN
         if not setting and (meant := closest(name.lstrip("-"), own)):
             problem = f"{verb} has no option {name}"
             raise UserError(problem, f"did you mean --{meant[0]}? `dist-spin {verb} --help` lists them", shared=True)

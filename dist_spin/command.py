@@ -47,7 +47,8 @@ class Command:
             check_config_path(path, self.verb)
         flags = [f"--{name}" for name in ("quiet", "verbose") if getattr(self.options, name, False)]
         try:
-            return load_config(path, self.words[1:] if path else self.words), [*self.words, *flags]
+            config = load_config(path, self.words[1:] if path else self.words).with_base_dir()
+            return config, [*self.words, *flags]
         except UserError as error:
             raise error.as_shared() from None
 
@@ -75,7 +76,7 @@ def call_stage(command: Command, config: RunConfig | None = None, part: str = ""
     config = config or command.settings()[0]
     # Several ranks agree on it when they open the model, and a report without it tells the rest.
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and command.verb != "report":
-        check_model_path(config.model.path, dummy=config.model.dummy_weights)
+        check_model_path(config.model_path, dummy=config.model.dummy_weights)
     command.quieten()
     from dist_spin.pipeline.stage_context import joined
 
@@ -149,8 +150,9 @@ def call_run(command: Command) -> int:
     """function(words, ranks, run directory), which starts every stage in processes of its own."""
     config, words = command.settings()
     lengths = {f"{stage}.seq_len": getattr(config, stage).seq_len for stage in reading_stages(config)}
-    check_model_path(config.model.path, dummy=config.model.dummy_weights, lengths=lengths)
-    code: int = load(command.function)(words, config.distributed.nproc, Path(config.output_dir) / config.name)
+    check_model_path(config.model_path, dummy=config.model.dummy_weights, lengths=lengths)
+    run = Path(config.path(config.output_dir)) / config.name
+    code: int = load(command.function)(words, config.distributed.nproc, run)
     return code
 
 

@@ -91,7 +91,7 @@ def test_the_command_line_continues_what_a_call_began_and_the_other_way_round(tm
     words = tiny_run(tmp_path, "model.dtype=float32", "optimize.steps=2")
     assert main(["optimize", *words]) == 0
     run = dist_spin.Run(tmp_path / "run", quiet=True)  # the directory, with the settings in it
-    assert run.config == dataclasses.replace(load_config(None, words), name="run")
+    assert run.config == dataclasses.replace(load_config(None, words), name="run", base_dir=os.getcwd())
     capsys.readouterr()
     assert [row["step"] for row in run.learn_rotations().steps] == [1, 2]
     run.quantize()

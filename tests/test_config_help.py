@@ -45,7 +45,7 @@ def test_help_explains_every_setting_with_its_default() -> None:
     wanted = [
         f"{leaf.__name__.removesuffix('Config').lower()}.{i.name}" for leaf in LEAVES for i in dataclasses.fields(leaf)
     ]
-    assert list(entries) == ["name", "output_dir", *wanted]
+    assert list(entries) == ["name", "output_dir", "base_dir", *wanted]
     for key, entry in entries.items():
         assert re.fullmatch(r"\S+ .{15,}\. \((required, .*|.*default: .*)\)", entry), (key, entry)
     assert "--" not in text

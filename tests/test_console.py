@@ -39,7 +39,7 @@ def test_help_of_a_verb_names_the_settings_that_it_reads_and_no_others(capsys):
         for group, section in SECTIONS.items():
             single = {entry.partition(".")[2] for entry in verb.reads if entry.startswith(f"{group}.")}
             read = group in verb.reads or (group == "The" and verb.reads) or single
-            start = "name output_dir" if group == "The" else f"  {group}."
+            start = "name output_dir base_dir" if group == "The" else f"  {group}."
             assert text.count(start) == (2 if read else 0), (name, group)
             settings = re.findall(r"^  (?:\w+\.)?(\w+)=", section, re.MULTILINE)
             assert settings

@@ -44,7 +44,7 @@ def plan(
     memory = gpu_memory * GIB or (gpu.memory if kind or not here else torch.cuda.mem_get_info(0)[1])
     host = host_memory * GIB or float(host_bytes_free())
     hardware = Hardware(gpus or here or config.distributed.nproc, Gpu(memory, gpu.speed), host, disk * GB)
-    shape = Shape.of(open_model(config.model.path, revision=config.model.revision, dummy=True).config)
+    shape = Shape.of(open_model(config.model_path, revision=config.model.revision, dummy=True).config)
     planned = parts(config, shape, hardware, evaluated_tokens(config))
     advice = changes(config, shape, hardware, planned)
     fits = all(part.fits for part in planned.values())

@@ -31,7 +31,9 @@ def settings_index(reads: Collection[str]) -> str:
             lines += textwrap.wrap(
                 " ".join(names), INDEX_WIDTH, initial_indent=f"{start:15}", subsequent_indent=" " * 15
             )
-    return "\n".join(["settings, each as key=value here or in CONFIG.yaml:", "  name output_dir", *lines]) + "\n"
+    return (
+        "\n".join(["settings, each as key=value here or in CONFIG.yaml:", "  name output_dir base_dir", *lines]) + "\n"
+    )
 
 
 def settings_help(prefix: str) -> str:
@@ -63,8 +65,8 @@ def config_help(groups: Collection[str] | None = None) -> str:
     """Settings as `key=TYPE` with their meanings and defaults, by group: for `--help-all`.
 
     Args:
-        groups: names of the groups to list, such as {"model", "quant"}; None lists all. `name` and `output_dir`, which are
-            in no group, are always listed.
+        groups: names of the groups to list, such as {"model", "quant"}; None lists all. Those that are in no group, such as
+            `name`, are always listed.
 
     Raises:
         ValueError: there is no group of that name.

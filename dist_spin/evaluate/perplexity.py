@@ -36,7 +36,7 @@ def measuring_tokens(config: RunConfig, files: ModelFiles, source: str) -> Tenso
     e = config.evaluate
     check_context("evaluate.seq_len", e.seq_len, files.config)
     tokenizer = None if source.startswith("tokens:") else files.tokenizer()
-    tokens = on_rank0(lambda: load_tokens(source, e.split, e.seq_len, tokenizer))
+    tokens = on_rank0(lambda: load_tokens(config.source(source), e.split, e.seq_len, tokenizer))
     check_vocabulary(tokens, files.shape, source)
     return tokens[: e.max_sequences] if e.max_sequences else tokens
 

@@ -161,7 +161,7 @@ def zero_shot(
 def load_tasks(config: RunConfig) -> dict[str, Any]:
     """The harness's task objects by our names. What rank 0 cannot load is left out everywhere, and said."""
     e = config.evaluate
-    folder = Path(e.tasks_dir).expanduser() if e.tasks_dir else None
+    folder = Path(config.path(e.tasks_dir)) if e.tasks_dir else None
     tasks: dict[str, Any] = {}
 
     def load_all() -> list[str]:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.export.export_job import DirectoryWriter, ExportFormat, ExportJob
 from dist_spin.export.sidecar import write_description
@@ -36,7 +37,7 @@ def prepare(job: ExportJob) -> DirectoryWriter:
     Raises:
         UserError: there is no converter.
     """
-    converter = Converter.find(job.config.export.gguf_converter)
+    converter = Converter.find(converter_setting(job.config))
 
     def write(directory: Path) -> None:
         merged = directory / "merged"
@@ -47,6 +48,12 @@ def prepare(job: ExportJob) -> DirectoryWriter:
         write_description(directory, job.description)
 
     return write
+
+
+def converter_setting(config: RunConfig) -> str | None:
+    """`export.gguf_converter`, as a path where it is one."""
+    setting = config.export.gguf_converter
+    return setting if setting in (None, "", "download") else config.path(str(setting))
 
 
 @dataclass(frozen=True)

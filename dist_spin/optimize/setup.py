@@ -77,7 +77,8 @@ def build_training(config: RunConfig, world: World) -> TrainState:
         UserError: the settings, the model, the data or the run directory do not fit each other.
     """
     settings, quant, device = config.optimize, config.quant, world.device
-    run, engine = run_dir(config), choose_engine(config.distributed)
+    offload_dir = config.path(config.distributed.offload_dir) if config.distributed.offload_dir else None
+    run, engine = run_dir(config), choose_engine(config.distributed, offload_dir)
 
     # open the model
     files = open_configured_model(config)
@@ -145,7 +146,6 @@ def build_training(config: RunConfig, world: World) -> TrainState:
         micro=settings.micro_batch_size,
         recompute=settings.recompute,
     )
-    offload_dir = config.distributed.offload_dir
     offloaded = layers_to_offload(config.distributed.offload_layers, workload, world, to_disk=bool(offload_dir))
     if offloaded and world.is_rank0:
         say(f"the weights of {len(offloaded)} of {shape.layers} layers stay in {offload_dir or 'host memory'}")
@@ -210,7 +210,7 @@ def build_transforms(config: RunConfig, files: ModelFiles, sites: Sites, device:
         bits=sites.bits,
     )
     if config.rotation.load:
-        transforms.start_from(learned_transforms(Path(config.rotation.load), while_learning(config)))
+        transforms.start_from(learned_transforms(Path(config.path(config.rotation.load)), while_learning(config)))
     return transforms
 
 
@@ -222,7 +222,7 @@ def learning_tokens(config: RunConfig, files: ModelFiles) -> Tensor:
         count = max(1, settings.steps * settings.batch_size)
         return on_rank0(lambda: self_text(config, files, count, settings.seq_len, settings.seed))
     tokenizer = None if settings.source.startswith("tokens:") else files.tokenizer()
-    tokens = on_rank0(lambda: load_tokens(settings.source, settings.split, settings.seq_len, tokenizer))
+    tokens = on_rank0(lambda: load_tokens(config.source(settings.source), settings.split, settings.seq_len, tokenizer))
     return check_vocabulary(tokens, files.shape, settings.source)
 
 

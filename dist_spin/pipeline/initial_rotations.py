@@ -26,8 +26,9 @@ def starting_rotations(config: RunConfig, shape: Shape) -> tuple[Tensor, Tensor]
     """
     sizes = shape.hidden, shape.head_dim, shape.layers
     if config.rotation.load:
-        rotations = load_rotations(Path(config.rotation.load), *sizes)
-        check_transforms(Path(config.rotation.load), shape)
+        path = Path(config.path(config.rotation.load))
+        rotations = load_rotations(path, *sizes)
+        check_transforms(path, shape)
         return rotations
     if fits_start(config):
         if not start_path(config).exists():

@@ -32,7 +32,7 @@ def open_configured_model(config: RunConfig) -> ModelFiles:
 
     def find() -> ModelFiles:
         return open_model(
-            config.model.path,
+            config.model_path,
             revision=config.model.revision,
             dtype=model_dtype(config),
             dummy=config.model.dummy_weights,

@@ -40,7 +40,7 @@ def save_preset_rotations(config: RunConfig, shape: Shape) -> None:
 
     def keep() -> None:
         r1, r2 = starting_rotations(config, shape)
-        preset = Path(config.rotation.load) if config.rotation.load else None
+        preset = Path(config.path(config.rotation.load)) if config.rotation.load else None
         transforms = load_transforms(preset) if preset else {}
         digest = tensors_digest({"R1": r1, "R2": r2, **transforms})
         check_clips(config.export.target, config, clips="clip" in transforms)

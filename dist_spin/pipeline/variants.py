@@ -130,7 +130,8 @@ def calibration_tokens(config: RunConfig, files: ModelFiles) -> Tensor:
     if q.source == SELF:
         return on_rank0(lambda: self_text(config, files, q.n_sequences, q.seq_len, q.seed))
     tokenizer = None if q.source.startswith("tokens:") else files.tokenizer()
-    tokens = on_rank0(lambda: calibration_windows(q.source, q.split, q.n_sequences, q.seq_len, q.seed, tokenizer))
+    source = config.source(q.source)
+    tokens = on_rank0(lambda: calibration_windows(source, q.split, q.n_sequences, q.seq_len, q.seed, tokenizer))
     return check_vocabulary(tokens, files.shape, q.source)
 
 

@@ -95,4 +95,4 @@ def check_fingerprint(path: Path, current: dict[str, Any], what: str) -> None:
 
 def run_dir(config: RunConfig) -> RunDir:
     """The run directory that a configuration names."""
-    return RunDir(Path(config.output_dir) / config.name)
+    return RunDir(Path(config.path(config.output_dir)) / config.name)

@@ -46,19 +46,19 @@ class Engine(Protocol):
         """
 
 
-def choose_engine(settings: DistributedConfig) -> Engine:
+def choose_engine(settings: DistributedConfig, offload_dir: str | None = None) -> Engine:
     """The engine of a run; "auto" follows the config of `accelerate launch`, which hands it down in the environment.
 
     Raises:
         UserError: weights are to be kept on a disk, or in several copies, by an engine that cannot.
     """
-    engine = settings.engine
+    engine, folder = settings.engine, offload_dir or settings.offload_dir
     if engine == "auto":
         engine = "deepspeed" if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" else "fsdp"
     if engine == "deepspeed":
         if settings.shard_ranks:
             raise UserError("distributed.shard_ranks is for FSDP", "set distributed.engine=fsdp, or leave it out")
-        return Zero3(Path(settings.offload_dir) if settings.offload_dir else None)
+        return Zero3(Path(folder) if folder else None)
     if settings.offload_dir:
         raise UserError("distributed.offload_dir is for DeepSpeed", "set distributed.engine=deepspeed, or leave it out")
     return Fsdp(settings.shard_ranks)
