@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dist_spin.cli import main
 from dist_spin.config.loader import load_config
+from dist_spin.config.run import RunConfig
 from dist_spin.evaluate.layerwise_model import load_full_model
 from dist_spin.evaluate.targets import EvalTarget
 from dist_spin.numerics.quantizer import QuantSpec
@@ -44,12 +45,12 @@ def make_run(words: list[str], *stages: str) -> Path:
     return run_dir(load_config(None, words)).path
 
 
-def pipeline_cell(words: list[str], weights: str, off: str = "") -> Any:
+def pipeline_cell(words: list[str], weights: str, off: str = "", config: RunConfig | None = None) -> Any:
     """The pipeline's own model of the learned rotations, assembled from the run's files.
 
-    weights: gptq or none. off: sites (of "aokv") whose quantisers are left out.
+    weights: gptq or none. off: sites (of "aokv") whose quantisers are left out. config: in place of the words.
     """
-    config = load_config(None, words)
+    config = config or load_config(None, words)
     world = start("cpu", 60, 1)
     try:
         files = open_configured_model(config)

@@ -161,7 +161,12 @@ def test_half_steps_are_the_arithmetic_of_the_library(bits, dtype):
 
 
 GROUPED = {name: [*bits, "quant.w_group_size=16"] for name, bits in ACTIVATIONS.items()}
-SERVED = GROUPED | {"W8A8": W8A8, "W8A8-down4": [*W8A8, "quant.down_bits=4"]}
+SERVED = GROUPED | {
+    "W4A4-groups": [*GROUPED["W4A4"], "quant.a_group_size=16"],
+    "W8A8-groups": [*W8A8, "quant.a_group_size=16"],
+    "W8A8": W8A8,
+    "W8A8-down4": [*W8A8, "quant.down_bits=4"],
+}
 
 
 @pytest.mark.parametrize("activations", SERVED)

@@ -30,6 +30,8 @@ class QuantConfig:
     """Bits of the inputs of linear layers (2 to 8, or 16 = off), quantised per token at run time."""
     a_symmetric: bool = False
     """Activations symmetric around 0; false adds a zero point, as published."""
+    a_group_size: int = 0
+    """Channels that share one activation scale, for kernels that read such groups; 0 means one scale per token, as published."""
     a_clip_ratio: float = 1.0
     """Fraction of the activation range that is kept, above 0 up to 1; 1 clips nothing."""
     clips: Literal["none", "quarot"] = "none"
@@ -76,6 +78,13 @@ class QuantConfig:
         fraction = "use a fraction above 0 and up to 1; 1 clips nothing"
         for prefix, ratio in {"a": self.a_clip_ratio, "k": self.k_clip_ratio, "v": self.v_clip_ratio}.items():
             require(FP32_TINY <= ratio <= 1, f"quant.{prefix}_clip_ratio", ratio, fraction)
+        one = "use 0 beside quant.o_per_head=true, which groups the input of o_proj by heads"
+        require(not (self.a_group_size and self.o_per_head), "quant.a_group_size", self.a_group_size, one)
         channels = "use a number of channels, or 0 for the whole row or head"
-        for prefix, size in {"w": self.w_group_size, "k": self.k_group_size, "v": self.v_group_size}.items():
+        for prefix, size in {
+            "w": self.w_group_size,
+            "a": self.a_group_size,
+            "k": self.k_group_size,
+            "v": self.v_group_size,
+        }.items():
             check_range(f"quant.{prefix}_group_size", size, 0, MAX_CHANNELS, channels)

@@ -65,7 +65,7 @@ def layout(bits: int, activations: QuantSpec, *, symmetric: bool, group_size: in
     Args:
         bits: of the weight. activations: of the linear's input. group_size: of the weight, 0 for one scale per row.
     """
-    plain = bits == 8 and activations.bits == 8 and symmetric and not group_size
+    plain = bits == 8 and activations.bits == 8 and symmetric and not group_size and not activations.group_size
     return INT if plain else PACK
 
 
@@ -133,7 +133,9 @@ def config_entries(sites: Sites, bits: dict[str, int], *, symmetric: bool, group
         strategy = {"strategy": "group", "group_size": group_size} if group_size else {"strategy": "channel"}
         weights = QuantizationArgs(num_bits=width, type="int", symmetric=symmetric, dynamic=False, **strategy)
         stored = layout(width, sites.a, symmetric=symmetric, group_size=group_size)
-        return QuantizationScheme(targets=targets, weights=weights, input_activations=_token(sites.a), format=stored)
+        return QuantizationScheme(
+            targets=targets, weights=weights, input_activations=_activations(sites.a), format=stored
+        )
 
     most = {role: width for role, width in bits.items() if role != DOWN}
     (width,) = set(most.values())
@@ -160,10 +162,11 @@ def config_entries(sites: Sites, bits: dict[str, int], *, symmetric: bool, group
     return entries
 
 
-def _token(spec: QuantSpec) -> QuantizationArgs | None:
+def _activations(spec: QuantSpec) -> QuantizationArgs | None:
     if not spec.enabled:
         return None
-    return QuantizationArgs(num_bits=spec.bits, type="int", symmetric=spec.symmetric, strategy="token", dynamic=True)
+    scale = {"strategy": "group", "group_size": spec.group_size} if spec.group_size else {"strategy": "token"}
+    return QuantizationArgs(num_bits=spec.bits, type="int", symmetric=spec.symmetric, dynamic=True, **scale)
 
 
 def _online_r4(sites: Sites) -> TransformConfig:

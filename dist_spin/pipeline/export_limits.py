@@ -167,6 +167,7 @@ def _of_executorch(config: RunConfig, shape: Shape) -> Iterator[UserError]:
         "w_group_size": (32, 64, 128, 256),
         "a_bits": (8,),
         "a_symmetric": (False,),
+        "a_group_size": (0,),
         "a_clip_ratio": (1.0,),
         "o_per_head": (False,),
         "k_bits": (16,),

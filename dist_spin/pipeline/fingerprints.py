@@ -22,10 +22,14 @@ EMBEDDING_SETTINGS = ("quant.embedding_bits", "quant.head_bits")  # decide nothi
 WEIGHT_SETTINGS = ("quant.w_", "quant.down_bits", *EMBEDDING_SETTINGS)  # beginnings of what decides weights alone
 
 
+NEWER = {"quant.a_group_size": 0}  # settings that runs of before do not name, with what those did
+
+
 def flat(settings: Any, prefix: str) -> dict[str, Any]:
     """The fields of a settings dataclass as `prefix.field`, for fingerprints: by their first names, so that runs stay known."""
     first = {new: old for old, new in RENAMED.items()}
-    return {first.get(key := f"{prefix}.{name}", key): value for name, value in vars(settings).items()}
+    named = {first.get(key := f"{prefix}.{name}", key): value for name, value in vars(settings).items()}
+    return {name: value for name, value in named.items() if name not in NEWER or NEWER[name] != value}
 
 
 HALF = ("bfloat16", "float16")

@@ -52,13 +52,15 @@ def sites_for(config: RunConfig, shape: Shape, *, rotated: bool = True, heads: b
                 f"quant.{which}_group_size={group} does not divide this model's head size {d}", f"use {d}, or 0 for it"
             )
     inputs = {shape.hidden, shape.heads * d, shape.intermediate}
-    if q.w_group_size and any(size % q.w_group_size for size in inputs):
-        common = math.gcd(*inputs)
-        raise UserError(
-            f"quant.w_group_size={q.w_group_size} does not divide this model's input sizes "
-            f"{', '.join(map(str, sorted(inputs)))}",
-            f"use {common & -common}, or 0 for whole rows",  # the largest power of two that does
-        )
+    for which in ("w", "a"):
+        group = getattr(q, f"{which}_group_size")
+        if group and any(size % group for size in inputs):
+            common = math.gcd(*inputs)
+            raise UserError(
+                f"quant.{which}_group_size={group} does not divide this model's input sizes "
+                f"{', '.join(map(str, sorted(inputs)))}",
+                f"use {common & -common}, or 0 for whole rows",  # the largest power of two that does
+            )
 
     def spec(which: str, default_group: int) -> QuantSpec:
         values = vars(q)
@@ -71,7 +73,7 @@ def sites_for(config: RunConfig, shape: Shape, *, rotated: bool = True, heads: b
     block = largest_block(shape.heads)
     return Sites(
         a=a,
-        o=dataclasses.replace(a, group_size=d if q.o_per_head else 0),
+        o=dataclasses.replace(a, group_size=d) if q.o_per_head else a,
         k=spec("k", d),
         v=spec("v", d),
         r3=hadamard_factors(d, 0, "rotation.online") if online and q.k_bits < 16 else (),
