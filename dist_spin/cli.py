@@ -6,7 +6,6 @@ torchrun --nproc_per_node 2 -m dist_spin optimize configs/quickstart.yaml
 Everything that a verb needs is imported when it is used, so that help and mistakes answer at once.
 """
 
-import argparse
 import importlib
 import os
 import sys
@@ -14,11 +13,10 @@ import typing
 from argparse import SUPPRESS
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dist_spin import command
-from dist_spin.config.checks import shown
+from dist_spin.config import verb_options
 from dist_spin.config.command_parser import HelpAll, Parser, every_verb
 from dist_spin.config.export import FORMATS
 from dist_spin.config.help import settings_help
@@ -142,130 +140,6 @@ def _parser() -> Parser:
     return parser
 
 
-def _count(text: str) -> int:
-    if not (text.isdecimal() and 0 < len(text) <= DIGITS and int(text)):
-        raise argparse.ArgumentTypeError(f"{shown(text)} is no whole number from 1 on")
-    return int(text)
-
-
-def _count_or_zero(text: str) -> int:
-    return 0 if text == "0" else _count(text)
-
-
-def _layers(text: str) -> tuple[int, int]:
-    start, _, stop = text.partition(":")
-    numbers = start.isdecimal() and stop.isdecimal() and max(len(start), len(stop)) <= DIGITS
-    if not (numbers and int(start) < int(stop)):
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not A:B, which means layers A to B-1, such as 0:10")
-    return int(start), int(stop)
-
-
-def _run_options(parser: Parser) -> None:
-    parser.add_argument("path", metavar="RUN", type=Path, help="a run's directory")
-
-
-def _scheduler_options(parser: Parser) -> None:
-    meaning = "a setting of sbatch, such as partition=gpu; may be given several times"
-    parser.add_argument("--slurm", metavar="key=value", action="append", default=[], help=meaning)
-
-
-def _quantize_options(parser: Parser) -> None:
-    parser.add_argument(
-        "--layers",
-        metavar="A:B",
-        type=_layers,
-        help="only layers A to B-1, one or more whole jobs (quantize.layers_per_job)",
-    )
-    meaning = "only store the hidden states that later ranges of layers start from"
-    parser.add_argument("--hidden-states", action="store_true", help=meaning)
-    parser.add_argument("--boundaries", dest="hidden_states", action="store_true", help=SUPPRESS)  # its name of old
-    clusters = ("local", "slurm", "submitit-local", "debug")
-    parser.add_argument("--cluster", choices=clusters, help="run all jobs in parallel: on this machine, or by submitit")
-    parser.add_argument("--workers", metavar="N", type=_count, help="jobs at a time; default: one per GPU or core")
-    meaning = "how often a job may fail in a row without finishing a layer (default: 3)"
-    parser.add_argument("--retries", metavar="N", type=_count_or_zero, help=meaning)
-    _scheduler_options(parser)
-
-
-def _export_options(parser: Parser) -> None:
-    parser.add_argument("--format", metavar="|".join(FORMATS), help="default: export.target")
-    parser.add_argument("--output", metavar="DIR", type=Path, help="default: export/FORMAT in the run's directory")
-
-
-def _serve_check_options(parser: Parser) -> None:
-    parser.add_argument("paths", metavar="EXPORT", type=Path, nargs="+", help="directories that `export` wrote")
-    parser.add_argument("--engine", choices=("vllm",), default="vllm", help="which engine (default: vllm)")
-    meaning = "of the engine's environment; default: this one, or the one of the vllm program on PATH"
-    parser.add_argument("--python", metavar="PATH", type=Path, help=meaning)
-    meaning = "what is read, as evaluate.sources; its test part (default: pydoc)"
-    parser.add_argument("--text", metavar="SOURCE", help=meaning)
-    parser.add_argument("--sequences", metavar="N", type=_count, help="windows of it (default: 4)")
-    parser.add_argument("--seq-len", metavar="N", type=_count, help="tokens of a window (default: 128)")
-    parser.add_argument("--tokens", metavar="N", type=_count, help="tokens written after half a window (default: 16)")
-    parser.add_argument("--tensor-parallel", metavar="N", type=_count, help="GPUs of the engine (default: 1)")
-    parser.add_argument("--kv-cache-dtype", metavar="DTYPE", help="as the engine's own option (default: auto)")
-    parser.add_argument("--json", dest="as_json", action="store_true", help="the same as JSON, for programs")
-
-
-def _submit_options(parser: Parser) -> None:
-    meaning = "slurm, or this machine in the background (local) or in this process (debug)"
-    parser.add_argument("--cluster", choices=("slurm", "local", "debug"), default="slurm", help=meaning)
-    _scheduler_options(parser)
-
-
-def _report_options(parser: Parser) -> None:
-    meaning = "where the page of several runs goes; default: side-by-side.html beside the first of them"
-    parser.add_argument("-o", dest="output", metavar="FILE.html", type=Path, help=meaning)
-
-
-def _plot_options(parser: Parser) -> None:
-    _run_options(parser)
-    parser.add_argument("name", metavar="FIGURE", nargs="?", help="name of a figure; default: list them")
-    parser.add_argument("-o", dest="target", metavar="FILE", help="FILE.png or FILE.svg; default: FIGURE.png")
-    parser.add_argument("--dark", dest="theme", action="store_const", const="dark", help="light text on black, for PNG")
-
-
-def _generate_options(parser: Parser) -> None:
-    _run_options(parser)
-    parser.add_argument("prompt", metavar="TEXT", nargs="?", help="what both models continue")
-    parser.add_argument("--tokens", metavar="N", type=_count, help="tokens of an answer (default: 64)")
-
-
-def _chat_options(parser: Parser) -> None:
-    _run_options(parser)
-    parser.add_argument("--tokens", metavar="N", type=_count, help="tokens of an answer (default: 256)")
-
-
-def _status_options(parser: Parser) -> None:
-    _run_options(parser)
-    parser.add_argument("--json", dest="as_json", action="store_true", help="the same as JSON, for programs")
-    parser.add_argument("--watch", dest="watching", action="store_true", help="repeat until the run is complete")
-
-
-def _init_options(parser: Parser) -> None:
-    parser.add_argument("file", metavar="FILE.yaml", nargs="?", type=Path, help="default: the run's name and .yaml")
-    parser.add_argument("--model", metavar="MODEL", help="a hub id, directory, .gguf file or package:NAME")
-    parser.add_argument("--gpus", metavar="N", type=_count, help="GPUs of this machine to use; 0 computes on the CPU")
-    parser.add_argument("--target", metavar="|".join(("none", *FORMATS)), help="what the model is to be exported to")
-    parser.add_argument("--example", metavar="NAME", help="copy an example, such as quickstart, llama-3.1-70b or slurm")
-    parser.add_argument("--force", action="store_true", help="replace a file that is there")
-
-
-def _plan_options(parser: Parser) -> None:
-    parser.add_argument(
-        "--gpus", metavar="N", type=_count, default=0, help="of one host; default: those of this machine"
-    )
-    parser.add_argument(
-        "--gpu", dest="kind", choices=("h100", "h200"), default="", help="default: this machine's, or h200"
-    )
-    amount: dict[str, Any] = {"metavar": "GIB", "type": float, "default": 0.0}
-    parser.add_argument("--gpu-memory", help="of one GPU; default: all that its kind has", **amount)
-    parser.add_argument("--host-memory", help="default: what is free on this machine", **amount)
-    meaning = "GB/s at which files are written (default: %(default)s)"
-    parser.add_argument("--disk-gb-s", dest="disk", metavar="X", type=float, default=2.0, help=meaning)
-    parser.add_argument("--json", dest="as_json", action="store_true", help="the same as JSON, for programs")
-
-
 def _bench_options(parser: Parser) -> None:
     # By its name, as the functions of verbs: no import arrow from the command line to what it starts.
     bench_options: Any = importlib.import_module("dist_spin.bench.options")
@@ -280,7 +154,6 @@ def _bench_options(parser: Parser) -> None:
 
 
 CONFIG = "CONFIG.yaml [key.sub=value ...]"
-DIGITS = 9  # of numbers on the command line
 MODEL = ("model", "rotation", "quant")
 PROCESS = ("distributed.timeout_s", "distributed.device", "distributed.threads")
 SHARDED = (*PROCESS, *(f"distributed.{name}" for name in ("offload_layers", "offload_dir", "engine", "shard_ranks")))
@@ -294,7 +167,7 @@ VERBS = {
         "write a first CONFIG.yaml, with a comment at every setting; asks for what is not given",
         "dist_spin.config.starter:init",
         command.call_init,
-        _init_options,
+        verb_options.init_options,
         example="--model meta-llama/Llama-3.1-8B --gpus 8 --target compressed-tensors",
     ),
     "run": Verb(
@@ -309,7 +182,7 @@ VERBS = {
         "say before a run whether it fits, and the seconds, memory and disk of each part",
         "dist_spin.bench.plan:plan",
         command.call_plan,
-        _plan_options,
+        verb_options.plan_options,
         EVERY_STAGE,
         CONFIG,
         example="llama-3.1-70b.yaml --gpus 4 --gpu h200",
@@ -326,7 +199,7 @@ VERBS = {
         "merge the rotations and quantise the weights",
         "dist_spin.quantize.stage:quantize",
         command.call_quantize,
-        _quantize_options,
+        verb_options.quantize_options,
         (*MODEL, "optimize.steps", "optimize.clips", "quantize", *TARGET, *PROCESS),
         CONFIG,
         example="quickstart.yaml --cluster local",
@@ -343,7 +216,7 @@ VERBS = {
         f"write the model for another program: {', '.join(FORMATS)}",
         "dist_spin.export.stage:export",
         command.call_export,
-        _export_options,
+        verb_options.export_options,
         (*MODEL, *LEARNED_ON, "quantize", "export", *PROCESS),
         f"RUN|{CONFIG}",
         example="runs/quickstart --format compressed-tensors",
@@ -352,7 +225,7 @@ VERBS = {
         "load exports in vLLM and compare what it computes with dist_spin.load",
         "dist_spin.serve.check:serve_check",
         command.call_serve_check,
-        _serve_check_options,
+        verb_options.serve_check_options,
         takes="EXPORT ...",
         example="runs/quickstart/export/compressed-tensors --python .vllm/bin/python",
     ),
@@ -371,7 +244,7 @@ VERBS = {
         "write report.html and report.md of a run, finished or not, or one page of several runs",
         "dist_spin.report.stage:report",
         command.call_report,
-        _report_options,
+        verb_options.report_options,
         reads=(*MODEL, "optimize.steps", *CALIBRATION, "quantize.baselines", "report.sequences", *PROCESS),
         takes=f"RUN [RUN ...]|{CONFIG}",
         example="runs/quickstart",
@@ -380,28 +253,28 @@ VERBS = {
         "draw one figure of a run as PNG or SVG; without FIGURE, list the figures",
         "dist_spin.report.plot:plot",
         command.call_on_run,
-        _plot_options,
+        verb_options.plot_options,
         example="runs/quickstart loss -o loss.png",
     ),
     "generate": Verb(
         "let the full-precision and the quantised model continue a text",
         "dist_spin.evaluate.generate:generate",
         command.call_on_run,
-        _generate_options,
+        verb_options.generate_options,
         example="runs/quickstart 'The capital of France is'",
     ),
     "chat": Verb(
         "chat with the full-precision and the quantised model side by side",
         "dist_spin.evaluate.generate:chat",
         command.call_on_run,
-        _chat_options,
+        verb_options.chat_options,
         example="runs/quickstart",
     ),
     "submit": Verb(
         "submit every missing stage to a cluster, as jobs that depend on each other",
         "dist_spin.launch.slurm_pipeline:submit",
         command.call_submit,
-        _submit_options,
+        verb_options.submit_options,
         EVERY_STAGE,
         CONFIG,
         example="llama.yaml --slurm partition=gpu --slurm nodes=2 --slurm time=240",
@@ -410,21 +283,21 @@ VERBS = {
         "show how far a run is",
         "dist_spin.report.status:show_status",
         command.call_on_run,
-        _status_options,
+        verb_options.status_options,
         example="runs/quickstart --watch",
     ),
     "logs": Verb(
         "show the end of everything a run's jobs printed",
         "dist_spin.report.logs:logs",
         command.call_on_run,
-        _run_options,
+        verb_options.run_options,
         example="runs/quickstart",
     ),
     "cancel": Verb(
         "end what is at work on a run, on Slurm or on this machine; it saves first",
         "dist_spin.report.cancel:cancel",
         command.call_on_run,
-        _run_options,
+        verb_options.run_options,
         example="runs/quickstart",
     ),
     "bench": Verb(
