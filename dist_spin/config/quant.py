@@ -78,8 +78,6 @@ class QuantConfig:
         fraction = "use a fraction above 0 and up to 1; 1 clips nothing"
         for prefix, ratio in {"a": self.a_clip_ratio, "k": self.k_clip_ratio, "v": self.v_clip_ratio}.items():
             require(FP32_TINY <= ratio <= 1, f"quant.{prefix}_clip_ratio", ratio, fraction)
-        one = "use 0 beside quant.o_per_head=true, which groups the input of o_proj by heads"
-        require(not (self.a_group_size and self.o_per_head), "quant.a_group_size", self.a_group_size, one)
         channels = "use a number of channels, or 0 for the whole row or head"
         for prefix, size in {
             "w": self.w_group_size,
