@@ -66,7 +66,13 @@ EXTRAS = {
 EXTRAS["dev"] += EXTRAS["deepspeed"] + EXTRAS["lm-eval"] + EXTRAS["executorch"] + EXTRAS["docs"]
 
 # Files of configs/ and slurm/, to which dist_spin/configs and dist_spin/slurm are links.
-EXAMPLES = ["configs/*.yaml", "configs/recipes/*.yaml", "configs/shapes/*/config.json", "slurm/*"]
+EXAMPLES = [
+    "configs/*.yaml",
+    "configs/recipes/*.yaml",
+    "configs/serve/*.yaml",
+    "configs/shapes/*/config.json",
+    "slurm/*",
+]
 
 
 def version() -> str:

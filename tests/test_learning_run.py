@@ -183,9 +183,11 @@ def test_other_widths_go_through_learning_rounding_and_measuring(place, world, w
 
 def test_groups_that_do_not_fit_the_model_are_refused_in_one_line(place, world):
     for stage, more in ((train, ()), (quantize, ("name=given", "optimize.steps=0"))):
-        config = load_config(None, settings(place, "quant.w_group_size=32", *more))
-        with pytest.raises(UserError, match="w_group_size=32 does not divide this model's input sizes 48, 80; use 16,"):
-            stage(config, world)
+        for which in "wa":
+            config = load_config(None, settings(place, f"quant.{which}_group_size=32", *more))
+            said = f"{which}_group_size=32 does not divide this model's input sizes 48, 80; use 16,"
+            with pytest.raises(UserError, match=said):
+                stage(config, world)
 
 
 def test_a_guard_keeps_the_best_and_returns_to_it():

@@ -9,9 +9,10 @@ from dist_spin.errors import UserError
 
 
 def examples() -> dict[str, Traversable]:
-    """Name -> YAML file: `quickstart` and its neighbours first, then the published models, such as `llama-3.1-70b`."""
-    top, recipes = (_yaml_files(folder) for folder in (bundled("configs"), bundled("configs") / "recipes"))
-    return top | recipes
+    """Name -> YAML file: `quickstart` and its neighbours first, then the published models, such as `llama-3.1-70b`, then the
+    recipes of serving engines, such as `w8a8`."""
+    top = bundled("configs")
+    return _yaml_files(top) | _yaml_files(top / "recipes") | _yaml_files(top / "serve")
 
 
 def example(name: str) -> str:
