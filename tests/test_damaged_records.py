@@ -201,6 +201,31 @@ def test_measurements_of_version_0_1_are_taken_and_a_wrong_digit_in_them_is_seen
     assert json.loads(paths[0].read_text())["ppl"] == row["ppl"]
 
 
+BOMBS = {
+    "nested": "optimize: " + "[" * 3000 + "]" * 3000,
+    "aliases of aliases": "a: &a [x, x]\n"
+    + "".join(f"{new}: &{new} [*{old}, *{old}]\n" for old, new in ("ab", "bc", "cd")),
+    "a long alias": "name: &a " + "x" * 1000 + "\nb: [" + ", ".join(["*a"] * 200) + "]\n",
+    "large": "#" * (2**17 + 1),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+@pytest.mark.parametrize("verb", ["status", "report", "logs", "plot", "generate", "export"])
+def test_a_config_of_a_run_is_bounded_as_a_users_own(tmp_path, capfd, verb, bomb):
+    (tmp_path / "config.yaml").write_text(BOMBS[bomb])
+    (tmp_path / "events.jsonl").write_text("")
+    more = {"plot": ["loss"], "generate": ["text"], "export": ["--format", "hf"]}.get(verb, [])
+    code = main([verb, str(tmp_path), *more])
+    printed = capfd.readouterr().err
+    if verb == "logs":  # which reads no settings
+        assert (code, printed) == (0, "")
+    else:
+        assert code == 2
+        (line,) = printed.splitlines()
+        assert str(tmp_path / "config.yaml") in line
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_results_and_settings_are_written_anew(words, run, damage, capfd):
