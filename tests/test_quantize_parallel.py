@@ -18,7 +18,7 @@ def test_the_estimate_is_what_a_70b_layer_was_measured_to_take_on_one_h200():
     assert COST.forward == pytest.approx(0.84, rel=0.1)
     assert COST.split == pytest.approx(0.53 + 0.60 + 1.0, rel=0.1)
     assert COST.whole == pytest.approx(0.83 + 0.33, rel=0.1)
-    assert 30e9 < memory_needed(LLAMA_70B, 128 * 2048, 2) < 40e9
+    assert 38e9 < memory_needed(LLAMA_70B, 128 * 2048, 2) < 46e9  # 39 GiB were measured
 
 
 def test_ranks_take_whole_ranges_where_there_are_enough_and_share_layers_where_not():

@@ -117,7 +117,7 @@ class CalibrationStates:
         """The last layer before `below` whose states are stored and whole, with this rank's chunks of them."""
         numbers = range(self.world.rank, len(self.stored.chunks()), self.world.size)
         for layer in on_rank0(lambda: [i for i in range(below - 1, 0, -1) if self.stored.present(i)]):
-            parts = {c: self.stored.load(layer, c, say) for c in numbers}
+            parts = {c: self.stored.load(layer, c, say, self.world.device) for c in numbers}
             if not any_rank(any(part is None for part in parts.values())):
                 return layer, {c: self._split(part) for c, part in parts.items() if part is not None}
         chunks = self.stored.chunks()
@@ -129,14 +129,14 @@ class CalibrationStates:
         complete = True
         for number, chunk in enumerate(self.stored.chunks()):
             rows = [i - chunk.start for i in chunk if i in wanted]
-            part = self.stored.load(layer, number, say) if rows and complete else None
+            part = self.stored.load(layer, number, say, self.world.device) if rows and complete else None
             if part is not None:
                 out += self._split(part[rows])
             complete = complete and (part is not None or not rows)
         return None if any_rank(not complete) else out
 
     def _split(self, part: Tensor) -> list[Tensor]:
-        return list(part.to(self.world.device).split(1))
+        return list(part.split(1))
 
     def _embedded(self, weights: RotatedWeights, sequences: list[int]) -> list[Tensor]:
         embedding = weights.embedding()

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dist_spin.config.run import RunConfig
@@ -84,9 +85,9 @@ class QuantizeJob:
         """Where layer `index` is kept."""
         return layer_path(self.run.layers(self.variant.name), index)
 
-    def load(self, index: int) -> QuantizedLayer | None:
-        """Layer `index` if it is finished; a file that cannot be used is set aside."""
-        return finished_layer(self.path(index), self.fingerprint, self.warn)
+    def load(self, index: int, device: torch.device | str = "cpu") -> QuantizedLayer | None:
+        """Layer `index` if it is finished, on `device`; a file that cannot be used is set aside."""
+        return finished_layer(self.path(index), self.fingerprint, self.warn, device)
 
     def finished(self, start: int, stop: int) -> list[bool]:
         """Which layers of [start, stop) are there and whole, read by rank 0."""

@@ -66,7 +66,7 @@ def quantize_layers(layers: LayerRange) -> Generator[float, None, None]:
     def prepare(index: int) -> dict[str, Tensor] | nn.Module:
         if not finished[index - start]:
             return job.variant.weights_to_quantize(index)
-        layer = job.load(index)
+        layer = job.load(index, world.device)
         assert layer is not None
         return job.runner.build(index, layer.weights(dtype, world.device))
 

@@ -38,10 +38,13 @@ def layer_cost(shape: Shape, tokens: int) -> LayerCost:
 
 
 def memory_needed(shape: Shape, tokens: int, itemsize: int) -> int:
-    """Bytes that quantising with all sequences on one rank takes about: states, inputs of down_proj, matrices, weights."""
+    """Bytes that quantising with all sequences on one rank takes about: states, inputs of down_proj, matrices in fp32, the
+    merge of the next layer in fp64, weights.
+    """
     widest = max(shape.intermediate, shape.heads * shape.head_dim)
     weights = shape.hidden * (2 * (shape.heads + shape.kv_heads) * shape.head_dim + 3 * shape.intermediate)
-    return tokens * (shape.hidden + widest) * itemsize + 3 * 4 * widest**2 + 3 * weights * itemsize
+    states = tokens * (shape.hidden + widest) * itemsize
+    return states + 3 * 4 * widest**2 + 3 * 8 * widest * shape.hidden + 3 * weights * itemsize
 
 
 def assign(missing: Sequence[int], ranks: int) -> list[list[int]]:

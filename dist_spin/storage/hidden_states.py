@@ -4,6 +4,7 @@ boundaries/LLL/CCCC.safetensors holds chunk C of the calibration sequences as th
 not at all, with a checksum and a fingerprint, so the pass that writes them may be killed and started again at any time.
 """
 
+import functools
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,11 +53,13 @@ class HiddenStateFiles:
         """Write one chunk [n, T, hidden], atomically."""
         save_tensors(self.path(layer, chunk), {"hidden": hidden}, self._metadata(layer, chunk))
 
-    def load(self, layer: int, chunk: int, warn: Callable[[str], None]) -> Tensor | None:
-        """One chunk [n, T, hidden] on the CPU; None if it is not there. One that cannot be used is set aside, saying so."""
-        expected = self._metadata(layer, chunk)
+    def load(
+        self, layer: int, chunk: int, warn: Callable[[str], None], device: torch.device | str = "cpu"
+    ) -> Tensor | None:
+        """One chunk [n, T, hidden]; None if it is not there. One that cannot be used is set aside, saying so."""
+        expected, load = self._metadata(layer, chunk), functools.partial(load_tensors, device=device)
         tensors = load_if_current(
-            self.path(layer, chunk), load_tensors, lambda metadata: metadata == expected, "computing it again", warn
+            self.path(layer, chunk), load, lambda metadata: metadata == expected, "computing it again", warn
         )
         return None if tensors is None else tensors["hidden"]
 
