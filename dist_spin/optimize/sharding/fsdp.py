@@ -5,6 +5,8 @@ group and move less, at the cost of memory. Frozen weights have no gradients, so
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -21,6 +23,11 @@ from dist_spin.model.weights import WeightSource
 from dist_spin.optimize.sharding.prefetch import FetchAhead
 from dist_spin.optimize.sharding.requantize import requantize_weights
 from dist_spin.runtime.distributed import World
+
+
+def loading_threads(device: torch.device) -> int:
+    """Threads that read and fold weights for `device`; folding on a CPU takes all cores already."""
+    return 4 if device.type == "cuda" else 1
 
 
 class Fsdp:
@@ -65,7 +72,11 @@ class Fsdp:
             FetchAhead([model.layers[i] for i in offloaded], world.device)
 
     def load(self, model: FakeQuantModel, source: WeightSource, r4: tuple[torch.Tensor, ...]) -> None:
-        """Give every rank its own rows of every parameter, read from `source` and folded; nothing else is ever in memory."""
+        """Give every rank its own rows of every parameter, read from `source` and folded; nothing else is ever in memory.
+
+        For a GPU several threads read and fold, each a parameter at a time in small parts, or it would wait for one of them.
+        """
+        shares = []
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor), name
             stored = parameter_source(name)
@@ -76,7 +87,18 @@ class Fsdp:
                 parameter.shape, parameter.device_mesh, parameter.placements
             )
             if local.numel():
-                folded_rows(source, stored, local[: shape[0]], offset[0], r4, model.device)
+                shares.append((stored, local[: shape[0]], offset[0]))
+
+        def fill(stored: str, rows: torch.Tensor, first: int) -> None:
+            with torch.no_grad(), torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext():
+                folded_rows(source, stored, rows, first, r4, model.device)
+
+        threads = ThreadPoolExecutor(loading_threads(model.device), "weights")
+        try:
+            for _ in threads.map(fill, *zip(*shares, strict=True)):
+                pass
+        finally:
+            threads.shutdown(cancel_futures=True)
 
     def assert_sharded(self, model: nn.Module, world: World) -> None:
         """Every parameter is frozen, a DTensor, holds its 1/N share and no more: nothing stayed gathered after a step."""
