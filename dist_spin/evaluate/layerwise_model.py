@@ -38,10 +38,15 @@ def load_full_model(config: RunConfig, world: World, files: ModelFiles, run: Run
     embeddings = (
         embeddings_of(config, files, target.variant).load(dtype, world.device, say) if target.weights != "none" else {}
     )
+    layers = prefetched(
+        lambda index: quantized_weights(run, target, index, dtype, world) or weights.layer(index),
+        range(files.shape.layers),
+        world.device,
+    )
     return build_full_model(
         files.config,
         target.variant.sites,
-        layer=lambda index: quantized_weights(run, target, index, dtype, world) or weights.layer(index),
+        layer=lambda index: next(layers),
         embedding=embeddings["embedding"] if "embedding" in embeddings else weights.embedding(),
         head=embeddings["head"] if "head" in embeddings else weights.head_weight(),
         final_gain=weights.final_gain(),

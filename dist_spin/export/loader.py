@@ -18,11 +18,12 @@ from dist_spin.errors import UserError
 from dist_spin.export.compressed import PACKED, PLAIN, SCALE, SHAPE, ZERO, bits_in, unpack
 from dist_spin.export.hf import DOWN, FOREIGN_TYPE, ROTATED_DOWN
 from dist_spin.export.sidecar import Sidecar, read_sidecar
-from dist_spin.model.architecture import ATTENTION_NORM, EMBEDDING, HEAD, LAYER_LINEARS, MLP_NORM, layer_name
+from dist_spin.model.architecture import ATTENTION_NORM, EMBEDDING, HEAD, LAYER_LINEARS, MLP_NORM, Shape, layer_name
 from dist_spin.model.full_model import build_full_model
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import SafetensorsWeights
 from dist_spin.numerics.quantizer import dequantize_weight
+from dist_spin.runtime.prefetch import prefetched
 
 KINDS = ("weight", "bias")
 NORMS = ("self_attn.q_norm", "self_attn.k_norm", ATTENTION_NORM, MLP_NORM)
@@ -64,10 +65,16 @@ def load_with_sites(directory: Path, sidecar: Sidecar, sites: Sites, device: str
     target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     dtype = getattr(torch, sidecar.dtype)
     source = SafetensorsWeights(directory)
+    config = AutoConfig.for_model(sidecar.model_type, **content)
+    layers = prefetched(
+        lambda index: _layer(source, index, sidecar, quantization, dtype, target),
+        range(Shape.of(config).layers),
+        target,
+    )
     model = build_full_model(
-        AutoConfig.for_model(sidecar.model_type, **content),
+        config,
         sites,
-        layer=lambda index: _layer(source, index, sidecar, quantization, dtype, target),
+        layer=lambda index: next(layers),
         embedding=source.rows(f"{EMBEDDING}.weight", device=target),
         head=source.rows(f"{HEAD}.weight", device=target),
         rotated=True,

@@ -23,6 +23,7 @@ from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.model import model_dtype, open_configured_model
 from dist_spin.pipeline.variants import Variant, build_variant, calibration_tokens, unquantized
 from dist_spin.runtime.distributed import World
+from dist_spin.runtime.prefetch import prefetched
 from dist_spin.runtime.progress import Progress, warn
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.activation_stats import (
@@ -86,8 +87,9 @@ def _measure(
         hidden = [embedding[ids.to(embedding.device)][None] for ids in tokens]  # each [1, T, h]
         del embedding
     progress = Progress(f"measure activations ({variant.name}): layer", layers, statistics.done)
-    for index in range(statistics.done, layers):
-        layer = runner.build(index, variant.weights.layer(index))
+    indices = range(statistics.done, layers)
+    for index, weights in zip(indices, prefetched(variant.weights.layer, indices, world.device), strict=True):
+        layer = runner.build(index, weights)
         with probes(layer, files.shape.kv_heads) as seen:
             hidden = [runner.run(layer, index, h) for h in hidden]
         for site, figures in statistics.layers.items():

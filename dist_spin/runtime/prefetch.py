@@ -34,6 +34,8 @@ def prefetched(
         Exception: whatever `make` raised, where its product would have come.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream(device))  # for what `make` reads that was computed before
     source, waiting = iter(items), deque[Future[tuple[Product, torch.cuda.Event | None]]]()
 
     def work(item: Item, used: torch.cuda.Event | None) -> tuple[Product, torch.cuda.Event | None]:
