@@ -42,6 +42,17 @@ def test_links_between_pages_and_to_sources_hold_on_the_site(site: Path) -> None
     assert "checkpoint" in (site / "source/dist_spin/optimize/train.py.html").read_text(encoding="utf-8")
 
 
+def test_every_page_is_in_the_sites_menu(site: Path) -> None:
+    menu = (
+        (site / "index.html")
+        .read_text(encoding="utf-8")
+        .partition('<nav class="md-nav md-nav--primary')[2]
+        .partition("</nav>\n</div>")[0]
+    )
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f'href="{page.stem}.html"' in menu, f"name docs/{page.name} under nav in mkdocs.yml"
+
+
 def test_the_reference_has_every_setting_with_its_meaning_and_default(site: Path) -> None:
     text = html.unescape((site / "settings.html").read_text(encoding="utf-8"))
     rows = {
