@@ -45,7 +45,7 @@ HEADER = (
     *("host GiB", "GPU GiB"),
 )
 WIDTHS = (18, 5, 4, 8, 7, 8, 10, 8, 6, 12, 8, 7)
-Start = Callable[[list[str], int, tuple[str, ...]], int]  # (arguments, ranks, stages) -> exit code
+Start = Callable[[list[str], int, Path, tuple[str, ...]], int]  # (arguments, ranks, run directory, stages) -> exit code
 
 
 def run(options: argparse.Namespace) -> int:
@@ -115,7 +115,7 @@ def timed(
     if part in ("compressed-tensors", "hf"):
         stage, more, ranks = "export", ["--format", part], 1
     began, clock, before = time.time(), time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    code = start([*settings, *more, "--quiet"], ranks, (stage,))
+    code = start([*settings, *more, "--quiet"], ranks, run_dir(config).path, (stage,))
     seconds, after = time.monotonic() - clock, resource.getrusage(resource.RUSAGE_CHILDREN)
     ends = [e for e in read_events(run_dir(config).path) if e["event"] == "stage_end" and e["time"] >= began]
     return code, {
