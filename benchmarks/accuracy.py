@@ -77,11 +77,11 @@ def study_parser(seeds: list[int]) -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    """Run the study."""
+def main(runs: dict[str, list[str]] = RUNS) -> None:
+    """Run the study. runs: settings of each row, by its name."""
     parser = study_parser(seeds=[0])
-    meaning = f"rows of the table, some of: {'; '.join(RUNS)} (default: all)"
-    parser.add_argument("--runs", metavar="RUN", nargs="+", default=list(RUNS), choices=list(RUNS), help=meaning)
+    meaning = f"rows of the table, some of: {'; '.join(runs)} (default: all)"
+    parser.add_argument("--runs", metavar="RUN", nargs="+", default=list(runs), choices=list(runs), help=meaning)
     meaning = "sequences of --learn that are used (default: %(default)s)"
     parser.add_argument("--sequences", metavar="N", type=int, default=800, help=meaning)
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after so long")
@@ -89,6 +89,7 @@ def main() -> None:
         "--again", nargs="*", default=[], help="settings under which what was learned is quantised again"
     )
     options = parser.parse_intermixed_args()
+    options.settings_of = runs
     world = start()
     quieten_libraries()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -127,8 +128,8 @@ def one(options: argparse.Namespace, world: World, name: str, seed: int, again: 
         f"evaluate.unquantized_weights={str(not again).lower()}",
         "evaluate.split=all",
     ]
-    config = load_config(None, [*words, *RUNS[name], *options.settings, *filter(None, again.split(","))])
-    structure = [getattr(config.optimize, name) for name in STRUCTURE]
+    config = load_config(None, [*words, *options.settings_of[name], *options.settings, *filter(None, again.split(","))])
+    structure = [*(getattr(config.optimize, name) for name in STRUCTURE), config.quant, config.rotation.online]
     if structure != getattr(options, "structure", None):
         torch._dynamo.reset()  # so that a run of another structure never meets the recompile limit
     options.structure = structure
