@@ -59,7 +59,7 @@ def drawings(summary: RunSummary) -> Iterator[Drawing]:
         layers = min(map(len, values.values()))
         layer = int(summary.activations[variants[0]][site]["peak"][:layers, LARGEST].argmax())
         one_layer = {v: x[layer] for v, x in values.items()}
-        caption = "First sequence. Magnitude " + _each(one_layer, _up_to)
+        caption = "Largest magnitude in the first sequence: " + _each(one_layer, lambda x: short(float(x.max())))
         yield Drawing(f"surface-{_slug(site)}", "surface", f"{title}, layer {layer}", caption, _surface(one_layer))
         caption = f"Magnitude by token (down) and channel (across), all {layers} layers."
         yield Drawing(f"surfaces-{_slug(site)}", "surfaces", title, caption, _all_surfaces(values))
@@ -144,7 +144,7 @@ def _surface(values: dict[str, np.ndarray[Any, Any]]) -> Callable[[], Figure]:
             plot: Any = figure.add_axes((left - 0.01, -0.02, width - 0.07, 1.06), projection="3d")
             plot.set_box_aspect((1.1, 1.1, 0.95), zoom=1.08)
             tokens, channels = np.meshgrid(np.arange(x.shape[0]), np.arange(x.shape[1]), indexing="ij")
-            colours = colormaps[COLOUR_MAP](norm(x))
+            colours = colormaps[COLOUR_MAP](norm(_highest_corner(x)))
             plot.plot_surface(
                 channels,
                 tokens,
@@ -173,6 +173,15 @@ def _surface(values: dict[str, np.ndarray[Any, Any]]) -> Callable[[], Figure]:
         return figure
 
     return draw
+
+
+def _highest_corner(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """For each patch of a surface, which is drawn in one colour, the largest of its corners: a peak has its own colour then.
+
+    Otherwise a peak one cell wide has the colour of the ground beside it, which is dark in a dark page.
+    """
+    padded = np.pad(x, ((0, 1), (0, 1)), mode="edge")
+    return np.maximum.reduce([padded[:-1, :-1], padded[1:, :-1], padded[:-1, 1:], padded[1:, 1:]])
 
 
 def _all_surfaces(values: dict[str, np.ndarray[Any, Any]]) -> Callable[[], Figure]:

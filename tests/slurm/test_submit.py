@@ -95,6 +95,11 @@ def test_whole_pipeline_survives_preemption_cancelled_tasks_and_a_dead_node(
     assert all(path.stat().st_mtime_ns == written for path, written in finished.items())
     assert [row["method"] for row in run.results] == ["full precision", "learned rotation"]
     assert (run.path / "report.html").exists()
+    # Slurm names the files of its jobs by their whole paths, and the run's directory is given by another one here.
+    there = os.path.relpath(run.path, ROOT)
+    printed = [line for line in terminal.call("logs", there).splitlines() if line.startswith("==> ")]
+    files = [Path(line.removeprefix("==> ")).resolve() for line in printed]
+    assert len(files) == len(set(files)) > 6
     assert "nothing to submit: the run is complete" in terminal.submit(run)
 
     # Preempted or not, the rotations are the same. Compared last: the array does not wait for it.
@@ -141,8 +146,12 @@ def test_slurms_own_refusal_and_what_to_change(
 def test_too_many_nodes_is_said_and_cancel_ends_it(
     cluster: Cluster, terminal: Terminal, make_run: Callable[..., Run]
 ) -> None:
-    run = make_run(quant__w_bits=16)
+    run = make_run(quantize__layers_per_job=1)
     assert "waits (PartitionConfig); ask for fewer nodes" in terminal.submit(run, "--slurm", "nodes=9")
     assert "(PartitionConfig)" in terminal.call("status", str(run.path))
     assert "cancelled" in terminal.call("cancel", str(run.path))
     assert cluster.state(jobs_of(run, "optimize")[0]) == "CANCELLED"
+    # The array never began; Slurm keeps one entry for all its tasks.
+    told = [line for line in terminal.call("status", str(run.path)).splitlines() if line.startswith("job ")]
+    assert len(told) == len(run.events("submitted")) > 5
+    assert all("CANCELLED" in line for line in told), told
