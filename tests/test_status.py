@@ -95,6 +95,7 @@ def test_status_names_the_process_and_no_time_before_the_first_step(run: RunDir)
     text = status_text(figures)
     assert "step 0 of 5, not begun" in text
     assert "stopped   optimize: it ended before it was done" in text
+    assert main(["status", str(run.path), "--watch"]) == 0  # there is nothing to wait for
     assert "it has ended, and the next start takes the run over" in text
 
 

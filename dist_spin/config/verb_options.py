@@ -120,7 +120,9 @@ def status_options(parser: Parser) -> None:
     """Of `dist-spin status`."""
     run_options(parser)
     parser.add_argument("--json", dest="as_json", action="store_true", help="the same as JSON, for programs")
-    parser.add_argument("--watch", dest="watching", action="store_true", help="repeat until the run is complete")
+    parser.add_argument(
+        "--watch", dest="watching", action="store_true", help="repeat until the run is complete or has stopped"
+    )
 
 
 def init_options(parser: Parser) -> None:

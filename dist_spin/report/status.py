@@ -153,13 +153,13 @@ def show_status(path: Path, *, as_json: bool = False, watching: bool = False) ->
 
 
 def watch(path: Path, show: Callable[[dict[str, Any]], str]) -> None:
-    """Print the figures again and again, in place on a terminal, until ctrl-C or until the results are there."""
+    """Print the figures again and again, in place on a terminal, until ctrl-C, the results, or what has stopped the run."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ctrl-C ends the watching in order
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             figures = status(path)
             print(("\033[H\033[J" if sys.stdout.isatty() else "") + show(figures), flush=True)
-            if figures.get("results"):
+            if figures.get("results") or figures["stopped"]:
                 return
             time.sleep(WATCH_EVERY)
 
