@@ -23,6 +23,7 @@ from dist_spin.config.yaml_text import YAML_ENDINGS
 from dist_spin.errors import EXIT_OK, UserError
 from dist_spin.model.checkpoint_headers import check_model_path
 from dist_spin.runtime.console import Console, quieten_libraries
+from dist_spin.runtime.progress import long_step
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,11 @@ def call_stage(command: Command, config: RunConfig | None = None, part: str = ""
     # Several ranks agree on it when they open the model, and a report without it tells the rest.
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and command.verb != "report":
         check_model_path(config.model_path, dummy=config.model.dummy_weights)
-    command.quieten()
-    from dist_spin.pipeline.stage_context import joined
+    with long_step("import torch and transformers"):
+        command.quieten()
+        from dist_spin.pipeline.stage_context import joined
 
-    stage = load(command.function)
+        stage = load(command.function)
     alone = command.verb == "compare" and config.compare.parallel == "rows"
     part = f"{socket.gethostname()}-{os.getpid()}" if alone else part
     with joined(config, command.console, command.verb, part, alone=alone) as (config, world):

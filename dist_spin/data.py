@@ -33,6 +33,7 @@ from torch import Tensor
 
 from dist_spin.config.checks import check_source
 from dist_spin.errors import UserError
+from dist_spin.runtime.progress import long_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +63,8 @@ def load_tokens(source: str, split: str, seq_len: int, tokenizer: "PreTrainedTok
     check_source("source", source)
     if source.startswith("tokens:"):
         return torch.from_numpy(_rows(source, split, seq_len)[:, :seq_len].astype(np.int64))
-    stream = _stream(source, split, tokenizer, by_line=(source, split) == ("wikitext2", "train"))
+    with long_step(f"read and tokenise {source}"):
+        stream = _stream(source, split, tokenizer, by_line=(source, split) == ("wikitext2", "train"))
     n_sequences = _at_least_one(len(stream), seq_len, source, split)
     return stream[: n_sequences * seq_len].view(n_sequences, seq_len)
 
@@ -86,7 +88,8 @@ def calibration_windows(
             raise UserError(f"{source} ({split}) has {len(rows)} rows, {n} are wanted", "set n_sequences to fewer")
         indices = torch.randperm(len(rows), generator=generator)[:n]
         return torch.from_numpy(rows[indices.numpy(), :seq_len].astype(np.int64))
-    stream = _stream(source, split, tokenizer, by_line=False)
+    with long_step(f"read and tokenise {source}"):
+        stream = _stream(source, split, tokenizer, by_line=False)
     _at_least_one(len(stream), seq_len, source, split)
     starts = torch.randint(len(stream) - seq_len + 1, (n,), generator=generator)
     return stream[starts[:, None] + torch.arange(seq_len)]  # [n, seq_len]

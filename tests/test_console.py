@@ -7,19 +7,21 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from tiny import write_model
+from tiny import tiny_run, write_letters, write_model
 
 from dist_spin.bench.options import BENCHES
 from dist_spin.cli import VERBS, main
 from dist_spin.config.help import config_help
-from dist_spin.errors import EXIT_HANG, EXIT_PIPE
+from dist_spin.errors import EXIT_HANG, EXIT_PIPE, UserError
 from dist_spin.runtime.console import CLEAR, Console, shown_on
 from dist_spin.runtime.distributed import lost_rank
-from dist_spin.runtime.progress import LOGGER, Progress, say, warn
+from dist_spin.runtime.progress import LOGGER, Progress, long_step, say, warn
+from dist_spin.storage.locks import exclusive
 
 SECTIONS = {section.partition(" ")[0]: section for section in config_help().strip().split("\n\n")}
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d rank (\d+) (\w+) (.*)")
@@ -267,3 +269,64 @@ def test_ranks_that_never_come_are_lost_ranks(tmp_path):
     assert line.endswith("; start again to resume")
     assert "Traceback" not in ended.stderr
     assert not Path(tmp_path / "run").exists()
+
+
+def lines_of(work) -> list[str]:
+    """What the user is told while `work` runs."""
+    stream = Terminal()
+    with shown_on(Console(stream)):
+        work()
+    return stream.getvalue().replace(CLEAR, "").splitlines()
+
+
+def test_a_long_step_is_told_when_it_lasts_and_a_short_one_is_not(monkeypatch):
+    def work(seconds: float, *, fails: bool = False) -> None:
+        with long_step("open the model m"):
+            threading.Event().wait(seconds)
+            if fails:
+                raise UserError("no", "yes")
+
+    monkeypatch.setattr("dist_spin.runtime.progress.SILENCE_S", 0.2)
+    threads = set(threading.enumerate())
+    assert lines_of(lambda: work(0.0)) == []
+    first, last = lines_of(lambda: work(0.5))
+    assert first == "open the model m ..."
+    assert re.fullmatch(r"open the model m: took \d:\d\d", last)
+    with pytest.raises(UserError):
+        work(0.0, fails=True)
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(5)
+    assert set(threading.enumerate()) <= threads
+
+
+def test_the_long_steps_of_a_stage_have_their_lines(tmp_path, monkeypatch, capsys, restored_process):
+    monkeypatch.setattr("dist_spin.runtime.progress.SILENCE_S", 0.0)
+    words = tiny_run(tmp_path, "model.dtype=float32", "optimize.source=pydoc")
+    write_letters(tmp_path / "model")
+    assert main(["optimize", *words]) == 0
+    told = capsys.readouterr().err
+    for step in ("import torch", "open the model", "read and tokenise pydoc", "load the weights of 2 layers"):
+        assert step in told
+
+
+def test_waiting_for_a_lock_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("dist_spin.runtime.progress.SILENCE_S", 0.1)
+    path = tmp_path / "locks" / "results.lock"
+    ready, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with exclusive(path, "results.json"):
+            ready.set()
+            done.wait(0.6)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    ready.wait()
+
+    def wait() -> None:
+        with exclusive(path, "results.json"):
+            pass
+
+    told = lines_of(wait)
+    holder.join()
+    assert told[0] == "wait for results.json, at which another process is ..."

@@ -34,7 +34,7 @@ from dist_spin.pipeline.quant_sites import learned_transforms, sites_for, while_
 from dist_spin.pipeline.range_init import make_start
 from dist_spin.pipeline.self_generated_text import self_text
 from dist_spin.runtime.distributed import World, on_rank0, raise_on_any_failure
-from dist_spin.runtime.progress import say, warn
+from dist_spin.runtime.progress import long_step, say, warn
 from dist_spin.storage.atomic import write_text
 from dist_spin.storage.checkpoints import checkpoint_path, newest_checkpoint, prune_checkpoints
 from dist_spin.storage.metrics import drop_metrics_after, set_metrics_aside
@@ -149,8 +149,11 @@ def build_training(config: RunConfig, world: World) -> TrainState:
     offloaded = layers_to_offload(config.distributed.offload_layers, workload, world, to_disk=bool(offload_dir))
     if offloaded and world.is_rank0:
         say(f"the weights of {len(offloaded)} of {shape.layers} layers stay in {offload_dir or 'host memory'}")
-    engine.shard(model, world, offloaded)
-    raise_on_any_failure(lambda: engine.load(model, files.weights, () if settings.scales else sites.r4))
+    with long_step(
+        f"load the weights of {shape.layers} layers" + (", and pin those in host memory" if offloaded else "")
+    ):
+        engine.shard(model, world, offloaded)
+        raise_on_any_failure(lambda: engine.load(model, files.weights, () if settings.scales else sites.r4))
 
     # plan memory: sequences of a micro-batch and what each layer keeps, from what the device has left now
     micro_batch_size, levels = micro_batch_and_levels(workload, world, len(offloaded))
@@ -176,6 +179,8 @@ def build_training(config: RunConfig, world: World) -> TrainState:
     if held_out is not None:
         train_state.best_state, train_state.held_out = BestState(optimizer.masters()), held_out
     resume(train_state)
+    if compiled and train_state.step < settings.steps:
+        say("the first step compiles the layers' graphs, which takes a minute or more")
     if train_state.step == 0:
         tell_exportable(config, files.config)
     return train_state

@@ -10,7 +10,7 @@ from dist_spin.model.weights import ModelFiles, open_model
 from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.runtime.distributed import on_rank0, raise_on_any_failure
-from dist_spin.runtime.progress import warn
+from dist_spin.runtime.progress import long_step, warn
 
 
 def model_dtype(config: RunConfig) -> torch.dtype:
@@ -46,9 +46,11 @@ def open_configured_model(config: RunConfig) -> ModelFiles:
         for note in files[0].notes:
             warn(note)
 
-    on_rank0(find_and_tell)
-    # The others only after it is there; one of them may be on a host that does not see the path.
-    raise_on_any_failure(lambda: None if files else files.append(find()))
+    converted = ", which is converted once" if config.model_path.endswith(".gguf") else ""
+    with long_step(f"open the model {config.model.path}{converted}"):
+        on_rank0(find_and_tell)
+        # The others only after it is there; one of them may be on a host that does not see the path.
+        raise_on_any_failure(lambda: None if files else files.append(find()))
     return files[0]
 
 

@@ -30,7 +30,7 @@ def too_long(lengths: dict[str, int | None]) -> list[str]:
 
 def _model_config(config: RunConfig) -> dict[str, Any]:
     """config.json of the model's directory, or of its copy in the hub's cache; {} where it is in neither, as for GGUF files."""
-    path = Path(config.model.path).expanduser()
+    path = Path(config.model_path)
     if not path.is_dir():
         from huggingface_hub import try_to_load_from_cache
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dist_spin.errors import RankFailed, UserError, out_of_memory
 from dist_spin.runtime.processes import LISTENING_SOCKET
+from dist_spin.runtime.progress import long_step
 from dist_spin.runtime.slurm import gpus_not_asked_for
 
 T = TypeVar("T")
@@ -94,8 +95,9 @@ def start(device: str = "auto", timeout_s: int = 600, threads: int = 0, *, alone
         else:
             env.setdefault("RANK", str(rank))
             env.setdefault("WORLD_SIZE", str(size))
-            store = inherited_store(rank, size, timeout) or environment_store(timeout)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+            with long_step(f"wait for all {size} ranks to start"):
+                store = inherited_store(rank, size, timeout) or environment_store(timeout)
+                dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     if size > 1 and "LOCAL_WORLD_SIZE" not in env:  # Slurm's own start does not set it
         hosts: list[str] = [""] * size
         dist.all_gather_object(hosts, socket.gethostname())

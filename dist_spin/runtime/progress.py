@@ -3,10 +3,14 @@
 Everything goes to the logger `dist_spin`; `dist_spin.runtime.console` shows it.
 """
 
+import contextlib
 import logging
+import threading
 import time
+from collections.abc import Iterator
 
 LOGGER = logging.getLogger("dist_spin")
+SILENCE_S = 3.0  # seconds that a step without progress of its own may take before the user is told what goes on
 
 
 class Progress:
@@ -38,6 +42,33 @@ class Progress:
     def position(self) -> str:
         """The iteration that is being worked on, such as "learn rotations: step 5 of 60"."""
         return f"{self.what} {min(self.done + 1, self.total)} of {self.total}"
+
+
+@contextlib.contextmanager
+def long_step(what: str) -> Iterator[None]:
+    """Tell the user what goes on while the block runs, if it takes longer than SILENCE_S; and at its end, how long it took.
+
+    what: such as "load the weights". Ranks other than 0 stay quiet, as with `say`.
+    """
+    began, over = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        if not over.wait(SILENCE_S):
+            say(f"{what} ...")
+
+    teller = threading.Thread(target=tell, name="long step", daemon=True)
+    teller.start()
+    try:
+        yield
+    except BaseException:
+        over.set()
+        raise
+    else:
+        seconds = time.monotonic() - began
+        over.set()
+        teller.join()
+        if seconds > SILENCE_S:
+            say(f"{what}: took {clock(seconds)}")
 
 
 def clock(seconds: float) -> str:

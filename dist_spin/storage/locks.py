@@ -20,7 +20,7 @@ from typing import Any
 
 from dist_spin.errors import EXIT_HANG, UserError
 from dist_spin.runtime.processes import began, identity, machine
-from dist_spin.runtime.progress import warn
+from dist_spin.runtime.progress import long_step, warn
 from dist_spin.storage.atomic import user_error
 
 BEAT, PATIENCE = 5.0, 60.0  # seconds
@@ -69,7 +69,11 @@ class Lock:
     def _enter(self) -> None:
         mine = self.path.with_name(f".{self.path.name}.{self.owner['token']}")
         while True:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            except FileExistsError:  # removed between the two looks that mkdir takes, unless it is no directory
+                if self.path.parent.exists() and not self.path.parent.is_dir():
+                    raise
             with contextlib.suppress(FileNotFoundError):  # whoever held it last removed the empty directory
                 mine.write_text(json.dumps(self.owner))
                 break
@@ -179,12 +183,18 @@ def exclusive(path: Path, what: str, *, beat: float = BEAT, patience: float = PA
     """Hold `path` for a moment, such as to change a file; waits while another process does. beat, patience: as for Lock."""
     lock = Lock(path, what, beat=beat, patience=patience)
     with contextlib.ExitStack() as held:
-        while True:
+
+        def entered() -> bool:
             try:
                 held.enter_context(lock)
-                break
             except Held:
-                time.sleep(0.05)
+                return False
+            return True
+
+        if not entered():
+            with long_step(f"wait for {what}, at which another process is"):
+                while not entered():
+                    time.sleep(0.05)
         yield
 
 
