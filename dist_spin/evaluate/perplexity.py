@@ -21,7 +21,7 @@ from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.finite import dtype_remedy
 from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.model import check_vocabulary, model_dtype
-from dist_spin.runtime.distributed import World, any_rank, on_rank0, sum_over_ranks_
+from dist_spin.runtime.distributed import World, on_rank0, raise_on_any_failure, sum_over_ranks_
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.run_directory import RunDir, run_dir
 from dist_spin.storage.tensor_file import identity_hash
@@ -133,14 +133,20 @@ def window_losses(
     states = iter(model.embed(ids for parts in batches for ids in parts))
     hidden = [[next(states) for _ in parts] for parts in batches]  # for each job: [batch, T, h], ...
     overflows = torch.zeros(files.shape.layers, len(jobs), dtype=torch.float64, device=world.device)
-    for index, layers in enumerate(model.layers_at(what, [sites for sites, _ in jobs])):
+    all_layers = enumerate(model.layers_at(what, [sites for sites, _ in jobs]))
+
+    def through_next_layer() -> None:
+        index, layers = next(all_layers)
         for job, (layer, parts) in enumerate(zip(layers, hidden, strict=True)):
             parts[:] = [layer(h) for h in parts]
             for h in parts:  # counted without waiting for the device
                 overflows[index, job] += (~torch.isfinite(h)).any()
-        if index + 1 < files.shape.layers and any_rank(bool(stop)):
+        if stop and index + 1 < files.shape.layers:
             problem = f"stopped by a signal after layer {index} of a measurement"
             raise Interrupted(problem, "the same command continues with that measurement")
+
+    for _ in range(files.shape.layers):
+        raise_on_any_failure(through_next_layer)
     overflowing = sum_over_ranks_(overflows.cpu()).nonzero()
     if len(overflowing):
         problem = f"{target.label}: the output of layer {int(overflowing[0, 0])} is not finite in {dtype_name(config)}"

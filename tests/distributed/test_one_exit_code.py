@@ -61,13 +61,19 @@ def test_all_ranks_end_with_the_code_of_the_first_that_failed(tmp_path, plan, co
         assert lines[0].startswith(f"dist-spin: rank {mine} on ") == (mine > 0 and plan[mine] != STOPPED)
 
 
-def test_a_damaged_tensor_that_one_rank_reads_ends_all_with_its_code(tmp_path):
-    words = tiny_run(tmp_path, "optimize.steps=0", "quant.w_bits=16", "quantize.method=none")
+@pytest.mark.parametrize("stage", ["optimize", "quantize", "evaluate"])
+def test_a_damaged_tensor_that_one_rank_reads_ends_all_with_its_code(tmp_path, stage):
+    words = tiny_run(tmp_path, "optimize.steps=2" if stage == "optimize" else "optimize.steps=0")
+    words += ["quantize.method=none", "quant.w_bits=16"] if stage == "evaluate" else []
     path = tmp_path / "model" / "model.safetensors"
     tensors = load_file(path)
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(tensors, path, {"format": "pt"})
-    job = Job(2, command, "optimize", *words, "optimize.steps=2", log=tmp_path / "log")
+    if stage == "quantize":
+        given = Job(1, command, "optimize", *words, log=tmp_path / "log")
+        assert given.wait() == [0], given.log.read_text()
+    job = Job(2, command, stage, *words, log=tmp_path / "log")
     assert job.wait() == [3, 3], job.log.read_text()
-    (line,) = (text for text in job.log.read_text().splitlines() if "dist-spin:" in text)
-    assert "model.layers.1.mlp.up_proj.weight" in line
+    lines = [text for text in job.log.read_text().splitlines() if "dist-spin:" in text]
+    assert len(lines) == (2 if stage == "quantize" else 1)  # where each rank reads every layer for itself
+    assert all("model.layers.1.mlp.up_proj.weight" in line for line in lines)
