@@ -158,7 +158,7 @@ MODEL = ("model", "rotation", "quant")
 PROCESS = ("distributed.timeout_s", "distributed.device", "distributed.threads")
 SHARDED = (*PROCESS, *(f"distributed.{name}" for name in ("offload_layers", "offload_dir", "engine", "shard_ranks")))
 TARGET = ("export.target", "export.profile")
-EVERY_STAGE = (*MODEL, "optimize", "quantize", "evaluate", *TARGET, "report", "distributed")
+EVERY_STAGE = (*MODEL, "optimize", "quantize", "evaluate", "export", "report", "distributed")
 CALIBRATION = tuple(f"quantize.{name}" for name in ("source", "split", "seq_len", "n_sequences", "seed"))
 LEARNED_ON = tuple(f"optimize.{name}" for name in ("steps", "source", "seq_len", "batch_size", "optimizer"))
 TEXTS = tuple(f"evaluate.{name}" for name in ("sources", "split", "seq_len", "max_sequences"))
@@ -171,7 +171,7 @@ VERBS = {
         example="--model meta-llama/Llama-3.1-8B --gpus 8 --target compressed-tensors",
     ),
     "run": Verb(
-        "learn rotations, quantise, measure: every stage, on this machine",
+        "learn rotations, quantise, measure, export: every stage, on this machine",
         "dist_spin.launch.local_pipeline:run_stages",
         command.call_run,
         reads=EVERY_STAGE,

@@ -149,12 +149,13 @@ def call_report(command: Command) -> int:
 
 
 def call_run(command: Command) -> int:
-    """function(words, ranks, run directory), which starts every stage in processes of its own."""
+    """function(words, ranks, run directory, stages), which starts every stage in processes of its own."""
     config, words = command.settings()
     lengths = {f"{stage}.seq_len": getattr(config, stage).seq_len for stage in reading_stages(config)}
     check_model_path(config.model_path, dummy=config.model.dummy_weights, lengths=lengths)
     run = Path(config.path(config.output_dir)) / config.name
-    code: int = load(command.function)(words, config.distributed.nproc, run)
+    stages = load("dist_spin.launch.local_pipeline:stages_of")(config)
+    code: int = load(command.function)(words, config.distributed.nproc, run, stages)
     return code
 
 

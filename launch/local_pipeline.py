@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from dist_spin.config.run import RunConfig
 from dist_spin.errors import EXIT_HANG, EXIT_INTERRUPTED
 from dist_spin.runtime.processes import LISTENING_SOCKET, dependent_environment
 from dist_spin.runtime.signals import forwarded_to, leave_terminal
 from dist_spin.storage.locks import Lock
 
 STAGES = ("optimize", "quantize", "evaluate", "report")
-SINGLE_PROCESS = ("report",)
+SINGLE_PROCESS = ("report", "export")
 NOTICE_S = 5.0  # in which the other ranks notice that one is gone; before they have met, they cannot
 GRACE_S = 30.0  # in which they leave after that
 
@@ -67,7 +68,12 @@ class StageRanks:
                 process.send_signal(number)
 
 
-def run_stages(arguments: list[str], nproc: int, run: Path, stages: tuple[str, ...] = STAGES) -> int:
+def stages_of(config: RunConfig) -> tuple[str, ...]:
+    """The stages of a whole run: the export last, if `export.target` names one, so that a missing converter costs no other."""
+    return STAGES if config.export.target == "none" else (*STAGES, "export")
+
+
+def run_stages(arguments: list[str], nproc: int, run: Path, stages: tuple[str, ...]) -> int:
     """Run `stages` in order with the same configuration arguments; returns the first exit code that is not 0.
 
     Each stage starts `nproc` ranks, those of SINGLE_PROCESS one. A stopping signal is passed on to all of them, so that the

@@ -2,7 +2,8 @@
 
     dist-spin submit CONFIG.yaml --cluster slurm --slurm partition=gpu --slurm nodes=2 --slurm time=240
 
-optimize (`nodes` nodes) -> stored hidden states -> an array of quantize jobs, one per range of layers -> evaluate -> report.
+optimize (`nodes` nodes) -> stored hidden states -> an array of quantize jobs, one per range of layers -> evaluate -> report
+-> export, where `export.target` names a format.
 A job that is preempted, runs out of time or stops getting answers saves and queues itself again (`StageJob`). Which jobs
 were submitted stands in the run's events.jsonl; whether they still live, Slurm is asked.
 """
@@ -18,7 +19,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
-from dist_spin.launch.local_pipeline import SINGLE_PROCESS
+from dist_spin.launch.local_pipeline import SINGLE_PROCESS, stages_of
 from dist_spin.launch.stage_job import PipelineJob, StageJob
 from dist_spin.launch.submitit_executor import slurm_settings
 from dist_spin.pipeline.export_limits import check_export_target
@@ -118,7 +119,7 @@ def _submit_here(arguments: list[str], config: RunConfig, run: RunDir, cluster: 
         raise UserError("--slurm is for --cluster slurm", "leave it out")
     executor = submitit.AutoExecutor(folder=run.logs / "submitit", cluster=cluster)
     executor.update_parameters(timeout_min=60 * 24 * 30, name=config.name)
-    job = executor.submit(PipelineJob(arguments, config.distributed.nproc, run.path.absolute()))
+    job = executor.submit(PipelineJob(arguments, config.distributed.nproc, run.path.absolute(), stages_of(config)))
     process = {} if cluster == "debug" else {"process": identity(int(job.job_id))}  # so that `status` knows its end
     run.event("submitted", stage="run", job=f"{cluster}-{job.job_id}", part=[], **process)
     if cluster == "debug":
@@ -149,7 +150,10 @@ def _submit_slurm(arguments: list[str], config: RunConfig, run: RunDir, schedule
     for stage, complete in (
         ("evaluate", bool(results(run, "evaluate"))),
         ("report", (run.path / "report.html").exists()),
+        ("export", (run.export / config.export.target / "dist_spin.json").exists()),
     ):
+        if stage not in stages_of(config):
+            continue
         if submitter.submitted and active.get(stage):
             cancel_jobs(active.pop(stage))  # it waits for less than it should
         if not active.get(stage) and (submitter.submitted or not complete):

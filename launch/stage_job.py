@@ -78,17 +78,17 @@ class StageJob:
 class PipelineJob:
     """Every stage one after the other on this machine."""
 
-    def __init__(self, arguments: list[str], ranks: int, run: Path) -> None:
+    def __init__(self, arguments: list[str], ranks: int, run: Path, stages: tuple[str, ...]) -> None:
         """run: the run's directory."""
-        self.arguments, self.ranks, self.run = arguments, ranks, run
+        self.arguments, self.ranks, self.run, self.stages = arguments, ranks, run, stages
 
     def __call__(self) -> int:
         """The exit code of the first stage that failed, or 0."""
-        return run_stages(self.arguments, self.ranks, self.run)
+        return run_stages(self.arguments, self.ranks, self.run, self.stages)
 
     def checkpoint(self) -> DelayedSubmission:
         """Start again: every stage continues where it was."""
-        return DelayedSubmission(PipelineJob(self.arguments, self.ranks, self.run))
+        return DelayedSubmission(PipelineJob(self.arguments, self.ranks, self.run, self.stages))
 
 
 def run_command(arguments: list[str]) -> int:

@@ -228,6 +228,7 @@ def files(run: Path) -> dict[str, tuple[int, bytes]]:
 @pytest.mark.slow
 def test_run_does_everything_once(capfd, tmp_path, words):
     run = RunDir(tmp_path / "tiny")
+    words = [*words, "export.target=hf", "export.profile=r4-block"]
     assert main(["run", *words]) == 0
     table = capfd.readouterr().out
     results = json.loads((run.path / "results.json").read_text())
@@ -262,7 +263,8 @@ def test_run_does_everything_once(capfd, tmp_path, words):
     assert config.optimize.steps == 3
 
     before, seconds = files(run.path), [row["seconds"] for row in results]
-    for stage in ("optimize", "quantize", "evaluate", "report"):  # what `run` starts
+    assert f"{run.export / 'hf' / 'config.json'}" in {str(run.path / name) for name in before}
+    for stage in ("optimize", "quantize", "evaluate", "report", "export"):  # what `run` starts
         assert main([stage, *words]) == 0
     assert files(run.path) == before
     assert [row["seconds"] for row in json.loads((run.path / "results.json").read_text())] == seconds

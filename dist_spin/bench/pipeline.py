@@ -34,7 +34,7 @@ from dist_spin.model.architecture import Shape
 from dist_spin.model.tensor_bytes import opened
 from dist_spin.runtime.console import quieten_libraries
 from dist_spin.storage.results import load_results
-from dist_spin.storage.run_directory import run_dir
+from dist_spin.storage.run_directory import RunDir, run_dir
 from dist_spin.storage.run_records import read_events
 
 GIB, GB = 1 << 30, 1e9
@@ -51,6 +51,7 @@ Start = Callable[[list[str], int, Path, tuple[str, ...]], int]  # (arguments, ra
 def run(options: argparse.Namespace) -> int:
     """Print a row for each part as it ends; returns the exit code of the first that fails, or 0."""
     start: Start = options.start
+    options.directory = options.directory.resolve()
     gpus = options.gpus or max(1, torch.cuda.device_count())
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), quieten_libraries) as apart:  # gives the GPU back
         model = apart.submit(random_checkpoint, Path(options.shape), options.directory, options.layers).result()
@@ -64,8 +65,9 @@ def run(options: argparse.Namespace) -> int:
     print(_line(HEADER), flush=True)
     rows: list[dict[str, Any]] = []
     for cache in ("cold", "warm") if options.cache == "both" else (options.cache,):
-        shutil.rmtree(run_dir(config).path, ignore_errors=True)
         for part in options.parts:
+            for old in outputs(part, run_dir(config)):
+                shutil.rmtree(old, ignore_errors=True)
             if cache == "cold":
                 drop_cache([model, run_dir(config).path])
             code, figures = timed(start, part, settings, gpus, config, fan_out=options.fan_out)
@@ -79,6 +81,16 @@ def run(options: argparse.Namespace) -> int:
                 options.json.write_text(json.dumps(rows, indent=1))
     print("\n".join(["", _line(HEADER), *(_line(shown(row)) for row in rows)]))  # once more, without what stages print
     return 0
+
+
+def outputs(part: str, run: RunDir) -> list[Path]:
+    """Directories of an earlier benchmark that would leave the part with nothing to do."""
+    made = {
+        "optimize": [run.path],
+        "quantize": [run.layers(), run.hidden_states()],
+        "evaluate": [run.path / "evaluations"],
+    }
+    return made.get(part, [run.export / part])
 
 
 def run_settings(model: Path, options: argparse.Namespace, gpus: int) -> list[str]:

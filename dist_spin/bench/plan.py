@@ -65,7 +65,7 @@ def kind_here() -> str:
 def evaluated_tokens(config: RunConfig) -> int:
     """Tokens of all texts that `evaluate` measures; texts that would have to be read and tokenised count as UNKNOWN_TEXT."""
     e, total = config.evaluate, 0
-    for source in e.sources:
+    for source in map(config.source, e.sources):
         kind, _, rest = source.partition(":")
         tokens = SEQUENCES.get(source, 0) * 2048 or UNKNOWN_TEXT
         if kind == "tokens" and Path(rest.partition("#")[0]).is_file():
