@@ -2,12 +2,13 @@
 
     dist-spin submit CONFIG.yaml --cluster slurm --slurm partition=gpu --slurm nodes=2 --slurm time=240
 
-optimize (`nodes` nodes) -> stored hidden states -> an array of quantize jobs, one per range of layers -> evaluate -> report
--> export, where `export.target` names a format.
+optimize (`nodes` nodes) -> stored hidden states -> an array of quantize jobs, one per range of layers (or one per
+`distributed.nproc` of them, a range for each rank) -> evaluate -> report -> export, where `export.target` names a format.
 A job that is preempted, runs out of time or stops getting answers saves and queues itself again (`StageJob`). Which jobs
 were submitted stands in the run's events.jsonl; whether they still live, Slurm is asked.
 """
 
+import itertools
 import shlex
 import subprocess
 from dataclasses import dataclass, field
@@ -139,13 +140,14 @@ def _submit_slurm(arguments: list[str], config: RunConfig, run: RunDir, schedule
         optimize = submitter.stage("optimize", [[]], [], nodes)
     quantize = active.get("quantize", []) if not submitter.submitted else []
     missing = missing_ranges(config, learned=learned)
-    covered = {part for job in quantize for part in _parts(run, job)}
-    wanted = [layer_range for layer_range in missing if f"{layer_range[0]}:{layer_range[1]}" not in covered]
+    covered = [part for job in quantize for part in _layers_of(run, job)]
+    wanted = [(a, b) for a, b in missing if not any(start <= a and b <= stop for start, stop in covered)]
     if wanted:
         before = optimize
         if wanted[-1][0] > 0:  # ranges that begin inside the model start from stored hidden states
             before = active.get("boundaries") or submitter.stage("boundaries", [["--hidden-states"]], optimize)
-        quantize = quantize + submitter.stage("quantize", [["--layers", f"{a}:{b}"] for a, b in wanted], before)
+        tasks = grouped(wanted, config.distributed.nproc)
+        quantize = quantize + submitter.stage("quantize", [["--layers", f"{a}:{b}"] for a, b in tasks], before)
     before = quantize or optimize
     for stage, complete in (
         ("evaluate", bool(results(run, "evaluate"))),
@@ -184,13 +186,27 @@ def active_jobs(run: RunDir) -> dict[str, list[str]]:
     return out
 
 
-def _parts(run: RunDir, job: str) -> list[str]:
-    return [
-        word
-        for line in read_events(run.path)
-        if line["event"] == "submitted" and line["job"] == job
-        for word in line["part"]
-    ]
+def _layers_of(run: RunDir, job: str) -> list[tuple[int, int]]:
+    """The (start, stop) that a submitted job was given; none for a job of another kind."""
+    parts = [line["part"] for line in read_events(run.path) if line["event"] == "submitted" and line["job"] == job]
+    words = [part[1].partition(":") for part in parts if part[:1] == ["--layers"]]
+    return [(int(start), int(stop)) for start, _, stop in words]
+
+
+def grouped(ranges: list[tuple[int, int]], ranks: int) -> list[tuple[int, int]]:
+    """Neighbouring ranges put together for tasks of `ranks` processes, as evenly as they go, at most one for each process."""
+    runs: list[list[tuple[int, int]]] = []
+    for layer_range in ranges:
+        if runs and runs[-1][-1][1] == layer_range[0]:
+            runs[-1].append(layer_range)
+        else:
+            runs.append([layer_range])
+    tasks = []
+    for run in runs:
+        count = -(-len(run) // ranks)
+        cuts = [len(run) * i // count for i in range(count + 1)]
+        tasks += [(run[a][0], run[b - 1][1]) for a, b in itertools.pairwise(cuts)]
+    return tasks
 
 
 def missing_ranges(config: RunConfig, *, learned: bool) -> list[tuple[int, int]]:

@@ -40,6 +40,24 @@ def test_one_thing_is_written_at_a_time_and_an_error_is_raised_once():
     assert done == ["first", "second", "third"]
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_all_that_was_queued_is_done_before_it_is_written():
+    device = torch.device("cuda", 0)
+    factor = torch.randn(4096, 4096, device=device) / 64
+    written: list[torch.Tensor] = []
+    sums: list[torch.Tensor] = []
+    with BackgroundWriter(device) as writer:
+        for k in range(5):
+            product = factor
+            for _ in range(20):
+                product = product @ factor
+            writer.start(lambda product=product: written.append(product.cpu()))
+            sums.append(product.sum())
+            del product
+            torch.full_like(factor, float(k))  # in the memory of the product, had it been given away too early
+    assert [float(host.to(device).sum()) for host in written] == [float(total) for total in sums]
+
+
 @pytest.mark.parametrize(
     ("per_job", "kept"),
     [(0, ["layers/000.safetensors", "layers/001.safetensors"]), (1, ["boundaries/001", "boundaries/002"])],

@@ -2,17 +2,15 @@
 
 from collections.abc import Iterable
 
-import pytest
 from tiny import tiny_run
 
 from dist_spin.config.loader import load_config
 from dist_spin.launch.fanout import SignalForwarder, open_tasks, run_tasks
 from dist_spin.launch.jobs import Task
+from dist_spin.launch.slurm_pipeline import grouped
 from dist_spin.quantize.job import QuantizeJob
 from dist_spin.quantize.stage import prepare_jobs, quantize_variants
 from dist_spin.runtime import distributed
-
-pytestmark = pytest.mark.usefixtures("restored_process")
 
 
 class SlowPass:
@@ -43,7 +41,7 @@ class SlowPass:
         raise AssertionError("nothing failed")
 
 
-def test_ranges_start_when_their_states_are_there(tmp_path):
+def test_ranges_start_when_their_states_are_there(tmp_path, restored_process):
     settings = ("name=run", "optimize.steps=0", "rotation.r4_block=16", "quantize.layers_per_job=2")
     config = load_config(None, tiny_run(tmp_path, *settings, layers=6))
     world = distributed.start("cpu", threads=1)
@@ -62,3 +60,13 @@ def test_ranges_start_when_their_states_are_there(tmp_path):
     ]
     assert len(executor.started) == 4
     assert len(list((tmp_path / "run" / "layers").glob("*.safetensors"))) == 6
+
+
+def test_a_slurm_task_of_several_ranks_gets_a_range_for_each():
+    tenth = [(start, start + 8) for start in range(0, 80, 8)]
+    assert grouped(tenth, 1) == tenth
+    assert grouped(tenth, 4) == [(0, 24), (24, 48), (48, 80)]
+    assert grouped(tenth, 8) == [(0, 40), (40, 80)]
+    assert grouped(tenth, 16) == [(0, 80)]
+    assert grouped([(0, 8), (16, 24), (24, 30)], 8) == [(0, 8), (16, 30)]  # what lies between them is finished
+    assert grouped([], 8) == []

@@ -109,6 +109,29 @@ def test_whole_pipeline_survives_preemption_cancelled_tasks_and_a_dead_node(
     assert all(float((ours[name] - theirs[name]).abs().max()) < 1e-9 for name in ("R1", "R2"))
 
 
+def test_ranks_of_two_nodes_each_quantise_a_range_of_layers(
+    cluster: Cluster, terminal: Terminal, make_run: Callable[..., Run]
+) -> None:
+    run = make_run(
+        optimize__steps=0,
+        quantize__layers_per_job=1,
+        quantize__parallel="layers",
+        distributed__nproc=2,
+    )
+    said = terminal.submit(run)
+    assert terminal.code == 0, said
+    assert [event["part"] for event in run.events("submitted") if event["stage"] == "quantize"] == [
+        ["--layers", "0:2"],
+        ["--layers", "2:4"],
+    ]
+    for job in jobs_of(run, "quantize"):
+        assert cluster.wait(job, seconds=240) == "COMPLETED", terminal.call("logs", str(run.path))
+    layers = {event["layer"]: event for event in run.events("layer")}
+    assert sorted(layers) == [0, 1, 2, 3]
+    assert len({event["pid"] for event in layers.values()}) == 4
+    terminal.call("cancel", str(run.path))
+
+
 def test_a_rank_that_hangs_on_the_first_node_queues_the_job_again(
     cluster: Cluster, terminal: Terminal, make_run: Callable[..., Run]
 ) -> None:
