@@ -305,7 +305,13 @@ def test_the_long_steps_of_a_stage_have_their_lines(tmp_path, monkeypatch, capsy
     write_letters(tmp_path / "model")
     assert main(["optimize", *words]) == 0
     told = capsys.readouterr().err
-    for step in ("import torch", "open the model", "read and tokenise pydoc", "load the weights of 2 layers"):
+    for step in (
+        "import torch",
+        "open the model",
+        "read and tokenise pydoc",
+        "load the weights of 2 layers",
+        "take the first step",
+    ):
         assert step in told
 
 

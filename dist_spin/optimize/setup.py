@@ -63,6 +63,7 @@ class TrainState:
     offloaded: int  # layers whose weights stay on the host
     step: int = 0
     best_state: BestState | None = None
+    started: bool = False  # whether this process has taken a step
     held_out: Tensor | None = None  # [sequences, seq_len] that the best state is chosen by
 
     def state(self) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ dist-spin optimize configs/quickstart.yaml
 torchrun --nproc_per_node 2 -m dist_spin optimize configs/quickstart.yaml optimize.steps=50
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from dist_spin.runtime.distributed import (
     raise_on_any_failure,
     sum_over_ranks_,
 )
-from dist_spin.runtime.progress import Progress, say, warn
+from dist_spin.runtime.progress import Progress, long_step, say, warn
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.checkpoints import CheckpointWriter
 from dist_spin.storage.metrics import append_metrics
@@ -66,7 +67,8 @@ def train(config: RunConfig, world: World, stop: StopRequest | None = None) -> N
             check_held_out(train_state, stop)
         while train_state.step < steps:
             began = time.monotonic()
-            loss = forward_backward(train_state, stop)
+            with first_step(train_state):
+                loss = forward_backward(train_state, stop)
             grad_norm = train_state.optimizer.reduce_gradients()
             metrics = optimizer_step(train_state, loss, grad_norm)
             # Logged before the checkpoint, so that none lacks its line; a resumed run drops lines that have no checkpoint.
@@ -86,6 +88,12 @@ def train(config: RunConfig, world: World, stop: StopRequest | None = None) -> N
         scalars.close()
     raise_on_any_failure(writer.close)
     finish(train_state)
+
+
+def first_step(train_state: TrainState) -> contextlib.AbstractContextManager[None]:
+    """Around the first step of this process, which is slower than the others: tells the user if it is long."""
+    first, train_state.started = not train_state.started, True
+    return long_step("take the first step") if first else contextlib.nullcontext()
 
 
 def keep_initial_rotations(config: RunConfig, world: World) -> None:
