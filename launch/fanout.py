@@ -14,6 +14,7 @@ from dist_spin.config.run import RunConfig
 from dist_spin.errors import EXIT_ABORTED, EXIT_INTERRUPTED, EXIT_NUMERICS, EXIT_OK, EXIT_USER, UserError
 from dist_spin.launch.jobs import Executor, Task
 from dist_spin.pipeline.dtype import resolve_dtype
+from dist_spin.pipeline.stage_context import note_failure
 from dist_spin.quantize.job import QuantizeJob
 from dist_spin.quantize.stage import prepare_jobs
 from dist_spin.runtime import distributed
@@ -60,7 +61,11 @@ def fan_out(
     """
     executor = make_executor(cluster, arguments, config, workers, scheduler)
     with Lock(run_dir(config).path / "locks" / "fan-out.lock", "fan-out"):  # so that `status` and `cancel` find us
-        return _fan_out(config, executor, retries)
+        try:
+            return _fan_out(config, executor, retries)
+        except UserError as error:
+            note_failure(run_dir(config), "quantize", "fan-out", error)
+            raise
 
 
 def _fan_out(config: RunConfig, executor: Executor, retries: int) -> int:

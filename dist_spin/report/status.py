@@ -100,6 +100,8 @@ def what_stopped(
             if event["event"] == "stage_end" and event.get("outcome") != "interrupted" and not key[1]:
                 # The whole stage has done what its parts had left.
                 latest = {k: e for k, e in latest.items() if k[0] != stage or k == key}
+        elif event["event"] == "job_start":  # the launcher of a fan-out, which notes only its failures, is at it again
+            latest.pop(("quantize", "fan-out"), None)
         elif event["event"] == "interrupted" and isinstance(event.get("step"), int):
             steps[event.get("stage", "")] = event["step"]
     for (stage, part), event in reversed(latest.items()):

@@ -337,6 +337,9 @@ def test_a_job_that_cannot_succeed_is_given_up(place):
     job = Job(1, command, "quantize", *given, *flags, log=place / "hopeless.log")
     assert job.wait() == [2], job.log.read_text()
     assert "job boundaries ended with code 2" in job.log.read_text()
+    stopped = status(place / "runs" / "hopeless")["stopped"]
+    assert (stopped["stage"], stopped["part"]) == ("quantize", "fan-out")
+    assert "job boundaries ended with code 2" in stopped["problem"]
     for log in (job.log, place / "runs/hopeless/logs/quantize_boundaries.log"):
         assert not re.search("torchao|Failed to load|pytree", log.read_text())  # libraries, while they are imported
     assert len([e for e in read_lines(place / "runs/hopeless/events.jsonl") if e["event"] == "job_start"]) == 1
