@@ -31,7 +31,7 @@ from dist_spin.pipeline.variants import Variant
 class StatesNetwork:
     """A 16-bit network that is run layer by layer to store hidden states.
 
-    rotation: R1 [h, h] fp64, which turns its states into those of the variant; None where they are the variant's own.
+    rotation: R1 [h, h], which turns its states into those of the variant; None where they are the variant's own.
     """
 
     runner: LayerRunner
@@ -72,8 +72,11 @@ def stored_states_identity(config: RunConfig, files: ModelFiles, variant: Varian
 def original_network(config: RunConfig, files: ModelFiles, variant: Variant, device: torch.device) -> StatesNetwork:
     """The network as it lies on disk, and the variant's R1."""
     dtype = model_dtype(config)
+    rotation = None
+    if variant.rotations is not None:  # copied to the device once, not for every sequence
+        rotation = variant.rotations[0].to(device, accumulation_dtype(dtype))
     return StatesNetwork(
         LayerRunner(files.config, Sites(), device=device, dtype=dtype, rotated=False),
         RotatedWeights(files.weights, files.shape, None, (), device, dtype),
-        variant.rotations[0] if variant.rotations is not None else None,
+        rotation,
     )
