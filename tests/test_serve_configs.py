@@ -40,6 +40,9 @@ def test_a_recipe_runs_from_learning_to_an_export_that_loads(tmp_path):
     recipe = str(Path("configs/serve/w4a4-groups.yaml").resolve())
     for stage in ("optimize", "quantize", "export"):
         assert main([stage, recipe, *words]) == 0
+    card = (tmp_path / "served" / "export" / "compressed-tensors" / "README.md").read_text()
+    assert "| Learned for | activations 4 bits, keys 16, values 16 |" in card
+    assert "    vllm serve PATH OF THIS DIRECTORY --linear-backend humming\n" in card
     model = dist_spin.load(tmp_path / "served" / "export" / "compressed-tensors", device="cpu")
     given = tmp_path / "served" / "config.yaml"
     made = pipeline_cell([], "gptq", config=load_config(str(given), [f"output_dir={tmp_path}"]))

@@ -6,6 +6,7 @@ from pathlib import Path
 from dist_spin.export.export_job import ExportJob
 from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.export_limits import QUANTISED
+from dist_spin.pipeline.quant_sites import while_learning
 from dist_spin.version import __version__
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -65,7 +66,7 @@ def _base(job: ExportJob) -> str:
 
 def _method(job: ExportJob) -> list[str]:
     config, target, r4, step = job.config, job.target, bool(job.sites.r4), job.steps_learned
-    q, learned = config.quant, config.optimize
+    q, learned, seen = config.quant, config.optimize, while_learning(config).quant
     rotated = "R1 (residual stream), R2 (values)" + (", R4 (down_proj input, online)" if r4 else "")
     left_out = config.rotation.online and not r4
     table = {
@@ -74,9 +75,12 @@ def _method(job: ExportJob) -> list[str]:
         "Learned": f"{step} steps of {learned.optimizer}, {learned.batch_size} x {learned.seq_len} tokens of {learned.source}"
         if step != "0"
         else "not by this run: rotations of a file, or random ones",
-        "Learned for": f"activations {q.a_bits} bits, keys {q.k_bits}, values {q.v_bits}",
+        "Learned for": f"activations {seen.a_bits} bits, keys {seen.k_bits}, values {seen.v_bits}",
         "Number format": dtype_name(config),
     }
+    if target != "gguf":
+        by = " (by `dist_spin.load` alone)" if target == "hf" else ""
+        table["Quantised at run time"] = f"activations {q.a_bits} bits, keys {q.k_bits}, values {q.v_bits}{by}"
     if job.weights.scales:
         table["Learned scales"] = "merged: before linears in the norms' gains, the others in the weights"
     if job.sites.clips is not None and target != "gguf":
