@@ -79,7 +79,7 @@ def test_learning_takes_what_was_measured(shape, kind, gpus, sequences, bits, se
     assert re.search(rf"(?<![\d.]){re.escape(f'{seconds:.3f}'.rstrip('0'))}0?(?!\d)", PAGE)  # the row is the page's
     assert (offloaded > 0) == (shape == "70b" and gpus == 1)
     part = optimize(config, SHAPES[shape], hardware)
-    assert part.fits
+    assert not part.lacks
     if peak is not None:
         assert part.gpu / GIB == pytest.approx(peak, rel=0.15 if bits == 16 else 0.2)  # see plan_model
 
@@ -143,6 +143,16 @@ def test_a_plan_is_printed_with_what_to_change(tmp_path, capsys):
         "all",
     ]
     assert "quantize.layers_per_job=20" in text
+    assert main([*words[:-1], "2", "--gpus", "4"]) == 0
+    text = capsys.readouterr().out
+    assert "DOES NOT FIT into host memory" in text
+    assert "- a host with more free memory" in text
+
+
+@pytest.mark.parametrize(("option", "value"), [("--gpu-memory", "-5"), ("--disk-gb-s", "0"), ("--host-memory", "nan")])
+def test_amounts_that_cannot_be_are_refused(option, value, capsys):
+    assert main(["plan", "model.path=here", option, value]) == 2
+    assert f"{value!r} is no number above 0" in capsys.readouterr().err
 
 
 def test_tokens_of_texts(tmp_path):

@@ -24,6 +24,7 @@ GB = 1e9
 SEQUENCES = {"wikitext2": 141, "c4": 256}  # of 2048 tokens in the measured parts, by Llama 3's tokenizer, about
 UNKNOWN_TEXT = 141 * 2048  # tokens that a text of unknown length is taken for
 MOST_GPUS = 64
+HOST_MEMORY = 512 * GIB  # of a host with GPUs, where the plan is made on another one
 HEADER = ("part", "seconds", "GPU GiB", "host GiB", "disk GB", "")
 
 
@@ -34,7 +35,8 @@ def plan(
 
     Args:
         gpus: of one host; 0: those of this machine, or `distributed.nproc`. kind: of `GPUS`, "" for this machine's or an H200.
-        gpu_memory, host_memory: GiB; 0: of that kind, and what is free here. disk: GB/s at which files are written.
+        gpu_memory, host_memory: GiB; 0: of that kind, and what is free here, or HOST_MEMORY where there are no GPUs.
+        disk: GB/s at which files are written.
 
     Raises:
         UserError: the model's config cannot be read.
@@ -42,12 +44,12 @@ def plan(
     here = torch.cuda.device_count()
     gpu = GPUS[kind or kind_here() or "h200"]
     memory = gpu_memory * GIB or (gpu.memory if kind or not here else torch.cuda.mem_get_info(0)[1])
-    host = host_memory * GIB or float(host_bytes_free())
+    host = host_memory * GIB or (float(host_bytes_free()) if here else HOST_MEMORY)
     hardware = Hardware(gpus or here or config.distributed.nproc, Gpu(memory, gpu.speed), host, disk * GB)
     shape = Shape.of(open_model(config.model_path, revision=config.model.revision, dummy=True).config)
     planned = parts(config, shape, hardware, evaluated_tokens(config))
     advice = changes(config, shape, hardware, planned)
-    fits = all(part.fits for part in planned.values())
+    fits = not any(part.lacks for part in planned.values())
     if as_json:
         of_parts = {name: dataclasses.asdict(part) for name, part in planned.items()}
         print(json.dumps({"fits": fits, "gpus": hardware.gpus, "parts": of_parts, "changes": advice}, indent=1))
@@ -78,11 +80,14 @@ def changes(config: RunConfig, shape: Shape, hardware: Hardware, planned: dict[s
     """What to change where something does not fit, or takes longer than it must."""
     advice = []
     tokens = evaluated_tokens(config)
-    if not all(part.fits for part in planned.values()):
+    lacking = {part.lacks for part in planned.values()} - {""}
+    if "host memory" in lacking:
+        advice.append("a host with more free memory")
+    if "GPU memory" in lacking:
         more = (2**k for k in range(12) if hardware.gpus < 2**k <= MOST_GPUS)
         enough = next((n for n in more if _fit(config, shape, dataclasses.replace(hardware, gpus=n), tokens)), 0)
-        advice.append(f"use {enough} GPUs" if enough else "use GPUs, or a host, with more memory")
-        if "quantize" in planned and not planned["quantize"].fits:
+        advice.append(f"use {enough} GPUs" if enough else "use GPUs with more memory")
+        if "quantize" in planned and planned["quantize"].lacks == "GPU memory":
             advice.append("fewer calibration tokens: a smaller quantize.n_sequences or quantize.seq_len")
     if "optimize" in planned and learning_point(config, shape, hardware)[1]:
         advice.append("with more GPUs no layers would have to be copied from host memory in every step")
@@ -98,14 +103,14 @@ def changes(config: RunConfig, shape: Shape, hardware: Hardware, planned: dict[s
 
 
 def _fit(config: RunConfig, shape: Shape, hardware: Hardware, tokens: int) -> bool:
-    return all(part.fits for part in parts(config, shape, hardware, tokens).values())
+    return not any(part.lacks for part in parts(config, shape, hardware, tokens).values())
 
 
 def page(shape: Shape, hardware: Hardware, planned: dict[str, Part], advice: list[str], *, fits: bool) -> list[str]:
     """The plan in lines."""
     rows: list[tuple[str, ...]] = [HEADER]
     for name, part in planned.items():
-        note = "; ".join([*part.notes, *([] if part.fits else ["DOES NOT FIT"])])
+        note = "; ".join([*part.notes, *([f"DOES NOT FIT into {part.lacks}"] if part.lacks else [])])
         numbers = (f"{part.seconds:.0f}", f"{part.gpu / GIB:.0f}", f"{part.host / GIB:.0f}", f"{part.disk / GB:.1f}")
         rows.append((name, *numbers, note))
     seconds, disk = (sum(getattr(part, figure) for part in planned.values()) for figure in ("seconds", "disk"))

@@ -64,6 +64,10 @@ class Hardware:
         """Bytes of one GPU beside its context and what fragmentation wastes."""
         return (1 - SPARE_SHARE) * self.gpu.memory - GIB
 
+    def lacks(self, gpu: float, host: float) -> str:
+        """Which memory does not hold so many bytes of one GPU and of the host; "" if both do."""
+        return "GPU memory" if gpu > self.usable else "host memory" if host > self.host else ""
+
     def machine(self) -> scaling.Machine:
         """As the model of a step takes it."""
         return scaling.Machine(LINK, COPY, CONTENTION, self.gpu.memory)
@@ -73,7 +77,7 @@ class Hardware:
 class Part:
     """One part of a run: seconds from the start of its processes, the most bytes of one GPU and of the host, written bytes.
 
-    notes: what a user should know of how it was planned. fits: whether its GPUs and the host have room for it.
+    notes: what a user should know of how it was planned. lacks: what it does not fit into, "GPU memory", "host memory" or "".
     """
 
     seconds: float
@@ -81,7 +85,7 @@ class Part:
     host: float
     disk: float = 0.0
     notes: list[str] = field(default_factory=list)
-    fits: bool = True
+    lacks: str = ""
 
 
 def learning_point(config: RunConfig, shape: Shape, hardware: Hardware) -> tuple[scaling.Point, int]:
@@ -140,7 +144,7 @@ def optimize(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
         ranks * PROCESS + pinned,
         (o.keep_checkpoints + 3) * rotations,  # the final ones in fp32 and as R.bin, and what is being written
         notes,
-        gpu <= hardware.usable and ranks * PROCESS + pinned <= hardware.host,
+        hardware.lacks(gpu, ranks * PROCESS + pinned),
     )
 
 
@@ -200,7 +204,7 @@ def quantize(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
         host,
         variants * code_bytes(shape, config) + states,
         [note],
-        need <= hardware.usable and host <= hardware.host,
+        hardware.lacks(need, host),
     )
 
 
@@ -218,7 +222,7 @@ def evaluate(config: RunConfig, shape: Shape, hardware: Hardware, tokens: int) -
     states = tokens / gpus * shape.hidden * DTYPE.itemsize
     gpu = 4 * layer_bytes(shape, DTYPE) + vocab_bytes(shape) + states + hardware.gpu.memory / 8
     notes = [f"{1 + merged + quantised} models on {tokens} tokens"]
-    return Part(START + seconds, gpu, gpus * PROCESS, notes=notes, fits=gpu <= hardware.usable)
+    return Part(START + seconds, gpu, gpus * PROCESS, notes=notes, lacks=hardware.lacks(gpu, gpus * PROCESS))
 
 
 def export(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:

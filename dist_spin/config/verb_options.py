@@ -1,6 +1,8 @@
 """The options of each verb of the command line, besides settings."""
 
 import argparse
+import contextlib
+import math
 from argparse import SUPPRESS
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,13 @@ def _count(text: str) -> int:
 
 def _count_or_zero(text: str) -> int:
     return 0 if text == "0" else _count(text)
+
+
+def _amount(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{shown(text)} is no number above 0")
 
 
 def _layers(text: str) -> tuple[int, int]:
@@ -143,9 +152,10 @@ def plan_options(parser: Parser) -> None:
     parser.add_argument(
         "--gpu", dest="kind", choices=("h100", "h200"), default="", help="default: this machine's, or h200"
     )
-    amount: dict[str, Any] = {"metavar": "GIB", "type": float, "default": 0.0}
+    amount: dict[str, Any] = {"metavar": "GIB", "type": _amount, "default": 0.0}
     parser.add_argument("--gpu-memory", help="of one GPU; default: all that its kind has", **amount)
-    parser.add_argument("--host-memory", help="default: what is free on this machine", **amount)
+    meaning = "default: what is free on this machine, or 512 where it has no GPU"
+    parser.add_argument("--host-memory", help=meaning, **amount)
     meaning = "GB/s at which files are written (default: %(default)s)"
-    parser.add_argument("--disk-gb-s", dest="disk", metavar="X", type=float, default=2.0, help=meaning)
+    parser.add_argument("--disk-gb-s", dest="disk", metavar="X", type=_amount, default=2.0, help=meaning)
     parser.add_argument("--json", dest="as_json", action="store_true", help="the same as JSON, for programs")
