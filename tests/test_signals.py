@@ -135,6 +135,15 @@ def test_a_process_whose_launcher_is_gone_already_does_not_begin(start):
     assert (done.returncode, done.stdout) == (4, "")
 
 
+def test_a_fork_server_leaves_ctrl_c_to_its_launcher_from_the_start():
+    process = python(f"import dist_spin.launch.fork_server; {NATIVE}")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20)[1] == ""
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("module", ["dist_spin", "dist_spin.launch.torchrun"])
 def test_a_signal_while_importing_is_one_line(tmp_path, module, name):

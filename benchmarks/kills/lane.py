@@ -28,6 +28,7 @@ SHARES = {"run": 0.3, "quantize": 0.3, "evaluate": 0.1, "export": 0.1, "compare"
 EARLY = 1 / 3  # of a command's duration, in which half of the kills come, and starts hold most of the work
 AGAIN, AGAIN_S = 0.5, 2.0  # how likely a kill is followed by another one, and within how many seconds
 MARKER = "KILL_LOOP_COMMAND"  # in the environment of every process of one start of a command
+PYTHON_STARTS = "init_import_site"  # in what Python itself prints if SIGINT comes before it runs any program's code
 MAX_KEPT = 5  # copies of directories with a fault, for each lane
 
 
@@ -167,8 +168,9 @@ class Lane:
         self.tally.codes[code] += 1
         text = log.read_text(errors="replace")
         expected = (0, EXIT_INTERRUPTED, EXIT_ABORTED, EXIT_HANG, *(128 + n for n in SIGNALS), *(-n for n in SIGNALS))
-        if "Traceback" in text or code not in expected:
-            kind = "traceback" if "Traceback" in text else f"exit code {code}"
+        of_python = text.count(PYTHON_STARTS)
+        if (traceback := text.count("Traceback") > of_python) or (code not in expected and not of_python):
+            kind = "traceback" if traceback else f"exit code {code}"
             self.fault(kind, command, f"ended with code {code} {after}")
         end = time.monotonic() + ORPHAN_S
         while (left := processes(marker)) and time.monotonic() < end:

@@ -9,7 +9,7 @@ import pytest
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kill_loop.py"
-KILLS = 10
+KILLS = 30
 
 
 def test_killed_at_random_nothing_differs_hangs_or_is_left_behind(tmp_path):
