@@ -81,6 +81,6 @@ def test_the_help_of_a_verb_shows_what_it_reads_and_nothing_else(read_by, verb):
 def test_verbs_that_start_stages_show_what_those_read_and_the_number_of_processes():
     for verb in ("run", "submit"):
         shown = set(VERBS[verb].reads)
-        for stage in ("optimize", "quantize", "evaluate", "report"):
+        for stage in ("optimize", "quantize", "evaluate", "report", "export"):
             assert {entry for entry in VERBS[stage].reads if not {entry, entry.partition(".")[0]} & shown} == set()
         assert is_read("distributed.nproc", shown)
