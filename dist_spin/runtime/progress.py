@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 
 LOGGER = logging.getLogger("dist_spin")
-SILENCE_S = 3.0  # seconds that a step without progress of its own may take before the user is told what goes on
+SILENCE_S = 10.0  # seconds that a step without progress of its own may take before the user is told what goes on
 
 
 class Progress:
