@@ -26,6 +26,7 @@ from dist_spin.storage.checked_json import CHECKSUM, add_checksum, remove_checks
 from dist_spin.storage.metrics import append_metrics, drop_metrics_after, read_metrics
 from dist_spin.storage.results import load_results
 from dist_spin.storage.run_directory import RunDir, check_fingerprint
+from dist_spin.storage.run_records import read_settings
 from dist_spin.storage.tensor_file import CorruptFile
 
 pytestmark = pytest.mark.usefixtures("restored_process")
@@ -113,6 +114,15 @@ def test_damage_to_any_record_is_named_and_never_a_traceback(run, damage, capfd)
             assert len(said.err.splitlines()) == 1
             assert "start the run with its own configuration again" in said.err
         path.write_bytes(whole)
+
+
+def test_a_configuration_that_ends_after_any_line_is_damaged(run):
+    path = run / "config.yaml"
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number in range(1, len(lines)):
+        path.write_bytes(b"".join(lines[:number]))
+        with pytest.raises(UserError, match="is damaged"):
+            read_settings(run)
 
 
 @pytest.mark.slow

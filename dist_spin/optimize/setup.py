@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from dist_spin.config.checks import SELF
-from dist_spin.config.loader import dump_config
 from dist_spin.config.optimize import OptimizeConfig
 from dist_spin.config.run import RunConfig
 from dist_spin.data import load_tokens, tokens_fingerprint
@@ -35,11 +34,11 @@ from dist_spin.pipeline.range_init import make_start
 from dist_spin.pipeline.self_generated_text import self_text
 from dist_spin.runtime.distributed import World, on_rank0, raise_on_any_failure
 from dist_spin.runtime.progress import long_step, say, warn
-from dist_spin.storage.atomic import write_text
 from dist_spin.storage.checkpoints import checkpoint_path, newest_checkpoint, prune_checkpoints
 from dist_spin.storage.metrics import drop_metrics_after, set_metrics_aside
 from dist_spin.storage.rotations import learned_steps
 from dist_spin.storage.run_directory import RunDir, check_fingerprint, run_dir
+from dist_spin.storage.run_records import write_settings
 from dist_spin.storage.tensor_file import save_tensors
 from dist_spin.version import LEARNS_AS
 
@@ -104,7 +103,7 @@ def build_training(config: RunConfig, world: World) -> TrainState:
     # open the run directory
     def check_run_directory() -> None:
         check_fingerprint(run.path / "fingerprint.json", fingerprint, f"run {config.name}")
-        write_text(run.path / "config.yaml", dump_config(config))
+        write_settings(run.path, config)
 
     on_rank0(check_run_directory)
 

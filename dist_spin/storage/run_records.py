@@ -24,6 +24,7 @@ from dist_spin.storage.checked_json import (
     optional,
 )
 
+DOCUMENT_START, DOCUMENT_END = b"---\n", b"...\n"  # of YAML
 MOST_LAYERS = 100_000  # of any model; a damaged number beyond would only fill memory
 
 
@@ -105,13 +106,22 @@ def read_settings(run_path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = run_path / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run_path} is no run directory (it has no config.yaml)", "give runs/NAME")
+    remedy = "start the run with its own configuration again, which writes the file anew"
+    if _cut_off(path):
+        raise UserError(f"{path} is damaged (its end is missing)", remedy)
     try:
         return load_config(str(path), overrides)
     except UserError as error:
-        raise UserError(
-            f"{path} is damaged ({error.problem})",
-            "start the run with its own configuration again, which writes the file anew",
-        ) from error
+        raise UserError(f"{path} is damaged ({error.problem})", remedy) from error
+
+
+def _cut_off(path: Path) -> bool:
+    """Whether a file that opens as a YAML document does not close as one; half a document may be valid YAML."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False  # which reading it will say
+    return content.startswith(DOCUMENT_START) and not content.endswith(DOCUMENT_END)
 
 
 def keep_settings(run_path: Path, config: RunConfig) -> None:
@@ -119,4 +129,9 @@ def keep_settings(run_path: Path, config: RunConfig) -> None:
     try:
         read_settings(run_path)
     except UserError:
-        write_text(run_path / "config.yaml", dump_config(config))
+        write_settings(run_path, config)
+
+
+def write_settings(run_path: Path, config: RunConfig) -> None:
+    """Write config.yaml as a YAML document with a start and an end, so that `read_settings` misses what is cut off."""
+    write_text(run_path / "config.yaml", DOCUMENT_START.decode() + dump_config(config) + DOCUMENT_END.decode())
