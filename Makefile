@@ -97,11 +97,12 @@ system-deps:  ## the Slurm programs and the browser the tests start (root on Deb
 	if [[ -n "$$(missing)" ]]; then echo "system-deps: apt-get succeeded but these are still missing:$$(missing)" >&2; exit 1; fi
 
 # pytest is the last to speak: its summary closes the output. Two workers, one thread each; conftest.py keeps the tests
-# that start processes of their own on one of them.
+# that start processes of their own on one of them. Compiled graphs are kept in the checkout: torch takes those in /tmp for its
+# own even if they were compiled for another instruction set, and computes NaN with them.
 .PHONY: test
 test: system-deps $(DEV) $(MODEL) $(VLLM) lint types imports  ## everything CI checks
 	CI=true OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HOME="$(CURDIR)/.cache/huggingface" \
-		$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	TORCHINDUCTOR_CACHE_DIR="$(CURDIR)/.cache/inductor" $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 # NO_MKDOCS_2_WARNING: the theme advertises its successor in every build.
 .PHONY: docs

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dist_spin.runtime.cpu_features import int8_is_exact
+
 GROUP = {"int4": 128, "w4a8": 32}  # input channels that share a scale: the libraries' usual choices
 INT_MM_ROWS = 32  # the least number of rows given to torch._int_mm, which refuses 16 and fewer on CUDA
 
@@ -153,7 +155,7 @@ def make(name: str, weight: Tensor, fuse: Callable[[Any], Any], most_tokens: int
         most_tokens: the most rows of x that will come.
 
     Raises:
-        Unavailable: the device, a package or a size it needs is missing.
+        Unavailable: the device, an instruction, a package or a size it needs is missing.
     """
     on_gpu = weight.device.type == "cuda"
     if name == "bf16":
@@ -163,6 +165,8 @@ def make(name: str, weight: Tensor, fuse: Callable[[Any], Any], most_tokens: int
     if name == "int8" and on_gpu:
         return Int8(weight, fuse)
     if name == "int8":
+        if not int8_is_exact():
+            raise Unavailable("8-bit products saturate on this CPU, which has no VNNI instructions")
         config = _torchao().Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
         return TorchaoLinear(weight, config, weight.numel(), torch.float32)
     if name == "int4" and on_gpu:

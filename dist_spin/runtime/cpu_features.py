@@ -1,4 +1,4 @@
-"""What this processor computes fast, asked by a short measurement: flags do not say what a library makes of them."""
+"""What this processor computes fast and exactly, asked by a short measurement: flags do not say what a library makes of them."""
 
 import time
 from functools import cache
@@ -25,3 +25,13 @@ def bf16_is_fast() -> bool:
             seconds[dtype].append(time.perf_counter() - began)
     fp32, bf16 = (min(times[1:]) for times in seconds.values())  # the first product of each sets the library up
     return bf16 <= fp32
+
+
+@cache
+def int8_is_exact() -> bool:
+    """Whether products of 8-bit integer matrices are exact on this CPU, as oneDNN computes them for torch and for vLLM.
+
+    Without VNNI instructions two products are added in 16 bits, which saturates where both are large.
+    """
+    most = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(most, most.T) == 64 * 127**2).all())
