@@ -217,7 +217,7 @@ VERBS = {
         "dist_spin.export.stage:export",
         command.call_export,
         verb_options.export_options,
-        (*MODEL, *LEARNED_ON, "quantize", "export", *PROCESS),
+        (*MODEL, *LEARNED_ON, "optimize.a_bits", "quantize", "export", *PROCESS),
         f"RUN|{CONFIG}",
         example="runs/quickstart --format compressed-tensors",
     ),

@@ -1,6 +1,10 @@
 """Exports in the real vLLM, beside what `dist_spin.load` computes: one engine process for all of them."""
 
 import json
+import os
+import signal
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,8 +14,10 @@ from transformers import LlamaConfig
 
 import dist_spin.serve.check as serve
 from dist_spin.cli import main
-from dist_spin.errors import EXIT_SERVED_OTHERWISE, EXIT_USER
+from dist_spin.errors import EXIT_SERVED_OTHERWISE, EXIT_USER, Interrupted
 from dist_spin.runtime.cpu_features import int8_is_exact
+from dist_spin.runtime.processes import process_stat
+from dist_spin.serve import engine
 
 PYTHON = Path(__file__).parent.parent / ".vllm" / "bin" / "python"
 AVX512 = "avx512f" in Path("/proc/cpuinfo").read_text()
@@ -184,3 +190,21 @@ def test_what_cannot_be_checked_is_one_line(merged, words, said, capfd, monkeypa
     line = capfd.readouterr().err.splitlines()[-1]
     assert line.startswith("dist-spin: ")
     assert said in line
+
+
+LEAVES_ONE_BEHIND = "import subprocess; child = subprocess.Popen(['sleep', '60']); print(child.pid, flush=True)"
+
+
+@pytest.mark.usefixtures("restored_process")
+def test_what_an_engine_has_started_ends_with_it(tmp_path):
+    with (tmp_path / "out").open("w") as out:
+        assert engine._run([sys.executable, "-c", LEAVES_ONE_BEHIND], tmp_path, dict(os.environ), out) == 0
+    stat = process_stat(int((tmp_path / "out").read_text()))
+    assert stat is None or stat.ended
+
+
+@pytest.mark.usefixtures("restored_process")
+def test_a_signal_ends_the_engine(tmp_path):
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with (tmp_path / "out").open("w") as out, pytest.raises(Interrupted, match="stopped by SIGINT"):
+        engine._run(["sleep", "60"], tmp_path, dict(os.environ), out)

@@ -147,6 +147,7 @@ def window_losses(
 
     for _ in range(files.shape.layers):
         raise_on_any_failure(through_next_layer)
+    next(all_layers, None)  # the last layer is done, which is shown when the next one is asked for
     overflowing = sum_over_ranks_(overflows.cpu()).nonzero()
     if len(overflowing):
         problem = f"{target.label}: the output of layer {int(overflowing[0, 0])} is not finite in {dtype_name(config)}"

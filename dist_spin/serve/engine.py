@@ -4,18 +4,22 @@ Engines pin other versions of torch and transformers than the product does, so t
 what is asked and answered goes through two files.
 """
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from dist_spin.errors import NotServed, UserError
+from dist_spin.errors import Interrupted, NotServed, UserError
 from dist_spin.runtime.progress import say
+from dist_spin.runtime.signals import forwarded_to
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 KV_SPACE_GB = 1  # of host memory for the cache of keys and values, where the engine runs on the CPU
@@ -82,6 +86,7 @@ def ask(
 
     Raises:
         NotServed: the process ended before it answered.
+        Interrupted: a stopping signal came.
     """
     place = Path(tempfile.mkdtemp(prefix="dist-spin-serve-"))
     try:
@@ -97,9 +102,7 @@ def ask(
         with (place / "log").open("w+") as log:
             out: Any = None if shown else log
             words = [str(python), str(place / WORKER.name), str(place / "request.json"), str(place / "answer.json")]
-            code = subprocess.run(
-                words, check=False, cwd=place, env=_environment(tensor_parallel), stdout=out, stderr=out
-            ).returncode
+            code = _run(words, place, _environment(tensor_parallel), out)
             log.seek(0)
             last = next((line.strip() for line in reversed(log.readlines()) if line.strip()), "")
         found = json.loads((place / "answer.json").read_text()) if (place / "answer.json").exists() else {"exports": []}
@@ -109,6 +112,32 @@ def ask(
     finally:
         shutil.rmtree(place, ignore_errors=True)
     return found["engine"], [Answer(**answer) for answer in found["exports"]]
+
+
+def _run(words: list[str], place: Path, environment: dict[str, str], out: Any) -> int:
+    """The exit code of the engine's process; what it started, such as a worker for each part of the model, ends with it.
+
+    Raises:
+        Interrupted: a stopping signal came.
+    """
+    engine = subprocess.Popen(words, cwd=place, env=environment, stdout=out, stderr=out, start_new_session=True)
+    names: list[str] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        names.append(signal.Signals(number).name)
+        _end_group(engine.pid)
+
+    with forwarded_to(end):
+        code = engine.wait()
+    _end_group(engine.pid)
+    if names:
+        raise Interrupted(f"stopped by {names[0]}", "the same command starts again")
+    return code
+
+
+def _end_group(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 def _environment(tensor_parallel: int) -> dict[str, str]:
