@@ -96,7 +96,8 @@ def outputs(part: str, run: RunDir) -> list[Path]:
 def run_settings(model: Path, options: argparse.Namespace, gpus: int) -> list[str]:
     """The words that configure every part; those of the user win."""
     source = f"tokens:{model / TOKENS_FILE}"
-    layers = json_config(model).num_hidden_layers
+    content = json_config(model)
+    layers, width = content.num_hidden_layers, content.intermediate_size
     return [
         "name=pipeline",
         f"output_dir={options.directory / 'runs'}",
@@ -108,6 +109,7 @@ def run_settings(model: Path, options: argparse.Namespace, gpus: int) -> list[st
         "evaluate.max_sequences=8",
         f"quantize.layers_per_job={math.ceil(layers / gpus)}",
         "export.profile=r4-block",
+        f"rotation.r4_block={width & -width}",  # compressed-tensors applies Hadamards of powers of two alone
         "quant.w_bits=4",
         "quant.a_bits=4",
         "quant.a_symmetric=true",  # as compressed-tensors wants it
