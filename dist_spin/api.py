@@ -6,7 +6,7 @@
     run.learn_rotations()
     run.quantize()
     run.evaluate().to_frame()
-    model = dist_spin.load(run.export("compressed-tensors"))
+    model = dist_spin.load(run.export("hf"))
 
 Every method does what the verb of the command line does, on the same files: what is finished is not done again, and a run that
 one of them started the other continues. They are methods of one object, because `dist_spin.quantize` and `dist_spin.evaluate`

@@ -130,7 +130,7 @@ def call_export(command: Command) -> int:
 def call_report(command: Command) -> int:
     """Of one or several run directories, from their files alone; or of the run that a configuration names, measured first."""
     check_run_or_config(command)
-    if not (command.words and Path(command.words[0]).is_dir()):
+    if not (command.words and os.path.isdir(command.words[0])):
         return call_stage(command)
     runs = [Path(word) for word in command.words if "=" not in word and not word.startswith("-")]
     command.words[:] = [word for word in command.words if Path(word) not in runs]
@@ -233,8 +233,8 @@ def call_bench(command: Command) -> int:
 def check_run_directory(path: Path) -> None:
     """Raise UserError if `path` is no run's directory."""
     if not is_run(path):
-        there = "it has no config.yaml" if path.is_dir() else "there is no such directory"
-        if path.is_file():
+        there = "it has no config.yaml" if os.path.isdir(path) else "there is no such directory"
+        if os.path.isfile(path):
             there = "it is a file"
         runs = [run for base in {path.parent, Path("runs")} if base.is_dir() for run in base.iterdir() if is_run(run)]
         names = {run.name: str(run) for run in runs}
@@ -244,7 +244,9 @@ def check_run_directory(path: Path) -> None:
 
 def is_run(path: Path) -> bool:
     """Whether `path` is the directory of a run."""
-    return any((path / name).exists() for name in ("config.yaml", "events.jsonl"))
+    return any(
+        os.path.exists(path / name) for name in ("config.yaml", "events.jsonl")
+    )  # False for what may not be read
 
 
 def check_run_or_config(command: Command) -> None:
@@ -253,16 +255,16 @@ def check_run_or_config(command: Command) -> None:
         remedy = f"write `dist-spin {command.verb} runs/NAME`, or the CONFIG.yaml that the run was started with"
         raise UserError(f"{command.verb} is given no RUN", remedy, shared=True)
     path = command.words[0]
-    if "=" not in path and not path.startswith("--") and not Path(path).is_file() and not path.endswith(YAML_ENDINGS):
+    if "=" not in path and not path.startswith("--") and not os.path.isfile(path) and not path.endswith(YAML_ENDINGS):
         check_run_directory(Path(path))
 
 
 def check_config_path(path: str, verb: str) -> None:
     """Raise UserError if something else is given in the place of CONFIG.yaml: a model, a run, or a word that is no file."""
-    here, printed = Path(path).expanduser(), one_line(path)
+    here, printed = Path(os.path.expanduser(path)), one_line(path)
     if is_run(here):
         raise UserError(f"{printed} is a run", f"write {verb} {one_line(str(here / 'config.yaml'))}", shared=True)
-    if (here / "config.json").exists() or path.endswith(".gguf") or path.startswith("package:"):
+    if os.path.exists(here / "config.json") or path.endswith(".gguf") or path.startswith("package:"):
         raise UserError(f"{printed} is a model, not a CONFIG.yaml", f"write model.path={printed}", shared=True)
     if os.path.lexists(here):
         return

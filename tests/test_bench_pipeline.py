@@ -50,6 +50,8 @@ def test_a_shape_without_a_config_is_refused(tmp_path, capsys):
     shape = str(ROOT / "configs" / "shapes" / "llama-3-8b")
     assert main(["bench", "pipeline", shape, "--stages", "learn"]) == 2
     assert "parts are some of optimize, quantize" in capsys.readouterr().err
+    assert main(["bench", "pipeline", shape, "name=quickstart"]) == 2
+    assert "bench pipeline takes no name=quickstart; give --directory" in capsys.readouterr().err
 
 
 def test_what_parts_cannot_do_without(tmp_path):

@@ -123,6 +123,13 @@ def test_mistakes_in_options_are_one_line_with_the_help_to_ask_for(capsys, words
     assert f"; `dist-spin {' '.join(words[: 2 if 'scaling' in words else 1])} --help` says what it takes" in line
 
 
+@pytest.mark.parametrize("word", ["a" * 300, "~nobody-of-this-name/a.yaml", "a\0b"])
+@pytest.mark.parametrize("verb", ["run", "generate", "report"])
+def test_a_path_that_no_file_can_have_is_one_line(capsys, verb, word):
+    assert main([verb, word]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_a_log_line_clears_the_line_of_progress_on_a_terminal_and_draws_it_again():
     stream = Terminal()
     with shown_on(Console(stream)):

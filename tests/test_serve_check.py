@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 import dist_spin.serve.check as serve
 from dist_spin.cli import main
-from dist_spin.errors import EXIT_SERVED_OTHERWISE, EXIT_USER, Interrupted
+from dist_spin.errors import EXIT_SERVED_OTHERWISE, EXIT_USER, Interrupted, NotServed
 from dist_spin.runtime.cpu_features import int8_is_exact
 from dist_spin.runtime.processes import process_stat
 from dist_spin.serve import engine
@@ -201,6 +201,21 @@ def test_what_an_engine_has_started_ends_with_it(tmp_path):
         assert engine._run([sys.executable, "-c", LEAVES_ONE_BEHIND], tmp_path, dict(os.environ), out) == 0
     stat = process_stat(int((tmp_path / "out").read_text()))
     assert stat is None or stat.ended
+
+
+def test_a_relative_path_of_the_engines_interpreter_is_from_here(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NotServed, match="vLLM ended with code 1 at none: "):  # it began, and has no vLLM
+        engine.ask(
+            Path("bin/python"),
+            [engine.Question(Path("none"), "float32", [[1, 2]], "")],
+            new_tokens=1,
+            tensor_parallel=1,
+            kv_cache_dtype="auto",
+            shown=False,
+        )
 
 
 @pytest.mark.usefixtures("restored_process")

@@ -205,7 +205,10 @@ def _ask(question: str, default: str, checked: Callable[[str], T]) -> T:
             "give --model, --gpus and --target, or --example quickstart",
         )
     while True:
-        answer = input(f"{question}{f' [{default}]' if default else ''}: ").strip() or default
+        try:
+            answer = input(f"{question}{f' [{default}]' if default else ''}: ").strip() or default
+        except EOFError as error:
+            raise UserError("init was not answered", "give --model, --gpus and --target") from error
         try:
             return checked(answer)
         except UserError as error:

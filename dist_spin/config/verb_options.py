@@ -83,7 +83,7 @@ def serve_check_options(parser: Parser) -> None:
     parser.add_argument("--python", metavar="PATH", type=Path, help=meaning)
     meaning = "what is read, as evaluate.sources; its test part (default: pydoc)"
     parser.add_argument("--text", metavar="SOURCE", help=meaning)
-    parser.add_argument("--sequences", metavar="N", type=_count, help="windows of it (default: 4)")
+    parser.add_argument("--sequences", metavar="N", type=_count, help="windows of it (default: 8)")
     parser.add_argument("--seq-len", metavar="N", type=_count, help="tokens of a window (default: 128)")
     parser.add_argument("--tokens", metavar="N", type=_count, help="tokens written after half a window (default: 16)")
     parser.add_argument("--tensor-parallel", metavar="N", type=_count, help="GPUs of the engine (default: 1)")

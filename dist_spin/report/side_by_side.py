@@ -15,7 +15,7 @@ from dist_spin.report.tables import FULL, Cell, Table, is_share, task_text
 from dist_spin.runtime.progress import clock
 from dist_spin.storage.results import bits_label, system_label
 
-NOT_SETTINGS = ("name", "output_dir")  # where a run lies, not what it does
+NOT_SETTINGS = ("name", "output_dir", "base_dir")  # where a run lies, not what it does
 COLOURS, LINES, MARKERS = (GREEN, BLUE, VERMILLION, PURPLE), ("-", "--", "-.", ":"), ("o", "s", "x", "^")
 NOTHING = "–"
 Row = tuple[str, str, str, str]  # text or task and metric, bits, method, weights

@@ -101,7 +101,12 @@ def ask(
         say(f"starting vLLM of {python}")
         with (place / "log").open("w+") as log:
             out: Any = None if shown else log
-            words = [str(python), str(place / WORKER.name), str(place / "request.json"), str(place / "answer.json")]
+            words = [
+                os.path.abspath(python),
+                str(place / WORKER.name),
+                str(place / "request.json"),
+                str(place / "answer.json"),
+            ]
             code = _run(words, place, _environment(tensor_parallel), out)
             log.seek(0)
             last = next((line.strip() for line in reversed(log.readlines()) if line.strip()), "")
