@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from dist_spin.launch.requeue import MAX_REQUEUES, should_requeue
+from dist_spin.runtime import slurm
 
 
 @pytest.mark.parametrize(
@@ -70,3 +71,13 @@ def test_a_job_whose_time_is_up_waits_for_its_ranks_and_not_for_itself():
     asked = [sys.executable, "-c", SIGNALLED_WHILE_WAITING]
     answered = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=True)
     assert answered.stdout.splitlines() == ["requeued optimize", "True"]
+
+
+def test_a_scheduler_that_does_not_answer_costs_no_job_its_requeue(monkeypatch, tmp_path):
+    program = tmp_path / "squeue"
+    program.write_text("#!/bin/sh\nexec sleep 20\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setattr(slurm._run, "__kwdefaults__", {"timeout": 0.2})
+    assert should_requeue(75)

@@ -67,6 +67,12 @@ def gpus_not_asked_for() -> str:
     return ",".join(entry for entry in listed[1].split(",") if entry.startswith("gpu")) if listed else ""
 
 
-def _run(*command: str) -> str:
-    """Standard output, "" if the program fails: a job that Slurm has forgotten is no error here."""
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
+def _run(*command: str, timeout: float = 30) -> str:
+    """Standard output, "" if the program fails or does not answer in time (seconds).
+
+    A job that Slurm has forgotten is no error here, and a scheduler that is too busy to answer must not cost a job its requeue.
+    """
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False).stdout
+    except subprocess.TimeoutExpired:
+        return ""
