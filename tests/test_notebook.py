@@ -1,6 +1,7 @@
 """The example notebook is executed in a Jupyter kernel, on a tiny model; so is a cell that is interrupted."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ def test_interrupting_a_cell_saves_and_the_kernel_lives_on(tiny: Path) -> None:
             await interrupter
             await client.async_execute_cell(notebook.cells[1], 1)
 
-    asyncio.run(execute())
+    with ThreadPoolExecutor(1) as apart:  # where no other test, such as one with a browser, has left a loop running
+        apart.submit(lambda: asyncio.run(execute())).result()
     assert "kept: stopped by a signal after step" in shown(notebook.cells[0])
     assert shown(notebook.cells[1]) == "0\n"
