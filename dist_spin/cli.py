@@ -20,14 +20,12 @@ from dist_spin.config import verb_options
 from dist_spin.config.command_parser import HelpAll, Parser, every_verb
 from dist_spin.config.export import FORMATS
 from dist_spin.config.help import settings_help
-from dist_spin.config.run import RunConfig
+from dist_spin.config.run import LOCATION, RunConfig
 from dist_spin.config.suggestions import closest, did_you_mean
 from dist_spin.config.yaml_text import YAML_ENDINGS
 from dist_spin.errors import EXIT_OK, EXIT_PIPE, RankLost, UserError, out_of_memory
 from dist_spin.runtime.console import Console, shown_on
 from dist_spin.version import __version__
-
-OWN = ("name", "output_dir", "base_dir")  # settings that are in no group
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def _run_verb(words: list[str]) -> int:
         name = next((word for word in words if not word.startswith("-")), None)
         groups = typing.get_type_hints(RunConfig)
         if name is not None and name not in VERBS and ("." in name or name in groups):
-            print(settings_help(name if "." in name or name in OWN else f"{name}."), end="")
+            print(settings_help(name if "." in name or name in LOCATION else f"{name}."), end="")
             return EXIT_OK
     if name is not None and name not in VERBS:
         meant = did_you_mean(closest(name, VERBS))
@@ -108,7 +106,7 @@ def _check_options(parser: Parser, verb: str, rest: list[str]) -> None:
     own = parser.verbs[verb].option_names()
     for word in rest:
         name = word.partition("=")[0]
-        setting = not word.startswith("-") or "." in name or name.removeprefix("--") in OWN
+        setting = not word.startswith("-") or "." in name or name.removeprefix("--") in LOCATION
         if not setting and (meant := closest(name.lstrip("-"), own)):
             problem = f"{verb} has no option {name}"
             raise UserError(problem, f"did you mean --{meant[0]}? `dist-spin {verb} --help` lists them", shared=True)

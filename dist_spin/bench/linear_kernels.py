@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dist_spin.runtime.cpu_features import int8_is_exact
+from dist_spin.runtime.cpu_features import INT8_SATURATES, int8_is_exact
 
 GROUP = {"int4": 128, "w4a8": 32}  # input channels that share a scale: the libraries' usual choices
 INT_MM_ROWS = 32  # the least number of rows given to torch._int_mm, which refuses 16 and fewer on CUDA
@@ -166,7 +166,7 @@ def make(name: str, weight: Tensor, fuse: Callable[[Any], Any], most_tokens: int
         return Int8(weight, fuse)
     if name == "int8":
         if not int8_is_exact():
-            raise Unavailable("8-bit products saturate on this CPU, which has no VNNI instructions")
+            raise Unavailable(INT8_SATURATES)
         config = _torchao().Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
         return TorchaoLinear(weight, config, weight.numel(), torch.float32)
     if name == "int4" and on_gpu:

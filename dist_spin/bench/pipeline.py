@@ -29,7 +29,7 @@ from dist_spin.bench.optimize import json_config
 from dist_spin.bench.random_checkpoint import TOKENS_FILE, random_checkpoint
 from dist_spin.bench.stage_costs import costs
 from dist_spin.config.loader import load_config
-from dist_spin.config.run import RunConfig
+from dist_spin.config.run import LOCATION, RunConfig
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 from dist_spin.model.tensor_bytes import opened
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     """Print a row for each part as it ends; returns the exit code of the first that fails, or 0."""
     start: Start = options.start
     for word in options.settings:
-        if word.partition("=")[0] in ("name", "output_dir", "base_dir"):  # what an earlier run wrote there is removed
+        if word.partition("=")[0] in LOCATION:  # what an earlier run wrote there is removed
             raise UserError(f"bench pipeline takes no {word}", "give --directory, below which everything is written")
     options.directory = options.directory.resolve()
     gpus = options.gpus or max(1, torch.cuda.device_count())

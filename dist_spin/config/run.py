@@ -20,6 +20,7 @@ from dist_spin.config.quantize import QuantizeConfig
 from dist_spin.config.report import ReportConfig
 from dist_spin.config.rotation import RotationConfig
 
+LOCATION = ("name", "output_dir", "base_dir")  # the settings in no group: where a run lies, not what it does
 MAX_NAME = 200  # bytes; files and temporary files put up to 55 more around it
 
 

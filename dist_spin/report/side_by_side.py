@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from dist_spin.config.run import LOCATION
 from dist_spin.report.run_summary import RunSummary, stages
 from dist_spin.report.sentence import PREFERRED, numbers
 from dist_spin.report.style import BLUE, GREEN, PURPLE, VERMILLION, Drawing, legend, one_axes, short, whole_numbers
@@ -15,7 +16,6 @@ from dist_spin.report.tables import FULL, Cell, Table, is_share, task_text
 from dist_spin.runtime.progress import clock
 from dist_spin.storage.results import bits_label, system_label
 
-NOT_SETTINGS = ("name", "output_dir", "base_dir")  # where a run lies, not what it does
 COLOURS, LINES, MARKERS = (GREEN, BLUE, VERMILLION, PURPLE), ("-", "--", "-.", ":"), ("o", "s", "x", "^")
 NOTHING = "–"
 Row = tuple[str, str, str, str]  # text or task and metric, bits, method, weights
@@ -79,7 +79,7 @@ def _settings(summaries: list[RunSummary]) -> Table:
     )
     flat = [dict(_flattened({k: v for k, v in s.config.items() if k not in _unused(s)})) for s in summaries]
     for key in dict.fromkeys(key for settings in flat for key in settings):
-        if key not in NOT_SETTINGS and len({settings[key] for settings in flat if key in settings}) > 1:
+        if key not in LOCATION and len({settings[key] for settings in flat if key in settings}) > 1:
             table.add(key, *(settings.get(key, NOTHING) for settings in flat))
     if not table.rows:
         table.note = ""

@@ -18,7 +18,7 @@ from dist_spin.errors import NotServed, UserError
 from dist_spin.export.serving import linear_backend
 from dist_spin.export.sidecar import Sidecar, read_sidecar
 from dist_spin.model.weights import read_tokenizer
-from dist_spin.runtime.cpu_features import int8_is_exact
+from dist_spin.runtime.cpu_features import INT8_SATURATES, int8_is_exact
 from dist_spin.serve.engine import Answer, Question, ask, find_python
 from dist_spin.serve.oracle import Expected, expected, served_sites
 
@@ -154,7 +154,7 @@ def compare(export: str, engine: str, sidecar: Sidecar, answer: Answer, ours: Ex
         not regret <= 8 * allowed and f"it writes a token that is less probable by {regret:.2g} nats",
     ]
     if any(problems) and any("CPUInt8" in kernel for kernel in answer.kernels) and not int8_is_exact():
-        problems.append("8-bit products saturate on this CPU, which has no VNNI instructions")
+        problems.append(INT8_SATURATES)
     return Comparison(
         export,
         engine,
