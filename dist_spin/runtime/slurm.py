@@ -41,10 +41,13 @@ def job_states(jobs: Iterable[str]) -> dict[str, JobState]:
 def cancel_jobs(jobs: Iterable[str]) -> None:
     """Ask Slurm to end these jobs; those that have ended are no error.
 
+    An array ends as a whole, and what was submitted last ends first: a task that is cancelled by itself while Slurm is ending
+    its array, because what the array waited for has been cancelled, vanishes from Slurm's list.
+
     Raises:
         UserError: Slurm refuses.
     """
-    for job in jobs:
+    for job in reversed(dict.fromkeys(job.partition("_")[0] for job in jobs)):
         done = subprocess.run(["scancel", job], capture_output=True, text=True, timeout=60, check=False)
         if done.returncode and "nvalid job id" not in done.stderr:
             raise UserError(f"scancel {job}: {done.stderr.strip()}", "only the owner of a job can cancel it")
