@@ -139,9 +139,11 @@ def settings_of(config: RunConfig, method: str, seed: int, weights: str) -> RunC
         clips: dict[str, Any] = dict.fromkeys(("a_clip_ratio", "k_clip_ratio", "v_clip_ratio"), 1.0)
         clips["clips"] = system.clips
         budget = {name: getattr(learning, name) for name in BUDGET}
+        # Published systems rotate whole sizes; the random ones are what ours starts from, and have its blocks.
+        blocks: dict[str, Any] = {} if method in ("hadamard", "orthogonal") else {"block": 0, "block_shared": False}
         changed = dataclasses.replace(
             config,
-            rotation=dataclasses.replace(rotation, init="hadamard", load=None, online=system.online),
+            rotation=dataclasses.replace(rotation, init="hadamard", load=None, online=system.online, **blocks),
             quant=resolve_clips(dataclasses.replace(config.quant, **clips)),
             optimize=OptimizeConfig(**budget, w_bits=config.quant.w_bits if weights == "rtn" else 16),
             quantize=dataclasses.replace(config.quantize, **{name: getattr(QuantizeConfig, name) for name in OURS}),

@@ -148,7 +148,11 @@ class Comparison:
             if weights != "none":
                 target.fingerprint = identity_hash(layer_identity(config, self.files, variant, self.calibration))
             online = config.rotation.online and variant.rotations is not None
-            target.about = {"system": system.label, "clips": clips_text(config), "online": online}
+            target.about = {
+                "system": system.label + variant.blocks.label,
+                "clips": clips_text(config),
+                "online": online,
+            }
             rows = [described(config, self.files, target, source, tokens) for source, tokens in self.texts.items()]
             rows = [measured_before(self.run, row) or row for row in rows]
             prepared.append(PreparedTrial(trial, config, target, rows))

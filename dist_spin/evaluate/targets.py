@@ -41,9 +41,9 @@ class EvalTarget:
         if self.full_precision:
             return "full precision"
         learned = "given rotation" if self.preset else "learned rotation"
-        return {"none": "no rotation", LEARNED: learned}.get(
-            self.variant.name, f"random {self.variant.name.capitalize()}"
-        )
+        name = self.variant.name
+        method = {"none": "no rotation", LEARNED: learned}.get(name, f"random {name.capitalize()}")
+        return method + self.variant.blocks.label
 
 
 def eval_targets(config: RunConfig, files: ModelFiles, device: torch.device) -> list[EvalTarget]:

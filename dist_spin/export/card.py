@@ -68,6 +68,7 @@ def _method(job: ExportJob) -> list[str]:
     config, target, r4, step = job.config, job.target, bool(job.sites.r4), job.steps_learned
     q, learned, seen = config.quant, config.optimize, while_learning(config).quant
     rotated = "R1 (residual stream), R2 (values)" + (", R4 (down_proj input, online)" if r4 else "")
+    rotated += job.variant.blocks.label
     left_out = config.rotation.online and not r4
     table = {
         "Base model": _base(job),

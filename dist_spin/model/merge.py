@@ -6,6 +6,7 @@ from torch import Tensor
 from dist_spin.model.architecture import ATTENTION_NORM, FINAL_NORM, HEAD, MLP_NORM, Shape, layer_name
 from dist_spin.model.sites import across_heads
 from dist_spin.model.weights import WeightSource
+from dist_spin.numerics.block_rotation import apply_rotation, apply_rotation_left
 from dist_spin.numerics.hadamard_transform import kronecker_apply
 
 # The norm whose gain folds into each linear.
@@ -80,8 +81,8 @@ def rotated_layer(
     over t, in the gains of their norms where there are any.
 
     Args:
-        r1 [h, h], r2 [d, d]: fp64. r4, heads: fp64 Kronecker factors, empty for none. scales: of this layer, by the names of
-            `scales_and_clips.scale_shapes`.
+        r1 [h, h], r2 [d, d]: fp64, or their blocks. r4, heads: fp64 Kronecker factors, empty for none. scales: of this layer,
+            by the names of `scales_and_clips.scale_shapes`.
 
     Returns:
         name within the layer (`self_attn.q_proj.weight`, ...) to tensor; q/k norms as they are, layer norms left out
@@ -116,13 +117,13 @@ def rotated_layer(
     for role, before in NORM_BEFORE.items():
         w, b = read(role, "weight"), read(role, "bias")
         assert w is not None
-        w = w @ r1
+        w = apply_rotation(w, r1)
         if before in s:
             w = w / s[before]
             out[f"{before}.weight"] = s[before]
         if role == "self_attn.v_proj":
-            w = (r2.T @ w.unflatten(0, (-1, d))).flatten(0, 1)  # each head's rows
-            b = None if b is None else (b.unflatten(0, (-1, d)) @ r2).flatten()
+            w = apply_rotation_left(r2, w)  # each head's rows
+            b = None if b is None else apply_rotation(b.unflatten(0, (-1, d)), r2).flatten()
             if "value" in s:
                 rows[role] = s["value"].flatten()
         if role in rows:
@@ -132,7 +133,7 @@ def rotated_layer(
         w, b = read(role, "weight"), read(role, "bias")
         assert w is not None
         if role == "self_attn.o_proj":
-            w = w.unflatten(1, (-1, d)) @ r2  # each head's columns
+            w = apply_rotation(w.unflatten(1, (-1, d)), r2)  # each head's columns
             if "value" in s:
                 w = w / s["value"].repeat_interleave(shape.heads // shape.kv_heads, 0)
             w = w.flatten(1)
@@ -141,7 +142,7 @@ def rotated_layer(
             if "up" in s:
                 w = w / s["up"]
             w = kronecker_apply(w, r4) if r4 else w
-        _put(out, role, r1.T @ w, None if b is None else b @ r1)
+        _put(out, role, apply_rotation_left(r1, w), None if b is None else apply_rotation(b, r1))
     return out
 
 
@@ -158,5 +159,5 @@ def rotated_embedding(source: WeightSource, name: str, r1: Tensor, device: torch
     out = torch.empty(rows.shape, dtype=dtype, device=device)
     for lo in range(0, len(rows), VOCAB_ROWS_AT_ONCE):
         part = rows[lo : lo + VOCAB_ROWS_AT_ONCE].double()
-        out[lo : lo + len(part)] = (part if gain is None else part * gain.to(device)) @ r1
+        out[lo : lo + len(part)] = apply_rotation(part if gain is None else part * gain.to(device), r1)
     return out

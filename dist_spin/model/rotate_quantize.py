@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_spin.numerics.block_rotation import apply_rotation, rotation_gradient
 from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.numerics.quantizer import QuantSpec, fake_quantize, range_gradients, range_quantize
 
@@ -12,9 +13,10 @@ from dist_spin.numerics.quantizer import QuantSpec, fake_quantize, range_gradien
 class RotationParam:
     """One learned rotation as the sites see it. Not a module, so that no engine shards, casts or moves it.
 
-    value: R [n, n], orthonormal, in the dtype of compute; refreshed in place after every step; no gradient.
-    lie_grad:  the leaf that receives gradients [n, n], fp32 (fp64 for fp64 compute): the coordinates Omega of
-           R(Omega) = (I + Omega) R at Omega = 0. Its value is never read.
+    value: R [n, n], orthonormal, in the dtype of compute; refreshed in place after every step; no gradient. In blocks: they
+           alone, as numerics/block_rotation.py has them.
+    lie_grad:  the leaf that receives gradients in R's shape, fp32 (fp64 for fp64 compute): the coordinates Omega of
+           R(Omega) = (I + Omega) R at Omega = 0, block by block. Its value is never read.
     """
 
     def __init__(self, value: Tensor, lie_grad: Tensor | None = None) -> None:
@@ -36,32 +38,28 @@ NO_SCALE_OR_CLIP = ScaleAndClip()
 
 @torch.library.custom_op("dist_spin::kept_matmul", mutates_args=())
 def kept_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a [..., k] @ b [k, n] under a name of its own, so that model/activation_checkpoint.py can keep its result."""
-    return a @ b
+    """a [..., k] @ b [k, n] under a name of its own, so that model/activation_checkpoint.py can keep its result.
+
+    b may be a rotation in blocks (numerics/block_rotation.py).
+    """
+    return apply_rotation(a, b)
 
 
 @kept_matmul.register_fake
 def _kept_matmul_shape(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(*a.shape[:-1], b.shape[-1])
+    if b.dim() == 2 and a.shape[-1] == len(b):
+        return a.new_empty(*a.shape[:-1], b.shape[-1])
+    return a.new_empty(a.shape)
 
 
 def _kept_matmul_backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
     (b,) = ctx.saved_tensors
-    return g @ b.T, None  # b is a frozen weight
+    return apply_rotation(g, b.mT), None  # b is frozen
 
 
 kept_matmul.register_autograd(
     _kept_matmul_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1])
 )
-
-
-def matmul_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b for 2-D operands with the result in `dtype`, without rounding the sum to the operands' dtype on the way."""
-    if a.dtype == dtype:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
 
 
 class _RotateQuantize(torch.autograd.Function):
@@ -70,21 +68,21 @@ class _RotateQuantize(torch.autograd.Function):
     With e = Q(x R) - x R held constant (straight-through), x_hat = x R R^T + e R^T: on the manifold dx is the incoming
     gradient g itself, with no matmul. Turning R into (I + Omega) R changes x_hat by x (Omega + Omega^T) + e R^T Omega^T;
     the first term vanishes for every skew Omega, so the gradient along the manifold is the skew part of g^T (x_hat - x):
-    one [n, T] x [T, n] matmul, which needs neither Q(x R) nor R again.
+    one [n, T] x [T, n] matmul, which needs neither Q(x R) nor R again; of a rotation in blocks only these blocks of it.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lie_grad: Tensor, rotation: Tensor, spec: QuantSpec) -> Tensor:
-        y = fake_quantize(x @ rotation, spec)
-        x_hat = kept_matmul(y, rotation.T)
+        y = fake_quantize(apply_rotation(x, rotation), spec)
+        x_hat = kept_matmul(y, rotation.mT)
         ctx.save_for_backward(x, x_hat)
-        ctx.lie_grad_dtype = lie_grad.dtype
+        ctx.lie_grad_dtype, ctx.blocks = lie_grad.dtype, lie_grad.shape
         return x_hat
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, x_hat = ctx.saved_tensors
-        return g, _lie_gradient(x, x_hat, g, ctx.lie_grad_dtype), None, None
+        return g, rotation_gradient(g, x_hat - x, ctx.blocks, ctx.lie_grad_dtype), None, None
 
 
 class _RotateScaleQuantize(torch.autograd.Function):
@@ -104,7 +102,7 @@ class _RotateScaleQuantize(torch.autograd.Function):
         clip: Tensor | None,
         spec: QuantSpec,
     ) -> Tensor:
-        x_hat = kept_matmul(_scale_quantize(x @ rotation, scale, clip, spec), rotation.T)
+        x_hat = kept_matmul(_scale_quantize(apply_rotation(x, rotation), scale, clip, spec), rotation.mT)
         ctx.save_for_backward(x, x_hat, rotation, scale, clip)
         ctx.lie_grad_dtype, ctx.spec = lie_grad.dtype, spec
         return x_hat
@@ -113,7 +111,7 @@ class _RotateScaleQuantize(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None, Tensor | None, None]:
         x, x_hat, rotation, scale, clip = ctx.saved_tensors
         wide = accumulation_dtype(x.dtype)
-        z, g_q = (x @ rotation).to(wide), (g @ rotation).to(wide)
+        z, g_q = apply_rotation(x, rotation).to(wide), apply_rotation(g, rotation).to(wide)
         if scale is not None:
             s = scale.to(wide).exp()
             z, g_q = z * s, g_q / s
@@ -125,13 +123,8 @@ class _RotateScaleQuantize(torch.autograd.Function):
             d_scale = (g_z * z - g_q * q).flatten(0, -2).sum(0).to(scale.dtype)
         if ratio is not None:
             d_clip = d_ratio.to(clip.dtype) * ratio * (1 - ratio)
-        return g, _lie_gradient(x, x_hat, g, ctx.lie_grad_dtype), None, d_scale, d_clip, None
-
-
-def _lie_gradient(x: Tensor, x_hat: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-    n = x.shape[-1]
-    moved = (x_hat - x).reshape(-1, n)  # [tokens, n]
-    return matmul_wide(g.reshape(-1, n).T, moved, dtype)  # [n, n]
+        d_omega = rotation_gradient(g, x_hat - x, rotation.shape, ctx.lie_grad_dtype)
+        return g, d_omega, None, d_scale, d_clip, None
 
 
 def _scale_quantize(y: Tensor, scale: Tensor | None, clip: Tensor | None, spec: QuantSpec) -> Tensor:
@@ -159,7 +152,7 @@ def rotate_quantize(
         return out
     if rotation.lie_grad is not None:
         return _RotateQuantize.apply(x, rotation.lie_grad, rotation.value, spec)
-    return fake_quantize(x @ rotation.value, spec) @ rotation.value.T
+    return apply_rotation(fake_quantize(apply_rotation(x, rotation.value), spec), rotation.value.mT)
 
 
 def clipped(x: Tensor, spec: QuantSpec, learned: ScaleAndClip) -> Tensor:
@@ -193,4 +186,4 @@ class _AtIdentity(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (rotation,) = ctx.saved_tensors
-        return g.to(ctx.lie_grad_dtype) @ rotation.to(ctx.lie_grad_dtype).T, None
+        return g.to(ctx.lie_grad_dtype) @ rotation.to(ctx.lie_grad_dtype).mT, None

@@ -7,20 +7,41 @@ is fp64.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dist_spin.model.architecture import Shape
 from dist_spin.model.rotate_quantize import RotationParam
+from dist_spin.numerics.block_rotation import all_blocks
 from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.numerics.hadamard import largest_block
 from dist_spin.numerics.hadamard_transform import hadamard_transform
 from dist_spin.numerics.random_rotations import random_hadamard, random_orthogonal
 
 
-def initial(kind: str, shape: Shape, seed: int) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Blocks:
+    """Sizes of the blocks of R1 and R2, 0 for whole matrices; shared: one block stands in every place."""
+
+    r1: int = 0
+    r2: int = 0
+    shared: bool = False
+
+    @property
+    def label(self) -> str:
+        """What tables add to the name of a rotation: "", ", in blocks of 32" or ", in one block of 32"."""
+        return f", in {'one block' if self.shared else 'blocks'} of {self.r1}" if self.r1 else ""
+
+
+WHOLE = Blocks()
+
+
+def initial(kind: str, shape: Shape, seed: int, blocks: Blocks = WHOLE) -> tuple[Tensor, Tensor]:
     """Seeded starting rotations R1 [h, h] and R2 [layers, d, d], fp64 on the CPU, drawn R1 first, then layer by layer.
+
+    In blocks they are [h / b, b, b] and [layers, d / b, b, b], each block drawn by itself; shared ones [b, b] and [layers, b, b].
 
     Args:
         kind: "hadamard" (random signs times a Hadamard), "orthogonal" (Haar), "identity", or "quarot": R1 as "hadamard"
@@ -36,16 +57,33 @@ def initial(kind: str, shape: Shape, seed: int) -> tuple[Tensor, Tensor]:
         "orthogonal": lambda n: random_orthogonal(n, generator),
         "identity": lambda n: torch.eye(n, dtype=torch.float64),
     }
-    r1 = make[kind](shape.hidden)
-    return r1, torch.stack([make[kind](shape.head_dim) for _ in range(shape.layers)])
+
+    def draw(size: int, block: int) -> Tensor:
+        if not block or blocks.shared:
+            return make[kind](block or size)
+        return torch.stack([make[kind](block) for _ in range(size // block)])
+
+    r1 = draw(shape.hidden, blocks.r1)
+    return r1, torch.stack([draw(shape.head_dim, blocks.r2) for _ in range(shape.layers)])
+
+
+def stored_rotations(r1: Tensor, r2: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+    """R1 and R2 as files have them: whole, or every block in its place, [h / b, b, b] and [layers, d / b, b, b]."""
+    if r1.shape[-1] < shape.hidden:
+        r1 = all_blocks(r1, shape.hidden)
+    if r2.shape[-1] < shape.head_dim:
+        r2 = torch.stack([all_blocks(r, shape.head_dim) for r in r2])
+    return r1, r2
 
 
 class Rotations:
     """The master copies of R1 and R2 on one device, what the sites see of them, and one packed gradient buffer.
 
-    r1 [h, h], r2 [layers, d, d]: fp32 masters (fp64 when compute is fp64). r1_param, r2_params: what the sites hold.
-    gradient: packed [h*h + layers*d*d] in the masters' dtype; backward accumulates straight into it: the gradients of the
-        lie_grads (see `RotationParam`), or with `euclidean` those of R1 and R2 as plain matrices until `to_lie_grad` is called.
+    r1 [h, h], r2 [layers, d, d]: fp32 masters (fp64 when compute is fp64), or their blocks (`initial`). r1_param, r2_params:
+        what the sites hold.
+    gradient: packed, [h*h + layers*d*d] of whole ones, in the masters' dtype; backward accumulates straight into it: the
+        gradients of the lie_grads (see `RotationParam`), or with `euclidean` those of R1 and R2 as plain matrices until
+        `to_lie_grad` is called.
     """
 
     def __init__(
@@ -78,18 +116,18 @@ class Rotations:
 
     @property
     def lie_grad1(self) -> Tensor:
-        """R1's part of the gradient buffer, as [h, h]."""
+        """R1's part of the gradient buffer, in its shape."""
         return self.gradient[: self.r1.numel()].view_as(self.r1)
 
     @property
     def lie_grad2(self) -> Tensor:
-        """R2's part of the gradient buffer, as [layers, d, d]."""
+        """R2's part of the gradient buffer, in its shape."""
         return self.gradient[self.r1.numel() :].view_as(self.r2)
 
     def to_lie_grad(self) -> None:
         """Turn gradients of R into those of the lie_grad, in place: R(Omega) = (I + Omega) R, so dOmega = dR R^T."""
         if self.euclidean:
-            self.lie_grad1.copy_(self.lie_grad1 @ self.r1.T)
+            self.lie_grad1.copy_(self.lie_grad1 @ self.r1.mT)
             self.lie_grad2.copy_(self.lie_grad2 @ self.r2.mT)
 
     def refresh(self) -> None:

@@ -26,6 +26,7 @@ from dist_spin.model.rotate_quantize import (
     rotate_quantize,
     scale_channels,
 )
+from dist_spin.numerics.block_rotation import apply_rotation
 from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.numerics.hadamard_transform import kronecker_apply, online_transform
 from dist_spin.numerics.quantizer import QuantSpec, fake_quantize
@@ -109,7 +110,7 @@ class ValueSite(nn.Module):
             return v
         v = v.unflatten(-1, (-1, self.head_dim))  # [..., kv_heads, d]
         if self.rotation is not None:
-            v = v @ differentiable_rotation(self.rotation, v.dtype)
+            v = apply_rotation(v, differentiable_rotation(self.rotation, v.dtype))
         if self.learned.scale is not None:
             v = scale_channels(v, self.learned.scale)
         return clipped(v, self.spec, self.learned).flatten(-2)
@@ -151,7 +152,7 @@ class OProjInputQuant(nn.Module):
         a = a.unflatten(-1, (-1, self.head_dim))
         if self.learned.scale is not None:
             a = scale_channels(a, _per_query_head(self.learned.scale, a.shape[-2]), -1)
-        return (a @ differentiable_rotation(self.rotation, a.dtype).T).flatten(-2)
+        return apply_rotation(a, differentiable_rotation(self.rotation, a.dtype).mT).flatten(-2)
 
 
 class DownProjInputQuant(nn.Module):

@@ -21,9 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from dist_spin.model.architecture import ATTENTION_NORM, MLP_NORM, Shape
-from dist_spin.model.rotate_quantize import RotationParam, kept_matmul, matmul_wide
+from dist_spin.model.rotate_quantize import RotationParam, kept_matmul
 from dist_spin.model.sites import DownProjInputQuant, KeySite, OProjInputQuant, ValueSite
 from dist_spin.model.sites_config import Sites
+from dist_spin.numerics.block_rotation import (
+    apply_rotation,
+    apply_rotation_left,
+    matmul_wide,
+    rotated_rows,
+    rotation_gradient,
+)
 from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.numerics.quantizer import (
     STAGED_CLIP,
@@ -222,11 +229,6 @@ class OutputLinear(nn.Module):
         return y if linear.bias is None else y + rotate(linear.bias[None], self.r1)[0]
 
 
-def _heads(x: Tensor, r2: Tensor) -> Tensor:
-    """x [tokens, heads * d] with `r2` [d, d] applied to each head."""
-    return (x.unflatten(-1, (-1, len(r2))) @ r2).flatten(-2)
-
-
 class _InputProduct(torch.autograd.Function):
     """y = a [W^_1; W^_2; ...]^T, with the gradients of the module's docstring."""
 
@@ -250,13 +252,14 @@ class _InputProduct(torch.autograd.Function):
             part = g2[:, start : start + len(w)]  # [tokens, out]
             start += len(w)
             if r2 is not None and w is weights[-1]:
-                d_weight = matmul_wide(part.T, a2, ctx.wide).unflatten(0, (-1, ctx.head_dim))  # [heads, d, h]
-                rotated_w = matmul_wide(w, r1, ctx.wide).unflatten(0, (-1, ctx.head_dim))
+                rows = (-1, *r2.shape[:-1])  # of all heads, the repetitions of R2
+                d_weight = matmul_wide(part.T, a2, ctx.wide).unflatten(0, rows)  # [heads, d, h], or d in blocks
+                rotated_w = apply_rotation(w, r1, ctx.wide).unflatten(0, rows)
                 d_r2 = (rotated_w @ d_weight.mT).sum(0)
-                part = _heads(part, r2.T)
+                part = apply_rotation(part, r2.mT)
             through = part @ w if through is None else torch.addmm(through, part, w)
         assert through is not None
-        d_r1 = matmul_wide(through.T, a2, ctx.wide)
+        d_r1 = rotation_gradient(through, a2, r1.shape, ctx.wide)
         return d_a, d_r1, None, d_r2, None, None, None, *(None,) * len(tensors)
 
 
@@ -280,10 +283,10 @@ class _OutputProduct(torch.autograd.Function):
         a2, g2, w = a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1]), tensors[0]
         d_r2 = None
         if r2 is not None:
-            q = (g2 @ r1.T) @ w  # [tokens, heads * d]
-            d_r2 = matmul_wide(q.reshape(-1, len(r2)).T, a2.reshape(-1, len(r2)), ctx.wide)
-            a2 = _heads(a2, r2.T)
-        d_r1 = matmul_wide((a2 @ w.T).T, g2, ctx.wide)
+            q = apply_rotation(g2, r1.mT) @ w  # [tokens, heads * d]
+            d_r2 = rotation_gradient(q, a2, r2.shape, ctx.wide)
+            a2 = apply_rotation(a2, r2.mT)
+        d_r1 = rotation_gradient(a2 @ w.T, g2, r1.shape, ctx.wide)
         return d_a, d_r1, None, d_r2, None, None, None, None, *(None,) * len(tensors)
 
 
@@ -303,14 +306,13 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, leaf: Tensor, r: Tensor, back: bool) -> Tensor:  # noqa: FBT001 (by position)
         ctx.save_for_backward(x, r)
         ctx.wide, ctx.back = leaf.dtype, back
-        return x @ (r.T if back else r)
+        return apply_rotation(x, r.mT if back else r)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         x, r = ctx.saved_tensors
-        x2, g2 = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-        d_r = matmul_wide(g2.T, x2, ctx.wide) if ctx.back else matmul_wide(x2.T, g2, ctx.wide)
-        return g @ (r if ctx.back else r.T), d_r, None, None
+        d_r = rotation_gradient(g, x, r.shape, ctx.wide) if ctx.back else rotation_gradient(x, g, r.shape, ctx.wide)
+        return apply_rotation(g, r if ctx.back else r.mT), d_r, None, None
 
 
 def rotate(x: Tensor, rotation: RotationParam, *, back: bool = False) -> Tensor:
@@ -349,14 +351,14 @@ def merged_rows(role: str, weight: Tensor, rows: slice, r1: Tensor, r2: Tensor, 
     """Rows of the merged weight of one linear, [rows, in] in `wide`.
 
     Args:
-        role: the linear's last name, such as "q_proj". r1 [h, h], r2 [d, d]: in the weight's dtype.
+        role: the linear's last name, such as "q_proj". r1 [h, h], r2 [d, d]: in the weight's dtype; or their blocks.
         weight: the folded weight. For v, o and down the whole of it, since R1 or R2 mixes its rows; for the others the
             wanted rows alone.
     """
     if role == "o_proj":
-        return matmul_wide(r1[:, rows].T, _heads(weight, r2), wide)
+        return rotated_rows(r1, apply_rotation(weight, r2), rows, wide)
     if role == "down_proj":
-        return matmul_wide(r1[:, rows].T, weight, wide)
+        return rotated_rows(r1, weight, rows, wide)
     if role == "v_proj":
-        weight = (r2.T @ weight.unflatten(0, (-1, len(r2)))).flatten(0, 1)[rows]
-    return matmul_wide(weight, r1, wide)
+        weight = apply_rotation_left(r2, weight)[rows]
+    return apply_rotation(weight, r1, wide)

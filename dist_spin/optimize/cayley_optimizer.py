@@ -140,7 +140,7 @@ class CayleyOptimizer:
 
 def shared_step_size(x: Tensor, direction: Tensor, lr: float, world: World) -> Tensor:
     """`step_size`, the columns of a single matrix shared out over ranks; a stack of small ones is computed everywhere."""
-    if x.dim() == 3 or world.size == 1:
+    if x.dim() > 2 or world.size == 1:
         return step_size(x, direction, lr)
     sums = column_sums(x, direction, slice(*world.own_range(len(x))))
     largest = torch.zeros(1, dtype=x.dtype, device=x.device) if not sums.numel() else sums.amax(-1)[None]
@@ -151,7 +151,7 @@ def shared_step_size(x: Tensor, direction: Tensor, lr: float, world: World) -> T
 def gather_rows(x: Tensor, direction: Tensor, alpha: Tensor | float, world: World) -> Tensor:
     """The next rotation: each rank retracts its own share and all shares are gathered, so every rank holds the same bits.
 
-    A single matrix [n, n] is split by rows, a stack [layers, d, d] by layers.
+    A single matrix [n, n] is split by rows, a stack [layers, d, d] by layers, R1 in blocks [k, b, b] by blocks.
     """
     count = len(x)
     start, stop = world.own_range(count)

@@ -15,6 +15,8 @@ from torch import Tensor
 from dist_spin.config.run import RunConfig
 from dist_spin.data import batch_indices, rank_share
 from dist_spin.errors import Interrupted, NumericsError
+from dist_spin.model.architecture import Shape
+from dist_spin.model.rotation import stored_rotations
 from dist_spin.numerics.cayley import nearest_orthogonal, orthogonality_error
 from dist_spin.optimize.overflow import overflow_at_start
 from dist_spin.optimize.setup import TrainState, build_training, learning_tokens, write_checkpoint
@@ -308,6 +310,7 @@ def finish(train_state: TrainState) -> None:
     def write() -> None:
         rotations, adam, config = train_state.optimizer.rotations, train_state.optimizer.adam, train_state.config
         r1, r2 = (nearest_orthogonal(r).to(rotations.r1.dtype) for r in (rotations.r1, rotations.r2))
+        r1, r2 = stored_rotations(r1, r2, Shape.of(train_state.model.config))
         metadata = {"step": str(train_state.step), "seed": str(config.rotation.seed)}
         transforms = {} if adam is None else adam.transforms.values()
         bits = None

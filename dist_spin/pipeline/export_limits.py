@@ -126,7 +126,7 @@ def _of_clips(target: str, config: RunConfig, *, clips: bool) -> Iterator[UserEr
 
 
 def _of_compressed_tensors(config: RunConfig, shape: Shape) -> Iterator[UserError]:
-    q, block = config.quant, config.rotation.r4_block or shape.intermediate
+    q, block = config.quant, config.rotation.r4_size or shape.intermediate
     if config.rotation.online and config.export.profile == "r4-block" and block & (block - 1):
         problem = f"compressed-tensors applies Hadamards whose size is a power of two, not {block}"
         yield UserError(problem, f"set rotation.r4_block={shape.intermediate & -shape.intermediate}")
@@ -154,8 +154,9 @@ def _of_executorch(config: RunConfig, shape: Shape) -> Iterator[UserError]:
     """What the loader's kernels ("8da4w") and its Hadamard take; sizes of 28 * 2^k give a wrong transform, others garbage."""
     q = config.quant
     rows = {"hidden": shape.hidden, "intermediate": shape.intermediate, "query": shape.heads * shape.head_dim}
-    if config.rotation.online and (shape.intermediate & (shape.intermediate - 1) or config.rotation.r4_block):
-        what = f"rotation.r4_block={config.rotation.r4_block}" if config.rotation.r4_block else f"{shape.intermediate}"
+    if config.rotation.online and (shape.intermediate & (shape.intermediate - 1) or config.rotation.r4_size):
+        which = "r4_block" if config.rotation.r4_block else "block"
+        what = f"rotation.{which}={config.rotation.r4_size}" if config.rotation.r4_size else f"{shape.intermediate}"
         yield UserError(
             f"executorch applies R4 to all of an intermediate size that is a power of two, not {what}",
             "set rotation.online=false, with export.profile=no-had",

@@ -22,7 +22,11 @@ EMBEDDING_SETTINGS = ("quant.embedding_bits", "quant.head_bits")  # decide nothi
 WEIGHT_SETTINGS = ("quant.w_", "quant.down_bits", *EMBEDDING_SETTINGS)  # beginnings of what decides weights alone
 
 
-NEWER = {"quant.a_group_size": 0}  # settings that runs of before do not name, with what those did
+NEWER = {
+    "quant.a_group_size": 0,
+    "rotation.block": 0,
+    "rotation.block_shared": False,
+}  # settings that runs of before do not name, with what those did
 
 
 def flat(settings: Any, prefix: str) -> dict[str, Any]:
@@ -53,7 +57,7 @@ def model_identity(config: RunConfig, files: ModelFiles, variant: Variant) -> di
         "dtype": dtype_name(config),
         "rotations": variant.digest,
         "online": config.rotation.online and variant.rotations is not None,
-        "r4_block": config.rotation.r4_block,
+        "r4_block": config.rotation.r4_size,
         **({"heads": True} if variant.sites.heads else {}),
     }
 

@@ -6,14 +6,16 @@ Where nothing is learned (`optimize.steps=0`), they are the ones that are used.
 import math
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
-from dist_spin.model.rotation import initial
+from dist_spin.model.rotation import Blocks, initial
 from dist_spin.model.scales_and_clips import scale_shapes
 from dist_spin.model.sites_config import CLIP_SITES
+from dist_spin.numerics.block_rotation import blocks_of, full_rotation
 from dist_spin.storage.rotations import load_rotations, load_transforms
 from dist_spin.storage.run_directory import run_dir
 
@@ -21,22 +23,74 @@ from dist_spin.storage.run_directory import run_dir
 def starting_rotations(config: RunConfig, shape: Shape) -> tuple[Tensor, Tensor]:
     """R1 and R2 that learning starts from, fp64: seeded, fitted (`pipeline.range_init`), or read from `rotation.load`.
 
+    In the blocks of `rotation.block`: see `model.rotation.initial`.
+
     Raises:
-        UserError: they are to be fitted and are not yet, or their file cannot be read.
+        UserError: they are to be fitted and are not yet, their file cannot be read, or they have not the blocks asked for.
     """
-    sizes = shape.hidden, shape.head_dim, shape.layers
+    sizes, blocks = (shape.hidden, shape.head_dim, shape.layers), rotation_blocks(config, shape)
     if config.rotation.load:
         path = Path(config.path(config.rotation.load))
-        rotations = load_rotations(path, *sizes)
+        r1, r2 = load_rotations(path, *sizes)
         check_transforms(path, shape)
-        return rotations
+        r1 = in_blocks(r1, shape.hidden, blocks.r1, f"{path}: R1", shared=blocks.shared)
+        heads = [in_blocks(r, shape.head_dim, blocks.r2, f"{path}: R2", shared=blocks.shared) for r in r2]
+        return r1, torch.stack(heads)
     if fits_start(config):
         if not start_path(config).exists():
             raise UserError(
                 "the start of the rotations (rotation.init=range) is not fitted", "run `dist-spin optimize` first"
             )
-        return load_rotations(start_path(config), *sizes)
-    return initial(config.rotation.init, shape, config.rotation.seed)
+        r1, r2 = load_rotations(start_path(config), *sizes)
+        return (r1[0], r2[:, 0]) if blocks.shared and r1.dim() == 3 else (r1, r2)
+    return seeded_rotations(config.rotation.init, config, shape)
+
+
+def seeded_rotations(kind: str, config: RunConfig, shape: Shape) -> tuple[Tensor, Tensor]:
+    """`model.rotation.initial` with the seed and the blocks of a configuration.
+
+    Raises:
+        UserError: the blocks do not fit the model.
+    """
+    return initial(kind, shape, config.rotation.seed, rotation_blocks(config, shape))
+
+
+def rotation_blocks(config: RunConfig, shape: Shape) -> Blocks:
+    """The blocks of R1 and R2: `rotation.block`, of R2 no larger than a head; a block of the whole size is the whole matrix.
+
+    Raises:
+        UserError: the block does not divide the hidden size, or neither it nor the head size divides the other.
+    """
+    block, hidden, head = config.rotation.block, shape.hidden, shape.head_dim
+    if not block:
+        return Blocks()
+    if hidden % block or (head % block and block % head):
+        common = math.gcd(hidden, head)
+        problem = f"rotation.block={block} does not fit this model's hidden size {hidden} and head size {head}"
+        raise UserError(problem, f"use {common & -common} or a divisor of it, or 0 for the whole sizes")
+    return Blocks(block if block < hidden else 0, block if block < head else 0, config.rotation.block_shared)
+
+
+def in_blocks(r: Tensor, size: int, block: int, name: str, *, shared: bool) -> Tensor:
+    """A rotation of `size` channels, whole or in blocks of any size, in blocks of `block` (`numerics.block_rotation`); 0: whole.
+
+    Raises:
+        UserError: it has entries outside of these blocks, or they differ and should be one.
+    """
+    whole = r if r.dim() == 2 else full_rotation(r, size)
+    if not block:
+        return whole
+    try:
+        stack = blocks_of(whole, block)
+    except ValueError as error:
+        raise UserError(
+            f"{name} is not block-diagonal ({error})", "set rotation.block=0, or the block it has"
+        ) from error
+    if not shared:
+        return stack
+    if not torch.equal(stack, stack[:1].expand_as(stack)):
+        raise UserError(f"{name} has blocks that differ", "set rotation.block_shared=false")
+    return stack[0]
 
 
 def check_transforms(path: Path, shape: Shape) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
+from dist_spin.model.rotation import stored_rotations
 from dist_spin.numerics.cayley import nearest_orthogonal
 from dist_spin.pipeline.export_limits import check_clips
 from dist_spin.pipeline.initial_rotations import starting_rotations
@@ -52,7 +53,8 @@ def save_preset_rotations(config: RunConfig, shape: Shape) -> None:
                 raise UserError(problem, "give a new name=")
             return
         bits = clip_bits(preset) if preset else None
-        save_final(run, orthogonal(r1), orthogonal(r2), {"step": "0", PRESET: digest}, transforms, bits)
+        r1, r2 = stored_rotations(orthogonal(r1), orthogonal(r2), shape)
+        save_final(run, r1, r2, {"step": "0", PRESET: digest}, transforms, bits)
         keep_settings(run.path, config)
 
     on_rank0(keep)

@@ -77,9 +77,17 @@ def sites_for(config: RunConfig, shape: Shape, *, rotated: bool = True, heads: b
         k=spec("k", d),
         v=spec("v", d),
         r3=hadamard_factors(d, 0, "rotation.online") if online and q.k_bits < 16 else (),
-        r4=hadamard_factors(shape.intermediate, config.rotation.r4_block, "rotation.r4_block") if online else (),
+        r4=_r4(config, shape) if online else (),
         heads=hadamard_factors(shape.heads, block, "rotation.online") if online and heads and block > 1 else (),
     )
+
+
+def _r4(config: RunConfig, shape: Shape) -> tuple[Tensor, ...]:
+    rotation, size = config.rotation, shape.intermediate
+    if not rotation.r4_block and rotation.block and size % rotation.block:
+        problem = f"rotation.block={rotation.block} does not divide this model's intermediate size {size}"
+        raise UserError(problem, f"give R4 a block of its own, rotation.r4_block={largest_block(size)} for example")
+    return hadamard_factors(size, rotation.r4_size, "rotation.r4_block")
 
 
 def while_learning(config: RunConfig) -> RunConfig:

@@ -19,13 +19,14 @@ from dist_spin.data import tokens_fingerprint
 from dist_spin.model.layer_inputs import LayerTask, observe
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.rotated_weights import RotatedWeights
-from dist_spin.model.rotation import initial
+from dist_spin.model.rotation import stored_rotations
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
+from dist_spin.numerics.block_rotation import apply_rotation, rotation_gradient
 from dist_spin.numerics.cayley import adam_moments, newton_schulz, retract_rows, tangent
 from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.pipeline.dtype import dtype_name
-from dist_spin.pipeline.initial_rotations import start_path
+from dist_spin.pipeline.initial_rotations import seeded_rotations, start_path
 from dist_spin.pipeline.model import model_dtype
 from dist_spin.runtime.distributed import World, on_rank0, raise_on_any_failure
 from dist_spin.runtime.progress import Progress, warn
@@ -47,6 +48,7 @@ def make_start(config: RunConfig, world: World, files: ModelFiles, tokens: Tenso
         "dtype": dtype_name(config),
         "seed": config.rotation.seed,
         "tokens": tokens_fingerprint(fitting_tokens),
+        **({"block": config.rotation.block, "shared": config.rotation.block_shared} if config.rotation.block else {}),
     }
     fingerprint, path = identity_hash(identity), start_path(config)
 
@@ -56,12 +58,13 @@ def make_start(config: RunConfig, world: World, files: ModelFiles, tokens: Tenso
     if on_rank0(lambda: load_if_current(path, load_tensors, current, "fitting it again", warn) is not None):
         return
     fits: list[tuple[Tensor, float, float]] = []
-    r1, r2 = initial("hadamard", files.shape, config.rotation.seed)
+    r1, r2 = seeded_rotations("hadamard", config, files.shape)
     raise_on_any_failure(lambda: fits.append(fitted(r1, config, world, files, fitting_tokens)))
 
     def store() -> None:
         fitted_r1, before, after = fits[0]
-        save_tensors(path, {"R1": fitted_r1, "R2": r2}, {"fingerprint": fingerprint})
+        stored = stored_rotations(fitted_r1, r2, files.shape)
+        save_tensors(path, dict(zip(("R1", "R2"), stored, strict=True)), {"fingerprint": fingerprint})
         run_dir(config).event("range_start", before=before, after=after)
 
     on_rank0(store)
@@ -70,7 +73,7 @@ def make_start(config: RunConfig, world: World, files: ModelFiles, tokens: Tenso
 def fitted(
     start: Tensor, config: RunConfig, world: World, files: ModelFiles, tokens: Tensor
 ) -> tuple[Tensor, float, float]:
-    """R1 [h, h] fitted from `start` to tokens [n, T], fp64 on the CPU; the mean square range before and after."""
+    """R1 [h, h] or its blocks, fitted from `start` to tokens [n, T], fp64 on the CPU; the mean square range before and after."""
     shape, dtype, seed = files.shape, model_dtype(config), config.rotation.seed
     runner = LayerRunner(files.config, Sites(), device=world.device, dtype=dtype, rotated=False)
     plain = RotatedWeights(files.weights, shape, None, (), world.device, dtype)
@@ -100,27 +103,28 @@ def square_range(x: Tensor) -> Tensor:
 
 
 def mean_square_range(rows: Tensor, rotation: Tensor) -> float:
-    """`square_range` of rows [tokens, n], on any device in any dtype, in the basis of a rotation [n, n]."""
+    """`square_range` of rows [tokens, n], on any device in any dtype, in the basis of a rotation [n, n] or its blocks."""
     parts = rows.split(ROWS)
-    return sum(float(square_range(x.to(rotation) @ rotation)) * len(x) for x in parts) / len(rows)
+    return sum(float(square_range(apply_rotation(x.to(rotation), rotation))) * len(x) for x in parts) / len(rows)
 
 
 def narrowed(start: Tensor, rows: Tensor, seed: int) -> tuple[Tensor, float, float]:
     """A rotation near `start` under which rows have smaller ranges; and the mean square range before and after.
 
-    start [n, n] in the dtype to compute in, on the device to compute on; rows [tokens, n], anywhere, in any dtype. Returns
-    `start` itself where nothing was gained.
+    start [n, n] (or its blocks) in the dtype to compute in, on the device to compute on; rows [tokens, n], anywhere, in any
+    dtype. Returns `start` itself where nothing was gained.
     """
     transposed = start.mT.clone()  # R^T: a step on it turns the channels that the quantiser sees
     mean, square = torch.zeros_like(transposed), torch.zeros_like(transposed)
     generator = torch.Generator().manual_seed(seed)
     for step in range(1, STEPS + 1):
         x = rows[torch.randint(len(rows), (ROWS,), generator=generator).to(rows.device)].to(transposed)
-        y = (x @ transposed.mT).requires_grad_()
+        y = apply_rotation(x, transposed.mT).requires_grad_()
         (gradient,) = torch.autograd.grad(square_range(y), y)
-        m, root = adam_moments(mean, square, tangent(gradient.mT @ y.detach()), step)
+        lie_grad = rotation_gradient(gradient, y.detach(), transposed.shape, transposed.dtype)
+        m, root = adam_moments(mean, square, tangent(lie_grad), step)
         angle = ANGLE * (1 + math.cos(math.pi * (step - 1) / STEPS)) / 2
-        transposed = retract_rows(transposed, m / root, angle / math.sqrt(len(transposed)))
+        transposed = retract_rows(transposed, m / root, angle / math.sqrt(transposed.shape[-1]))
         if step % REPROJECT_EVERY == 0:
             transposed = newton_schulz(transposed)
     rotation = newton_schulz(transposed.mT.double(), 3).to(start)  # from rounding to rounding of fp64

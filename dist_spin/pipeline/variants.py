@@ -17,10 +17,11 @@ from dist_spin.errors import UserError
 from dist_spin.model.context import check_context
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.rotated_weights import RotatedWeights
-from dist_spin.model.rotation import initial
+from dist_spin.model.rotation import WHOLE, Blocks
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.quantizer import QuantSpec
+from dist_spin.pipeline.initial_rotations import seeded_rotations
 from dist_spin.pipeline.model import check_vocabulary, model_dtype
 from dist_spin.pipeline.preset_rotations import save_preset_rotations
 from dist_spin.pipeline.quant_sites import learned_transforms, sites_for
@@ -61,7 +62,7 @@ class Variant:
     """One rotation of a model: learned, an unlearned baseline, or "none"; or a compared method.
 
     digest: of everything that was learned; made from rotations and transforms unless it is set. transforms: learned scales and
-    clips (`storage.rotations.load_transforms`), which `sites` and `weights` contain.
+    clips (`storage.rotations.load_transforms`), which `sites` and `weights` contain. blocks: of its R1 and R2.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Variant:
     transforms: dict[str, Tensor] = field(default_factory=dict)
     method: VariantMethod | None = None
     digest: str = ""
+    blocks: Blocks = WHOLE
 
     def __post_init__(self) -> None:
         if not self.digest:
@@ -109,14 +111,17 @@ def build_variant(config: RunConfig, files: ModelFiles, name: str, device: torch
         rotations = load_rotations(path, shape.hidden, shape.head_dim, shape.layers)
         transforms = learned_transforms(path, config)
     else:
-        rotations = initial(name, shape, config.rotation.seed)
+        rotations = seeded_rotations(name, config, shape)
     sites = sites_for(config, shape, rotated=rotations is not None, heads=name == "quarot")
     sites = dataclasses.replace(sites, clips=transforms.get("clip"))
     scales = {key.removeprefix("scale."): t for key, t in transforms.items() if key.startswith("scale.")}
     weights = RotatedWeights(
         files.weights, shape, rotations, sites.r4, device, model_dtype(config), sites.heads, scales
     )
-    return Variant(name, rotations, sites, weights, transforms)
+    blocks = WHOLE
+    if rotations is not None and (block := rotations[0].shape[-1]) < shape.hidden:  # as its file has them
+        blocks = Blocks(block, min(block, shape.head_dim), config.rotation.block_shared)
+    return Variant(name, rotations, sites, weights, transforms, blocks=blocks)
 
 
 def calibration_tokens(config: RunConfig, files: ModelFiles) -> Tensor:

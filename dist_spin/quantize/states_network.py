@@ -20,6 +20,7 @@ from dist_spin.model.layers import LayerRunner
 from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
+from dist_spin.numerics.block_rotation import apply_rotation
 from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.fingerprints import states_identity
@@ -31,7 +32,7 @@ from dist_spin.pipeline.variants import Variant
 class StatesNetwork:
     """A 16-bit network that is run layer by layer to store hidden states.
 
-    rotation: R1 [h, h], which turns its states into those of the variant; None where they are the variant's own.
+    rotation: R1 [h, h] (or its blocks), which turns its states into those of the variant; None where they are the variant's own.
     """
 
     runner: LayerRunner
@@ -43,7 +44,7 @@ class StatesNetwork:
         if self.rotation is None:
             return hidden
         wide = accumulation_dtype(hidden.dtype)
-        return (hidden.to(wide) @ self.rotation.to(hidden.device, wide)).to(hidden.dtype)
+        return apply_rotation(hidden.to(wide), self.rotation.to(hidden.device, wide)).to(hidden.dtype)
 
 
 def own_network_reason(config: RunConfig, variant: Variant) -> str:

@@ -26,7 +26,7 @@ from dist_spin.report.style import (
     style_of,
     whole_numbers,
 )
-from dist_spin.storage.results import bits_label
+from dist_spin.storage.results import bits_label, without_blocks
 from dist_spin.storage.run_directory import LEARNED
 
 FEWEST_SEEDS = 3  # that make a distribution
@@ -143,9 +143,10 @@ def _seeds(summary: RunSummary) -> Iterator[Drawing]:
     rows = [row for row in summary.rows if "ppl" in row and "system" in row]
     groups: dict[tuple[str, str, str], dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
-        if row["system"] in ("random Hadamard", "random orthogonal", "ours"):
+        system = without_blocks(row["system"])
+        if system in ("random Hadamard", "random orthogonal", "ours"):
             key = (row["dataset"], bits_label(row), row["weights"])
-            groups.setdefault(key, {}).setdefault(row["system"], []).append(row)
+            groups.setdefault(key, {}).setdefault(system, []).append(row)
 
     def seeds(systems: dict[str, list[dict[str, Any]]]) -> int:
         return max((len(of_system) for name, of_system in systems.items() if name != "ours"), default=0)

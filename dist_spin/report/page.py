@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from dist_spin.model.rotation import Blocks
 from dist_spin.report.figures import drawings
 from dist_spin.report.run_summary import RunSummary, stages
 from dist_spin.report.sentence import sentence
@@ -138,6 +139,7 @@ def headline(summary: RunSummary) -> list[tuple[str, str]]:
     q, optimize, quantize = config["quant"], config["optimize"], config["quantize"]
     rotation = config["rotation"]
     start = rotation["load"] or f"{rotation['init']}, seed {rotation['seed']}"
+    blocks = Blocks(rotation.get("block", 0), shared=rotation.get("block_shared", False)).label
     bits = f"{bits_label(q)}, weights by {quantize['method']}"
     if summary.only_compared:
         compared = config["compare"]
@@ -146,7 +148,7 @@ def headline(summary: RunSummary) -> list[tuple[str, str]]:
     return [
         ("Model", f"{config['model']['path']} ({config['model']['dtype']})"),
         ("Bits", bits),
-        ("Rotations", f"R1, R2{', online R3, R4' if rotation['online'] else ''}; start: {start}"),
+        ("Rotations", f"R1, R2{', online R3, R4' if rotation['online'] else ''}{blocks}; start: {start}"),
         (
             "Learning",
             f"{optimize['steps']} steps of {optimize['batch_size']} × {optimize['seq_len']} tokens, {optimize['source']}",

@@ -6,7 +6,7 @@ from typing import Any
 
 from dist_spin.report.run_summary import RunSummary
 from dist_spin.report.tables import FULL, one_accuracy_each
-from dist_spin.storage.results import bits_label
+from dist_spin.storage.results import bits_label, without_blocks
 
 LEARNED_ROWS = ("learned rotation", "ours", "given rotation")  # best first: what a run is about
 HADAMARD = "random Hadamard"
@@ -46,8 +46,10 @@ def sentence(summary: RunSummary) -> str:
         assert full is not None
         return f"Full precision has perplexity {number(full.ppl)} on {text}; nothing that is quantised is measured yet."
     chosen = _chosen(quantised)
-    others = [m for m in quantised if m.method == HADAMARD and (m.bits, m.weights) == (chosen.bits, chosen.weights)]
-    what = f"{chosen.bits} {WITH.get(chosen.method, f'by {chosen.method}')}"
+    hadamards = [m for m in quantised if without_blocks(m.method) == HADAMARD]
+    others = [m for m in hadamards if (m.bits, m.weights) == (chosen.bits, chosen.weights)]
+    plain = without_blocks(chosen.method)
+    what = f"{chosen.bits} {WITH.get(plain, f'by {plain}')}{chosen.method.removeprefix(plain)}"
     seeds = f" (mean of {chosen.seeds} seeds)" if chosen.seeds > 1 else ""
     share = _accuracy_kept(summary, chosen)
     if full is None:
@@ -61,10 +63,10 @@ def sentence(summary: RunSummary) -> str:
             if share
             else f"{what} {_cost(chosen, full, text)}: {against}"
         )
-    if others and chosen.method != HADAMARD:
+    if others and plain != HADAMARD:
         theirs, ours = numbers(others[0].ppl, chosen.ppl)
         said += f"; a random Hadamard {'gives' if others[0].ppl > chosen.ppl else 'does no worse, with'} {theirs}"
-    elif chosen.method not in LEARNED_ROWS:
+    elif plain not in LEARNED_ROWS:
         said += "; the learned rotations are not measured yet"
     return f"{said}."
 
@@ -92,7 +94,7 @@ def _means(rows: list[dict[str, Any]]) -> list[Measured]:
 
 def _chosen(measured: list[Measured]) -> Measured:
     """The learned rotations at the fewest bits; where they are not measured, whatever is best there."""
-    learned = [m for m in measured if m.method in LEARNED_ROWS] or measured
+    learned = [m for m in measured if without_blocks(m.method) in LEARNED_ROWS] or measured
     fewest = min(map(_width, learned))
     return min((m for m in learned if _width(m) == fewest), key=lambda m: m.ppl)
 

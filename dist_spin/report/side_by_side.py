@@ -14,7 +14,7 @@ from dist_spin.report.sentence import PREFERRED, numbers
 from dist_spin.report.style import BLUE, GREEN, PURPLE, VERMILLION, Drawing, legend, one_axes, short, whole_numbers
 from dist_spin.report.tables import FULL, Cell, Table, is_share, task_text
 from dist_spin.runtime.progress import clock
-from dist_spin.storage.results import bits_label, system_label
+from dist_spin.storage.results import bits_label, system_label, without_blocks
 
 COLOURS, LINES, MARKERS = (GREEN, BLUE, VERMILLION, PURPLE), ("-", "--", "-.", ":"), ("o", "s", "x", "^")
 NOTHING = "–"
@@ -41,7 +41,8 @@ def sentence_side_by_side(summaries: list[RunSummary]) -> str:
         row: by_run for row, by_run in lines.items() if row[2] != FULL and len(by_run) > 1 and not is_share(row[0])
     }
     texts = [row for row in shared if row[0].startswith(PREFERRED)] or list(shared)
-    learned = [row for row in texts if row[2] in ("learned rotation", "ours", "given rotation")] or texts
+    methods = ("learned rotation", "ours", "given rotation")
+    learned = [row for row in texts if without_blocks(row[2]) in methods] or texts
     if not learned:
         return f"{len(summaries)} runs; no quantised model is measured alike in two of them."
     row = min(learned, key=lambda row: min(shared[row].values()))

@@ -36,6 +36,11 @@ def system_label(system: str, clips: str) -> str:
     return system if clips == "none" else f"{system}, clipped" if clips == "quarot" else f"{system}, {clips}"
 
 
+def without_blocks(method: str) -> str:
+    """The name of a method or system as it is without the blocks of its rotations (`model.rotation.Blocks.label`)."""
+    return method.partition(", in ")[0]
+
+
 def public(row: dict[str, Any]) -> dict[str, Any]:
     """A measurement as results.json has it: without what only its own file needs."""
     return {key: value for key, value in row.items() if key not in ("losses", "identity")}

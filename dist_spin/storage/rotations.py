@@ -33,6 +33,8 @@ def save_final(
 ) -> None:
     """Write rotations/final.safetensors (R1 [h, h], R2 [layers, d, d], learned `transforms`) and R1, R2 as R.bin (fp32).
 
+    Block-diagonal ones are the blocks alone, [h / b, b, b] and [layers, d / b, b, b]; in R.bin whole matrices, as others read it.
+
     bits: of activations ("a"), keys ("k") and values ("v") that clips among the transforms were learned at, if known.
     """
     if bits:
@@ -43,8 +45,12 @@ def save_final(
 
 
 def _published(r1: Tensor, r2: Tensor) -> dict[str, Tensor]:
-    """R1 and R2 in fp32 under the published names."""
-    return {"R1": r1.float().cpu(), **{R2_NAME.format(i): r.float().cpu().clone() for i, r in enumerate(r2)}}
+    """R1 and R2 as whole matrices in fp32 under the published names."""
+    whole = {"R1": r1, **{R2_NAME.format(i): r for i, r in enumerate(r2)}}
+    return {
+        name: torch.block_diag(*r).float().cpu() if r.dim() == 3 else r.float().cpu().clone()
+        for name, r in whole.items()
+    }
 
 
 def _save_r_bin(run: RunDir, r1: Tensor, r2: Tensor) -> None:
@@ -79,7 +85,7 @@ def learned_steps(run: RunDir, warn: Callable[[str], None]) -> int | None:
 
 
 def restore_r_bin(run: RunDir, r1: Tensor, r2: Tensor, warn: Callable[[str], None]) -> None:
-    """Write R.bin again if it does not hold these R1 [h, h] and R2 [layers, d, d], in fp32."""
+    """Write R.bin again if it does not hold these R1 [h, h] and R2 [layers, d, d], or their blocks, in fp32."""
     path = run.rotations / "R.bin"
     expected = _published(r1, r2)
     try:
@@ -104,6 +110,8 @@ def _read(path: Path) -> Any:
 def load_rotations(path: Path, hidden: int, head_dim: int, layers: int) -> tuple[Tensor, Tensor]:
     """R1 [hidden, hidden] and R2 [layers, head_dim, head_dim], fp64, from a .safetensors file of ours or an `R.bin`.
 
+    Of block-diagonal ones the blocks [k, b, b] and [layers, k, b, b], where the file has them so.
+
     Raises:
         UserError: the file is missing, unreadable, not orthogonal, or belongs to a model of another size.
     """
@@ -127,11 +135,11 @@ def load_rotations(path: Path, hidden: int, head_dim: int, layers: int) -> tuple
         if problem.startswith("Weights only"):  # torch's advice is to run what is in the file
             problem = "torch.load reads no tensors in it"
         raise UserError(f"{path} is not a rotation file for {layers} layers ({problem})", remedy) from error
-    wanted = (hidden, hidden), (layers, head_dim, head_dim)
-    if shapes != wanted or count != layers:
+    sizes = hidden, head_dim
+    if count != layers or any(not _turns(r, n) for r, n in zip((shapes[0], shapes[1][1:]), sizes, strict=True)):
         raise UserError(
             f"{path} holds R1 {shapes[0]} and {count} R2 {shapes[1][1:]}, "
-            f"but this model needs R1 {wanted[0]} and {layers} R2 {wanted[1][1:]}",
+            f"but this model needs R1 {(hidden, hidden)} and {layers} R2 {(head_dim, head_dim)}",
             "it was made for another model",
         )
     for name, r in (("R1", r1), ("R2", r2)):
@@ -139,6 +147,13 @@ def load_rotations(path: Path, hidden: int, head_dim: int, layers: int) -> tuple
         if not off < 1e-2:
             raise UserError(f"{path}: {name} is not orthogonal (error {off:.1e})", "check rotation.load")
     return r1, r2
+
+
+def _turns(shape: tuple[int, ...], n: int) -> bool:
+    """Whether a rotation of this shape, whole [n, n] or in blocks [k, b, b], turns n channels."""
+    if len(shape) == 3:
+        return shape[0] * shape[1] == n and shape[1] == shape[2] > 1
+    return shape == (n, n)
 
 
 def _plain(r: Tensor) -> Tensor:
