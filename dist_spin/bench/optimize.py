@@ -1,6 +1,7 @@
 """Time rotation learning on random weights of a real shape, with everything a run does, its checkpoints included.
 
 dist-spin bench optimize configs/shapes/llama-3-8b optimize.batch_size=8 --steps 5 --json out.json
+dist-spin bench optimize configs/shapes/llama-3-8b --layers 8 optimize.batch_size=1 rotation.block=32
 dist-spin bench optimize configs/shapes/llama-3-8b --layers 8 optimize.batch_size=1 --baseline weight-side
 dist-spin bench optimize configs/shapes/llama-3-70b --layers 8,16,32 --sequences 1,2,4      a row for each combination
 torchrun --nproc_per_node 2 -m dist_spin bench optimize configs/shapes/llama-3-70b distributed.engine=deepspeed
@@ -122,7 +123,7 @@ def measure(options: argparse.Namespace, world: World, sequences: int = 0, layer
     parts = {name: statistics.median(t[name] for t in timed[2:]) for name in timed[0]}
     shape = Shape.of(json_config(directory))
     tokens = config.optimize.batch_size * config.optimize.seq_len
-    flop = step_flop(shape, tokens, config.optimize.seq_len) / world.size
+    flop = step_flop(shape, tokens, config.optimize.seq_len, config.rotation.block) / world.size
     ceiling, ceiling_dtype = matmul_ceiling(world.device)
     levels = [getattr(layer, "level", "") for layer in train_state.model.layers]
     cuda = world.device.type == "cuda"
@@ -133,6 +134,7 @@ def measure(options: argparse.Namespace, world: World, sequences: int = 0, layer
         "shard_ranks": train_state.engine.shards(world),
         "layers": shape.layers,
         "w_bits": config.optimize.w_bits,
+        "rotation_block": config.rotation.block,
         "sequences": config.optimize.batch_size,
         "tokens_per_step": tokens,
         "load_s": round(loading, 2),
@@ -193,17 +195,17 @@ def one_step(train_state: TrainState, writer: CheckpointWriter) -> dict[str, flo
     return {**parts, "step": marks[-1] - marks[0]}
 
 
-def step_flop(shape: Shape, tokens: int, seq_len: int) -> float:
+def step_flop(shape: Shape, tokens: int, seq_len: int, block: int = 0) -> float:
     """Floating-point operations that one step needs, nothing computed twice: what percentages are of.
 
     Forward and gradient of the activations through every weight (frozen: no weight gradient), causal attention (forward 1,
-    backward 2.5 times), and per rotated site two products forward and one backward.
+    backward 2.5 times), and per rotated site two products forward and one backward, with R1 as a whole or in blocks.
     """
     h, i, kv = shape.hidden, shape.intermediate, shape.kv_heads * shape.head_dim
     q = shape.heads * shape.head_dim
     linears = 2 * h * q + 2 * h * kv + 3 * h * i
     attention = 2 * q * seq_len / 2 * 3.5 * 2  # per token: (QK^T and PV) over half of the positions
-    rotations = 2 * 3 * 2 * h * h
+    rotations = 2 * 3 * 2 * h * (block or h)
     per_layer = tokens * (2 * 2 * linears + attention + rotations)
     return shape.layers * per_layer + tokens * 2 * 2 * shape.vocab * h
 

@@ -120,3 +120,12 @@ def test_learning_with_rounded_weights_is_the_same_on_any_number_of_ranks(words,
     for rotations in others:
         for name in ("R1", "R2"):
             assert (rotations[name] - alone[name]).abs().max() < 1e-9
+
+
+def test_blocks_are_learned_the_same_on_three_ranks(words, tmp_path_factory):
+    """Eight blocks of R1, which three ranks do not divide, and rows of weights that begin within a block."""
+    more = ("rotation.block=6", "rotation.r4_block=16", "optimize.w_bits=4", "optimize.steps=3")
+    one, three = (learned(size, words, tmp_path_factory.mktemp(f"blocks{size}"), *more) for size in (1, 3))
+    assert (one["R1"].shape, one["R2"].shape) == ((8, 6, 6), (2, 2, 6, 6))
+    for name in ("R1", "R2"):
+        assert (one[name] - three[name]).abs().max() < 1e-9, name
