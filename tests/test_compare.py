@@ -12,13 +12,14 @@ from tiny import terminate_when, tiny_run, write_model
 
 from dist_spin.cli import main
 from dist_spin.compare.plan import Trial, plan_trials, settings_of, sharing_key, work_units
-from dist_spin.config.checks import parse_bits
+from dist_spin.config.bit_columns import parse_bits, parse_column
 from dist_spin.config.compare import CompareConfig
 from dist_spin.config.loader import load_config
 from dist_spin.config.optimize import OptimizeConfig
 from dist_spin.errors import UserError
 from dist_spin.evaluate.tables import comparison_table
 from dist_spin.storage.atomic import read_lines
+from dist_spin.storage.results import bits_label
 from dist_spin.storage.run_directory import RunDir
 
 pytestmark = pytest.mark.usefixtures("restored_process")
@@ -48,6 +49,25 @@ def rows_of(run: Path) -> list[dict]:
 def test_bits_are_read_from_text():
     assert [parse_bits(t) for t in ("W4A4KV4", "W4A16", "W16A4KV8")] == [(4, 4, 4), (4, 16, 16), (16, 4, 8)]
     assert [parse_bits(t) for t in ("W4", "A4W4", "W4A4KV9", "W1A4", "w4a4", "W4A4KV4 ")] == [None] * 6
+    whole = "int"
+    named = {
+        "W4A4-nvfp4": ((4, 4, 16), ("nvfp4", "nvfp4", whole)),
+        "W4A16-mxfp4": ((4, 16, 16), ("mxfp4", whole, whole)),
+        "W8A8-fp8": ((8, 8, 16), ("fp8", "fp8", whole)),
+        "W8A8KV8-fp8": ((8, 8, 8), ("fp8", "fp8", "fp8")),
+        "W4A4-mxfp4-KV8-fp8": ((4, 4, 8), ("mxfp4", "mxfp4", "fp8")),
+        "W4-mxfp4-A8-mxfp8": ((4, 8, 16), ("mxfp4", "mxfp8", whole)),
+        "W4-A4-nvfp4-KV4": ((4, 4, 4), (whole, "nvfp4", whole)),
+        "W16A4-nvfp4": ((16, 4, 16), (whole, "nvfp4", whole)),
+    }
+    for text, (widths, formats) in named.items():
+        assert parse_column(text) == (widths, formats)
+        row = dict(zip(("w_bits", "a_bits", "k_bits", "v_bits"), (*widths, widths[2]), strict=True))
+        row |= dict(zip(("w_format", "a_format", "kv_format"), formats, strict=True))
+        assert bits_label(row) == text
+    assert [parse_column(t) for t in ("W4A4-fp8", "W4A4-nf4", "nvfp4-W4A4", "W4A4-", "W4A4-nvfp4-fp8", "B4-nvfp4")] == [
+        None
+    ] * 6
     for wrong in ({"bits": ["W4A4KV9"]}, {"methods": ["rtn", "rtn"]}, {"seeds": []}):
         with pytest.raises(UserError, match=f"compare.{next(iter(wrong))}"):
             CompareConfig(**wrong)

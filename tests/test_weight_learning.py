@@ -1,5 +1,7 @@
 """Learning with quantised weights: grids, codes, and gradients against plain autograd of the straight-through network."""
 
+import itertools
+
 import pytest
 import torch
 from test_model import CPU, WeightSide, eager_and_compiled, learning_model, online_sites, relative
@@ -12,6 +14,7 @@ from dist_spin.model.sites_config import Sites
 from dist_spin.model.weight_quant import WeightQuantizer, merged_rows
 from dist_spin.model.weights import ModelFiles, open_model
 from dist_spin.numerics.cayley import tangent
+from dist_spin.numerics.format_weights import format_codes, format_scales
 from dist_spin.numerics.quantizer import STAGED_CLIP, dequantize_weight, quantize_weight, weight_scales
 
 GRIDS = (
@@ -22,8 +25,16 @@ GRIDS = (
 )
 
 
+FORMAT_GRIDS = (WeightQuantizer(4, group_size=16, format="nvfp4", mse_clip=True), WeightQuantizer(8, format="fp8"))
+
+
 def rounded(w: Tensor, grid: WeightQuantizer) -> Tensor:
     """Q(w) by the quantiser's own functions, without packing."""
+    if grid.format != "int":
+        fitted = {"group_size": grid.group_size, "tensor_scale": None, "norm": 2.4, "search": grid.mse_clip}
+        scale = format_scales(w, grid.format, **fitted)
+        codes = format_codes(w, scale, grid.format)
+        return dequantize_weight(codes, scale, torch.zeros_like(scale), grid.group_size, w.dtype)
     how = {"bits": grid.bits, "symmetric": grid.symmetric, "group_size": grid.group_size}
     scale, zero = weight_scales(w, **how, mse_clip=grid.mse_clip, strides=STAGED_CLIP)
     return dequantize_weight(quantize_weight(w, scale, zero, **how), scale, zero, grid.group_size, w.dtype)
@@ -67,8 +78,9 @@ def ids() -> Tensor:
     return torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("kind", SHAPES)
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "grid"), [*itertools.product(SHAPES, GRIDS), *(("gqa_tied", grid) for grid in FORMAT_GRIDS)], ids=str
+)
 def test_gradients_equal_plain_autograd_of_the_straight_through_network(kind, grid, ids, tmp_path):
     files = open_model(str(write_model(kind, tmp_path)))
     r1, r2 = initial("hadamard", files.shape, seed=7)
@@ -88,12 +100,12 @@ def test_gradients_equal_plain_autograd_of_the_straight_through_network(kind, gr
     assert abs(float(loss - unrounded)) > 1e-4  # the grid really is on
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("grid", [*GRIDS, *FORMAT_GRIDS], ids=str)
 def test_a_grid_holds_what_the_quantiser_makes(grid):
-    w = torch.randn(24, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    w = torch.randn(24, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = grid.fit(w)
     assert found.codes.dtype == torch.uint8
-    assert found.codes.shape[1] == (20 if grid.bits <= 4 else 40)
+    assert found.codes.shape[1] == (24 if grid.bits <= 4 else 48)
     assert torch.equal(grid.weight(found, w), rounded(w, grid))
     assert torch.equal(grid.weight(found, w, for_backward=True), rounded(w, grid))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_spin.compare.methods.registry import METHODS
-from dist_spin.config.checks import parse_bits
+from dist_spin.config.bit_columns import INTS, Formats, Widths, parse_column
 from dist_spin.config.optimize import OptimizeConfig
 from dist_spin.config.presets import resolve_clips
 from dist_spin.config.quantize import QuantizeConfig
@@ -70,12 +70,16 @@ def all_systems() -> dict[str, System]:
 
 @dataclass(frozen=True)
 class Trial:
-    """One cell of the table from one seed: a system, the rounding of its weights, and the bits of weights, activations, KV."""
+    """One cell of the table from one seed: a system, the rounding of its weights, and the bits of weights, activations, KV.
+
+    formats: of the same three.
+    """
 
     method: str  # a name of `all_systems`
     seed: int
     weights: str  # none, rtn or gptq
-    bits: tuple[int, int, int]
+    bits: Widths
+    formats: Formats = INTS
 
     @property
     def system(self) -> System:
@@ -87,7 +91,7 @@ def plan_trials(config: RunConfig) -> list[Trial]:
     """Every trial of a comparison, none twice: the table of the first seed, the study of the spread, the other seeds.
 
     Raises:
-        UserError: a method is not built.
+        UserError: a method is not built, or has no place for a number format.
     """
     c, systems = config.compare, all_systems()
     for method in c.methods:
@@ -100,8 +104,11 @@ def plan_trials(config: RunConfig) -> list[Trial]:
         if system.rotation == "none":
             seed = config.rotation.seed
         for rounding in [system.weights] if system.weights else weights:
-            for bits in filter(None, map(parse_bits, widths)):
-                yield Trial(method, seed, rounding if bits[0] < 16 else "none", bits)
+            for bits, formats in filter(None, map(parse_column, widths)):
+                if system.is_method and formats != INTS:
+                    problem = f"compare.methods has '{method}', which is for integers, and compare.bits {formats}"
+                    raise UserError(problem, "compare it in a run without columns of number formats")
+                yield Trial(method, seed, rounding if bits[0] < 16 else "none", bits, formats)
 
     plan = [*trials(FULL, 0, [], ["W16A16"])]
     for seed in c.seeds:
@@ -137,7 +144,8 @@ def settings_of(config: RunConfig, method: str, seed: int, weights: str) -> RunC
         changed = dataclasses.replace(config, rotation=rotation, optimize=learning)
     if method != "ours":
         clips: dict[str, Any] = dict.fromkeys(("a_clip_ratio", "k_clip_ratio", "v_clip_ratio"), 1.0)
-        clips["clips"] = system.clips
+        whole = config.quant.a_format == config.quant.kv_format == "int"  # other formats clip nothing
+        clips["clips"] = system.clips if whole else "none"
         budget = {name: getattr(learning, name) for name in BUDGET}
         # Published systems rotate whole sizes; the random ones are what ours starts from, and have its blocks.
         blocks: dict[str, Any] = {} if method in ("hadamard", "orthogonal") else {"block": 0, "block_shared": False}
@@ -157,10 +165,19 @@ def settings_of(config: RunConfig, method: str, seed: int, weights: str) -> RunC
     return dataclasses.replace(changed, output_dir=str(run_dir(config).path / "compare"), name=name)
 
 
-def at_bits(config: RunConfig, weights: str, bits: tuple[int, int, int]) -> RunConfig:
-    """The configuration with the rounding of a trial and its bits of weights, activations, KV."""
+def at_bits(config: RunConfig, weights: str, bits: Widths, formats: Formats = INTS) -> RunConfig:
+    """The configuration with the rounding of a trial and its bits and formats of weights, activations, KV.
+
+    Groups, zero points and clips that a format has no place for are left out.
+    """
     w, a, kv = bits
     widths: dict[str, Any] = {"w_bits": w, "a_bits": a, "k_bits": kv, "v_bits": kv}
+    widths |= dict(zip(("w_format", "a_format", "kv_format"), formats, strict=True))
+    if formats[0] != "int":
+        widths |= {"w_group_size": 0, "w_symmetric": True, "down_bits": 0}
+    for name, prefixes in ((formats[1], "a"), (formats[2], "kv")):
+        for prefix in prefixes if name != "int" else "":
+            widths |= {f"{prefix}_group_size": 0, f"{prefix}_clip_ratio": 1.0, "clips": "none"}
     method: Any = weights
     if w == 16:
         widths |= {"down_bits": 0, "embedding_bits": 16, "head_bits": 16}

@@ -139,7 +139,9 @@ class Comparison:
         prepared = []
         for trial in group:
             system, weights = trial.system, trial.weights
-            config = at_bits(settings_of(self.config, trial.method, trial.seed, weights), weights, trial.bits)
+            config = at_bits(
+                settings_of(self.config, trial.method, trial.seed, weights), weights, trial.bits, trial.formats
+            )
             if system.is_method:
                 variant = self.learn_method(config, trial.method)
             else:

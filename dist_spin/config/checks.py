@@ -5,7 +5,6 @@ so that NaN never passes.
 """
 
 import difflib
-import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -109,12 +108,3 @@ def check_source(key: str, source: str) -> None:
     hint = f"did you mean {close[0]}? " if close else ""
     choices = f"{', '.join(NAMED_SOURCES)}, self, hf:NAME, text:PATH or tokens:PATH.npy"
     raise UserError(f"{key} is {shown(source)}, which is no text source", f"{hint}use {choices}")
-
-
-def parse_bits(text: str) -> tuple[int, int, int] | None:
-    """Bits of weights, activations, and of keys and values, of a text such as W4A4KV4; None if it is no such text."""
-    found = re.fullmatch(r"W(\d+)A(\d+)(?:KV(\d+))?", text)
-    if found is None:
-        return None
-    w, a, kv = (int(group or 16) for group in found.groups())
-    return (w, a, kv) if {w, a, kv} <= set(BITS) else None

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dist_spin.config.checks import MAX_SEED, check_range, check_text, check_unique, parse_bits, require
+from dist_spin.config.bit_columns import parse_bits
+from dist_spin.config.checks import MAX_SEED, check_range, check_text, check_unique, require
 
 COMPARED = "rtn gptq smoothquant quarot spinquant_no_had spinquant_had ours"
 
@@ -17,7 +18,8 @@ class CompareConfig:
     spinquant_no_had (R1 and R2 alone), spinquant_had (published update rule), ours (this run's settings), and the other
     methods (smoothquant, flatquant, quik, ...; a name that is not one of them is answered with the list)."""
     bits: list[str] = field(default_factory=lambda: ["W4A16", "W4A8", "W4A4KV16", "W4A4KV4", "W4A8KV8"])
-    """Columns: bits of weights, activations, and keys and values (16 if left out)."""
+    """Columns: bits of weights, activations, and keys and values (16 if left out), int unless a number format follows, as in
+    W4A4-nvfp4, W4A16-mxfp4 or W4A4-mxfp4-KV8-fp8; the settings of quant decide what is learned."""
     weights: list[Literal["rtn", "gptq"]] = field(default_factory=lambda: ["rtn", "gptq"])
     """How weights are rounded: every row once with each, but for rtn and gptq themselves."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -46,7 +48,7 @@ class CompareConfig:
         check_unique("compare.weights", self.weights, "name each once")
         check_unique("compare.seeds", self.seeds, "name each once")
         check_unique("compare.spread_bits", self.spread_bits, "name each once")
-        widths = "write each as W4A4KV4 or W4A8, 2 to 8 or 16 bits"
+        widths = "write each as W4A4KV4 or W4A8, 2 to 8 or 16 bits, or with formats as W4A4-mxfp4-KV8-fp8"
         require(all(map(parse_bits, self.bits)), "compare.bits", self.bits, widths)
         require(all(map(parse_bits, self.spread_bits)), "compare.spread_bits", self.spread_bits, widths)
         for seed in self.seeds:

@@ -62,12 +62,14 @@ def eval_targets(config: RunConfig, files: ModelFiles, device: torch.device) -> 
 def describe(config: RunConfig, target: EvalTarget) -> dict[str, Any]:
     """What every row says of the model that was measured: method, rotation, weights, bits, group size and seed."""
     q, off = config.quant, target.full_precision
+    formats = {} if off else {f"{s}_format": getattr(q, f"{s}_format") for s in ("w", "a", "kv")}
     return {
         "method": target.label,
         "rotation": target.variant.name,
         "weights": target.weights,
         "w_bits": q.w_bits if target.weights != "none" else 16,
         **{f"{s}_bits": 16 if off else getattr(q, f"{s}_bits") for s in "akv"},
+        **{name: value for name, value in formats.items() if value != "int"},
         "group_size": q.w_group_size if target.weights != "none" else 0,
         "seed": config.rotation.seed,
     }

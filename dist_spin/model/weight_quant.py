@@ -32,7 +32,10 @@ from dist_spin.numerics.block_rotation import (
     rotation_gradient,
 )
 from dist_spin.numerics.dtypes import accumulation_dtype
+from dist_spin.numerics.format_rounding import E4M3
+from dist_spin.numerics.format_weights import e2m1_values, format_codes, format_scales, pack_e2m1, values_by_fields
 from dist_spin.numerics.quantizer import (
+    CLIP_NORM,
     STAGED_CLIP,
     QuantSpec,
     dequantize_weight,
@@ -59,12 +62,16 @@ BYTES = torch.float8_e5m2
 
 @dataclass(frozen=True)
 class WeightQuantizer:
-    """How merged weights are rounded while rotations are learned; the fields are `quantizer.weight_scales`'s."""
+    """How merged weights are rounded while rotations are learned; the fields are `quantizer.weight_scales`'s.
+
+    format: int, or one of `formats.FORMATS`; each row has then a global scale of its own, where the format has one.
+    """
 
     bits: int
     symmetric: bool = True
     group_size: int = 0
     mse_clip: bool = False
+    format: str = "int"
 
     def packs(self, width: int) -> bool:
         """Whether rows of `width` codes are stored two per byte."""
@@ -72,6 +79,17 @@ class WeightQuantizer:
 
     def fit(self, merged: Tensor) -> "PackedWeight":
         """Codes and scales of rows of a merged weight [rows, in], the scales in fp32 (fp64 for fp64)."""
+        if self.format != "int":
+            scale = format_scales(
+                merged,
+                self.format,
+                group_size=self.group_size,
+                tensor_scale=None,
+                norm=CLIP_NORM,
+                search=self.mse_clip,
+            )
+            codes = format_codes(merged, scale, self.format)
+            return PackedWeight(pack_e2m1(codes) if self.packs(merged.shape[1]) else codes.view(torch.uint8), scale)
         scale, zero = weight_scales(
             merged,
             self.bits,
@@ -96,12 +114,16 @@ class WeightQuantizer:
 
 
 def _decoded(spec: WeightQuantizer, stored: Tensor, like: Tensor) -> Tensor:
+    if spec.format != "int":
+        return e2m1_values(stored) if spec.packs(like.shape[1]) else stored.view(E4M3)
     if spec.packs(like.shape[1]):
         return unpack_int4(stored, symmetric=spec.symmetric)
     return stored.view(torch.int8) if spec.symmetric else stored
 
 
 def _decoded_for_backward(spec: WeightQuantizer, stored: Tensor, like: Tensor) -> Tensor:
+    if spec.format != "int":
+        return values_by_fields(stored, packed=spec.packs(like.shape[1]))
     signed = stored.view(torch.int8)
     if spec.packs(like.shape[1]):
         both = torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1).flatten(-2)  # shifts keep the sign

@@ -65,7 +65,7 @@ def _refine_tiles(
     def values(start: int, stop: int) -> Tensor:
         """Dequantised columns [T, B, R]."""
         groups = group_of[start:stop]
-        return (codes[:, start:stop] - zero.index_select(1, groups)) * scale.index_select(1, groups)
+        return (codes[:, start:stop].to(w.dtype) - zero.index_select(1, groups)) * scale.index_select(1, groups)
 
     for start in range(0, columns, options.block_size):
         stop = min(start + options.block_size, columns)

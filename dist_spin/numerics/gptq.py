@@ -10,13 +10,16 @@ the same number of threads. Products are IEEE fp32 (or fp64) whatever the proces
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dist_spin.numerics.format_rounding import E4M3, round_elements
+from dist_spin.numerics.format_weights import format_codes, format_scales, tensor_scale_of
+from dist_spin.numerics.formats import FORMATS, check_format
 from dist_spin.numerics.quantizer import (
     CLIP_NORM,
     ROW_TILE,
@@ -43,7 +46,8 @@ class GPTQOptions:
     diagonal. `block_size` columns are worked on before the rest is updated: it changes speed, not the result (up to
     rounding). `act_order` takes columns by falling diagonal of H, with every group's scale fixed from the original weight.
     `scale_dtype`: what scales are rounded to before a code is chosen, for runtimes that hold them so; None leaves them in
-    the solve's dtype.
+    the solve's dtype. `format`: int, or one of `formats.FORMATS`, whose scales `mse_clip` searches; `tensor_scale`: NVFP4's
+    global scale, None for that of the weight that is solved.
     """
 
     bits: int = 4
@@ -55,9 +59,13 @@ class GPTQOptions:
     act_order: bool = False
     scale_dtype: torch.dtype | None = None
     clip_norm: float = CLIP_NORM
+    format: str = "int"
+    tensor_scale: float | None = None
 
     def __post_init__(self) -> None:
         code_range(self.bits, symmetric=self.symmetric)
+        if self.format != "int":
+            check_format(self.format, self.bits)
         if self.group_size < 0:
             raise ValueError(f"group_size must be 0 (the whole row) or positive, not {self.group_size}")
         if not 0 < self.clip_norm < math.inf:
@@ -70,15 +78,31 @@ class GPTQOptions:
 
 def fitted_scales(w: Tensor, options: GPTQOptions, group_size: int) -> tuple[Tensor, Tensor]:
     """Scale and zero of w [rows, in] as `weight_scales` finds them under the options, the scale rounded to `scale_dtype`."""
-    scale, zero = weight_scales(
-        w,
-        options.bits,
-        symmetric=options.symmetric,
-        group_size=group_size,
-        mse_clip=options.mse_clip,
-        norm=options.clip_norm,
-    )
+    common: dict[str, Any] = {"group_size": group_size, "norm": options.clip_norm}
+    if options.format == "int":
+        scale, zero = weight_scales(w, options.bits, symmetric=options.symmetric, mse_clip=options.mse_clip, **common)
+    else:
+        scale = format_scales(w, options.format, tensor_scale=options.tensor_scale, search=options.mse_clip, **common)
+        zero = torch.zeros_like(scale)
     return scale if options.scale_dtype is None else scale.to(options.scale_dtype).to(scale.dtype), zero
+
+
+def nearest_codes(w: Tensor, scale: Tensor, zero: Tensor, options: GPTQOptions) -> Tensor:
+    """Codes [rows, in] of w [rows, in] on its grid, rounded to nearest."""
+    if options.format != "int":
+        return format_codes(w, scale, options.format)
+    return quantize_weight(w, scale, zero, options.bits, symmetric=options.symmetric, group_size=options.group_size)
+
+
+def with_tensor_scale(options: GPTQOptions, w: Tensor) -> GPTQOptions:
+    """The options with the global scale of w [rows, in], where the format has one and it is not set."""
+    if options.format != "nvfp4" or options.tensor_scale is not None:
+        return options
+    return replace(options, tensor_scale=tensor_scale_of(w))
+
+
+def _dtype_of_codes(options: GPTQOptions) -> torch.dtype:
+    return code_dtype(options.bits, symmetric=options.symmetric) if options.format == "int" else E4M3
 
 
 class Factor(NamedTuple):
@@ -97,7 +121,7 @@ class Factor(NamedTuple):
 class QuantizedWeight(NamedTuple):
     """Quantised rows, columns in original order; `dequantize_weight` turns them back into a weight."""
 
-    codes: Tensor  # [out, in] int8 (uint8 for 8-bit asymmetric)
+    codes: Tensor  # [out, in] int8 (uint8 for 8-bit asymmetric; E4M3 for formats other than int)
     scale: Tensor  # [out, n_groups] in the factor's dtype
     zero: Tensor  # [out, n_groups] integers, same dtype
 
@@ -185,6 +209,7 @@ def solve(w: Tensor, factor: Factor, options: GPTQOptions) -> QuantizedWeight:
     if not torch.isfinite(w).all():
         raise ValueError("the weight holds NaN or infinity")
     live = whole_batches(torch.where(factor.dead, 0, w.to(factor.feedback.dtype)))
+    options = with_tensor_scale(options, live)
     if factor.order is None and group_size < columns:
         scales = None
     else:
@@ -233,7 +258,7 @@ def _solve_tiles(
         scale, zero = tiled(scales[0]), tiled(scales[1])
     position = torch.arange(columns, device=w.device) if factor.order is None else factor.order
     group_of = position // group_size  # [in] group of each solved column
-    codes = torch.empty(tiles.shape, dtype=code_dtype(options.bits, symmetric=options.symmetric), device=w.device)
+    codes = torch.empty(tiles.shape, dtype=_dtype_of_codes(options), device=w.device)
 
     # A group's fit needs its columns fully updated, so no block reaches past a group that waits to be fitted.
     span = columns if scales is not None else group_size
@@ -255,7 +280,7 @@ def _solve_tiles(
 
     solved = untiled(codes)
     if factor.order is not None:
-        solved = torch.empty_like(solved).index_copy_(1, factor.order, solved)
+        solved = solved[:, factor.order.argsort()]
     return QuantizedWeight(solved, untiled(scale), untiled(zero))
 
 
@@ -290,7 +315,8 @@ def solve_block(
     n each column uses. Returns codes and residuals w - q at the time of rounding, both [T, B, R]. Elementwise in T, R.
     """
     lowest, highest = code_range(options.bits, symmetric=options.symmetric)
-    if (kernels := fused_kernels(w)) is not None:
+    number_format = FORMATS.get(options.format)
+    if number_format is None and (kernels := fused_kernels(w)) is not None:
         codes = torch.empty(w.shape, dtype=code_dtype(options.bits, symmetric=options.symmetric), device=w.device)
         return codes, kernels.solve_block(w, feedback, scale, zero, groups, codes, lowest, highest)
     scale, zero = scale.index_select(1, groups), zero.index_select(1, groups)  # [T, B, R]
@@ -298,7 +324,11 @@ def solve_block(
     steps, residual = torch.empty_like(scale), torch.empty_like(scale)
     for j in range(w.shape[1]):
         column, step, error, unit = w[:, j], steps[:, j], residual[:, j], scale[:, j]  # [T, R]
-        torch.div(column, unit, out=step).round_().clamp_(low[:, j], high[:, j])
+        torch.div(column, unit, out=step)
+        if number_format is None:
+            step.round_().clamp_(low[:, j], high[:, j])
+        else:
+            step.copy_(round_elements(step, number_format))
         torch.mul(step, unit, out=error)
         torch.sub(column, error, out=error)
         w[:, j + 1 :].addcmul_(feedback[j, j + 1 :, None], error[:, None], value=-1)
@@ -313,7 +343,7 @@ def output_errors(w: Tensor, quantized: QuantizedWeight, hessian: Tensor, option
     """
     codes, scale, zero = quantized
     w = w.to(hessian.dtype)
-    nearest = quantize_weight(w, scale, zero, options.bits, symmetric=options.symmetric, group_size=options.group_size)
+    nearest = nearest_codes(w, scale, zero, options)
     figures = torch.zeros(len(w), 3, dtype=torch.float64, device=w.device)
     with exact_products():
         for q, figure in zip((codes, nearest, None), figures.unbind(1), strict=True):

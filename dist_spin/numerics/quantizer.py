@@ -1,4 +1,4 @@
-"""Uniform integer quantisers: dynamic for activations, fixed scales for weights.
+"""Uniform integer quantisers: dynamic for activations, fixed scales for weights; the entry to those of `formats`.
 
 Both use the same grid of integers. A value x becomes the code `clamp(round(x / scale) + zero, lowest, highest)` and comes back as
 `(code - zero) * scale`; the symmetric grid has zero = 0 and codes -2^(b-1) … 2^(b-1)-1, the asymmetric one codes
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from dist_spin.numerics.dtypes import accumulation_dtype
+from dist_spin.numerics.format_rounding import round_groups
+from dist_spin.numerics.formats import check_format
 
 UNQUANTIZED_BITS = 16
 ROW_TILE = 128  # rows that are always processed together; work split at its multiples gives bit-identical results
@@ -50,7 +52,9 @@ class QuantSpec:
     `group_size` counts neighbouring elements of the last dimension that share a scale; 0 means all of them (per token).
     `clip_ratio` shrinks the range that the codes span. `half_steps` computes a symmetric grid as compressed-tensors 0.20
     does, bit for bit: the largest value is (2^bits - 1) / 2 steps, so that it lies half a step beyond the highest code, and
-    scale, quotient and result are each rounded to the input's dtype. Raises ValueError when a field is out of range.
+    scale, quotient and result are each rounded to the input's dtype. `format`: int, or one of `formats.FORMATS`, where
+    `half_steps` stands for the dtype alone; `tensor_scale`: NVFP4's global scale, 0 for each row's own. Raises ValueError
+    when a field is out of range.
     """
 
     bits: int = UNQUANTIZED_BITS
@@ -58,10 +62,14 @@ class QuantSpec:
     group_size: int = 0
     clip_ratio: float = 1.0
     half_steps: bool = False
+    format: str = "int"
+    tensor_scale: float = 0.0
 
     def __post_init__(self) -> None:
         if self.bits != UNQUANTIZED_BITS:
             code_range(self.bits, symmetric=self.symmetric)
+        if self.format != "int":
+            check_format(self.format, self.bits if self.enabled else 0, clip=self.clip_ratio)
         if self.group_size < 0:
             raise ValueError(f"group_size must be 0 (the whole last dimension) or positive, not {self.group_size}")
         if not 0 < self.clip_ratio <= 1:
@@ -167,7 +175,10 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, spec: QuantSpec) -> Tensor:
-        return dequantize_activation(*quantize_activation(x, spec)).to(x.dtype)
+        if spec.format == "int":
+            return dequantize_activation(*quantize_activation(x, spec)).to(x.dtype)
+        groups = _grouped(x if spec.half_steps else x.to(_compute_dtype(x)), spec.group_size)
+        return round_groups(groups, spec.format, spec.tensor_scale).flatten(-2).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
@@ -206,9 +217,9 @@ def range_quantize(x: Tensor, spec: QuantSpec, ratio: Tensor | None = None) -> T
     """`fake_quantize` whose gradient also goes through the range of the codes: to x's extremes and to `ratio`.
 
     ratio: learned clip, a scalar tensor in (0, 1], beside `spec.clip_ratio`. Only rounding is straight-through. With
-    `bits` 16, x itself is returned. Raises ValueError as `quantize_activation` does.
+    `bits` 16, x itself is returned; other formats than int are straight-through. Raises ValueError as `quantize_activation`.
     """
-    return _LearnedRange.apply(x, ratio, spec) if spec.enabled else x
+    return _LearnedRange.apply(x, ratio, spec) if spec.enabled and spec.format == "int" else fake_quantize(x, spec)
 
 
 def range_gradients(x: Tensor, g: Tensor, spec: QuantSpec, ratio: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -219,6 +230,8 @@ def range_gradients(x: Tensor, g: Tensor, spec: QuantSpec, ratio: Tensor | None 
     bounds are the group's extremes times the ratio, so that they pass their gradient to the elements that set them.
     """
     wide = _compute_dtype(x)
+    if spec.format != "int":
+        return g.to(wide), g.new_zeros(())
     groups, g = _grouped(x.to(wide), spec.group_size), _grouped(g.to(wide), spec.group_size)  # [..., n, group]
     low, high = (bound.unsqueeze(-1) for bound in value_range(groups))
     clip = spec.clip_ratio if ratio is None else spec.clip_ratio * ratio.to(wide)

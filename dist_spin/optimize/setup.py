@@ -19,6 +19,7 @@ from dist_spin.model.scales_and_clips import ScalesAndClips
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weight_quant import WeightQuantizer
 from dist_spin.model.weights import ModelFiles
+from dist_spin.numerics.formats import FORMATS
 from dist_spin.optimize.adam_optimizer import AdamOptimizer
 from dist_spin.optimize.best_state import BestState
 from dist_spin.optimize.cayley_optimizer import CayleyOptimizer
@@ -29,7 +30,7 @@ from dist_spin.pipeline.export_limits import check_export_target, tell_exportabl
 from dist_spin.pipeline.fingerprints import EMBEDDING_SETTINGS, WEIGHT_SETTINGS, flat
 from dist_spin.pipeline.initial_rotations import fits_start, starting_rotations
 from dist_spin.pipeline.model import check_vocabulary, model_dtype, open_configured_model
-from dist_spin.pipeline.quant_sites import learned_transforms, sites_for, while_learning
+from dist_spin.pipeline.quant_sites import check_learning_formats, learned_transforms, sites_for, while_learning
 from dist_spin.pipeline.range_init import make_start
 from dist_spin.pipeline.self_generated_text import self_text
 from dist_spin.runtime.distributed import World, on_rank0, raise_on_any_failure
@@ -86,6 +87,7 @@ def build_training(config: RunConfig, world: World) -> TrainState:
     shape, dtype = files.shape, model_dtype(config)
 
     # build sites
+    check_learning_formats(config)
     sites = sites_for(while_learning(config), shape)
 
     # load data
@@ -114,7 +116,11 @@ def build_training(config: RunConfig, world: World) -> TrainState:
     weight_quantizer = None
     if settings.w_bits < 16:
         weight_quantizer = WeightQuantizer(
-            settings.w_bits, quant.w_symmetric, quant.w_group_size, mse_clip=quant.w_mse_clip
+            settings.w_bits,
+            quant.w_symmetric,
+            quant.w_group_size if quant.w_format == "int" else FORMATS[quant.w_format].group,
+            mse_clip=quant.w_mse_clip,
+            format=quant.w_format,
         )
     rotations = Rotations(r1, r2, device, dtype, learn=True, euclidean=weight_quantizer is not None)
     transforms = build_transforms(config, files, sites, device) if settings.scales or settings.clips else None

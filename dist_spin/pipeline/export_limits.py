@@ -83,6 +83,10 @@ def exportable(config: RunConfig, model: Any) -> str:
 
 def conflicts(target: str, config: RunConfig, model: Any, *, starting: bool) -> Iterator[UserError]:
     """Every setting in the way of an export as `target`; see `check_target`."""
+    if target in QUANTISED:
+        for which in ("w", "a"):
+            if (name := getattr(config.quant, f"{which}_format")) != "int":
+                yield UserError(f"{target} is written for quant.{which}_format=int, not {name}", "export as hf")
     online, profile, shape = config.rotation.online, config.export.profile, Shape.of(model)
     if profile == "r4-block" and target == "gguf":
         yield UserError("llama.cpp applies no Hadamard before down_proj", "use export.profile=no-had")

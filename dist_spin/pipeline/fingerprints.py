@@ -13,6 +13,7 @@ from dist_spin.config.loader import RENAMED
 from dist_spin.config.run import RunConfig
 from dist_spin.data import tokens_fingerprint
 from dist_spin.model.weights import ModelFiles
+from dist_spin.numerics.formats import FORMATS
 from dist_spin.numerics.gptq import GPTQOptions
 from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.model import model_dtype
@@ -22,11 +23,12 @@ EMBEDDING_SETTINGS = ("quant.embedding_bits", "quant.head_bits")  # decide nothi
 WEIGHT_SETTINGS = ("quant.w_", "quant.down_bits", *EMBEDDING_SETTINGS)  # beginnings of what decides weights alone
 
 
-NEWER = {
+NEWER: dict[str, Any] = {  # settings that runs of before do not name, with what those did
     "quant.a_group_size": 0,
     "rotation.block": 0,
     "rotation.block_shared": False,
-}  # settings that runs of before do not name, with what those did
+    **dict.fromkeys(("quant.w_format", "quant.a_format", "quant.kv_format"), "int"),
+}
 
 
 def flat(settings: Any, prefix: str) -> dict[str, Any]:
@@ -89,13 +91,16 @@ def gptq_options(config: RunConfig) -> GPTQOptions:
     options = GPTQOptions(
         w.w_bits,
         w.w_symmetric,
-        w.w_group_size,
+        w.w_group_size if w.w_format == "int" else FORMATS[w.w_format].group,
         w.w_mse_clip,
         q.percdamp,
         q.block_size,
         q.act_order,
         clip_norm=q.clip_norm,
+        format=w.w_format,
     )
+    if w.w_format != "int":
+        return options
     # Runtimes hold scales in the model's number format; but vLLM those of weights that meet int8 activations as int8 in fp32.
     int8 = w.arithmetic == "vllm" and w.w_bits == w.a_bits == 8 and w.down_bits in (0, 8) and not w.w_group_size
     if w.arithmetic in ("compressed-tensors", "vllm") and not int8 and dtype_name(config) in HALF:

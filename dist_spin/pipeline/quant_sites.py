@@ -14,6 +14,7 @@ from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 from dist_spin.model.sites_config import CLIP_SITES, Sites
+from dist_spin.numerics.formats import FORMATS
 from dist_spin.numerics.hadamard import NoHadamard, largest_block
 from dist_spin.numerics.hadamard_transform import kronecker_factors
 from dist_spin.numerics.quantizer import QuantSpec
@@ -51,6 +52,7 @@ def sites_for(config: RunConfig, shape: Shape, *, rotated: bool = True, heads: b
             raise UserError(
                 f"quant.{which}_group_size={group} does not divide this model's head size {d}", f"use {d}, or 0 for it"
             )
+    check_format_groups(config, shape)
     inputs = {shape.hidden, shape.heads * d, shape.intermediate}
     for which in ("w", "a"):
         group = getattr(q, f"{which}_group_size")
@@ -63,12 +65,18 @@ def sites_for(config: RunConfig, shape: Shape, *, rotated: bool = True, heads: b
             )
 
     def spec(which: str, default_group: int) -> QuantSpec:
-        values = vars(q)
+        values, name = vars(q), q.a_format if which == "a" else q.kv_format
+        if name != "int":
+            own_dtype = q.arithmetic == "compressed-tensors"
+            bits, group = values[f"{which}_bits"], FORMATS[name].group or default_group
+            return QuantSpec(bits, symmetric=True, group_size=group, half_steps=own_dtype, format=name)
         group = values.get(f"{which}_group_size") or default_group
         return QuantSpec(values[f"{which}_bits"], values[f"{which}_symmetric"], group, values[f"{which}_clip_ratio"])
 
     half_steps = q.arithmetic == "compressed-tensors" and q.a_symmetric
-    a = dataclasses.replace(spec("a", 0), half_steps=half_steps)
+    a = spec("a", 0)
+    if a.format == "int":
+        a = dataclasses.replace(a, half_steps=half_steps)
     online = config.rotation.online and rotated
     block = largest_block(shape.heads)
     return Sites(
@@ -90,12 +98,55 @@ def _r4(config: RunConfig, shape: Shape) -> tuple[Tensor, ...]:
     return hadamard_factors(size, rotation.r4_size, "rotation.r4_block")
 
 
+def check_format_groups(config: RunConfig, shape: Shape) -> None:
+    """Refuse formats whose groups do not divide what they are for.
+
+    Raises:
+        UserError: names the setting and the sizes.
+    """
+    q = config.quant
+    inputs = [shape.hidden, shape.heads * shape.head_dim, shape.intermediate]
+    for which, name, sizes in (
+        ("w", q.w_format, inputs),
+        ("a", q.a_format, inputs),
+        ("kv", q.kv_format, [shape.head_dim]),
+    ):
+        group = FORMATS[name].group if name != "int" else 0
+        if group and any(size % group for size in sizes):
+            text = f"quant.{which}_format={name} has groups of {group}, which do not divide this model's sizes "
+            raise UserError(text + ", ".join(map(str, sorted(set(sizes)))), "use fp8 or int")
+
+
 def while_learning(config: RunConfig) -> RunConfig:
-    """The configuration whose sites learning sees: activations, keys and values at `optimize.a_bits`, if that is set."""
-    bits = config.optimize.a_bits
+    """The configuration whose sites learning sees: activations, keys and values at `optimize.a_bits`, if that is set.
+
+    Keys and values in a number format have its bits.
+    """
+    q, bits = config.quant, config.optimize.a_bits
     if not bits:
         return config
-    return dataclasses.replace(config, quant=dataclasses.replace(config.quant, a_bits=bits, k_bits=bits, v_bits=bits))
+    kv = bits if q.kv_format == "int" else FORMATS[q.kv_format].bits
+    return dataclasses.replace(config, quant=dataclasses.replace(q, a_bits=bits, k_bits=kv, v_bits=kv))
+
+
+def check_learning_formats(config: RunConfig) -> None:
+    """Refuse to learn at bits, or to learn clips, that the number formats have no place for.
+
+    Raises:
+        UserError: names both settings.
+    """
+    q, o = config.quant, config.optimize
+    for setting, bits, which, kind in (
+        ("optimize.w_bits", o.w_bits, "w", q.w_format),
+        ("optimize.a_bits", o.a_bits, "a", q.a_format),
+    ):
+        if kind != "int" and bits not in (0, 16, FORMATS[kind].bits):
+            raise UserError(f"{setting}={bits}, but quant.{which}_format={kind}", f"use {FORMATS[kind].bits}")
+    if o.clips and (q.a_format, q.kv_format) != ("int", "int"):
+        named = f"quant.a_format={q.a_format}" if q.a_format != "int" else f"quant.kv_format={q.kv_format}"
+        raise UserError(
+            f"optimize.clips=true learns to clip, which {named} has no place for", "use optimize.clips=false"
+        )
 
 
 def site_bits(config: RunConfig) -> dict[str, int]:
@@ -106,9 +157,11 @@ def site_bits(config: RunConfig) -> dict[str, int]:
 def clips_at(config: RunConfig, learned_at: dict[str, int], clips: Tensor) -> Tensor:
     """Learned clip ratios [layers, CLIPS] for the sites of `config`: 1 wherever its bits are not those they were learned at.
 
-    Clipping the range helps at 4 bits and costs accuracy at more. learned_at: `site_bits` of the learning.
+    Clipping the range helps at 4 bits and costs accuracy at more; number formats other than int clip nothing. learned_at:
+    `site_bits` of the learning.
     """
-    bits = site_bits(config)
+    formats = {"a": config.quant.a_format, "k": config.quant.kv_format, "v": config.quant.kv_format}
+    bits = {site: width if formats[site] == "int" else 0 for site, width in site_bits(config).items()}
     same_bits = [bits[kind] == learned_at[kind] for kind in (site if site in bits else "a" for site in CLIP_SITES)]
     return torch.where(torch.tensor(same_bits, device=clips.device), clips, 1.0)
 

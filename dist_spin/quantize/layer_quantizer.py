@@ -17,18 +17,21 @@ from dist_spin.model.architecture import ATTENTION_NORM, LAYER_LINEARS, MLP_NORM
 from dist_spin.model.layers import LayerRunner
 from dist_spin.numerics.coordinate_descent import coordinate_descent
 from dist_spin.numerics.finite import all_finite, dtype_remedy
+from dist_spin.numerics.format_rounding import E4M3
 from dist_spin.numerics.gptq import (
     GPTQOptions,
     QuantizedWeight,
     fitted_scales,
+    nearest_codes,
     output_errors,
     prepare,
     solve,
     split_rows,
+    with_tensor_scale,
 )
 from dist_spin.numerics.hessian import TOKEN_CHUNK, Hessian
 from dist_spin.numerics.outlier_columns import condense
-from dist_spin.numerics.quantizer import ROW_TILE, dequantize_weight, quantize_weight
+from dist_spin.numerics.quantizer import ROW_TILE, dequantize_weight
 from dist_spin.runtime.distributed import World, gather_parts, sum_over_ranks_
 from dist_spin.runtime.progress import warn
 from dist_spin.storage.quantized_layers import QuantizedLayer
@@ -80,6 +83,7 @@ class LayerQuantizer:
             {},
             self.options.symmetric,
             self.options.group_size,
+            self.options.format,
         )
         attention: Any = self._layer.self_attn
         mlp: Any = self._layer.mlp
@@ -143,6 +147,9 @@ class LayerQuantizer:
         # Rows are independent of each other, so all linears of the site are solved as one; tiles belong to one linear each.
         tiled = [_whole_tiles(linear.weight) for linear in linears.values()]
         stacked = torch.cat(tiled)
+        options = with_tensor_scale(
+            options, stacked
+        )  # linears that engines fuse, those of a site, share a global scale
         start, stop = split_rows(len(stacked), self.world.size)[self.world.rank]
         rows = whole_rows = stacked[start:stop]
         if exact is not None:
@@ -172,6 +179,8 @@ class LayerQuantizer:
             error, rtn_error, size = errors[rows_of_role].sum(0).tolist()
             self._result.quantized_weights[role] = quantized
             self._result.bits[role] = options.bits
+            if options.tensor_scale is not None:
+                self._result.tensor_scales[role] = options.tensor_scale
             self._result.figures[role] = {
                 "error": error / size if size else 0.0,
                 "rtn_error": rtn_error / size if size else 0.0,
@@ -207,9 +216,7 @@ class LayerQuantizer:
     def _round(self, rows: Tensor, o: GPTQOptions) -> QuantizedWeight:
         wide = rows.to(self.hessian_dtype)
         scale, zero = fitted_scales(wide, o, o.group_size)
-        return QuantizedWeight(
-            quantize_weight(wide, scale, zero, o.bits, symmetric=o.symmetric, group_size=o.group_size), scale, zero
-        )
+        return QuantizedWeight(nearest_codes(wide, scale, zero, o), scale, zero)
 
 
 def _linear(layer: nn.Module, role: str) -> nn.Linear:
@@ -238,6 +245,8 @@ def _gather(part: Tensor, rows: int, world: World) -> Tensor:
     """The rows of all ranks, in order, on every rank."""
     if world.size == 1:
         return part
+    if part.dtype == E4M3:  # which no backend sends
+        return _gather(part.view(torch.uint8), rows, world).view(E4M3)
     row_ranges = split_rows(rows, world.size)
     longest = max(stop - start for start, stop in row_ranges)
     padded = part.new_zeros(longest, *part.shape[1:])

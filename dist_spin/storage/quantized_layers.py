@@ -6,12 +6,13 @@ The embedding and lm_head, where they are quantised, share a file beside them.
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dist_spin.numerics.format_weights import pack_e2m1, unpack_e2m1
 from dist_spin.numerics.gptq import QuantizedWeight
 from dist_spin.numerics.quantizer import dequantize_weight, pack_int4, unpack_int4
 from dist_spin.storage.tensor_file import CorruptFile, load_if_current, load_tensors, save_tensors
@@ -24,7 +25,8 @@ class QuantizedLayer:
     quantized_weights: linear (`self_attn.q_proj`, ...) -> codes and scales. others: remaining parameters (biases, q/k norms,
     and the layer norms of a model that was not rotated) by their names within the layer, and for a linear some of whose
     columns are exact, ROLE.kept (their indices) and ROLE.columns [out, n]. figures: per linear, `error` (relative
-    output error), `rtn_error` (the same for rounding to nearest) and `damping`. bits: of each linear's codes.
+    output error), `rtn_error` (the same for rounding to nearest) and `damping`. bits: of each linear's codes. format: of the
+    weights, as `quant.w_format`. tensor_scales: NVFP4's global scale of each linear.
     """
 
     quantized_weights: dict[str, QuantizedWeight]
@@ -33,6 +35,8 @@ class QuantizedLayer:
     bits: dict[str, int]
     symmetric: bool
     group_size: int
+    format: str = "int"
+    tensor_scales: dict[str, float] = field(default_factory=dict)
 
     def weights(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """All parameters by their names within the layer, dequantised."""
@@ -57,9 +61,8 @@ def save_layer(path: Path, layer: QuantizedLayer, fingerprint: str) -> None:
     tensors = dict(layer.others)
     for role, quantized in layer.quantized_weights.items():
         packed = layer.bits[role] == 4 and quantized.codes.shape[-1] % 2 == 0
-        tensors[f"{role}.packed" if packed else f"{role}.codes"] = (
-            pack_int4(quantized.codes) if packed else quantized.codes
-        )
+        pack = pack_int4 if layer.format == "int" else pack_e2m1
+        tensors[f"{role}.packed" if packed else f"{role}.codes"] = pack(quantized.codes) if packed else quantized.codes
         tensors[f"{role}.scale"] = quantized.scale
         if not layer.symmetric:
             tensors[f"{role}.zero"] = quantized.zero
@@ -69,6 +72,8 @@ def save_layer(path: Path, layer: QuantizedLayer, fingerprint: str) -> None:
         "group_size": layer.group_size,
         "figures": layer.figures,
     }
+    if layer.format != "int":
+        header |= {"format": layer.format, "tensor_scales": layer.tensor_scales}
     save_tensors(path, tensors, {"fingerprint": fingerprint, "name": path.name, "layer": json.dumps(header)})
 
 
@@ -86,7 +91,10 @@ def load_layer(path: Path, device: torch.device | str = "cpu") -> tuple[Quantize
     for name, tensor in tensors.items():
         role, _, kind = name.rpartition(".")
         if kind in ("packed", "codes"):
-            codes = unpack_int4(tensor, symmetric=header["symmetric"]) if kind == "packed" else tensor
+            codes = tensor
+            if kind == "packed":
+                whole = "format" not in header
+                codes = unpack_int4(tensor, symmetric=header["symmetric"]) if whole else unpack_e2m1(tensor)
             scale = tensors[f"{role}.scale"]
             quantized_weights[role] = QuantizedWeight(
                 codes, scale, tensors.get(f"{role}.zero", torch.zeros_like(scale))
@@ -94,7 +102,7 @@ def load_layer(path: Path, device: torch.device | str = "cpu") -> tuple[Quantize
         elif kind in ("weight", "bias", "kept", "columns"):
             others[name] = tensor
     return QuantizedLayer(
-        quantized_weights, others, **{k: header[k] for k in ("figures", "bits", "symmetric", "group_size")}
+        quantized_weights, others, **{f.name: header[f.name] for f in fields(QuantizedLayer) if f.name in header}
     ), (metadata["fingerprint"])
 
 

@@ -6,6 +6,7 @@ Rows come from files of their own (`evaluations/`), so that a damaged results.js
 from collections.abc import Callable
 from typing import Any
 
+from dist_spin.config.bit_columns import column_name
 from dist_spin.runtime.progress import warn
 from dist_spin.storage.atomic import write_json
 from dist_spin.storage.checked_json import (
@@ -26,9 +27,9 @@ from dist_spin.storage.tensor_file import CorruptFile
 
 
 def bits_label(row: dict[str, Any]) -> str:
-    """The bit widths of a row or of the settings `quant` as tables name them: W4A4KV4, or W4A4K4V8 where K and V differ."""
-    k, v = row["k_bits"], row["v_bits"]
-    return f"W{row['w_bits']}A{row['a_bits']}" + (f"KV{k}" if k == v else f"K{k}V{v}")
+    """The bit widths and formats of a row or of the settings `quant` as tables name them: W4A4KV4, W4A4K4V8, W4A4-nvfp4."""
+    widths = {name: row[f"{name.lower()}_bits"] for name in "WAKV"}
+    return column_name(widths, {name: row.get(f"{name.lower()}_format", "int") for name in ("W", "A", "KV")})
 
 
 def system_label(system: str, clips: str) -> str:

@@ -1,0 +1,98 @@
+"""Runs in number formats: learned, quantised, measured, compared, with what they cannot hold refused in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from exported import exported, logits, make_run, pipeline_cell
+from tiny import tiny_run, write_model
+from transformers import LlamaConfig
+
+import dist_spin
+from dist_spin.cli import main
+from dist_spin.storage.quantized_layers import layer_path, load_layer
+from dist_spin.storage.run_directory import RunDir
+
+pytestmark = pytest.mark.usefixtures("restored_process")
+
+# Sizes of whole groups of 32 everywhere.
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+IDS = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 128}
+PLAIN = ["rotation.online=false", "optimize.a_bits=0", "quant.k_bits=16", "quant.v_bits=16"]
+FP8 = ["quant.w_format=fp8", "quant.a_format=fp8", "quant.w_bits=8", "quant.a_bits=8"]
+MXFP4 = ["quant.w_format=mxfp4", "quant.a_format=mxfp4"]
+FP8_KV = ["quant.kv_format=fp8", "quant.k_bits=8", "quant.v_bits=8"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    config = LlamaConfig(**SIZES, **IDS, num_hidden_layers=2, tie_word_embeddings=True)
+    return write_model(config, tmp_path_factory.mktemp("formats") / "model", dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "label"),
+    [
+        ([*FP8, *FP8_KV], "W8A8KV8-fp8"),
+        ([*MXFP4, *FP8_KV, "optimize.w_bits=4"], "W4A4-mxfp4-KV8-fp8"),
+        (["quant.w_format=nvfp4", "quant.a_format=mxfp8", "quant.a_bits=8"], "W4-nvfp4-A8-mxfp8"),
+    ],
+    ids=["fp8", "mxfp4", "mixed"],
+)
+def test_a_run_learns_rounds_measures_and_comes_back(model, tmp_path, settings, label, capfd):
+    words = tiny_run(tmp_path, "model.dtype=float32", *PLAIN, *settings, model=model)
+    run = make_run(words, "optimize", "quantize", "evaluate")
+    assert label in capfd.readouterr().out
+    rows = json.loads((run / "results.json").read_text())
+    assert {row["weights"] for row in rows} >= {"none", "gptq"}
+    layer, _ = load_layer(layer_path(RunDir(run).layers(), 0))
+    assert all(figures["error"] < figures["rtn_error"] for figures in layer.figures.values())
+    if layer.format == "nvfp4":  # what engines fuse shares its global scale
+        shared = layer.tensor_scales
+        assert shared["self_attn.q_proj"] == shared["self_attn.k_proj"] == shared["self_attn.v_proj"]
+        assert shared["mlp.gate_proj"] == shared["mlp.up_proj"] != shared["self_attn.q_proj"]
+    # The quantisers at run time come back with an export whose weights are not packed.
+    loaded = dist_spin.load(exported(words, "hf"), device="cpu")
+    assert torch.equal(logits(loaded), logits(pipeline_cell(words, "none")))
+
+
+def test_a_table_has_columns_of_formats(model, tmp_path, capfd):
+    columns = ["W4A4-mxfp4-KV8-fp8", "W4A4KV4"]
+    more = [f"compare.bits=[{', '.join(columns)}]", "compare.methods=[quarot]", "compare.seeds=[0]"]
+    more += ["compare.weights=[gptq]", "quant.w_group_size=16", "quant.a_clip_ratio=0.9"]
+    assert main(["compare", *tiny_run(tmp_path, "model.dtype=float32", *more, model=model)]) == 0
+    table = capfd.readouterr().out
+    assert all(column in table for column in columns)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["quant.w_format=fp8"], "quant.w_bits is 4; quant.w_format=fp8 has 8 bits, so use 8"),
+        (["quant.a_format=fp8"], "quant.a_bits is 4"),
+        (["quant.w_format=mxfp4", "quant.w_group_size=16"], "has groups of 32, so use 0"),
+        (["quant.w_format=mxfp4", "quant.w_symmetric=false"], "has no zero point, so use true"),
+        (["quant.w_format=mxfp4", "quant.down_bits=8"], "quant.down_bits is 8"),
+        (["quant.a_format=mxfp4", "quant.a_clip_ratio=0.9"], "clips nothing, so use 1"),
+        (["quant.a_format=mxfp4", "quant.clips=quarot"], "clips nothing, so use none"),
+        (["quant.a_format=nvfp4", "quant.o_per_head=true"], "quant.o_per_head is True"),
+        (["quant.kv_format=fp8"], "quant.k_bits is 4"),
+        (["quant.a_format=nf4"], "quant.a_format"),
+        ([*MXFP4, "optimize.a_bits=8"], "optimize.a_bits=8, but quant.a_format=mxfp4; use 4"),
+        ([*MXFP4, "optimize.w_bits=8"], "optimize.w_bits=8, but quant.w_format=mxfp4; use 4"),
+        ([*MXFP4, "optimize.clips=true"], "use optimize.clips=false"),
+        ([*MXFP4, "export.target=executorch"], "executorch is written for quant.w_format=int, not mxfp4"),
+    ],
+)
+def test_what_formats_do_not_hold_is_refused_in_one_line(model, tmp_path, settings, said, capfd):
+    assert main(["optimize", *tiny_run(tmp_path, *settings, model=model)]) == 2
+    error = capfd.readouterr().err.strip()
+    assert said in error.splitlines()[-1]
+
+
+def test_groups_that_do_not_fit_the_model_are_refused(tmp_path, capfd):
+    assert main(["optimize", *tiny_run(tmp_path, "quant.a_format=mxfp4")]) == 2
+    assert (
+        "quant.a_format=mxfp4 has groups of 32, which do not divide this model's sizes 48, 80" in capfd.readouterr().err
+    )
