@@ -11,6 +11,15 @@ from transformers import LlamaConfig
 
 import dist_spin
 from dist_spin.cli import main
+from dist_spin.model.layers import LayerRunner
+from dist_spin.model.rotated_weights import RotatedWeights
+from dist_spin.model.sites_config import INPUT_SCALES, Sites
+from dist_spin.model.weights import open_model
+from dist_spin.numerics.format_rounding import global_scale
+from dist_spin.numerics.gptq import GPTQOptions
+from dist_spin.numerics.quantizer import QuantSpec
+from dist_spin.quantize.layer_quantizer import LayerQuantizer
+from dist_spin.runtime.distributed import World
 from dist_spin.storage.quantized_layers import layer_path, load_layer
 from dist_spin.storage.run_directory import RunDir
 
@@ -21,6 +30,7 @@ SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attent
 IDS = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 128}
 PLAIN = ["rotation.online=false", "optimize.a_bits=0", "quant.k_bits=16", "quant.v_bits=16"]
 FP8 = ["quant.w_format=fp8", "quant.a_format=fp8", "quant.w_bits=8", "quant.a_bits=8"]
+NVFP4 = ["quant.w_format=nvfp4", "quant.a_format=nvfp4"]
 MXFP4 = ["quant.w_format=mxfp4", "quant.a_format=mxfp4"]
 FP8_KV = ["quant.kv_format=fp8", "quant.k_bits=8", "quant.v_bits=8"]
 
@@ -36,9 +46,9 @@ def model(tmp_path_factory) -> Path:
     [
         ([*FP8, *FP8_KV], "W8A8KV8-fp8"),
         ([*MXFP4, *FP8_KV, "optimize.w_bits=4"], "W4A4-mxfp4-KV8-fp8"),
-        (["quant.w_format=nvfp4", "quant.a_format=mxfp8", "quant.a_bits=8"], "W4-nvfp4-A8-mxfp8"),
+        (NVFP4, "W4A4-nvfp4"),
     ],
-    ids=["fp8", "mxfp4", "mixed"],
+    ids=["fp8", "mxfp4", "nvfp4"],
 )
 def test_a_run_learns_rounds_measures_and_comes_back(model, tmp_path, settings, label, capfd):
     words = tiny_run(tmp_path, "model.dtype=float32", *PLAIN, *settings, model=model)
@@ -52,9 +62,45 @@ def test_a_run_learns_rounds_measures_and_comes_back(model, tmp_path, settings, 
         shared = layer.tensor_scales
         assert shared["self_attn.q_proj"] == shared["self_attn.k_proj"] == shared["self_attn.v_proj"]
         assert shared["mlp.gate_proj"] == shared["mlp.up_proj"] != shared["self_attn.q_proj"]
+        assert len(set(layer.others[INPUT_SCALES].tolist())) == 4
     # The quantisers at run time come back with an export whose weights are not packed.
     loaded = dist_spin.load(exported(words, "hf"), device="cpu")
     assert torch.equal(logits(loaded), logits(pipeline_cell(words, "none")))
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize("seen", [True, False], ids=["quantised-inputs", "plain-inputs"])
+def test_global_scales_of_inputs_are_those_of_the_largest_and_go_with_the_layer(model, seen):
+    files = open_model(str(model), dtype=torch.float32)
+    weights = RotatedWeights(files.weights, files.shape, None, (), torch.device("cpu"), torch.float32)
+    spec = QuantSpec(4, symmetric=True, group_size=16, format="nvfp4")
+    sites = Sites(a=spec, o=spec)
+    runner = LayerRunner(
+        files.config, sites if seen else Sites(), device=weights.device, dtype=torch.float32, rotated=False
+    )
+    generator = torch.Generator().manual_seed(0)
+    hidden = [torch.randn(1, 20, 64, generator=generator) for _ in range(4)]
+    entered, options = list(hidden), GPTQOptions(group_size=16, format="nvfp4")
+    alone = World(0, 1, 0, 1, weights.device)
+    quantizer = LayerQuantizer(runner, alone, "gptq", options, torch.float32, input_scales=True)
+    layer = quantizer.quantize(0, weights.layer(0), hidden)
+    plain = LayerRunner(files.config, Sites(), device=weights.device, dtype=torch.float32, rotated=False)
+    norm = plain.build(0, weights.layer(0)).input_layernorm
+    largest = max(norm(h).abs().amax() for h in entered)
+    assert layer.others[INPUT_SCALES][0] == global_scale(largest)
+    finished = layer.weights(torch.float32, weights.device)
+    served = LayerRunner(files.config, sites, device=weights.device, dtype=torch.float32, rotated=False).build(
+        0, finished
+    )
+    scales = [
+        served.input_layernorm.spec,
+        served.self_attn.o_proj.input_quant.spec,
+        served.post_attention_layernorm.spec,
+    ]
+    scales.append(served.mlp.down_proj.input_quant.spec)
+    assert [site.tensor_scale for site in scales] == layer.others[INPUT_SCALES].tolist()
+    rebuilt = runner.build(0, finished)
+    assert all(torch.equal(runner.run(rebuilt, 0, h), left) for h, left in zip(entered, hidden, strict=True))
 
 
 def test_a_table_has_columns_of_formats(model, tmp_path, capfd):

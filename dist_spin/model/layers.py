@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_spin.model.architecture import Shape, attention_masks, rotary, skeleton
-from dist_spin.model.sites_config import Sites, attach, widen_norms
+from dist_spin.model.sites_config import INPUT_SCALES, Sites, attach, widen_norms
 
 
 class LayerRunner:
@@ -24,14 +24,17 @@ class LayerRunner:
         self.rotary = rotary(self.base, device)
 
     def build(self, index: int, weights: dict[str, Tensor], sites: Sites | None = None) -> nn.Module:
-        """Decoder layer `index` with `weights` (names within the layer, any dtype) and its sites (default: the runner's)."""
+        """Decoder layer `index` with `weights` (names within the layer, any dtype) and its sites (default: the runner's).
+
+        Among the weights may be INPUT_SCALES, which go to the sites.
+        """
         layer: nn.Module = copy.deepcopy(self.base.model.layers[index])
         layer.load_state_dict({k: w.to(self.device, self.dtype) for k, w in weights.items()}, strict=False, assign=True)
         widen_norms(layer, folded=self.rotated)
         missing = [name for name, p in layer.named_parameters() if p.is_meta]
         assert not missing, f"layer {index} was given no {missing[0]}"
         sites = self.sites if sites is None else sites.to(self.device, self.dtype)
-        self.attach(layer, index, sites.layer(index))
+        self.attach(layer, index, sites.layer(index).with_tensor_scales(weights.get(INPUT_SCALES)))
         return layer.requires_grad_(requires_grad=False)
 
     def attach(self, layer: nn.Module, index: int, sites: Sites) -> None:

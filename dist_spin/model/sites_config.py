@@ -21,6 +21,10 @@ from dist_spin.model.sites import (
 from dist_spin.numerics.quantizer import QuantSpec
 
 CLIP_SITES = ("attention", "o", "mlp", "down", "k", "v")  # where clips are learned, in the order in which they are kept
+INPUT_SCALES = (
+    "input.tensor_scales"  # name, among a layer's tensors, of NVFP4's global scales [4] of the inputs of linears
+)
+SCALED_SITES = CLIP_SITES[:4]  # whose they are, in this order
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,14 @@ class Sites:
             v=clip(self.v, "v"),
             clips=None,
         )
+
+    def with_tensor_scales(self, scales: Tensor | None) -> "Sites":
+        """The sites of one layer, with NVFP4's global scales [4] of SCALED_SITES; other formats, or None, change nothing."""
+        if scales is None or self.a.format != "nvfp4":
+            return self
+        specs = (self.a, self.o, self.mlp or self.a, self.down or self.a)
+        scaled = [dataclasses.replace(s, tensor_scale=scale) for s, scale in zip(specs, scales.tolist(), strict=True)]
+        return dataclasses.replace(self, a=scaled[0], o=scaled[1], mlp=scaled[2], down=scaled[3])
 
 
 def attach(

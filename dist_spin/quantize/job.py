@@ -157,5 +157,13 @@ class QuantizeJob:
             down_bits, exact = method.down_bits or down_bits, {"exact_columns": method.exact_columns}
         dtype = wide_dtype(self.config)
         return LayerQuantizer(
-            self.runner, self.world, q.method, options, dtype, down_bits=down_bits, cd_passes=q.cd_passes, **exact
+            self.runner,
+            self.world,
+            q.method,
+            options,
+            dtype,
+            down_bits=down_bits,
+            cd_passes=q.cd_passes,
+            **exact,
+            input_scales=self.config.quant.a_format == "nvfp4" and self.variant.sites.a.enabled,
         )

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from dist_spin.errors import NumericsError
 from dist_spin.model.architecture import ATTENTION_NORM, LAYER_LINEARS, MLP_NORM
 from dist_spin.model.layers import LayerRunner
+from dist_spin.model.sites_config import INPUT_SCALES
 from dist_spin.numerics.coordinate_descent import coordinate_descent
 from dist_spin.numerics.finite import all_finite, dtype_remedy
-from dist_spin.numerics.format_rounding import E4M3
+from dist_spin.numerics.format_rounding import E4M3, global_scale
 from dist_spin.numerics.gptq import (
     GPTQOptions,
     QuantizedWeight,
@@ -31,8 +32,8 @@ from dist_spin.numerics.gptq import (
 )
 from dist_spin.numerics.hessian import TOKEN_CHUNK, Hessian
 from dist_spin.numerics.outlier_columns import condense
-from dist_spin.numerics.quantizer import ROW_TILE, dequantize_weight
-from dist_spin.runtime.distributed import World, gather_parts, sum_over_ranks_
+from dist_spin.numerics.quantizer import ROW_TILE, QuantSpec, dequantize_weight, fake_quantize
+from dist_spin.runtime.distributed import World, gather_parts, max_over_ranks, sum_over_ranks_
 from dist_spin.runtime.progress import warn
 from dist_spin.storage.quantized_layers import QuantizedLayer
 
@@ -45,7 +46,8 @@ class LayerQuantizer:
     hessian_dtype: fp32, or fp64 where results must not depend on how sequences are split over ranks. clock: entered
     around each of `PARTS`, for benchmarks. exact_columns: of a layer's index, the input columns [n] int64 of its
     linears that stay exact, by linear; those of one site are the same.
-    cd_passes: passes over the columns after GPTQ that make its codes better (`coordinate_descent`).
+    cd_passes: passes over the columns after GPTQ that make its codes better (`coordinate_descent`). input_scales: find
+    NVFP4's global scales of what linears read, from the largest value of all sequences.
     """
 
     def __init__(
@@ -59,10 +61,12 @@ class LayerQuantizer:
         down_bits: int = 0,
         exact_columns: Callable[[int], dict[str, Tensor]] = lambda index: {},
         cd_passes: int = 0,
+        *,
+        input_scales: bool = False,
     ) -> None:
         self.runner, self.world, self.method, self.options = runner, world, method, options
         self.hessian_dtype, self.clock = hessian_dtype, clock
-        self.exact_columns, self.cd_passes = exact_columns, cd_passes
+        self.exact_columns, self.cd_passes, self.input_scales = exact_columns, cd_passes, input_scales
         self.down_options = dataclasses.replace(options, bits=down_bits or options.bits)
 
     @torch.no_grad()
@@ -89,23 +93,58 @@ class LayerQuantizer:
         mlp: Any = self._layer.mlp
         attention_norm, mlp_norm = getattr(self._layer, ATTENTION_NORM), getattr(self._layer, MLP_NORM)
 
+        found: list[float] = []  # global scales of inputs, in the order of SCALED_SITES
         linears = ("q_proj", "k_proj", "v_proj")
+        self._scale_norm(attention_norm, hidden, found)
         self._solve([f"self_attn.{n}" for n in linears], (attention_norm(h) for h in hidden), self.options)
         output, attention.o_proj = attention.o_proj, attention.o_proj.input_quant
-        with self.clock("forward"):
-            inputs = [self._attend(index, attention_norm(h)) for h in hidden]  # what o_proj reads
+        with self.clock("forward"):  # what o_proj reads
+            inputs = self._read(attention.o_proj, lambda h: self._attend(index, attention_norm(h)), hidden, found)
         attention.o_proj = output
         self._solve(["self_attn.o_proj"], inputs, self.options)
         self._add_to_residual(hidden, inputs, output.linear)
 
+        self._scale_norm(mlp_norm, hidden, found)
         self._solve(["mlp.gate_proj", "mlp.up_proj"], (mlp_norm(h) for h in hidden), self.options)
         down, mlp.down_proj = mlp.down_proj, mlp.down_proj.input_quant
-        with self.clock("forward"):
-            inputs = [mlp(mlp_norm(h)) for h in hidden]  # what down_proj reads
+        with self.clock("forward"):  # what down_proj reads
+            inputs = self._read(mlp.down_proj, lambda h: mlp(mlp_norm(h)), hidden, found)
         mlp.down_proj = down
         self._solve(["mlp.down_proj"], inputs, self.down_options)
         self._add_to_residual(hidden, inputs, down.linear)
+        if found:
+            self._result.others[INPUT_SCALES] = torch.tensor(found)
         return self._result
+
+    def _scale_norm(self, norm: Any, hidden: list[Tensor], found: list[float]) -> None:
+        """Set the global scale of what the site behind a norm quantises, and add it to `found`."""
+        if self.input_scales:
+            with self.clock("forward"):
+                spec, norm.spec = norm.spec, QuantSpec()
+                norm.spec = self._scaled(spec, (norm(h) for h in hidden), found)
+
+    def _read(
+        self, site: Any, run: Callable[[Tensor], Tensor], hidden: list[Tensor], found: list[float]
+    ) -> list[Tensor]:
+        """What the linear behind `site` reads, by `run` up to the site; its global scale is set and added to `found`."""
+        if not self.input_scales:
+            return [run(h) for h in hidden]
+        spec, site.spec = site.spec, QuantSpec()
+        inputs = [run(h) for h in hidden]
+        site.spec = self._scaled(spec, inputs, found)
+        for i, x in enumerate(inputs):
+            inputs[i] = fake_quantize(x, site.spec)
+        return inputs
+
+    def _scaled(self, spec: QuantSpec, unrounded: Iterable[Tensor], found: list[float]) -> QuantSpec:
+        """A site's quantiser with NVFP4's global scale of what it will round, on all ranks; the scale is added to `found`."""
+        largest = torch.zeros((), dtype=torch.float32, device=self.runner.device)
+        for x in unrounded:
+            largest = torch.maximum(largest, x.abs().amax().float())
+        # The bits of numbers that are not negative are in their order, NaN last.
+        shared = torch.tensor(max_over_ranks(int(largest.view(torch.int32))), dtype=torch.int32).view(torch.float32)
+        found.append(float(global_scale(shared)))
+        return dataclasses.replace(spec, tensor_scale=found[-1]) if spec.enabled else spec
 
     def _add_to_residual(self, hidden: list[Tensor], inputs: list[Tensor], linear: nn.Module) -> None:
         """Add the outputs of `linear` to the residual stream, in place; each input is freed once it is used."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dist_spin.model.sites_config import INPUT_SCALES
 from dist_spin.numerics.format_weights import pack_e2m1, unpack_e2m1
 from dist_spin.numerics.gptq import QuantizedWeight
 from dist_spin.numerics.quantizer import dequantize_weight, pack_int4, unpack_int4
@@ -23,10 +24,10 @@ class QuantizedLayer:
     """A decoder layer after quantisation.
 
     quantized_weights: linear (`self_attn.q_proj`, ...) -> codes and scales. others: remaining parameters (biases, q/k norms,
-    and the layer norms of a model that was not rotated) by their names within the layer, and for a linear some of whose
-    columns are exact, ROLE.kept (their indices) and ROLE.columns [out, n]. figures: per linear, `error` (relative
-    output error), `rtn_error` (the same for rounding to nearest) and `damping`. bits: of each linear's codes. format: of the
-    weights, as `quant.w_format`. tensor_scales: NVFP4's global scale of each linear.
+    and the layer norms of a model that was not rotated) by their names within the layer, INPUT_SCALES where inputs of
+    linears are NVFP4, and for a linear some of whose columns are exact, ROLE.kept (their indices) and ROLE.columns [out, n].
+    figures: per linear, `error` (relative output error), `rtn_error` (the same for rounding to nearest) and `damping`. bits: of
+    each linear's codes. format: of the weights, as `quant.w_format`. tensor_scales: NVFP4's global scale of each linear.
     """
 
     quantized_weights: dict[str, QuantizedWeight]
@@ -42,6 +43,8 @@ class QuantizedLayer:
         """All parameters by their names within the layer, dequantised."""
         exact = {name for role in self.quantized_weights for name in (f"{role}.kept", f"{role}.columns")}
         out = {name: tensor.to(device, dtype) for name, tensor in self.others.items() if name not in exact}
+        if INPUT_SCALES in self.others:  # no parameters: they stay as they are
+            out[INPUT_SCALES] = self.others[INPUT_SCALES]
         for role, quantized in self.quantized_weights.items():
             codes, scale, zero = (t.to(device) for t in quantized)
             out[f"{role}.weight"] = dequantize_weight(codes, scale, zero, self.group_size, dtype)
@@ -99,7 +102,7 @@ def load_layer(path: Path, device: torch.device | str = "cpu") -> tuple[Quantize
             quantized_weights[role] = QuantizedWeight(
                 codes, scale, tensors.get(f"{role}.zero", torch.zeros_like(scale))
             )
-        elif kind in ("weight", "bias", "kept", "columns"):
+        elif kind in ("weight", "bias", "kept", "columns") or name == INPUT_SCALES:
             others[name] = tensor
     return QuantizedLayer(
         quantized_weights, others, **{f.name: header[f.name] for f in fields(QuantizedLayer) if f.name in header}
