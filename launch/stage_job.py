@@ -60,6 +60,7 @@ class StageJob:
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
             signal.pause()
         if code != EXIT_OK:
+            sys.tracebacklimit = 0  # submitit prints two; they would push the stage's own line out of `dist-spin logs`
             raise RuntimeError(f"dist-spin {stage} returned {code}; its line above says why")
         return code
 

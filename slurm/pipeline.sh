@@ -1,7 +1,7 @@
 #!/bin/bash
 # The whole pipeline as Slurm jobs that wait for each other: optimize, quantize (an array), evaluate, report.
 #
-#   slurm/pipeline.sh configs/quickstart.yaml [key=value ...]
+#   slurm/pipeline.sh CONFIG.yaml [key=value ...]
 #
 # Account, partition and resources are set at the top of the two sbatch files, or for all of them at once in the environment:
 # SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS, SBATCH_CONSTRAINT are read by sbatch itself. Run it again when something was
@@ -10,7 +10,7 @@
 set -euo pipefail
 
 # ---- settings -----------------------------------------------------------------------------------------------------------
-export ROOT=${ROOT:-$PWD}              # this repository, on a file system that all nodes see
+export ROOT=${ROOT:-$PWD}              # where slurm/ and CONFIG.yaml lie; all nodes must see it
 export PYTHON=${PYTHON:-.venv/bin/python}
 AT_ONCE=${AT_ONCE:-16}                 # tasks of the array that run at the same time
 OPTIMIZE=(${OPTIMIZE_OPTIONS:-})       # more options of sbatch for each kind of job, such as --nodes=4 --time=120

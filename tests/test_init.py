@@ -89,6 +89,7 @@ def test_questions_are_asked_again_until_the_answer_can_be_used():
         (["notes.txt", "--model", "x", "--gpus", "1", "--target", "hf"], "give a FILE.yaml"),
         (["no/such/folder.yaml", "--example", "quickstart"], "cannot write no/such/folder.yaml: No such file"),
         (["--example", "quickstart", "--gpus", "2"], "--example is a whole configuration"),
+        (["scripts", "--example", "slurm"], "--example slurm writes a folder of that name; leave scripts out"),
     ],
 )
 def test_its_mistakes_are_one_line_and_write_nothing(words, said, capsys, monkeypatch):

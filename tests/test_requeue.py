@@ -73,6 +73,17 @@ def test_a_job_whose_time_is_up_waits_for_its_ranks_and_not_for_itself():
     assert answered.stdout.splitlines() == ["requeued optimize", "True"]
 
 
+def test_a_stage_that_failed_speaks_for_itself_without_a_traceback():
+    failing = "from dist_spin.launch.stage_job import StageJob; StageJob('optimize', ['none.yaml'], ranks=1)()"
+    environment = {**os.environ, "SUBMITIT_EXECUTOR": "local"}
+    asked = [sys.executable, "-c", failing]
+    ended = subprocess.run(asked, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 1
+    assert "cannot read none.yaml: No such file" in ended.stderr
+    assert "dist-spin optimize returned 2; its line above says why" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 def test_a_scheduler_that_does_not_answer_costs_no_job_its_requeue(monkeypatch, tmp_path):
     program = tmp_path / "squeue"
     program.write_text("#!/bin/sh\nexec sleep 20\n")

@@ -64,7 +64,9 @@ def init(
     if example is not None:
         if (model, gpus, target) != (None, None, None):
             raise UserError("--example is a whole configuration", "leave --model, --gpus and --target out")
-        if example == SLURM and file is None:
+        if example == SLURM:
+            if file is not None:
+                raise UserError("--example slurm writes a folder of that name", f"leave {one_line(str(file))} out")
             return _write_scripts(Path(SLURM), force=force)
         return _write(
             file or Path(f"{example.rpartition('/')[2].removesuffix('.yaml')}.yaml"),
