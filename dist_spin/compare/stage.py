@@ -25,9 +25,11 @@ from dist_spin.compare.method_variants import learn, method_variant
 from dist_spin.compare.plan import FULL, Trial, TrialGroup, at_bits, clips_text, plan_trials, settings_of, work_units
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import Interrupted
-from dist_spin.evaluate.perplexity import described, measured_before, measuring_tokens, recorded, window_losses
+from dist_spin.evaluate.fidelity import window_figures
+from dist_spin.evaluate.perplexity import described, measured_before, measuring_tokens, recorded
 from dist_spin.evaluate.tables import comparison_table, row_key
-from dist_spin.evaluate.targets import EvalTarget
+from dist_spin.evaluate.targets import EvalTarget, full_precision
+from dist_spin.evaluate.teacher import Teacher
 from dist_spin.model.context import check_context
 from dist_spin.model.weights import ModelFiles
 from dist_spin.optimize.train import train
@@ -91,6 +93,14 @@ class Comparison:
     def calibration(self) -> Tensor:
         """The text [n, T] that weights are quantised on."""
         return calibration_tokens(self.config, self.files)
+
+    @cached_property
+    def teacher(self) -> Teacher | None:
+        """The full-precision model, with which all others are compared; its states of a text are kept once it was read."""
+        if not self.config.evaluate.fidelity:
+            return None
+        target = full_precision(self.config, self.files, self.world.device)
+        return Teacher(self.config, self.world, self.files, target, self.stop)
 
     def complete_units(self, units: dict[str, list[TrialGroup]]) -> dict[str, list[TrialGroup]]:
         """Measure what is missing of units of the plan, one after the other; returns those that other processes are at.
@@ -187,16 +197,18 @@ class Comparison:
         target, seed = trials[0].target, trials[0].trial.seed
         if missing:
             config = trials[0].config if target.weights == "none" else self.quantized(trials[0])
-            texts = list(self.texts.values())
+            sources = list(self.texts)
             for batch in self.batches(missing):
                 began = time.monotonic()
                 weights = "16-bit" if target.weights == "none" else target.weights
                 description = f"measure {target.label}, {weights} weights, seed {seed}, {len(batch)} measurements"
-                pairs = [(prepared.target.variant.sites, texts[i]) for prepared, i in batch]
-                losses = window_losses(config, self.world, self.files, target, pairs, description, self.stop)
+                jobs = [(prepared.target.variant.sites, sources[i]) for prepared, i in batch]
+                figures = window_figures(
+                    config, self.world, self.files, target, jobs, self.texts, description, self.teacher, self.stop
+                )
                 seconds = (time.monotonic() - began) / len(batch)
-                for (prepared, i), mean in zip(batch, losses, strict=True):
-                    prepared.rows[i] = recorded(self.run, prepared.rows[i], mean, seconds)
+                for (prepared, i), measured in zip(batch, figures, strict=True):
+                    prepared.rows[i] = recorded(self.run, prepared.rows[i], measured, seconds)
         if target.weights != "none" and not self.config.compare.keep_layers:
             # Also where nothing was missing: a process that was killed after it had measured left its layers.
             layers = run_dir(self.in_own_directory(trials[0])).path

@@ -30,6 +30,9 @@ class EvaluateConfig:
     """Sequences measured per source, from its start; 0 means all."""
     unquantized_weights: bool = False
     """Also measure every rotation with 16-bit weights: what learning achieved before the weights were rounded."""
+    fidelity: bool = True
+    """Also measure how close each variant stays to full precision on these texts: the KL divergence of its next-token
+    distribution, mean and 99th percentile in nats per token, and how often both find the same token most probable."""
     tasks: list[str] = field(default_factory=list)
     """Zero-shot tasks of lm-evaluation-harness: boolq, piqa, siqa, hellaswag, winogrande, arc_easy, arc_challenge,
     openbookqa, lambada_openai; none by default."""

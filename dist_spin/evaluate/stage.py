@@ -2,7 +2,8 @@
 
     dist-spin evaluate configs/quickstart.yaml
 
-Perplexity is over non-overlapping windows, cross entropy in fp32. Each measurement is a file of its own
+Perplexity is over non-overlapping windows, cross entropy in fp32, and beside it stands how far each variant's predictions are
+from those of full precision (`evaluate.fidelity`). Each measurement is a file of its own
 (`evaluate.measurements`), so that a second start measures only what is missing.
 """
 
@@ -15,6 +16,7 @@ from dist_spin.errors import Interrupted, UserError
 from dist_spin.evaluate.perplexity import measure, measuring_tokens
 from dist_spin.evaluate.tables import perplexity_table, task_table
 from dist_spin.evaluate.targets import eval_targets, target_layer
+from dist_spin.evaluate.teacher import Teacher
 from dist_spin.pipeline.export_limits import check_export_target
 from dist_spin.pipeline.fingerprints import layer_identity
 from dist_spin.pipeline.model import open_configured_model
@@ -46,14 +48,20 @@ def evaluate(config: RunConfig, world: World) -> list[dict[str, Any]]:
             problem = f"layer {missing[0]} of '{target.variant.name}' is not quantised"
             raise UserError(problem, "run `dist-spin quantize` first")
         target.fingerprint = identity_hash(layer_identity(config, files, target.variant, calibration))
+    teacher = Teacher(config, world, files, measured[0], stop) if config.evaluate.fidelity else None
     rows = []
     for source in config.evaluate.sources:
         tokens = measuring_tokens(config, files, source)
         for target in measured:
-            row = measure(config, world, files, run, target, source, tokens, stop)
+            row = measure(config, world, files, run, target, source, tokens, teacher, stop)
             rows.append(row)
             if any_rank(bool(stop)):
                 raise Interrupted("stopped by a signal between two measurements", "the same command continues")
+        if teacher is not None:
+            teacher.forget(source)
+    if teacher is not None and (old := [row for row in rows if row["method"] != measured[0].label and "kl" not in row]):
+        again = f"remove {run.path / 'evaluations'} to measure them again"
+        say(f"{len(old)} rows were measured before without their divergence from full precision; {again}")
     if config.evaluate.tasks:
         from dist_spin.evaluate.zero_shot import zero_shot  # late: the harness is an extra
 

@@ -1,12 +1,12 @@
 """Measured rows as plain text tables: what `evaluate` and `compare` print when they are done."""
 
 import math
-import statistics
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from dist_spin.runtime.text_table import aligned
-from dist_spin.storage.results import bits_label, system_label
+from dist_spin.storage.results import PERPLEXITY, Figure, bits_label, measured_fidelity, system_label
 
 
 def system_of(row: dict[str, Any]) -> tuple[str, str, str]:
@@ -19,48 +19,44 @@ def row_key(row: dict[str, Any]) -> tuple[Any, ...]:
     return *system_of(row), bits_label(row), row["seed"], row["dataset"]
 
 
-def spread(values: list[float]) -> tuple[float, float, int]:
-    """Mean, sample standard deviation (0 for one value) and how many."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values)
-
-
 def comparison_table(rows: list[dict[str, Any]]) -> str:
-    """A table for each text; the best mean of each column of bits is marked with *, full precision apart."""
-    return "\n\n".join(_table(name, [r for r in rows if r["dataset"] == name]) for name in _unique(rows, "dataset"))
+    """Tables for each text, of perplexity and fidelity; the best mean of each column is marked with *, full precision apart."""
+    tables = []
+    for name in _unique(rows, "dataset"):
+        here = [row for row in rows if row["dataset"] == name]
+        tables += [_table(name, figure, here) for figure in (PERPLEXITY, *measured_fidelity(here))]
+    return "\n\n".join(tables)
 
 
 def _unique(rows: list[dict[str, Any]], name: str) -> list[Any]:
     return list(dict.fromkeys(row[name] for row in rows))
 
 
-def _table(dataset: str, rows: list[dict[str, Any]]) -> str:
-    perplexities: dict[tuple[str, str, str], dict[str, list[float]]] = {}  # system -> bits -> one for each seed
-    title = f"{dataset}: perplexity, {rows[0]['tokens']} tokens in windows of {rows[0]['seq_len']}"
+def _table(dataset: str, figure: Figure, rows: list[dict[str, Any]]) -> str:
+    values: dict[tuple[str, str, str], dict[str, list[float]]] = {}  # system -> bits -> one for each seed
+    title = f"{dataset}: {figure.title}"
+    if figure is PERPLEXITY:
+        title += f", {rows[0]['tokens']} tokens in windows of {rows[0]['seq_len']}"
+        title += "".join(f"; full precision {r['ppl']:.3f}" for r in rows if r["system"] == "full precision")
     for row in rows:
-        if row["system"] == "full precision":
-            title += f"; full precision {row['ppl']:.3f}"
-        else:
-            perplexities.setdefault(system_of(row), {}).setdefault(bits_label(row), []).append(row["ppl"])
+        if row["system"] != "full precision" and figure.name in row:
+            values.setdefault(system_of(row), {}).setdefault(bits_label(row), []).append(row[figure.name])
     # A rounding of 16-bit weights is none: such figures stand in lines of their own.
-    all_bits = list(dict.fromkeys(bits for by_bits in perplexities.values() for bits in by_bits))
+    all_bits = list(dict.fromkeys(bits for by_bits in values.values() for bits in by_bits))
     best = {
-        bits: min(spread(by_bits[bits])[0] for by_bits in perplexities.values() if bits in by_bits) for bits in all_bits
+        bits: figure.best(fmean(by_bits[bits]) for by_bits in values.values() if bits in by_bits) for bits in all_bits
     }
     lines = [["method", "weights", *all_bits]]
-    for (system, clips, weights), by_bits in perplexities.items():
-        lines.append(
-            [system_label(system, clips), weights, *(_figure(by_bits.get(bits), best[bits]) for bits in all_bits)]
-        )
+    for (system, clips, weights), by_bits in values.items():
+        cells = [_entry(figure, by_bits.get(bits), best[bits]) for bits in all_bits]
+        lines.append([system_label(system, clips), weights, *cells])
     return "\n".join([title, *aligned(lines)])
 
 
-def _figure(values: list[float] | None, best: float) -> str:
+def _entry(figure: Figure, values: list[float] | None, best: float) -> str:
     if values is None:
         return "-"
-    mean, deviation, n = spread(values)
-    digits = 3 if mean < 1000 else 0
-    text = f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f} ({n})" if n > 1 else "")
-    return text + (" *" if math.isclose(mean, best) else "")
+    return figure.spread(values) + (" *" if math.isclose(fmean(values), best) else "")
 
 
 def perplexity_table(rows: list[dict[str, Any]]) -> str:
@@ -70,10 +66,14 @@ def perplexity_table(rows: list[dict[str, Any]]) -> str:
     for r in rows:
         text_and_bits = (r["dataset"], bits_label(r))
         best[text_and_bits] = min(best.get(text_and_bits, math.inf), r["ppl"])
-    lines = [("text", "bits", "method", "weights", "perplexity")]
+    fidelity = measured_fidelity(rows)
+    lines: list[tuple[str, ...]] = [
+        ("text", "bits", "method", "weights", "perplexity", *(figure.head for figure in fidelity))
+    ]
     for r in rows:
         mark = " *" if r["ppl"] == best[(r["dataset"], bits_label(r))] and r["method"] != "full precision" else ""
-        lines.append((r["dataset"], bits_label(r), r["method"], r["weights"], f"{r['ppl']:.3f}{mark}"))
+        figures = [f"{r['ppl']:.3f}{mark}", *(f.text(r[f.name]) if f.name in r else "-" for f in fidelity)]
+        lines.append((r["dataset"], bits_label(r), r["method"], r["weights"], *figures))
     return _under_header(lines)
 
 

@@ -48,15 +48,20 @@ class EvalTarget:
 
 def eval_targets(config: RunConfig, files: ModelFiles, device: torch.device) -> list[EvalTarget]:
     """What is measured: full precision, each baseline and the learned rotations, the latter also with 16-bit weights."""
-    unrotated = build_variant(config, files, "none", device)
-    off = QuantSpec()
-    out = [EvalTarget(dataclasses.replace(unrotated, sites=Sites(off, off, off, off)), "none", full_precision=True)]
+    out = [full_precision(config, files, device)]
     quantised = config.quantize.method if config.quant.w_bits < 16 else "none"
     names, preset = [*config.quantize.baselines, LEARNED], config.optimize.steps == 0
     rotated = {name: build_variant(config, files, name, device) for name in names}
     if quantised != "none" and config.evaluate.unquantized_weights:
         out += [EvalTarget(rotated[name], "none", preset=preset) for name in names]
     return out + [EvalTarget(rotated[name], quantised, preset=preset) for name in names]
+
+
+def full_precision(config: RunConfig, files: ModelFiles, device: torch.device) -> EvalTarget:
+    """The model as it is, which every other one is compared with."""
+    off = QuantSpec()
+    unrotated = build_variant(config, files, "none", device)
+    return EvalTarget(dataclasses.replace(unrotated, sites=Sites(off, off, off, off)), "none", full_precision=True)
 
 
 def describe(config: RunConfig, target: EvalTarget) -> dict[str, Any]:

@@ -64,12 +64,12 @@ class _ChunkedLoss(torch.autograd.Function):
         step = max(1, LOGITS_AT_ONCE // weight.shape[0])
         for lo in range(0, len(flat), step):
             part, label = flat[lo : lo + step], labels[lo : lo + step, None]
-            log_q = _log_softmax(part, weight, wide)  # [chunk, vocab]
+            log_q = log_softmax(part, weight, wide)  # [chunk, vocab]
             if share < 1:
                 losses[lo : lo + step] -= (1 - share) * log_q.gather(-1, label)[:, 0]
             p = None
             if target is not None:
-                log_p = _log_softmax(target[lo : lo + step], weight, wide)
+                log_p = log_softmax(target[lo : lo + step], weight, wide)
                 p = log_p.exp()
                 losses[lo : lo + step] += share * torch.linalg.vecdot(p, log_p.sub_(log_q))
                 del log_p
@@ -94,7 +94,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return d_hidden, None, None, None, None, None
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
+def log_softmax(hidden: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
     """log softmax(hidden W^T) [tokens, vocab] in `wide`, in a buffer that may be overwritten."""
     logits = (hidden @ weight.T).to(wide)
     return logits.sub_(logits.logsumexp(-1, keepdim=True))

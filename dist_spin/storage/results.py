@@ -3,7 +3,9 @@
 Rows come from files of their own (`evaluations/`), so that a damaged results.json is made again by the stages that wrote it.
 """
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from dist_spin.config.bit_columns import column_name
@@ -24,6 +26,52 @@ from dist_spin.storage.checked_json import (
 from dist_spin.storage.locks import exclusive
 from dist_spin.storage.run_directory import RunDir
 from dist_spin.storage.tensor_file import CorruptFile
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure that is measured on a text, as tables show it.
+
+    name: its entry in a row. head: of a column. title: of a table. more_is_better: whether the best one is the largest.
+    """
+
+    name: str
+    head: str
+    title: str
+    more_is_better: bool = False
+
+    def text(self, value: float) -> str:
+        """Perplexities with three decimals, divergences in three digits, shares in percent with two decimals."""
+        if self.name == "ppl":
+            return f"{value:.{3 if value < 1000 else 0}f}"
+        return f"{100 * value:.2f}" if self.name == "top1" else f"{value:#.3g}".rstrip(".")
+
+    def spread(self, values: Sequence[float]) -> str:
+        """The mean of several seeds with their sample standard deviation and how many they are."""
+        mean = self.text(statistics.fmean(values))
+        if len(values) == 1:
+            return mean
+        deviation = statistics.stdev(values) * (100 if self.name == "top1" else 1)
+        decimals = len(mean.partition(".")[2])
+        return f"{mean} ± {deviation:{'.1e' if 'e' in mean else f'.{decimals}f'}} ({len(values)})"
+
+    def best(self, values: Iterable[float]) -> float:
+        """The best of some values."""
+        return max(values) if self.more_is_better else min(values)
+
+
+PERPLEXITY = Figure("ppl", "perplexity", "perplexity")
+FIDELITY = (  # beside perplexity, in runs since version 0.3 (`evaluate.fidelity`)
+    Figure("kl", "KL", "KL divergence from full precision, nats per token"),
+    Figure("kl_p99", "KL, 99 %", "99th percentile of the KL divergence from full precision, nats"),
+    Figure("top1", "top-1, %", "tokens with the same most probable one as full precision, %", more_is_better=True),
+)
+
+
+def measured_fidelity(rows: Iterable[Mapping[str, Any]]) -> list[Figure]:
+    """Those of `FIDELITY` that some of the rows have."""
+    found = {name for row in rows for name in row}
+    return [figure for figure in FIDELITY if figure.name in found]
 
 
 def bits_label(row: dict[str, Any]) -> str:
@@ -82,6 +130,7 @@ def makes_sense(row: dict[str, Any]) -> bool:
         "tokens": is_count,
         "ppl": lambda value: is_number(value) and value > 0,
         "losses": optional(list_of(is_number)),
+        **dict.fromkeys((figure.name for figure in FIDELITY), optional(is_number)),
     }
     task: dict[str, Kind] = {
         "task": is_text,
