@@ -181,7 +181,8 @@ class Run:
 
         Returns:
             A row per variant and text or task: method, rotation, weights, w_bits, a_bits, k_bits, v_bits, seed, and dataset with
-            ppl (perplexity), or task with metric, value and stderr.
+            ppl (perplexity) and, but for full precision, kl, kl_p99 (nats per token) and top1 (a share); or task with metric,
+            value and stderr.
         """
         return Table(self._call("evaluate", "dist_spin.evaluate.stage:evaluate"))
 

@@ -279,3 +279,19 @@ def test_the_table_shows_mean_spread_and_the_best():
         ["QuaRot, clipped", "rtn", "7.000 ± 2.828 (2) *", "-"],
         ["QuaRot", "rtn", "8.000", "-"],
     ]
+
+
+def test_fidelity_has_tables_of_its_own_where_rows_have_it():
+    bits = {"w_bits": 4, "a_bits": 4, "k_bits": 4, "v_bits": 4, "weights": "rtn", "clips": "none"}
+    common = bits | {"dataset": "text", "ppl": 5.0, "tokens": 60, "seq_len": 20}
+    rows = [common | {"system": "full precision", "seed": 0}, common | {"system": "old", "seed": 0}]
+    for seed in range(2):
+        rows.append(common | {"system": "RTN", "seed": seed, "kl": 0.5 + seed, "top1": 0.75})
+        rows.append(common | {"system": "GPTQ", "seed": seed, "kl": 0.125, "top1": 0.5 + seed / 4})
+    _, kl, top1 = (table.splitlines() for table in comparison_table(rows).split("\n\n"))
+    assert kl[0] == "text: KL divergence from full precision, nats per token"
+    assert [re.split(r" {2,}", line) for line in kl[2:]] == [
+        ["RTN", "rtn", "1.00 ± 0.71 (2)"],
+        ["GPTQ", "rtn", "0.125 ± 0.000 (2) *"],
+    ]
+    assert [re.split(r" {2,}", line)[2] for line in top1[2:]] == ["75.00 ± 0.00 (2) *", "62.50 ± 17.68 (2)"]

@@ -114,6 +114,8 @@ def test_the_export_holds_what_a_reader_needs(learned):
     ppl = [row["ppl"] for row in json.loads((run / "results.json").read_text())]
     card = (directory / "README.md").read_text()
     assert all(f"{value:.3f}" in card for value in ppl)
+    assert all(f"{row['kl']:#.3g}" in card for row in json.loads((run / "results.json").read_text()) if "kl" in row)
+    assert "| Perplexity | KL | KL, 99 % | top-1, % | Of |" in card
     assert "gptq on 12 x 20 tokens" in card
     assert card.count("| gptq | ") == card.count(" | this model |") == 1  # the others have 16-bit weights
     assert card.count(" | another model of the run |") == len(ppl) - 1

@@ -94,6 +94,27 @@ def test_a_missing_measurement_is_made_again_beside_the_others(old: Path) -> Non
     assert {path: path.read_bytes() for path in others} == before
 
 
+def test_rows_of_before_fidelity_stay_and_stand_beside_one_that_has_it(
+    old: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {path: json.loads(path.read_text()) for path in (old / "full" / "evaluations").iterdir()}
+    assert not any("kl" in row for row in files.values())
+    again, row = next((path, row) for path, row in files.items() if row["rotation"] == "learned")
+    again.unlink()
+    before = {path: path.read_bytes() for path in files if path != again}
+    assert main(["evaluate", "name=full", *ALL]) == 0
+    assert f"{sum(r['a_bits'] < 16 for r in files.values()) - 1} rows were measured before" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+    rows = json.loads((old / "full" / "results.json").read_text())
+    (new,) = [row for row in rows if "kl" in row]
+    assert new["ppl"] == pytest.approx(row["ppl"], rel=1e-3)
+    assert 0 < new["kl"] < new["kl_p99"]
+    assert 0 < new["top1"] < 1
+    assert main(["report", str(old / "full")]) == 0
+    (line,) = [line for line in (old / "full" / "report.md").read_text().splitlines() if f"{new['kl']:#.3g}" in line]
+    assert "learned rotation" in line
+
+
 def test_report_status_and_figures(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(old / "full")]) == 0
     assert "W4A4KV4" in (old / "full" / "report.md").read_text()

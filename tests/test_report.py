@@ -137,6 +137,8 @@ def test_report_holds_results_memory_and_how_to_reproduce(finished):
         assert "Not there yet" not in content
         for row in run_summary.rows:
             assert f"{row['ppl']:.3f}" in content
+            if row["weights"] != "none":
+                assert all(text in content for text in (f"{row['kl']:#.3g}", f"{100 * row['top1']:.2f}"))
         assert "dist-spin run tiny.yaml" in content
         assert run_summary.job["versions"]["torch"] in content
         assert "optimizer: cayley_sgd" in content
@@ -310,7 +312,13 @@ def test_runs_side_by_side(capsys, tmp_path, three_runs):
     tables = {
         table.title: table for table in tables_side_by_side([load_run_summary(p) for p in three_runs], ["a", "b", "c"])
     }
-    assert list(tables) == ["Where they stand", "Results", "Settings that differ", "Time and memory"]
+    close = "Closeness to full precision"
+    assert list(tables) == ["Where they stand", "Results", close, "Settings that differ", "Time and memory"]
+    measured = [row for row in load_run_summary(three_runs[0]).rows if "kl" in row]
+    assert len(measured) > 1
+    assert len(tables[close].rows) == 3 * len(measured)
+    for index, one in enumerate(measured):
+        assert [cell.text for cell in tables[close].rows[index]][2:] == [f"{one['kl']:#.3g}"] * 2 + ["–"]
     ppl = {one["method"]: one["ppl"] for one in load_run_summary(three_runs[0]).rows}
     learned = ppl["learned rotation"]
     rows = {r[1].text: r[2:] for r in tables["Results"].rows}

@@ -7,6 +7,7 @@ from dist_spin.export.export_job import ExportJob
 from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.export_limits import QUANTISED
 from dist_spin.pipeline.quant_sites import while_learning
+from dist_spin.storage.results import measured_fidelity
 from dist_spin.version import __version__
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -103,16 +104,20 @@ def _perplexity(job: ExportJob) -> list[str]:
     if not results:
         return ["Not measured (`dist-spin evaluate` does)."]
     mine = [job.measured_here(row) for row in results]
-    rows = [
-        f"| {r['dataset']} | W{r['w_bits']}A{r['a_bits']}K{r['k_bits']}V{r['v_bits']} | {r['method']} | {r['weights']} "
-        f"| {r['ppl']:.3f} | {'this model' if here else 'another model of the run'} |"
-        for r, here in zip(results, mine, strict=True)
-    ]
+    fidelity = measured_fidelity(results)
+    rows = []
+    for r, here in zip(results, mine, strict=True):
+        of = "this model" if here else "another model of the run"
+        cells = [r["dataset"], f"W{r['w_bits']}A{r['a_bits']}K{r['k_bits']}V{r['v_bits']}", r["method"], r["weights"]]
+        cells += [f"{r['ppl']:.3f}", *(f.text(r[f.name]) if f.name in r else "–" for f in fidelity), of]
+        rows.append(f"| {' | '.join(cells)} |")
     said = (
         "Rows of this model are what `dist_spin.load` computes of these files, all quantisers included; a runtime that rounds "
         "otherwise, or not at all, is another measurement."
         if any(mine)
         else "None of these rows is of this model: they are of the run that it was made from."
     )
-    head = ["| Text | Bits | Method | Weights | Perplexity | Of |", "|---|---|---|---|---|---|"]
-    return [f"Measured by the run {job.config.name}. {said}", "", *head, *rows]
+    names = ["Text", "Bits", "Method", "Weights", "Perplexity", *(figure.head for figure in fidelity), "Of"]
+    head = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    meaning = ["", "".join(f"{figure.head}: {figure.title}. " for figure in fidelity).strip()] if fidelity else []
+    return [f"Measured by the run {job.config.name}. {said}", "", *head, *rows, *meaning]

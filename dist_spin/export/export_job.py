@@ -26,7 +26,7 @@ from dist_spin.pipeline.variants import Variant, calibration_tokens
 from dist_spin.runtime.progress import Progress, warn
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.quantized_layers import QuantizedLayer, layer_path, load_embeddings, load_layer
-from dist_spin.storage.results import load_results
+from dist_spin.storage.results import FIDELITY, load_results
 from dist_spin.storage.run_directory import LEARNED, RunDir, read_fingerprint
 from dist_spin.storage.tensor_file import FOREIGN, CorruptFile, identity_hash, read_metadata
 from dist_spin.version import __version__
@@ -34,6 +34,7 @@ from dist_spin.version import __version__
 DirectoryWriter = Callable[[Path], None]  # writes an export's own files into an empty directory
 # What the card tells of a measurement; seconds and other figures of how it was made decide nothing.
 CARD_FIGURES = ("dataset", "w_bits", "a_bits", "k_bits", "v_bits", "method", "weights", "ppl")
+CARD_EXTRAS = {"layers", *(figure.name for figure in FIDELITY)}  # of rows that have them
 REQUANTIZE = "run `dist-spin quantize` with the settings of this export"
 
 
@@ -119,7 +120,7 @@ class ExportJob:
             "layers": self.quantised and self.layers_fingerprint,
             "ends": embeddings,
             "results": [
-                {name: row.get(name) for name in CARD_FIGURES} | {k: v for k, v in row.items() if k == "layers"}
+                {name: row.get(name) for name in CARD_FIGURES} | {k: v for k, v in row.items() if k in CARD_EXTRAS}
                 for row in self.results
             ],
             "dist_spin": __version__,

@@ -12,9 +12,9 @@ from dist_spin.config.run import LOCATION
 from dist_spin.report.run_summary import RunSummary, stages
 from dist_spin.report.sentence import PREFERRED, numbers
 from dist_spin.report.style import BLUE, GREEN, PURPLE, VERMILLION, Drawing, legend, one_axes, short, whole_numbers
-from dist_spin.report.tables import FULL, Cell, Table, is_share, task_text
+from dist_spin.report.tables import CLOSENESS, FULL, Cell, Table, is_share, meaning, task_text
 from dist_spin.runtime.progress import clock
-from dist_spin.storage.results import bits_label, system_label, without_blocks
+from dist_spin.storage.results import bits_label, measured_fidelity, system_label, without_blocks
 
 COLOURS, LINES, MARKERS = (GREEN, BLUE, VERMILLION, PURPLE), ("-", "--", "-.", ":"), ("o", "s", "x", "^")
 NOTHING = "–"
@@ -30,7 +30,8 @@ def run_names(summaries: list[RunSummary]) -> list[str]:
 
 def tables_side_by_side(summaries: list[RunSummary], states: list[str]) -> list[Table]:
     """Every table that has a row. states: where each run stands."""
-    made = [_standing(summaries, states), _results(summaries), _settings(summaries), _times(summaries)]
+    made = [_standing(summaries, states), _results(summaries), _fidelity(summaries)]
+    made += [_settings(summaries), _times(summaries)]
     return [table for table in made if table.rows]
 
 
@@ -103,19 +104,19 @@ def _flattened(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]
     return out
 
 
-def _measurements(summaries: list[RunSummary]) -> dict[Row, dict[int, float]]:
-    """Row -> run (by number) -> perplexity or figure of a task, a mean where a comparison has several seeds.
+def _measurements(summaries: list[RunSummary], figure: str = "ppl") -> dict[Row, dict[int, float]]:
+    """Row -> run (by number) -> a figure of each text, or that of a task, a mean where a comparison has several seeds.
 
     Texts that were read in windows of another length or up to another token do not compare, and stand in rows of their own.
     """
     values: dict[tuple[Row, tuple[int, int]], dict[int, list[float]]] = {}
     for number, summary in enumerate(summaries):
-        for row in summary.rows:
+        for row in (r for r in summary.rows if figure in r or (figure == "ppl" and "task" in r)):
             method = system_label(row.get("system", row["method"]), row.get("clips", "none"))
             text = row["dataset"] if "ppl" in row else f"{row['task']} {row['metric']}"
             windows = (row["seq_len"], row["tokens"]) if "ppl" in row else (0, row["n"])
             key = ((text, bits_label(row), method, row["weights"]), windows)
-            values.setdefault(key, {}).setdefault(number, []).append(row["ppl" if "ppl" in row else "value"])
+            values.setdefault(key, {}).setdefault(number, []).append(row[figure if "ppl" in row else "value"])
     alike = {text: len({w for (row, w) in values if row[0] == text}) == 1 for (text, *_), _ in values}
     lines: dict[Row, dict[int, float]] = {}
     for ((text, *rest), (seq_len, count)), by_run in values.items():
@@ -141,6 +142,19 @@ def _results(summaries: list[RunSummary]) -> Table:
             cells.append(Cell(shown, bold and value == best))
         text, bits, method, weights = row
         table.add(text, ", ".join([method, bits, *([weights] if weights != "none" else [])]), *cells)
+    return table
+
+
+def _fidelity(summaries: list[RunSummary]) -> Table:
+    figures = measured_fidelity(row for summary in summaries for row in summary.rows)
+    table = _table(summaries, CLOSENESS, ["measured on", "method"], f"{meaning(figures)} Bold: best run of the row.")
+    for figure in figures:
+        for (text, bits, method, weights), by_run in _measurements(summaries, figure.name).items():
+            best = figure.best(by_run.values()) if len(set(by_run.values())) > 1 else None
+            values = [by_run.get(number) for number in range(len(summaries))]
+            cells = [Cell(NOTHING) if v is None else Cell(figure.text(v), v == best) for v in values]
+            named = ", ".join([method, bits, *([weights] if weights != "none" else [])])
+            table.add(f"{text}: {figure.head}", named, *cells)
     return table
 
 

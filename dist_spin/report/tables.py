@@ -11,10 +11,11 @@ from typing import Any
 
 from dist_spin.report.published import known_model, published, published_rows
 from dist_spin.report.run_summary import RunSummary, extremes, stages
-from dist_spin.storage.results import bits_label, system_label
+from dist_spin.storage.results import PERPLEXITY, Figure, bits_label, measured_fidelity, system_label
 
 PUBLISHED_BITS = {"W4A4KV4", "W16A16KV16"}
 FULL = "full precision"
+CLOSENESS = "Closeness to full precision"
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Table:
 
 def result_tables(summary: RunSummary) -> list[Table]:
     """What was measured: perplexities of this run, the comparison of systems, zero-shot tasks, and what was published."""
-    tables = [_perplexities(summary), *_comparisons(summary), _tasks(summary)]
+    tables = [_perplexities(summary), _fidelity(summary), *_comparisons(summary), _tasks(summary)]
     model = model_of(summary)
     made = [table for table in tables if table is not None]
     return [*made, _published(model)] if model and made else made
@@ -78,6 +79,31 @@ def _perplexities(summary: RunSummary) -> Table | None:
     return table
 
 
+def _fidelity(summary: RunSummary) -> Table | None:
+    """How close each variant stays to full precision, three columns for each text."""
+    rows = [row for row in summary.of_stage("evaluate") if "ppl" in row]
+    figures = measured_fidelity(rows)
+    if not figures:
+        return None
+    compared = [row for row in rows if any(figure.name in row for figure in figures)]
+    columns = [(text, figure) for text in dict.fromkeys(row["dataset"] for row in compared) for figure in figures]
+    heads = ["bits", "method", "weights", *(f"{text}: {figure.head}" for text, figure in columns)]
+    table = Table(CLOSENESS, heads, 3, note=meaning(figures))
+    lines: dict[tuple[str, str, str], dict[tuple[str, str], float]] = {}
+    for row in compared:
+        line = lines.setdefault((bits_label(row), row["method"], row["weights"]), {})
+        line |= {(row["dataset"], figure.name): row[figure.name] for figure in figures if figure.name in row}
+    for (bits, method, weights), values in lines.items():
+        found = [(figure, values.get((text, figure.name))) for text, figure in columns]
+        table.add(bits, method, weights, *("–" if value is None else figure.text(value) for figure, value in found))
+    return table
+
+
+def meaning(figures: Iterable[Figure]) -> str:
+    """What figures are, for a note below their table."""
+    return "; ".join(f"{figure.head}: {figure.title}" for figure in figures) + "."
+
+
 def _as_published(row: dict[str, Any]) -> bool:
     """Whether a row was measured on the text and with the windows of the published tables."""
     return row["dataset"] == "wikitext2" and row["seq_len"] == 2048
@@ -95,44 +121,51 @@ def _comparisons(summary: RunSummary) -> list[Table]:
     for text in dict.fromkeys(row["dataset"] for row in rows):
         here = [row for row in rows if row["dataset"] == text]
         full = [row for row in here if row["system"] == FULL]
-        for rounded, title in (
-            (True, f"Comparison on {text}, perplexity"),
-            (False, f"16-bit weights on {text}, perplexity"),
-        ):
+        for rounded, what in ((True, "Comparison"), (False, "16-bit weights")):
             compared = [row for row in here if row["system"] != FULL and (row["w_bits"] < 16) == rounded]
-            if compared:
-                tables.append(_comparison(summary, title, compared, full))
+            for figure in (PERPLEXITY, *measured_fidelity(compared)) if compared else ():
+                title = f"{what} on {text}, {figure.title}"
+                tables.append(_comparison(summary, title, figure, compared, full))
     return tables
 
 
-def _comparison(summary: RunSummary, title: str, rows: list[dict[str, Any]], full: list[dict[str, Any]]) -> Table:
+def _comparison(
+    summary: RunSummary, title: str, figure: Figure, rows: list[dict[str, Any]], full: list[dict[str, Any]]
+) -> Table:
     """Systems by bits, mean and sample standard deviation over seeds."""
+    rows = [row for row in rows if figure.name in row]
     columns = list(dict.fromkeys(map(bits_label, rows)))
-    model = model_of(summary) if _as_published(rows[0]) and "W4A4KV4" in columns else None
+    comparable = figure is PERPLEXITY and _as_published(rows[0]) and "W4A4KV4" in columns
+    model = model_of(summary) if comparable else None
     heads = ["system", "weights", *columns] + (["published W4A4KV4"] if model else [])
     table = Table(title, heads, 2)
-    perplexities: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    measured: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     for row in rows:
         key = (row["system"], row.get("clips", "none"), row["weights"])
-        perplexities.setdefault(key, {}).setdefault(bits_label(row), []).append(row["ppl"])
-    lowest = _best((bits, mean(values)) for by_bits in perplexities.values() for bits, values in by_bits.items())
-    for (system, clips, weights), by_bits in perplexities.items():
+        measured.setdefault(key, {}).setdefault(bits_label(row), []).append(row[figure.name])
+    best = {
+        bits: figure.best(mean(by_bits[bits]) for by_bits in measured.values() if bits in by_bits) for bits in columns
+    }
+    for (system, clips, weights), by_bits in measured.items():
         entries = [
-            Cell(_spread(by_bits[bits]), mean(by_bits[bits]) == lowest[bits]) if bits in by_bits else Cell("–")
+            Cell(_spread(figure, by_bits[bits]), mean(by_bits[bits]) == best[bits]) if bits in by_bits else Cell("–")
             for bits in columns
         ]
         theirs = published(model, system, weights)
         table.add(system_label(system, clips), weights, *entries, *([_number(theirs)] if model else []))
+    better = "More" if figure.more_is_better else "Lower"
     table.note = (
-        f"{_windows(rows)} Lower is better; bold: best of the column; ±: sample standard deviation over n seeds."
+        f"{_windows(rows)} {better} is better; bold: best of the column; ±: sample standard deviation over n seeds."
     )
-    if full:
+    if full and figure is PERPLEXITY:
         theirs = published(model_of(summary) if _as_published(full[0]) else None, FULL, "none")
         table.note += f" Full precision: {full[0]['ppl']:.3f}" + (f" (published: {theirs:.2f})." if theirs else ".")
     return table
 
 
-def _spread(values: list[float]) -> str:
+def _spread(figure: Figure, values: list[float]) -> str:
+    if figure is not PERPLEXITY:
+        return figure.spread(values).replace("(", "(n=")
     if len(values) == 1:
         return f"{values[0]:.3f}"
     return f"{mean(values):.3f} ± {stdev(values):.3f} (n={len(values)})"
