@@ -159,7 +159,7 @@ TARGET = ("export.target", "export.profile")
 EVERY_STAGE = (*MODEL, "optimize", "quantize", "evaluate", "export", "report", "distributed")
 CALIBRATION = tuple(f"quantize.{name}" for name in ("source", "split", "seq_len", "n_sequences", "seed"))
 LEARNED_ON = tuple(f"optimize.{name}" for name in ("steps", "source", "seq_len", "batch_size", "optimizer"))
-TEXTS = tuple(f"evaluate.{name}" for name in ("sources", "split", "seq_len", "max_sequences"))
+TEXTS = tuple(f"evaluate.{name}" for name in ("sources", "split", "seq_len", "max_sequences", "fidelity"))
 VERBS = {
     "init": Verb(
         "write a first CONFIG.yaml, with a comment at every setting; asks for what is not given",
