@@ -7,7 +7,7 @@ import pytest
 import torch
 from exported import exported, logits, make_run, pipeline_cell
 from tiny import tiny_run, write_model
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import dist_spin
 from dist_spin.cli import main
@@ -66,6 +66,33 @@ def test_a_run_learns_rounds_measures_and_comes_back(model, tmp_path, settings, 
     # The quantisers at run time come back with an export whose weights are not packed.
     loaded = dist_spin.load(exported(words, "hf"), device="cpu")
     assert torch.equal(logits(loaded), logits(pipeline_cell(words, "none")))
+
+
+EXPORTED = {
+    "fp8": ("float-quantized", FP8),
+    "mxfp8": ("mxfp8-quantized", [word.replace("=fp8", "=mxfp8") for word in FP8]),
+    "mxfp4": ("mxfp4-pack-quantized", MXFP4),
+    "mxfp4-a16": ("mxfp4-pack-quantized", [MXFP4[0], "quant.a_bits=16", "optimize.a_bits=4"]),
+    "nvfp4": ("nvfp4-pack-quantized", NVFP4),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_export_in_a_format_has_the_bits_of_the_run_here_and_in_bare_transformers(tmp_path, name):
+    layout, settings = EXPORTED[name]
+    config = LlamaConfig(**SIZES, **IDS, num_hidden_layers=2, tie_word_embeddings=True)
+    half = write_model(config, tmp_path / "model", dtype=torch.bfloat16)
+    words = tiny_run(
+        tmp_path, "model.dtype=bfloat16", "export.target=compressed-tensors", *PLAIN, *settings, model=half
+    )
+    words.append("optimize.steps=0")
+    make_run(words, "quantize")
+    directory = exported(words, "compressed-tensors")
+    about = json.loads((directory / "config.json").read_text())["quantization_config"]
+    assert about["format"] == layout
+    ours = logits(pipeline_cell(words, "gptq"))
+    assert torch.equal(logits(dist_spin.load(directory, device="cpu")), ours)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(directory)), ours)
 
 
 @pytest.mark.usefixtures("group_of_one")
@@ -128,7 +155,11 @@ def test_a_table_has_columns_of_formats(model, tmp_path, capfd):
         ([*MXFP4, "optimize.a_bits=8"], "optimize.a_bits=8, but quant.a_format=mxfp4; use 4"),
         ([*MXFP4, "optimize.w_bits=8"], "optimize.w_bits=8, but quant.w_format=mxfp4; use 4"),
         ([*MXFP4, "optimize.clips=true"], "use optimize.clips=false"),
-        ([*MXFP4, "export.target=executorch"], "executorch is written for quant.w_format=int, not mxfp4"),
+        ([*MXFP4, "export.target=executorch"], "executorch is for integers, not for quant.w_format=mxfp4"),
+        (
+            ["quant.w_format=nvfp4", "quant.a_format=mxfp4", "export.target=compressed-tensors"],
+            "set quant.a_format=nvfp4",
+        ),
     ],
 )
 def test_what_formats_do_not_hold_is_refused_in_one_line(model, tmp_path, settings, said, capfd):

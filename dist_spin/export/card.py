@@ -2,12 +2,14 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
-from dist_spin.export.export_job import ExportJob
+from dist_spin.config.quant import QuantConfig
+from dist_spin.export.export_job import FORMAT_SETTINGS, ExportJob
 from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.export_limits import QUANTISED
 from dist_spin.pipeline.quant_sites import while_learning
-from dist_spin.storage.results import measured_fidelity
+from dist_spin.storage.results import bits_label, measured_fidelity
 from dist_spin.version import __version__
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -77,12 +79,12 @@ def _method(job: ExportJob) -> list[str]:
         "Learned": f"{step} steps of {learned.optimizer}, {learned.batch_size} x {learned.seq_len} tokens of {learned.source}"
         if step != "0"
         else "not by this run: rotations of a file, or random ones",
-        "Learned for": f"activations {seen.a_bits} bits, keys {seen.k_bits}, values {seen.v_bits}",
+        "Learned for": _online_bits(seen),
         "Number format": dtype_name(config),
     }
     if target != "gguf":
         by = " (by `dist_spin.load` alone)" if target == "hf" else ""
-        table["Quantised at run time"] = f"activations {q.a_bits} bits, keys {q.k_bits}, values {q.v_bits}{by}"
+        table["Quantised at run time"] = f"{_online_bits(q)}{by}"
     if job.weights.scales:
         table["Learned scales"] = "merged: before linears in the norms' gains, the others in the weights"
     if job.sites.clips is not None and target != "gguf":
@@ -92,11 +94,24 @@ def _method(job: ExportJob) -> list[str]:
         kind = "symmetric" if q.w_symmetric else "asymmetric"
         down = f", down_proj {q.down_bits}" if q.down_bits else ""
         calibrated = f" on {config.quantize.n_sequences} x {config.quantize.seq_len} tokens of {config.quantize.source}"
-        table["Weights"] = f"{q.w_bits} bits{down}, {kind}, {group}"
+        whole = q.w_format == "int"
+        table["Weights"] = f"{q.w_bits} bits{down}, {kind}, {group}" if whole else f"{q.w_bits} bits, {q.w_format}"
         table["Quantised by"] = config.quantize.method + (calibrated if config.quantize.method == "gptq" else "")
     else:
         table["Weights"] = "16 bits or wider, not quantised"
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in table.items())]
+
+
+def _bits(row: dict[str, Any]) -> str:
+    if any(name in row for name in FORMAT_SETTINGS):
+        return bits_label(row)
+    return f"W{row['w_bits']}A{row['a_bits']}K{row['k_bits']}V{row['v_bits']}"
+
+
+def _online_bits(q: QuantConfig) -> str:
+    formats = {name: f" ({name})" if name != "int" else "" for name in (q.a_format, q.kv_format)}
+    kv = formats[q.kv_format]
+    return f"activations {q.a_bits} bits{formats[q.a_format]}, keys {q.k_bits}{kv}, values {q.v_bits}{kv}"
 
 
 def _perplexity(job: ExportJob) -> list[str]:
@@ -108,7 +123,7 @@ def _perplexity(job: ExportJob) -> list[str]:
     rows = []
     for r, here in zip(results, mine, strict=True):
         of = "this model" if here else "another model of the run"
-        cells = [r["dataset"], f"W{r['w_bits']}A{r['a_bits']}K{r['k_bits']}V{r['v_bits']}", r["method"], r["weights"]]
+        cells = [r["dataset"], _bits(r), r["method"], r["weights"]]
         cells += [f"{r['ppl']:.3f}", *(f.text(r[f.name]) if f.name in r else "–" for f in fidelity), of]
         rows.append(f"| {' | '.join(cells)} |")
     said = (

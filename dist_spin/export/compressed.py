@@ -4,6 +4,8 @@ Nothing is rounded again, so codes and scales come back exactly (`unpack`). They
 
 - `pack-quantized`: codes shifted to be unsigned, dense in int32 words along the input, low bits first (`weight_packed`);
 - `int-quantized`: codes as int8 under the plain name `weight`, which kernels that multiply int8 by int8 read.
+
+Weights in other number formats are stored as `format_tensors` says.
 """
 
 from pathlib import Path
@@ -19,8 +21,9 @@ from torch import Tensor
 from dist_spin.errors import UserError
 from dist_spin.export.card import LOAD_EXAMPLE
 from dist_spin.export.export_job import DirectoryWriter, ExportFormat, ExportJob
+from dist_spin.export.format_tensors import INPUT_GLOBAL, LAYOUTS, format_arguments, format_tensors
 from dist_spin.export.serving import kv_cache_dtype, linear_backend, serve_command
-from dist_spin.model.sites_config import Sites
+from dist_spin.model.sites_config import INPUT_SCALES, SITE_OF_LINEAR, Sites
 from dist_spin.numerics.gptq import QuantizedWeight
 from dist_spin.numerics.quantizer import QuantSpec, dequantize_weight
 from dist_spin.pipeline.dtype import dtype_name
@@ -42,7 +45,7 @@ def prepare(job: ExportJob) -> DirectoryWriter:
         UserError: the first layer cannot be used.
     """
     first = job.quantised_layer(0)
-    entries = config_entries(job.sites, first.bits, symmetric=first.symmetric, group_size=first.group_size)
+    entries = entries_of(job.sites, first)
     shared = online_tensors(job.sites)
 
     def layer(index: int) -> dict[str, Tensor]:
@@ -77,13 +80,20 @@ def packed_layer(layer: QuantizedLayer, dtype: torch.dtype, activations: QuantSp
     Raises:
         UserError: a weight is more than codes and scales, so that the format would lose a part of it.
     """
-    out = {name: tensor.to(dtype) for name, tensor in layer.others.items()}
+    out = {name: tensor.to(dtype) for name, tensor in layer.others.items() if name != INPUT_SCALES}
     weights = layer.weights(torch.float32, next(iter(layer.quantized_weights.values())).codes.device)
+    inputs = weights.pop(INPUT_SCALES, torch.empty(0)).tolist()
     for role, quantized in layer.quantized_weights.items():
         if not torch.equal(weights.pop(f"{role}.weight"), dequantize_weight(*quantized, layer.group_size)):
             raise UserError(
                 f"{role} is more than codes and scales, which compressed-tensors cannot hold", "export as hf"
             )
+        if layer.format != "int":
+            found = format_tensors(quantized, layer.format, layer.tensor_scales.get(role))
+            if inputs:
+                found[INPUT_GLOBAL] = torch.tensor([inputs[SITE_OF_LINEAR[role]]])
+            out |= {f"{role}.{name}": tensor for name, tensor in found.items()}
+            continue
         bits = layer.bits[role]
         offset = 0 if layer.symmetric else 2 ** (bits - 1)  # the format's codes are signed either way
 
@@ -98,7 +108,7 @@ def packed_layer(layer: QuantizedLayer, dtype: torch.dtype, activations: QuantSp
         out[f"{role}.{SHAPE}"] = torch.tensor(quantized.codes.shape)
         if not layer.symmetric:
             out[f"{role}.{ZERO}"] = pack_to_int32(signed(quantized.zero), bits, packed_dim=0).contiguous()
-    assert weights.keys() == layer.others.keys()
+    assert weights.keys() == layer.others.keys() - {INPUT_SCALES}
     return out
 
 
@@ -122,14 +132,29 @@ def bits_in(quantization: dict[str, Any], role: str) -> tuple[int, int]:
     return weights["num_bits"], weights["group_size"] or 0
 
 
-def config_entries(sites: Sites, bits: dict[str, int], *, symmetric: bool, group_size: int) -> dict[str, Any]:
+def entries_of(sites: Sites, layer: QuantizedLayer) -> dict[str, Any]:
+    """`config_entries` of a run's quantised layers, of which `layer` is one."""
+    grid = {"symmetric": layer.symmetric, "group_size": layer.group_size, "weight_format": layer.format}
+    return config_entries(sites, layer.bits, **grid)
+
+
+def config_entries(
+    sites: Sites, bits: dict[str, int], *, symmetric: bool, group_size: int, weight_format: str = "int"
+) -> dict[str, Any]:
     """`quantization_config` of config.json, through the library's own classes, which check it.
 
     Args:
-        bits: of each linear's weight. group_size: 0 for one scale per row.
+        bits: of each linear's weight. group_size: 0 for one scale per row. weight_format: as `quant.w_format`.
     """
 
     def scheme(targets: list[str], width: int) -> QuantizationScheme:
+        if weight_format != "int":
+            return QuantizationScheme(
+                targets=targets,
+                weights=format_arguments(weight_format, activations=False),
+                input_activations=_activations(sites.a),
+                format=LAYOUTS[weight_format],
+            )
         strategy = {"strategy": "group", "group_size": group_size} if group_size else {"strategy": "channel"}
         weights = QuantizationArgs(num_bits=width, type="int", symmetric=symmetric, dynamic=False, **strategy)
         stored = layout(width, sites.a, symmetric=symmetric, group_size=group_size)
@@ -165,6 +190,8 @@ def config_entries(sites: Sites, bits: dict[str, int], *, symmetric: bool, group
 def _activations(spec: QuantSpec) -> QuantizationArgs | None:
     if not spec.enabled:
         return None
+    if spec.format != "int":
+        return format_arguments(spec.format, activations=True)
     scale = {"strategy": "group", "group_size": spec.group_size} if spec.group_size else {"strategy": "token"}
     return QuantizationArgs(num_bits=spec.bits, type="int", symmetric=spec.symmetric, dynamic=True, **scale)
 
@@ -230,7 +257,7 @@ ACTIVATIONS = {  # how each `quant.arithmetic` rounds activations
 
 def _serving(job: ExportJob) -> list[str]:
     config, first = job.config, job.quantised_layer(0)
-    entries = config_entries(job.sites, first.bits, symmetric=first.symmetric, group_size=first.group_size)
+    entries = entries_of(job.sites, first)
     command = serve_command("PATH OF THIS DIRECTORY", entries, job.sites)
     lines = ["", f"    {command}", "", "serves it with vLLM."]
     if linear_backend(entries):
@@ -245,7 +272,7 @@ def _serving(job: ExportJob) -> list[str]:
         lines.append("Bare transformers rounds what the linears read and hold as measured below, to the bit.")
     if config.quant.arithmetic == "fp32" and dtype_name(config) in ("bfloat16", "float16"):
         lines.append("Scales are in fp32 here; a program that holds them in 16 bits rounds them, by up to 0.2 %.")
-    if config.quant.a_bits < 16:
+    if config.quant.a_bits < 16 and config.quant.a_format == "int":
         lines.append(f"Activations are rounded here as {ACTIVATIONS[config.quant.arithmetic]}")
     return lines
 

@@ -33,8 +33,9 @@ from dist_spin.version import __version__
 
 DirectoryWriter = Callable[[Path], None]  # writes an export's own files into an empty directory
 # What the card tells of a measurement; seconds and other figures of how it was made decide nothing.
+FORMAT_SETTINGS = ("w_format", "a_format", "kv_format")  # in a row where they are not int
 CARD_FIGURES = ("dataset", "w_bits", "a_bits", "k_bits", "v_bits", "method", "weights", "ppl")
-CARD_EXTRAS = {"layers", *(figure.name for figure in FIDELITY)}  # of rows that have them
+CARD_EXTRAS = {"layers", *FORMAT_SETTINGS, *(figure.name for figure in FIDELITY)}  # of rows that have them
 REQUANTIZE = "run `dist-spin quantize` with the settings of this export"
 
 
@@ -84,6 +85,8 @@ class ExportJob:
         """Whether a row of the results is of this export's own weights and quantisers, as `dist_spin.load` puts them back."""
         q = self.config.quant
         same = {f"{s}_bits": getattr(q, f"{s}_bits") for s in "akv"} | {"rotation": LEARNED}
+        if any(row.get(name, "int") != getattr(q, name) for name in FORMAT_SETTINGS[1:]):
+            return False
         if any(row.get(name) != value for name, value in same.items()) or (self.config.rotation.online and not self.r4):
             return False
         if self.target == "compressed-tensors":

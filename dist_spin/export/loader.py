@@ -16,11 +16,12 @@ from torch import Tensor
 
 from dist_spin.errors import UserError
 from dist_spin.export.compressed import PACKED, PLAIN, SCALE, SHAPE, ZERO, bits_in, unpack
+from dist_spin.export.format_tensors import INPUT_GLOBAL, LAYOUTS, TENSORS, format_weight
 from dist_spin.export.hf import DOWN, FOREIGN_TYPE, ROTATED_DOWN
 from dist_spin.export.sidecar import Sidecar, read_sidecar
 from dist_spin.model.architecture import ATTENTION_NORM, EMBEDDING, HEAD, LAYER_LINEARS, MLP_NORM, Shape, layer_name
 from dist_spin.model.full_model import build_full_model
-from dist_spin.model.sites_config import Sites
+from dist_spin.model.sites_config import INPUT_SCALES, SITE_OF_LINEAR, Sites
 from dist_spin.model.weights import SafetensorsWeights
 from dist_spin.numerics.quantizer import dequantize_weight
 from dist_spin.runtime.prefetch import prefetched
@@ -107,6 +108,9 @@ def _layer(
     if sidecar.format == "hf":
         renamed = read([ROTATED_DOWN])
         return out | ({DOWN: renamed[ROTATED_DOWN]} if renamed else {})
+    layouts = [group["format"] for group in quantization["config_groups"].values()]
+    if layouts[0] in LAYOUTS.values():
+        return out | _weights_in_format(source, prefix, dtype, device)
     for role in LAYER_LINEARS:
         stored = [kind for kind in (PACKED, PLAIN, SCALE, SHAPE, ZERO) if source.has(f"{prefix}.{role}.{kind}")]
         tensors = {kind: source.rows(f"{prefix}.{role}.{kind}", device=device) for kind in stored}
@@ -114,3 +118,21 @@ def _layer(
         codes, scale, zero = unpack(tensors, bits)
         out[f"{role}.weight"] = dequantize_weight(codes, scale, zero, group, dtype)
     return out
+
+
+def _weights_in_format(
+    source: SafetensorsWeights, prefix: str, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """Weights of a layer's linears from a number format, and the global scales of their inputs where there are any."""
+    out: dict[str, Tensor] = {}
+    scales: dict[int, Tensor] = {}
+    for role in LAYER_LINEARS:
+        name = f"{prefix}.{role}"
+        tensors = {
+            kind: source.rows(f"{name}.{kind}", device=device) for kind in TENSORS if source.has(f"{name}.{kind}")
+        }
+        if INPUT_GLOBAL in tensors:
+            scales[SITE_OF_LINEAR[role]] = tensors[INPUT_GLOBAL]
+        codes, scale, zero = format_weight(tensors)
+        out[f"{role}.weight"] = dequantize_weight(codes, scale, zero, codes.shape[1] // scale.shape[1], dtype)
+    return out | ({INPUT_SCALES: torch.cat([scales[site] for site in sorted(scales)]).cpu()} if scales else {})

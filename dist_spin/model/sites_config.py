@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_spin.model.architecture import ATTENTION_NORM, MLP_NORM, Shape
+from dist_spin.model.architecture import ATTENTION_NORM, LAYER_LINEARS, MLP_NORM, Shape
 from dist_spin.model.rotate_quantize import NO_SCALE_OR_CLIP, RotationParam, ScaleAndClip
 from dist_spin.model.sites import (
     DownProjInputQuant,
@@ -21,10 +21,12 @@ from dist_spin.model.sites import (
 from dist_spin.numerics.quantizer import QuantSpec
 
 CLIP_SITES = ("attention", "o", "mlp", "down", "k", "v")  # where clips are learned, in the order in which they are kept
+LINEARS_BY_SITE = (LAYER_LINEARS[:3], LAYER_LINEARS[3:4], LAYER_LINEARS[4:6], LAYER_LINEARS[6:])
 INPUT_SCALES = (
     "input.tensor_scales"  # name, among a layer's tensors, of NVFP4's global scales [4] of the inputs of linears
 )
 SCALED_SITES = CLIP_SITES[:4]  # whose they are, in this order
+SITE_OF_LINEAR = {role: i for i, roles in enumerate(LINEARS_BY_SITE) for role in roles}  # index among them
 
 
 @dataclass(frozen=True)

@@ -83,10 +83,6 @@ def exportable(config: RunConfig, model: Any) -> str:
 
 def conflicts(target: str, config: RunConfig, model: Any, *, starting: bool) -> Iterator[UserError]:
     """Every setting in the way of an export as `target`; see `check_target`."""
-    if target in QUANTISED:
-        for which in ("w", "a"):
-            if (name := getattr(config.quant, f"{which}_format")) != "int":
-                yield UserError(f"{target} is written for quant.{which}_format=int, not {name}", "export as hf")
     online, profile, shape = config.rotation.online, config.export.profile, Shape.of(model)
     if profile == "r4-block" and target == "gguf":
         yield UserError("llama.cpp applies no Hadamard before down_proj", "use export.profile=no-had")
@@ -98,6 +94,8 @@ def conflicts(target: str, config: RunConfig, model: Any, *, starting: bool) -> 
         yield UserError(problem, f"set rotation.online=false{other}")
     if target == "compressed-tensors":
         yield from _of_compressed_tensors(config, shape)
+    if target in QUANTISED:
+        yield from _of_formats(target, config)
     if target == "executorch":
         try:
             model_params(model, config.quant.w_group_size)
@@ -129,6 +127,16 @@ def _of_clips(target: str, config: RunConfig, *, clips: bool) -> Iterator[UserEr
         yield UserError(problem, "learn with optimize.clips=false")
 
 
+def _of_formats(target: str, config: RunConfig) -> Iterator[UserError]:
+    """Number formats that a target, or its kernels, have no place for: a weight's decides, and the inputs' goes with it."""
+    w, a = config.quant.w_format, config.quant.a_format if config.quant.a_bits < 16 else "int"
+    if target == "executorch" and (w, a) != ("int", "int"):
+        yield UserError(f"executorch is for integers, not for quant.w_format={w}, quant.a_format={a}", "export as hf")
+    elif target == "compressed-tensors" and a != w and config.quant.a_bits < 16:
+        problem = f"kernels for compressed-tensors take no quant.a_format={a} beside quant.w_format={w}"
+        yield UserError(problem, f"set quant.a_format={w}, or quant.a_bits=16")
+
+
 def _of_compressed_tensors(config: RunConfig, shape: Shape) -> Iterator[UserError]:
     q, block = config.quant, config.rotation.r4_size or shape.intermediate
     if config.rotation.online and config.export.profile == "r4-block" and block & (block - 1):
@@ -139,7 +147,7 @@ def _of_compressed_tensors(config: RunConfig, shape: Shape) -> Iterator[UserErro
             "kernels for compressed-tensors read weights of 4 or 8 bits",
             "set quant.w_bits and quant.down_bits so, with quantize.method=gptq or rtn; or export as hf",
         )
-    if q.a_bits == 16:
+    if q.a_bits == 16 or q.a_format != "int":
         return
     if q.a_bits not in PACKED_BITS:
         yield UserError(

@@ -99,10 +99,12 @@ def gptq_options(config: RunConfig) -> GPTQOptions:
         clip_norm=q.clip_norm,
         format=w.w_format,
     )
-    if w.w_format != "int":
+    if w.w_format not in ("int", "fp8"):  # the others have a scale of their own
         return options
-    # Runtimes hold scales in the model's number format; but vLLM those of weights that meet int8 activations as int8 in fp32.
+    # Runtimes hold scales in the model's number format; but vLLM those of fp8, and of weights that meet int8 activations as
+    # int8, in fp32.
     int8 = w.arithmetic == "vllm" and w.w_bits == w.a_bits == 8 and w.down_bits in (0, 8) and not w.w_group_size
-    if w.arithmetic in ("compressed-tensors", "vllm") and not int8 and dtype_name(config) in HALF:
+    wide = int8 or (w.arithmetic == "vllm" and w.w_format == "fp8")
+    if w.arithmetic in ("compressed-tensors", "vllm") and not wide and dtype_name(config) in HALF:
         return dataclasses.replace(options, scale_dtype=model_dtype(config))
     return options
