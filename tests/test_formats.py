@@ -8,8 +8,9 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize as r
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from dist_spin.model.rotate_quantize import RotationParam, ScaleAndClip, rotate_quantize
 from dist_spin.numerics.format_rounding import global_scale
 from dist_spin.numerics.format_weights import format_codes, format_scales, pack_e2m1, tensor_scale_of, unpack_e2m1
 from dist_spin.numerics.formats import FORMATS
@@ -172,3 +173,19 @@ def test_gradients_are_straight_through(name: str) -> None:
     assert 0 < float((rounded - x).detach().abs().max()) < 1
     (rounded * direction).sum().backward()
     assert torch.equal(x.grad, direction)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_learned_scales_beside_a_rotation_have_the_straight_through_gradient(name: str) -> None:
+    """Against plain autograd of Q((x R) * s) / s R^T with the rounding error held constant."""
+    generator = torch.Generator().manual_seed(3)
+    x, direction = torch.randn(2, 7, 64, generator=generator, dtype=torch.float64).unbind()
+    r = torch.linalg.qr(torch.randn(64, 64, generator=generator, dtype=torch.float64)).Q
+    spec = QuantSpec(FORMATS[name].bits, True, FORMATS[name].group, format=name)
+    log_scale, oracle = (torch.linspace(-1, 1, 64, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    rotation = RotationParam(r, nn.Parameter(torch.zeros_like(r)))
+    (rotate_quantize(x, rotation, spec, ScaleAndClip(log_scale, None)) * direction).sum().backward()
+    z = x @ r * oracle.exp()
+    rounded = (z + (fake_quantize(z, spec) - z).detach()) / oracle.exp() @ r.T
+    (rounded * direction).sum().backward()
+    torch.testing.assert_close(log_scale.grad, oracle.grad, rtol=1e-9, atol=1e-12)

@@ -134,7 +134,7 @@ def bits_in(quantization: dict[str, Any], role: str) -> tuple[int, int]:
 
 def entries_of(sites: Sites, layer: QuantizedLayer) -> dict[str, Any]:
     """`config_entries` of a run's quantised layers, of which `layer` is one."""
-    grid = {"symmetric": layer.symmetric, "group_size": layer.group_size, "weight_format": layer.format}
+    grid: dict[str, Any] = {"symmetric": layer.symmetric, "group_size": layer.group_size, "weight_format": layer.format}
     return config_entries(sites, layer.bits, **grid)
 
 

@@ -30,7 +30,7 @@ def format_scales(
     if columns % (group_size or columns):
         raise ValueError(f"group_size {group_size} does not divide the last dimension, {columns}")
     number_format = FORMATS[name]
-    given = None if tensor_scale is None else torch.tensor([tensor_scale], device=w.device)
+    given = None if tensor_scale is None else torch.full((1,), tensor_scale, device=w.device)
     groups = w.float().unflatten(1, (-1, group_size or columns))
     # Equal chunks, so that a row's result is the same whichever rows come with it (see `quantizer.weight_scales`).
     chunks = groups.split(ROW_TILE if w.device.type == "cpu" else max(1, len(w)))

@@ -147,13 +147,14 @@ def _of_compressed_tensors(config: RunConfig, shape: Shape) -> Iterator[UserErro
             "kernels for compressed-tensors read weights of 4 or 8 bits",
             "set quant.w_bits and quant.down_bits so, with quantize.method=gptq or rtn; or export as hf",
         )
-    if q.a_bits == 16 or q.a_format != "int":
+    if q.a_bits == 16:
         return
     if q.a_bits not in PACKED_BITS:
         yield UserError(
             "kernels for compressed-tensors read activations of 4 or 8 bits", "set quant.a_bits so, or to 16"
         )
-    wanted = {"a_symmetric": True, "o_per_head": False, "a_clip_ratio": 1.0, "w_symmetric": True}
+    wanted = {"o_per_head": False, "a_clip_ratio": 1.0, "w_symmetric": True}
+    wanted |= {"a_symmetric": True} if q.a_format == "int" else {}  # the others are symmetric
     for setting, value in wanted.items():
         if getattr(q, setting) != value:
             problem = (
