@@ -5,7 +5,18 @@ Dividing keeps the ratios and, as long as a factor of two is left beside it, the
 
 from typing import Any
 
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config, SmolLM3Config
+from transformers import (
+    GemmaConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MinistralConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 TIED: dict[str, Any] = {"tie_word_embeddings": True}
 LLAMA31_ROPE: dict[str, Any] = {
@@ -18,6 +29,20 @@ LLAMA31_ROPE: dict[str, Any] = {
         "original_max_position_embeddings": 16,
     }
 }
+LONG_ROPE: dict[str, Any] = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.1, 1.2, 1.4, 1.5, 1.8],
+        "long_factor": [1.0, 1.3, 2.0, 5.0, 9.0, 20.0],
+    },
+    "original_max_position_embeddings": 16,  # below the length of the tests' sequences
+}
+
+
+def _granite(attention: float, logits: float) -> dict[str, Any]:
+    multipliers = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22}
+    return {"attention_multiplier": attention, "logits_scaling": logits} | multipliers | TIED
 
 
 def _config(
@@ -68,4 +93,22 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "smollm2-360m (960, 2560)": _config(LlamaConfig, 120, 320, 15, 5, **TIED),
     "smollm2-1.7b (2048, 8192)": _config(LlamaConfig, 64, 256, 8, 8, **TIED),
     "smollm3-3b (2048, 11008)": _config(SmolLM3Config, 64, 344, 8, 2, num_hidden_layers=4, **TIED),
+    "falcon3-7b (3072, 23040)": _config(LlamaConfig, 48, 360, 6, 2, head_dim=16),
+    "ministral-8b (4096, 12288)": _config(
+        MinistralConfig,
+        64,
+        192,
+        8,
+        2,
+        head_dim=8,
+        sliding_window=7,
+        layer_types=["full_attention", "sliding_attention"],
+    ),
+    "phi-3-mini-4k (3072, 8192)": _config(Phi3Config, 48, 128, 4, 4, sliding_window=7),
+    "phi-3.5-mini (3072, 8192)": _config(Phi3Config, 48, 128, 4, 4, **LONG_ROPE),
+    "phi-4-14b (5120, 17920)": _config(Phi3Config, 80, 280, 10, 5),
+    "granite-3-2b (2048, 8192)": _config(GraniteConfig, 64, 256, 8, 2, **_granite(1 / 64, 8.0)),
+    "granite-3-8b (4096, 12800)": _config(GraniteConfig, 64, 200, 8, 2, **_granite(1 / 128, 16.0)),
+    "gemma-2b (2048, 16384)": _config(GemmaConfig, 64, 512, 4, 1, head_dim=32, **TIED),
+    "gemma-7b (3072, 24576)": _config(GemmaConfig, 48, 384, 4, 4, head_dim=16, **TIED),
 }

@@ -45,7 +45,9 @@ def reference_logits(files: ModelFiles, ids: Tensor, dtype: torch.dtype) -> Tens
     model = AutoModelForCausalLM.from_pretrained(files.directory, dtype=dtype)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child).__name__.endswith("RMSNorm"):
+            if type(child).__name__ == "GemmaRMSNorm":  # which stores w of a gain 1 + w
+                setattr(module, name, WideRMSNorm(child.eps, nn.Parameter(1 + child.weight)))
+            elif type(child).__name__.endswith("RMSNorm"):
                 setattr(module, name, WideRMSNorm(child.variance_epsilon, child.weight))
     with torch.no_grad():
         return model(ids).logits

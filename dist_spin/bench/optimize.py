@@ -27,6 +27,7 @@ from dist_spin.bench.device import describe, matmul_ceiling, synchronize
 from dist_spin.config.loader import load_config
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
+from dist_spin.model.llama_form import form_config
 from dist_spin.optimize.setup import TrainState, build_training, write_checkpoint
 from dist_spin.optimize.train import forward_backward, learning_rate
 from dist_spin.pipeline.dtype import resolve_dtype
@@ -211,10 +212,10 @@ def step_flop(shape: Shape, tokens: int, seq_len: int, block: int = 0) -> float:
 
 
 def json_config(directory: Path) -> Any:
-    """The config.json of a shape as a transformers config."""
+    """The config.json of a shape as a transformers config, of the family that its weights are read as."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(directory)
+    return form_config(AutoConfig.from_pretrained(directory))
 
 
 def _cut(source: Path, scratch: Path, layers: int) -> Path:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from dist_spin.model.attention import select_attention
+from dist_spin.model.families import FAMILIES
 
 LAYER_LINEARS = (
     "self_attn.q_proj",
@@ -83,12 +84,13 @@ def rotary(model: Any, device: torch.device) -> nn.Module:
 def attention_masks(config: Any, hidden: torch.Tensor) -> list[torch.Tensor | None]:
     """The mask of each decoder layer for `hidden` [batch, T, h] without padding; None where plain causal attention holds.
 
-    Sliding windows differ per family: Mistral has one setting for all layers, the Qwen families and SmolLM3 a type per layer.
+    Sliding windows differ per family (`families.Family.windows`).
     """
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        kinds = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
+    windows, window = FAMILIES[config.model_type].windows, getattr(config, "sliding_window", None)
+    if windows == "by layer":
+        kinds = config.layer_types
+    else:  # whatever else the config says: transformers does not read it
+        kinds = ["sliding_attention" if windows == "all" else "full_attention"] * config.num_hidden_layers
     sliding = None
     if window and hidden.shape[1] > window and "sliding_attention" in kinds:
         T = hidden.shape[1]

@@ -1,21 +1,64 @@
-"""The model families that can be rotated, as data: one name per family, and why others are refused.
+"""The model families that can be rotated, as data: one row per `model_type` of transformers, and why others are refused.
 
-A family that shares Llama's module names (`architecture.LAYER_LINEARS`) and passes tests/test_families.py is added here.
+A family with Llama's module names (`architecture.LAYER_LINEARS`) is a row alone. One that computes the same as a Llama or
+Mistral with other weights, because it fuses or scales them, also says in `llama_form` how its weights are read. docs/models.md is
+made from this table, and tests/test_families.py proves each row.
 """
+
+from dataclasses import dataclass
+from typing import Any
 
 from dist_spin.errors import UserError
 
-# Families checked to be pre-norm RMSNorm decoders with Llama's linear layers and a gated MLP.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    models: published ones, as the page names them. windows: which layers attend to `sliding_window` tokens alone: none, all of
+    them, or those that `layer_types` names. read_as: `model_type` of the equal model that the weights are read as, "" for its
+    own. how: what is done for that, as the page says it.
+    """
+
+    models: str
+    windows: str = "none"
+    read_as: str = ""
+    how: str = ""
+
+
+# Families checked to be pre-norm RMSNorm decoders with a gated MLP.
+FAMILIES = {
+    "llama": Family("Llama 1 to 3.3, Falcon 3, SmolLM2, TinyLlama, Yi"),
+    "mistral": Family("Mistral 7B, Nemo, Small 24B (text)", windows="all"),
+    "qwen2": Family("Qwen2, Qwen2.5", windows="by layer"),
+    "qwen3": Family("Qwen3, dense", windows="by layer"),
+    "smollm3": Family("SmolLM3", windows="by layer"),
+    "ministral": Family("Ministral 8B (2410)", windows="by layer"),
+    "phi3": Family(
+        "Phi-3 and 3.5 mini, Phi-3 medium, Phi-4 14B",
+        windows="all",
+        read_as="mistral",
+        how="fused q, k, v and gate, up are read apart",
+    ),
+    "granite": Family(
+        "Granite 3, dense",
+        read_as="llama",
+        how="multipliers go into the weights: embedding, q_proj (attention), o_proj and down_proj (residual), lm_head",
+    ),
+    "gemma": Family(
+        "Gemma 1",
+        read_as="llama",
+        how="gains 1 + w are read as gains, the scale of the embedding goes into it",
+    ),
+}
 
 # Why a family that people ask for is refused; anything else is simply unknown.
 _EXPERTS = "mixture-of-experts layers, which are not supported"
 _OUTPUT_NORMS = "norms on the outputs of attention and MLP, which do not commute with a rotation of the residual stream"
 _LAYER_NORM = "LayerNorm, whose mean does not commute with a rotation of the residual stream"
-_FUSED = "q, k, v and gate, up fused into one projection each, which are not split here"
+_PARALLEL = "LayerNorm, whose mean does not commute with a rotation, and one norm for attention and MLP side by side"
 _WRAPPER = "a vision or audio model around its language model; only the language model alone is read"
 REFUSED = {
-    "gemma": "norm gains stored as 1 + w and a scaled embedding, which merging rotations does not handle",
     "gemma2": _OUTPUT_NORMS,
     "gemma3": _WRAPPER,
     "gemma3_text": _OUTPUT_NORMS,
@@ -27,12 +70,14 @@ REFUSED = {
     "deepseek_v3": _EXPERTS,
     "gpt_oss": _EXPERTS,
     "llama4": _EXPERTS,
-    "phi3": _FUSED,
+    "phi": _LAYER_NORM,
     "gpt2": _LAYER_NORM,
     "gpt_neox": _LAYER_NORM,
     "falcon": _LAYER_NORM,
-    "cohere": _LAYER_NORM,
-    "granite": "multipliers on the embedding, residual and logits, which merging rotations does not handle",
+    "olmo": _LAYER_NORM,
+    "cohere": _PARALLEL,
+    "cohere2": _PARALLEL,
+    "ministral3": "queries scaled by their position, which the layers here are not told",
     "mistral3": _WRAPPER,
     "mllama": _WRAPPER,
     "qwen2_5_vl": _WRAPPER,
@@ -50,3 +95,23 @@ def check_supported(model_type: str) -> None:
             model_type, "no entry says which of its modules are the norms, projections and residual writes"
         )
         raise UserError(f"architecture '{model_type}' is not supported: {why}", f"use one of {', '.join(FAMILIES)}")
+
+
+def check_flags(config: Any) -> None:
+    """Refuse settings of a supported family that change what it computes in a way that is not built here.
+
+    Args:
+        config: from transformers.
+
+    Raises:
+        UserError: names the setting.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    partial = rope.get("partial_rotary_factor") or 1.0
+    for problem in (
+        partial != 1 and f"partial_rotary_factor {partial}: only a position embedding of whole heads is built",
+        getattr(config, "use_bidirectional_attention", False)
+        and "use_bidirectional_attention: only causal attention is built",
+    ):
+        if problem:
+            raise UserError(f"config.json has {problem}", "use another model")

@@ -27,7 +27,8 @@ from dist_spin.model.checkpoint_headers import (
     local_directory,
     read_headers,
 )
-from dist_spin.model.families import check_supported
+from dist_spin.model.families import check_flags, check_supported
+from dist_spin.model.llama_form import LlamaFormWeights, llama_form
 from dist_spin.model.tensor_bytes import TensorRange, opened, read_header, read_into
 from dist_spin.numerics.finite import all_finite, first_not_finite
 
@@ -211,11 +212,16 @@ def open_model(
     check_config(directory, dummy=dummy)
     config = _read_config(directory, trust_remote_code=trust_remote_code)
     check_supported(config.model_type)
+    check_flags(config)
+    form = llama_form(config)
     if dummy:
+        config = config if form is None else form.config
         return ModelFiles(config, DummyWeights(config, dtype), directory, trust_remote_code)
     weights = SafetensorsWeights(directory)
-    notes = check_tensors(config, directory, weights.tensors)
-    return ModelFiles(config, weights, directory, trust_remote_code, tuple(notes))
+    notes = tuple(check_tensors(config, directory, weights.tensors))
+    if form is None:
+        return ModelFiles(config, weights, directory, trust_remote_code, notes)
+    return ModelFiles(form.config, LlamaFormWeights(weights, form), directory, trust_remote_code, notes)
 
 
 def _read_config(directory: Path, *, trust_remote_code: bool) -> Any:
