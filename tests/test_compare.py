@@ -281,6 +281,18 @@ def test_the_table_shows_mean_spread_and_the_best():
     ]
 
 
+def test_16_bit_weights_are_measured_apart_from_full_precision(capfd, tmp_path, model):
+    words = tiny_run(tmp_path, "name=tiny", "quantize.n_sequences=8", model=model, sequences=60)
+    words += ["compare.methods=[rtn]", "compare.bits=[W16A3KV3]", "compare.weights=[rtn]", "compare.seeds=[0]"]
+    assert main(["compare", *words]) == 0
+    full, rounded = rows_of(tmp_path / "tiny")
+    assert (full["system"], rounded["a_bits"]) == ("full precision", 3)
+    assert rounded["ppl"] != full["ppl"]
+    assert "kl" not in full
+    assert rounded["kl_p99"] > rounded["kl"] > 0
+    assert "KL divergence from full precision" in capfd.readouterr().out
+
+
 def test_fidelity_has_tables_of_its_own_where_rows_have_it():
     bits = {"w_bits": 4, "a_bits": 4, "k_bits": 4, "v_bits": 4, "weights": "rtn", "clips": "none"}
     common = bits | {"dataset": "text", "ppl": 5.0, "tokens": 60, "seq_len": 20}

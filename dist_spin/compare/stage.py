@@ -123,9 +123,11 @@ class Comparison:
 
     def complete_group(self, group: TrialGroup) -> None:
         """Measure what is missing of a group."""
-        by_weights: dict[tuple[str, int], list[PreparedTrial]] = {}
+        by_weights: dict[tuple[str, int, bool], list[PreparedTrial]] = {}
         for prepared in self.prepare(group):
-            by_weights.setdefault((prepared.target.fingerprint, prepared.trial.bits[0]), []).append(prepared)
+            target = prepared.target  # full precision goes alone: the others are compared with what it leaves
+            key = (target.fingerprint, prepared.trial.bits[0], target.full_precision)
+            by_weights.setdefault(key, []).append(prepared)
         for trials in by_weights.values():
             self.measure(trials)
             self.record({prepared.trial: [public(row) for row in prepared.rows] for prepared in trials})
