@@ -182,7 +182,7 @@ class Run:
         Returns:
             A row per variant and text or task: method, rotation, weights, w_bits, a_bits, k_bits, v_bits, seed, and dataset with
             ppl (perplexity) and, but for full precision, kl, kl_p99 (nats per token) and top1 (a share); or task with metric,
-            value and stderr.
+            value and stderr; or prompts with greedy_first (tokens before the first difference) and greedy_equal (a share).
         """
         return Table(self._call("evaluate", "dist_spin.evaluate.stage:evaluate"))
 

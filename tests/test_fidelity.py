@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_run
+from tiny import tiny_run, write_letters
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dist_spin.cli import main
 from dist_spin.data import load_tokens
+from dist_spin.errors import UserError
 from dist_spin.evaluate import teacher as teachers
+from dist_spin.evaluate.continuations import agreement, read_prompts
 from dist_spin.model import loss
 from dist_spin.model.fidelity import compare_predictions
 from dist_spin.model.rotated_weights import Head
@@ -67,13 +69,15 @@ def run(tmp_path_factory) -> tuple[list[str], Path]:
     place = tmp_path_factory.mktemp("fidelity")
     words = [*(f"quant.{s}_bits=16" for s in "akv"), "quant.w_bits=3", "quantize.baselines=[none]", "optimize.steps=0"]
     words = tiny_run(place, *words, "evaluate.unquantized_weights=true", sequences=60)
+    write_letters(place / "model")
     for verb in ("optimize", "quantize", "evaluate"):
         assert main([verb, *words]) == 0
     return words, place / "run"
 
 
 def rows_of(run: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    return {(row["method"], row["weights"]): row for row in json.loads((run / "results.json").read_text())}
+    rows = json.loads((run / "results.json").read_text())
+    return {(row["method"], row["weights"]): row for row in rows if "ppl" in row}
 
 
 @torch.no_grad()
@@ -156,3 +160,75 @@ def test_the_percentile_and_shares_of_known_values():
     figures = fidelity_figures(divergence, (divergence < 25).double())
     assert figures == {"kl": 50.0, "kl_p99": 99.0, "top1": pytest.approx(25 / 101)}
     assert np.isfinite(list(figures.values())).all()
+
+
+def test_continuations_are_compared_as_transformers_writes_them(run, tmp_path, capfd):
+    words, path = run
+    prompts = ["The cat", "a b c", "x", "Zebra?", "no more"]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n\n".join(prompts) + "\n")
+    words = [*words, f"evaluate.prompts={file}", "evaluate.prompt_tokens=12"]
+    assert main(["evaluate", *words]) == 0
+    printed = capfd.readouterr().out
+    written = json.loads((path / "results.json").read_text())
+    rows = {(row["method"], row["weights"]): row for row in written if "prompts" in row}
+    assert len(rows) == 4
+    model = path.parent / "model"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+
+    def continued() -> list[list[int]]:
+        starts = [tokenizer(prompt, return_tensors="pt") for prompt in prompts]
+        options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2}
+        return [reference.generate(**s, **options)[0, s["input_ids"].shape[1] :].tolist() for s in starts]
+
+    original = continued()
+    for index, layer in enumerate(reference.model.layers):
+        held, _ = load_layer(layer_path(RunDir(path).layers("none"), index))
+        layer.load_state_dict(held.weights(torch.float64, torch.device("cpu")), strict=False)
+    expected = torch.tensor([agreement(a, b, 12) for a, b in zip(original, continued(), strict=True)]).mean(0)
+    row = rows["no rotation", "gptq"]
+    assert [row["greedy_first"], row["greedy_equal"]] == pytest.approx(expected.tolist())
+    assert row["greedy_first"] < 12
+    assert (row["n"], row["prompts"], row["prompt_tokens"]) == (5, "prompts.txt", 12)
+    exact = rows["given rotation", "none"]  # rotations alone change nothing
+    assert (exact["greedy_first"], exact["greedy_equal"]) == (12, 1)
+    assert f"{row['greedy_first']:.1f} of 12" in printed
+    assert main(["evaluate", *words]) == 0
+    assert "continue prompts" not in capfd.readouterr().err  # measured before
+    assert main(["status", str(path)]) == 0
+    assert f"{row['greedy_first']:.1f} of 12 tokens as full precision on prompts.txt" in capfd.readouterr().out
+    assert main(["report", str(path)]) == 0
+    assert "## Greedy continuations against full precision" in (path / "report.md").read_text()
+    assert main(["evaluate", *words, "evaluate.prompt_tokens=128"]) == 2  # the model takes 128
+    assert "prompt 1 of " in capfd.readouterr().err
+
+
+def test_agreement_counts_to_the_first_difference_and_the_longer_end():
+    assert agreement([1, 2, 3, 4], [1, 2, 9, 4], 4) == (2, 0.75)
+    assert agreement([1, 2], [1, 2, 3, 4], 8) == (2, 0.5)
+    assert agreement([1, 2], [1, 2], 8) == (8, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("p.txt", b" \n\n", "is empty"),
+        ("p.txt", b"\xff\xfe\xff", "cannot be read (it is not UTF-8)"),
+        ("p.jsonl", b'"good"\n{"text": 1}\n', "line 2 of .* holds no prompt"),
+        ("p.jsonl", b"bare\n", "line 1 of .* holds no prompt"),
+        ("", b"", "cannot be read"),
+    ],
+)
+def test_files_without_prompts_are_refused_by_line(tmp_path, name, content, said):
+    if name:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said.replace("(", "[(]").replace(")", "[)]")):
+        read_prompts(tmp_path / name)
+
+
+def test_prompts_are_lines_or_json(tmp_path):
+    (tmp_path / "p.txt").write_text('one\n\n {"prompt": "two"}\n')
+    assert read_prompts(tmp_path / "p.txt") == ["one", ' {"prompt": "two"}']
+    (tmp_path / "p.jsonl").write_text('"one"\n{"prompt": "two\\nlines", "id": 3}\n')
+    assert read_prompts(tmp_path / "p.jsonl") == ["one", "two\nlines"]

@@ -41,9 +41,15 @@ class EvaluateConfig:
     task_limit: int = 0
     """Items measured per task, from its start; 0 means all."""
 
+    prompts: str | None = None
+    """File of prompts, one a line (or .jsonl: strings or objects with `prompt`), which full precision and each variant continue
+    greedily: how many tokens come before the first difference. The whole model is then in memory at once; null: none."""
+    prompt_tokens: int = 64
+    """Tokens of one continuation."""
+
     def __post_init__(self) -> None:
         some = "name at least one source, such as [wikitext2]"
-        require(bool(self.sources or self.tasks), "evaluate.sources", self.sources, some)
+        require(bool(self.sources or self.tasks or self.prompts), "evaluate.sources", self.sources, some)
         for source in self.sources:
             check_source("evaluate.sources", source)
         own = "the model's own text says nothing about its quality"
@@ -56,4 +62,6 @@ class EvaluateConfig:
         require(known, "evaluate.tasks", self.tasks, f"use names out of {', '.join(TASKS)}")
         check_unique("evaluate.tasks", self.tasks, "name each task once")
         check_path("evaluate.tasks_dir", self.tasks_dir)
+        check_path("evaluate.prompts", self.prompts)
+        check_range("evaluate.prompt_tokens", self.prompt_tokens, 1, MAX_SEQ_LEN, "use a number from 1")
         check_range("evaluate.task_limit", self.task_limit, 0, MAX_COUNT, "use a number, or 0 for all")

@@ -36,6 +36,30 @@ from dist_spin.storage.tensor_file import identity_hash
 TOKENS = 64  # of one answer, unless asked for otherwise
 
 T = TypeVar("T")
+EndTokens = int | list[int] | None
+
+
+def end_tokens(files: ModelFiles) -> EndTokens:
+    """The tokens that end a text: chat models may end a turn with another one than a text."""
+    end: EndTokens = files.tokenizer().eos_token_id
+    with contextlib.suppress(OSError):
+        end = GenerationConfig.from_pretrained(files.directory).eos_token_id or end
+    return end
+
+
+@torch.no_grad()
+def greedy(model: Any, ids: Tensor, tokens: int, end: EndTokens, streamer: Any = None) -> Tensor:
+    """ids [1, T], on the model's device, continued by the most probable token each time: [1, T + at most `tokens`]."""
+    whole: Tensor = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=end,
+        pad_token_id=end[0] if isinstance(end, list) else end,
+        streamer=streamer,
+    )
+    return whole
 
 
 class Speaker:
@@ -51,25 +75,14 @@ class Speaker:
         self.model = load_full_model(config, world, files, run, target)
         self.device, self.shape, self.tokenizer = world.device, files.shape, files.tokenizer()
         self.conversation: list[dict[str, str]] = []
-        self.end_tokens: int | list[int] | None = self.tokenizer.eos_token_id
-        with contextlib.suppress(OSError):  # chat models may end a turn with another token than a text
-            self.end_tokens = GenerationConfig.from_pretrained(files.directory).eos_token_id or self.end_tokens
+        self.end_tokens = end_tokens(files)
 
     def write(self, ids: Tensor, tokens: int) -> str:
         """Continue ids [1, T] by at most `tokens` tokens; returns what was written."""
         print(f"--- {self.name}", flush=True)
         ids = ids.to(self.device)
         streamer: Any = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        with torch.no_grad():
-            whole = self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=tokens,
-                do_sample=False,
-                eos_token_id=self.end_tokens,
-                pad_token_id=self.end_tokens[0] if isinstance(self.end_tokens, list) else self.end_tokens,
-                streamer=streamer,
-            )
+        whole = greedy(self.model, ids, tokens, self.end_tokens, streamer)
         return self.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
 
     def answer(self, question: str, tokens: int) -> str:

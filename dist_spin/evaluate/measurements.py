@@ -67,7 +67,7 @@ def _makes_sense(row: dict[str, Any]) -> bool:
     """Whether a row without a checksum may be used: a perplexity must agree with the losses of its windows."""
     if not makes_sense(row):
         return False
-    if "task" in row:
+    if "ppl" not in row:
         return True
     losses = row.get("losses") or [math.nan]
     return math.isclose(math.log(row["ppl"]), fmean(losses), abs_tol=1e-9)

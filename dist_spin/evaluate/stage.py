@@ -13,8 +13,9 @@ import torch
 
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import Interrupted, UserError
+from dist_spin.evaluate.continuations import prompt_rows
 from dist_spin.evaluate.perplexity import measure, measuring_tokens
-from dist_spin.evaluate.tables import perplexity_table, task_table
+from dist_spin.evaluate.tables import perplexity_table, prompt_table, task_table
 from dist_spin.evaluate.targets import eval_targets, target_layer
 from dist_spin.evaluate.teacher import Teacher
 from dist_spin.pipeline.export_limits import check_export_target
@@ -66,9 +67,11 @@ def evaluate(config: RunConfig, world: World) -> list[dict[str, Any]]:
         from dist_spin.evaluate.zero_shot import zero_shot  # late: the harness is an extra
 
         rows += zero_shot(config, world, files, run, measured, stop)
+    if config.evaluate.prompts:
+        rows += prompt_rows(config, world, files, run, measured, stop)
     shown = [public(row) for row in rows]
     on_rank0(lambda: update_results(run, "evaluate", shown))
     if world.is_rank0:
-        print("\n".join(filter(None, [perplexity_table(shown), task_table(shown)])))
+        print("\n".join(filter(None, [perplexity_table(shown), task_table(shown), prompt_table(shown)])))
         say(f"wrote {run.path / 'results.json'}")
     return shown

@@ -86,6 +86,15 @@ def task_table(rows: list[dict[str, Any]]) -> str:
     return _under_header(lines)
 
 
+def prompt_table(rows: list[dict[str, Any]]) -> str:
+    """Agreement of greedy continuations with full precision as a plain text table."""
+    lines = [("prompts", "bits", "method", "weights", "tokens before the first other one", "equal, %", "number")]
+    for r in (r for r in rows if "prompts" in r):
+        figures = f"{r['greedy_first']:.1f} of {r['prompt_tokens']}", f"{100 * r['greedy_equal']:.1f}", str(r["n"])
+        lines.append((r["prompts"], bits_label(r), r["method"], r["weights"], *figures))
+    return _under_header(lines)
+
+
 def _under_header(lines: Sequence[tuple[str, ...]]) -> str:
     """Lines under a header line as aligned columns; nothing if there is only the header."""
     return "\n".join(aligned(lines)) if len(lines) > 1 else ""

@@ -20,14 +20,23 @@ def status_text(figures: dict[str, Any]) -> str:
         lines.append("; ".join([f"quantize  {name}: {len(states['finished'])} layers finished", *others]))
     measured = [r for r in figures["results"] if r.get("stage") != "compare"]
     for r in measured:
-        figure = f"{r['ppl']:.3f} on {r['dataset']}" if "ppl" in r else f"{r['metric']} {r['value']:.4f} on {r['task']}"
-        lines.append(f"result    {r['method']}, {r['weights']} weights: {figure}")
+        lines.append(f"result    {r['method']}, {r['weights']} weights: {_figure(r)}")
     if planned := figures["planned_rows"]:
         lines.append(f"compare   {len(figures['results']) - len(measured)} of {planned} rows in results.json")
     lines += [f"export    {e['format']}, {e['profile']}: {e['path']}" for e in figures["exports"]]
     if figures["report"]:
         lines.append(f"report    {Path(figures['run']) / 'report.html'}")
     return "\n".join([*lines, *_lengths(figures["sequence_lengths"]), *_now(figures)])
+
+
+def _figure(row: dict[str, Any]) -> str:
+    """What was measured, in words."""
+    if "ppl" in row:
+        return f"{row['ppl']:.3f} on {row['dataset']}"
+    if "prompts" in row:
+        first = f"{row['greedy_first']:.1f} of {row['prompt_tokens']}"
+        return f"{first} tokens as full precision on {row['prompts']}"
+    return f"{row['metric']} {row['value']:.4f} on {row['task']}"
 
 
 def ranges(numbers: list[int]) -> str:

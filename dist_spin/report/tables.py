@@ -43,7 +43,7 @@ class Table:
 
 def result_tables(summary: RunSummary) -> list[Table]:
     """What was measured: perplexities of this run, the comparison of systems, zero-shot tasks, and what was published."""
-    tables = [_perplexities(summary), _fidelity(summary), *_comparisons(summary), _tasks(summary)]
+    tables = [_perplexities(summary), _fidelity(summary), *_comparisons(summary), _prompts(summary), _tasks(summary)]
     model = model_of(summary)
     made = [table for table in tables if table is not None]
     return [*made, _published(model)] if model and made else made
@@ -169,6 +169,22 @@ def _spread(figure: Figure, values: list[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.3f}"
     return f"{mean(values):.3f} ± {stdev(values):.3f} (n={len(values)})"
+
+
+def _prompts(summary: RunSummary) -> Table | None:
+    """Agreement of greedy continuations with those of full precision."""
+    rows = [row for row in summary.rows if "prompts" in row]
+    if not rows:
+        return None
+    heads = ["prompts", "bits", "method", "weights", "tokens before the first difference", "equal, %"]
+    table = Table("Greedy continuations against full precision", heads, 4)
+    counts = {row["prompts"]: (row["n"], row["prompt_tokens"]) for row in rows}
+    table.note = "; ".join(f"{name}: {n} prompts, {tokens} tokens each" for name, (n, tokens) in counts.items())
+    table.note += ". Means over prompts; equal: share of positions with the same token."
+    for row in rows:
+        figures = f"{row['greedy_first']:.1f}", f"{100 * row['greedy_equal']:.1f}"
+        table.add(row["prompts"], bits_label(row), row["method"], row["weights"], *figures)
+    return table
 
 
 def _tasks(summary: RunSummary) -> Table | None:

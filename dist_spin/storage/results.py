@@ -139,7 +139,13 @@ def makes_sense(row: dict[str, Any]) -> bool:
         "stderr": optional(is_number),
         "n": is_count,
     }
-    return has_entries(row, common) and has_entries(row, task if "task" in row else perplexity)
+    prompts: dict[str, Kind] = {
+        "prompts": is_text,
+        **dict.fromkeys(("n", "prompt_tokens"), is_count),
+        **dict.fromkeys(("greedy_first", "greedy_equal"), is_number),
+    }
+    own = task if "task" in row else prompts if "prompts" in row else perplexity
+    return has_entries(row, common) and has_entries(row, own)
 
 
 def results(run: RunDir, stage: str) -> list[dict[str, Any]]:
