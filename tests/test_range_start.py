@@ -77,13 +77,20 @@ def test_the_sample_is_what_the_sites_read(tmp_path):
     plain = RotatedWeights(files.weights, files.shape, None, (), CPU, torch.float64)
     runner = LayerRunner(files.config, Sites(), device=CPU, dtype=torch.float64, rotated=False)
     hidden = plain.embedding()[torch.arange(96).view(4, 24)]
-    rows, outputs = sample_rows(LayerTask(0, runner, plain.layer(0), hidden), 30, seed=0)
+    task, chosen = LayerTask(0, runner, plain.layer(0), hidden), torch.randperm(96)[:30].sort().values
+    rows, outputs = sample_rows(task, chosen)
     assert rows.shape == (2 * 30, 48)
     torch.testing.assert_close(rows.square().mean(-1), torch.ones(60, dtype=torch.float64), atol=1e-5, rtol=0)
     normed = hidden.flatten(0, 1) / hidden.flatten(0, 1).square().mean(-1, keepdim=True).sqrt()
     nearest = torch.cdist(rows[:30], normed).amin(-1)
     assert float(nearest.max()) < 1e-5
     torch.testing.assert_close(outputs, runner.run(runner.build(0, plain.layer(0)), 0, hidden))
+    shares = [  # of three ranks, of which the last has no sequence
+        sample_rows(LayerTask(0, runner, plain.layer(0), hidden[first:last]), chosen - first * 24)
+        for first, last in ((0, 3), (3, 4), (4, 4))
+    ]
+    torch.testing.assert_close(sum(part for part, _ in shares), rows)
+    torch.testing.assert_close(torch.cat([part for _, part in shares]), outputs)
 
 
 def settings(place, *more):

@@ -4,10 +4,11 @@ R2 stays a random Hadamard: fitted in the same way it gained nothing.
 
     RUN/rotations/start.safetensors
 
-The model passes layer by layer, so any size fits; a bounded sample of activations stays on the host. Every rank does the same,
-so that none waits for another; rank 0 writes.
+The model passes layer by layer, so any size fits; ranks share the text, and a bounded sample of activations stays on every host.
+Every rank fits it, so that none waits for another; rank 0 writes.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -28,7 +29,7 @@ from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.initial_rotations import seeded_rotations, start_path
 from dist_spin.pipeline.model import model_dtype
-from dist_spin.runtime.distributed import World, on_rank0, raise_on_any_failure
+from dist_spin.runtime.distributed import World, on_rank0, raise_on_any_failure, sum_over_ranks_
 from dist_spin.runtime.progress import Progress, warn
 from dist_spin.storage.run_directory import run_dir
 from dist_spin.storage.tensor_file import identity_hash, load_if_current, load_tensors, save_tensors
@@ -59,7 +60,10 @@ def make_start(config: RunConfig, world: World, files: ModelFiles, tokens: Tenso
         return
     fits: list[tuple[Tensor, float, float]] = []
     r1, r2 = seeded_rotations("hadamard", config, files.shape)
-    raise_on_any_failure(lambda: fits.append(fitted(r1, config, world, files, fitting_tokens)))
+    progress = Progress("fit the rotations' start: layer", files.shape.layers + 1, show=world.is_rank0)
+    rows = sampled_activations(config, world, files, fitting_tokens, progress)
+    raise_on_any_failure(lambda: fits.append(fitted(r1, rows, config, world)))
+    progress.advance(f"square range {fits[0][1]:.3f}, then {fits[0][2]:.3f}")
 
     def store() -> None:
         fitted_r1, before, after = fits[0]
@@ -70,23 +74,49 @@ def make_start(config: RunConfig, world: World, files: ModelFiles, tokens: Tenso
     on_rank0(store)
 
 
-def fitted(
-    start: Tensor, config: RunConfig, world: World, files: ModelFiles, tokens: Tensor
-) -> tuple[Tensor, float, float]:
-    """R1 [h, h] or its blocks, fitted from `start` to tokens [n, T], fp64 on the CPU; the mean square range before and after."""
-    shape, dtype, seed = files.shape, model_dtype(config), config.rotation.seed
+def sampled_activations(
+    config: RunConfig, world: World, files: ModelFiles, tokens: Tensor, progress: Progress
+) -> Tensor:
+    """What R1 turns in every layer, of `SAMPLED_TOKENS` of tokens [n, T]: [rows, h] on the CPU in the model's dtype.
+
+    Called by all ranks together: each passes its share of the sequences, and all get the same rows.
+    """
+    shape, dtype = files.shape, model_dtype(config)
     runner = LayerRunner(files.config, Sites(), device=world.device, dtype=dtype, rotated=False)
     plain = RotatedWeights(files.weights, shape, None, (), world.device, dtype)
-    hidden = plain.embedding()[tokens.to(world.device)]
-    progress = Progress("fit the rotations' start: layer", shape.layers + 1, show=world.is_rank0)
-    rows: list[Tensor] = []
+    first, last = world.own_range(len(tokens))
+    chosen = chosen_positions(tokens.numel(), config.rotation.seed)
+    samples: list[Tensor] = []
+    hidden = torch.empty(0)
+
+    def embed() -> None:
+        nonlocal hidden
+        hidden = plain.embedding()[tokens[first:last].to(world.device)]
+
+    def pass_layer(index: int) -> None:
+        nonlocal hidden
+        task = LayerTask(index, runner, plain.layer(index), hidden)
+        sample, hidden = sample_rows(task, chosen - first * tokens.shape[1])
+        samples.append(sample)
+
+    raise_on_any_failure(embed)
     for index in range(shape.layers):
-        sample, hidden = sample_rows(LayerTask(index, runner, plain.layer(index), hidden), SAMPLED_TOKENS, seed)
-        rows.append(sample)
+        raise_on_any_failure(functools.partial(pass_layer, index))
+        # Each row is of one rank, and 0 on the others.
+        samples[-1] = sum_over_ranks_(samples[-1].to(world.device)).cpu()
         progress.advance()
-    wide = accumulation_dtype(dtype)
-    r1, before, after = narrowed(start.to(world.device, wide), torch.cat(rows), seed)
-    progress.advance(f"square range {before:.3f}, then {after:.3f}")
+    return torch.cat(samples)
+
+
+def chosen_positions(tokens: int, seed: int) -> Tensor:
+    """Positions of the sampled tokens in a text of so many, ascending."""
+    return torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))[:SAMPLED_TOKENS].sort().values
+
+
+def fitted(start: Tensor, rows: Tensor, config: RunConfig, world: World) -> tuple[Tensor, float, float]:
+    """R1 [h, h] or its blocks, fitted from `start` to rows [tokens, h], fp64 on the CPU; mean square range before and after."""
+    wide = accumulation_dtype(model_dtype(config))
+    r1, before, after = narrowed(start.to(world.device, wide), rows, config.rotation.seed)
     return r1.double().cpu(), before, after
 
 
@@ -132,23 +162,26 @@ def narrowed(start: Tensor, rows: Tensor, seed: int) -> tuple[Tensor, float, flo
     return (rotation, before, after) if after < before else (start, before, before)
 
 
-def sample_rows(task: LayerTask, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
-    """What R1 turns before a layer's quantisers, of `tokens` tokens, and the layer's outputs [n, T, h].
+def sample_rows(task: LayerTask, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """What R1 turns before a layer's quantisers, of some tokens, and the layer's outputs [n, T, h].
 
     The former is [2 tokens, h] on the CPU in the layer's dtype: the residual stream in front of both norms, of mean square 1,
     as the norms without their gains make it.
+
+    Args:
+        positions: of the tokens in the flattened `task.hidden`, ascending. Those outside it are other ranks' and give 0.
     """
-    n, length = task.hidden.shape[:2]
-    positions = torch.randperm(n * length, generator=torch.Generator().manual_seed(seed))[:tokens].sort().values
-    rows: list[Tensor] = []
+    width = task.hidden.shape[-1]
+    rows = {site: torch.zeros(len(positions), width, dtype=task.hidden.dtype) for site in R1_SITES}
     seen = dict.fromkeys(R1_SITES, 0)  # tokens that came by
 
     def see(site: str, x: Tensor) -> None:
         if site in seen:
             flat, first = x.flatten(0, -2), seen[site]
             seen[site] = first + len(flat)
-            mine = flat[(positions[(positions >= first) & (positions < seen[site])] - first).to(flat.device)].float()
-            rows.append((mine / mine.square().mean(-1, keepdim=True).sqrt()).to(x.dtype).cpu())
+            here = (positions >= first) & (positions < seen[site])
+            mine = flat[(positions[here] - first).to(flat.device)].float()
+            rows[site][here] = (mine / mine.square().mean(-1, keepdim=True).sqrt()).to(x.dtype).cpu()
 
-    outputs = observe(task, see)
-    return torch.cat(rows), outputs
+    outputs = observe(task, see) if len(task.hidden) else task.hidden
+    return torch.cat(list(rows.values())), outputs
