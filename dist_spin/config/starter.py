@@ -97,12 +97,12 @@ def run_name(model: str, target: str) -> str:
 
 
 def starter_yaml(name: str, model: str, gpus: int, target: str) -> str:
-    """The text of a commented configuration; on the CPU (gpus 0) of short texts and few steps, else as published."""
+    """The text of a commented configuration, by the recipe of accurate.yaml; on the CPU (gpus 0) few steps on short texts."""
     bits = {"w_bits": 4, "a_bits": 4, "k_bits": 4, "v_bits": 4}
     if target in ("compressed-tensors", "gguf", "executorch"):
         bits |= {"a_bits": 8 if target == "executorch" else 16, "k_bits": 16, "v_bits": 16}
     small = gpus == 0
-    source, length, steps, batch, sequences = ("pydoc", 512, 12, 4, 12) if small else ("wikitext2", 2048, 100, 8, 128)
+    source, length, steps, batch, sequences = ("pydoc", 512, 20, 2, 12) if small else ("wikitext2", 2048, 200, 8, 128)
     text = "Python's own documentation: no download" if small else "WikiText-2, from the hub or its cache"
     lines = [
         f"# {name}: learn rotations, quantise, measure. The same command continues a run that was stopped.",
@@ -117,12 +117,15 @@ def starter_yaml(name: str, model: str, gpus: int, target: str) -> str:
         f"  path: {quoted(model)}",
         "",
     ]
-    if target in NO_ONLINE:
-        lines += [
-            "rotation:",
-            "  online: false  # nothing but the weights is rotated, so that every runtime serves it",
-            "",
-        ]
+    # With more bits, scales that were learned for 4 cost accuracy: the rotations alone are learned then.
+    fitted = bits["a_bits"] == 4
+    if fitted or target in NO_ONLINE:
+        lines.append("rotation:")
+        if fitted:
+            lines.append("  init: range  # start from rotations fitted to activations, so that these have small ranges")
+        if target in NO_ONLINE:
+            lines.append("  online: false  # nothing but the weights is rotated, so that every runtime serves it")
+        lines.append("")
     lines += [f"quant:  # {QUANTISERS[target]}"]
     meanings = {"w": "weights", "a": "activations: the inputs of the linear layers", "k": "keys", "v": "values"}
     for setting, width in bits.items():
@@ -137,7 +140,19 @@ def starter_yaml(name: str, model: str, gpus: int, target: str) -> str:
         f"  seq_len: {length}  # tokens per sequence",
         f"  steps: {steps}",
         f"  batch_size: {batch}  # sequences per step, over all processes together",
+        "  optimizer: cayley_adam",
+        "  lr: 0.004  # of the rotations, radians per step",
+        f"  warmup_steps: {3 if small else 5}",
     ]
+    if fitted:
+        lines += [
+            "  scales: true  # learn scales of channels too, which merge into the weights,",
+            f"  scale_lr: {0.05 if small else 0.03}",
+            "  clips: true  # and which part of its range each quantiser keeps",
+            f"  clip_lr: {0.15 if small else 0.05}",
+        ]
+    if not small:
+        lines.append("  guard_every: 10  # keep the best state on held-out text")
     if bits["a_bits"] == 16:
         lines.append("  a_bits: 4  # 16-bit activations round nothing, so learn from what 4 bits would round")
     lines += [
@@ -146,7 +161,9 @@ def starter_yaml(name: str, model: str, gpus: int, target: str) -> str:
         f"  source: {source}",
         f"  seq_len: {length}",
         f"  n_sequences: {sequences}  # sequences that GPTQ looks at",
-        "  baselines: [none, hadamard]  # also without rotations, and with random ones, for comparison",
+        "  clip_norm: 2  # clip the ranges of weights by least squares",
+        f"  cd_passes: {2 if small else 4}  # go over GPTQ's codes so often again, each time lowering the error",
+        "  baselines: [hadamard]  # also with random rotations, for comparison; none: without any",
         "",
         "evaluate:  # 3. measure perplexity on text that neither step has seen",
         f"  sources: [{source}]",
