@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dist_spin.model.rotate_quantize import RotationParam, ScaleAndClip, rotate_quantize
+from dist_spin.numerics.coordinate_descent import coordinate_descent
 from dist_spin.numerics.format_rounding import global_scale
 from dist_spin.numerics.format_weights import format_codes, format_scales, pack_e2m1, tensor_scale_of, unpack_e2m1
 from dist_spin.numerics.formats import FORMATS
@@ -139,6 +140,9 @@ def test_gptq_stays_on_the_grid_and_beats_rounding_to_nearest(name: str, act_ord
         assert torch.allclose(blocks, blocks.to(torch.float8_e4m3fn).float(), rtol=1e-6, atol=0)
     error, nearest, size = output_errors(w, solved, mean, options).sum(0)
     assert 0 < error < nearest < size
+    refined = coordinate_descent(w, solved, mean, prepare(mean, options), options, 1)
+    assert output_errors(w, refined, mean, options).sum(0)[0] < error
+    assert torch.isin(refined.codes.double().abs(), allowed.abs()).all()
     # Rows may be shared over ranks at whole tiles without a change.
     tall = w.repeat(12, 1)
     shared = GPTQOptions(**{**vars(options), "tensor_scale": tensor_scale_of(w) if name == "nvfp4" else None})
