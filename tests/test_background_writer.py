@@ -76,3 +76,16 @@ def test_a_damaged_layer_is_told_in_one_line_and_what_was_done_before_it_is_kept
     assert "Traceback" not in said
     run = tmp_path / "run"
     assert sorted(str(p.relative_to(run)) for p in (*run.glob("layers/*"), *run.glob("boundaries/*"))) == kept
+
+
+def test_an_error_of_the_thread_is_told_where_the_block_ends_before_anybody_has_waited(caplog):
+    def fail() -> None:
+        raise UserError("no room", "make some")
+
+    with pytest.raises(UserError, match="no room"), BackgroundWriter(CPU) as writer:
+        writer.start(fail)
+    assert not caplog.messages
+    with pytest.raises(ZeroDivisionError), BackgroundWriter(CPU) as writer:
+        writer.start(fail)
+        raise ZeroDivisionError
+    assert caplog.messages == ["what was written meanwhile has failed too: UserError: no room; make some"]

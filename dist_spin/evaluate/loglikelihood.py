@@ -16,6 +16,7 @@ from dist_spin.evaluate.layerwise_model import LayerwiseModel
 from dist_spin.model.loss import LOGITS_AT_ONCE
 from dist_spin.model.rotated_weights import Head
 from dist_spin.numerics.dtypes import accumulation_dtype
+from dist_spin.runtime.device_memory import device_bytes_free
 from dist_spin.runtime.distributed import World, max_over_ranks, raise_on_any_failure, sum_over_ranks_
 from dist_spin.runtime.host_memory import host_bytes_free
 from dist_spin.runtime.signals import StopRequest
@@ -150,7 +151,7 @@ def log_likelihoods(
 def device_for_waiting_states(world: World, wanted: int) -> tuple[torch.device, int]:
     """Where `wanted` bytes of hidden states wait between layers, and how many may: the device if it has room, or the host."""
     if world.device.type == "cuda":
-        room = int(torch.cuda.mem_get_info(world.device)[0] * DEVICE_SHARE)
+        room = int(device_bytes_free(world.device) * DEVICE_SHARE)
         if wanted <= room:
             return world.device, room
     return torch.device("cpu"), int(host_bytes_free() * HOST_SHARE / world.local_size)

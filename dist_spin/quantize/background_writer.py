@@ -6,11 +6,14 @@ from types import TracebackType
 
 import torch
 
+from dist_spin.runtime.progress import warn
+
 
 class BackgroundWriter:
     """One thread that writes one thing at a time; on CUDA its copies lie on a stream of their own.
 
-    To be used in a `with` block, which ends only when the thread is done. Whoever holds the tensors of an action must not
+    To be used in a `with` block, which ends only when the thread is done, and raises what nobody has waited for; where another
+    error ends the block, it is told in a line. Whoever holds the tensors of an action must not
     change them in place until `finish` has returned.
     """
 
@@ -28,6 +31,12 @@ class BackgroundWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.shutdown()
+        pending, self._pending = self._pending, None
+        failed = None if pending is None else pending.exception()
+        if failed is not None and error is None:
+            raise failed
+        if failed is not None:
+            warn(f"what was written meanwhile has failed too: {type(failed).__name__}: {failed}")
 
     def start(self, action: Callable[[], None]) -> None:
         """Have `action` done, after the one before it; what the caller has queued on the GPU is complete for it.

@@ -17,7 +17,7 @@ from dist_spin.errors import Interrupted, UserError
 from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.quantize.background_writer import BackgroundWriter
 from dist_spin.quantize.states_network import StatesNetwork
-from dist_spin.runtime.distributed import World, any_rank, on_rank0, raise_on_any_failure
+from dist_spin.runtime.distributed import World, any_rank, made_on_all, on_rank0, raise_on_any_failure, taken_together
 from dist_spin.runtime.prefetch import prefetched
 from dist_spin.runtime.progress import Progress, say
 from dist_spin.runtime.signals import StopRequest
@@ -52,7 +52,7 @@ class CalibrationStates:
         """
         mine = range(self.world.rank, len(self.tokens), self.world.size)
         if layer == 0:
-            return self._embedded(self.weights, list(mine))
+            return made_on_all(lambda: self._embedded(self.weights, list(mine)))
         hidden = self._loaded(layer, mine)
         if hidden is None:
             self.make([layer])
@@ -82,8 +82,8 @@ class CalibrationStates:
         modules = prefetched(build, range(start, end), self.world.device)
         with BackgroundWriter(self.world.device) as writer, contextlib.closing(modules):
             written = 0
-            for index, module in enumerate(modules, start):
-                hidden = {c: [network.runner.run(module, index, h) for h in states] for c, states in hidden.items()}
+            for index, module in enumerate(taken_together(modules), start):
+                hidden = made_on_all(functools.partial(self._through, module, index, hidden))
                 del module  # its memory is free for the next but one
                 if index + 1 in missing:
                     self._finish(writer, written)
@@ -94,6 +94,9 @@ class CalibrationStates:
                     self._finish(writer, written)
                     raise Interrupted(f"stopped by a signal before layer {index + 1}", "the same command continues")
             self._finish(writer, written)
+
+    def _through(self, module: nn.Module, index: int, hidden: dict[int, list[Tensor]]) -> dict[int, list[Tensor]]:
+        return {c: [self.network.runner.run(module, index, h) for h in states] for c, states in hidden.items()}
 
     def _prepare_disk(self, missing: list[int]) -> None:
         outdated = [str(layer) for layer in missing if self.stored.outdated(layer)]
@@ -117,14 +120,21 @@ class CalibrationStates:
         """The last layer before `below` whose states are stored and whole, with this rank's chunks of them."""
         numbers = range(self.world.rank, len(self.stored.chunks()), self.world.size)
         for layer in on_rank0(lambda: [i for i in range(below - 1, 0, -1) if self.stored.present(i)]):
-            parts = {c: self.stored.load(layer, c, say, self.world.device) for c in numbers}
+            parts = made_on_all(functools.partial(self._parts, layer, numbers))
             if not any_rank(any(part is None for part in parts.values())):
                 return layer, {c: self._split(part) for c, part in parts.items() if part is not None}
         chunks = self.stored.chunks()
-        return 0, {c: self._embedded(self.network.weights, list(chunks[c])) for c in numbers}
+        return 0, made_on_all(lambda: {c: self._embedded(self.network.weights, list(chunks[c])) for c in numbers})
+
+    def _parts(self, layer: int, numbers: range) -> dict[int, Tensor | None]:
+        return {c: self.stored.load(layer, c, say, self.world.device) for c in numbers}
 
     def _loaded(self, layer: int, wanted: range) -> list[Tensor] | None:
         """The wanted sequences, or None on every rank if one of them misses a chunk."""
+        found = made_on_all(lambda: self._own_loaded(layer, wanted))
+        return None if any_rank(found is None) else found
+
+    def _own_loaded(self, layer: int, wanted: range) -> list[Tensor] | None:
         out: list[Tensor] = []
         complete = True
         for number, chunk in enumerate(self.stored.chunks()):
@@ -133,7 +143,7 @@ class CalibrationStates:
             if part is not None:
                 out += self._split(part[rows])
             complete = complete and (part is not None or not rows)
-        return None if any_rank(not complete) else out
+        return out if complete else None
 
     def _split(self, part: Tensor) -> list[Tensor]:
         return list(part.split(1))

@@ -14,7 +14,7 @@ from dist_spin.errors import Interrupted
 from dist_spin.pipeline.model import model_dtype
 from dist_spin.quantize.background_writer import BackgroundWriter
 from dist_spin.quantize.job import QuantizeJob
-from dist_spin.runtime.distributed import any_rank, on_rank0
+from dist_spin.runtime.distributed import any_rank, on_rank0, raise_on_any_failure, taken_together
 from dist_spin.runtime.prefetch import prefetched
 from dist_spin.runtime.progress import Progress
 from dist_spin.storage.quantized_layers import QuantizedLayer, save_layer
@@ -59,6 +59,8 @@ def quantize_layers(layers: LayerRange) -> Generator[float, None, None]:
     if all(finished):
         return
     world, name, dtype = job.world, job.variant.name, model_dtype(job.config)
+    if any_rank(bool(job.stop)):  # not asked after the last layer of the range before
+        raise Interrupted(f"stopped by a signal before layer {start} ({name})", "the same command continues")
     hidden = job.hidden_states.entering(start)
     # A layer after the last missing one need not be run again.
     indices = range(start, max(start + i for i, done in enumerate(finished) if not done) + 1)
@@ -73,9 +75,9 @@ def quantize_layers(layers: LayerRange) -> Generator[float, None, None]:
     # The next layer is read and merged, and the one before goes to disk, while one is worked on.
     ready = prefetched(prepare, indices, world.device)
     with BackgroundWriter(world.device) as writer, contextlib.closing(ready):
-        for index, prepared in zip(indices, ready, strict=True):
+        for index, prepared in zip(indices, taken_together(ready), strict=True):
             if isinstance(prepared, nn.Module):
-                hidden = [job.runner.run(prepared, index, h) for h in hidden]
+                raise_on_any_failure(functools.partial(_run_again, job, index, prepared, hidden))
                 continue
             began = time.monotonic()
             if world.is_rank0:
@@ -91,6 +93,12 @@ def quantize_layers(layers: LayerRange) -> Generator[float, None, None]:
                 on_rank0(writer.finish)
                 raise Interrupted(f"stopped by a signal after layer {index} ({name})", "the same command continues")
         on_rank0(writer.finish)
+
+
+def _run_again(job: QuantizeJob, index: int, layer: nn.Module, hidden: list[Tensor]) -> None:
+    """Move `hidden` through a layer that is finished, in place."""
+    for i, h in enumerate(hidden):
+        hidden[i] = job.runner.run(layer, index, h)
 
 
 def _write(job: QuantizeJob, index: int, layer: QuantizedLayer, seconds: float) -> None:

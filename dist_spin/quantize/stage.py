@@ -10,7 +10,7 @@ Layers are cut into ranges of `quantize.layers_per_job`. A range starts from the
 rounding errors of its own layers only, so ranges may be done at any time, on any machine, in any order, with the same files.
 """
 
-import torch
+import functools
 
 from dist_spin.config.run import RunConfig
 from dist_spin.pipeline.export_limits import check_export_target
@@ -20,7 +20,8 @@ from dist_spin.quantize.job import QuantizeJob, ranges_within
 from dist_spin.quantize.layer_range import LayerRange, quantize_range
 from dist_spin.quantize.parallel import MEMORY_SHARE, choose, layer_cost, memory_needed
 from dist_spin.quantize.rank_layers import quantize_apart
-from dist_spin.runtime.distributed import World, any_rank, on_rank0
+from dist_spin.runtime.device_memory import device_bytes_free
+from dist_spin.runtime.distributed import World, any_rank, made_on_all, on_rank0
 from dist_spin.runtime.host_memory import host_bytes_free
 from dist_spin.runtime.progress import say
 from dist_spin.runtime.signals import StopRequest
@@ -108,7 +109,7 @@ def _takes_ranges(ranges: list[LayerRange], job: QuantizeJob) -> bool:
 def _free_bytes(world: World) -> int:
     """Memory that this rank may take, of its GPU, or its share of the host's."""
     if world.device.type == "cuda":
-        return torch.cuda.mem_get_info(world.device)[0]
+        return device_bytes_free(world.device)
     return host_bytes_free() // world.local_size
 
 
@@ -129,6 +130,13 @@ def prepare_jobs(config: RunConfig, world: World) -> list[QuantizeJob]:
 
     on_rank0(note)
     return [
-        QuantizeJob(config, world, files, build_variant(config, files, name, world.device), tokens, stop)
+        QuantizeJob(
+            config,
+            world,
+            files,
+            made_on_all(functools.partial(build_variant, config, files, name, world.device)),
+            tokens,
+            stop,
+        )
         for name in (*config.quantize.baselines, LEARNED)
     ]

@@ -8,6 +8,7 @@ import datetime
 import itertools
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -159,28 +160,73 @@ def lost_rank(error: BaseException) -> str | None:
     return text.splitlines()[0][:200] if lost and text else None
 
 
-_apart = False  # whether this process counts as alone at the moment (`apart`)
+_apart = threading.local()  # its `now`: whether this thread counts as alone at the moment (`apart`)
 
 
 @contextlib.contextmanager
 def apart() -> Iterator[None]:
-    """Within the block this process is a group of one: no function of this module waits for other ranks, whose work differs."""
-    global _apart  # noqa: PLW0603
-    before, _apart = _apart, True
+    """Within the block this thread is a group of one: no function of this module waits for other ranks, whose work differs."""
+    before, _apart.now = _is_apart(), True
     try:
         yield
     finally:
-        _apart = before
+        _apart.now = before
+
+
+def _is_apart() -> bool:
+    return getattr(_apart, "now", False)
+
+
+def work_apart(action: Callable[[], None], every: float = 10.0) -> None:
+    """Run `action` on every rank as within `apart`, and return once it is over on all of them, however long each takes.
+
+    Meanwhile a thread of each rank agrees with those of the others that there still is work, so that no rank that waits takes
+    slow work elsewhere for a hang. A rank that dies is noticed as in every collective. Threads meet as soon as the last rank
+    is done.
+
+    every: seconds between two agreements; well below the group's timeout.
+
+    Raises:
+        Exception: what `action` raised here, once all are done; or, before it, that another rank was lost.
+    """
+    over, left = threading.Event(), threading.Event()
+    lost: list[Exception] = []
+
+    def meet() -> None:
+        try:
+            while any_rank(not over.wait(every)) and not left.is_set():
+                pass
+        except Exception as error:
+            lost.append(error)
+
+    meeting = threading.Thread(target=meet, name="work apart", daemon=True)
+    meeting.start()
+    failure: Exception | None = None
+    try:
+        with apart():
+            action()
+    except Exception as error:
+        failure = error
+    except BaseException:  # ctrl-C in a notebook: this rank leaves, and the others notice
+        left.set()
+        raise
+    finally:
+        over.set()
+    meeting.join()
+    if lost:
+        raise lost[0] from failure
+    if failure is not None:
+        raise failure
 
 
 def group_size() -> int:
     """Ranks that agree and share work at the moment."""
-    return 1 if _apart else dist.get_world_size()
+    return 1 if _is_apart() else dist.get_world_size()
 
 
 def group_rank() -> int:
     """This process's number among them."""
-    return 0 if _apart else dist.get_rank()
+    return 0 if _is_apart() else dist.get_rank()
 
 
 def any_rank(flag: bool) -> bool:  # noqa: FBT001 (its only argument)
@@ -253,6 +299,19 @@ def raise_on_any_failure(action: Callable[[], None]) -> None:
             raise failure
         raise RankFailed(f"rank {first} failed (its traceback says why)", "it is a bug of ours") from failure
     raise _mistake_of(first - size, failure) from failure
+
+
+def made_on_all(make: Callable[[], T]) -> T:
+    """What `make` returns on this rank; where it fails on any, every rank raises as in `raise_on_any_failure`."""
+    made: list[T] = []
+    raise_on_any_failure(lambda: made.append(make()))
+    return made[0]
+
+
+def taken_together(products: Iterator[T]) -> Iterator[T]:
+    """`products`, of which every rank has as many; where one cannot be had on any rank, every rank raises, as above."""
+    while taken := made_on_all(lambda: list(itertools.islice(products, 1))):
+        yield taken.pop()
 
 
 def _mistake_of(rank: int, own: Exception | None) -> UserError:

@@ -30,9 +30,10 @@ from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.numerics.gptq import GPTQOptions
-from dist_spin.optimize.sharding.memory_planner import device_bytes_free, layer_bytes
+from dist_spin.optimize.sharding.memory_planner import layer_bytes
 from dist_spin.pipeline.model import model_dtype
 from dist_spin.pipeline.self_generated_text import self_text
+from dist_spin.runtime.device_memory import device_bytes_free
 from dist_spin.runtime.distributed import World, any_rank, on_rank0, raise_on_any_failure, sum_over_ranks_
 from dist_spin.runtime.host_memory import host_bytes_free
 from dist_spin.runtime.progress import Progress, warn

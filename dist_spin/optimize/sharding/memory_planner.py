@@ -8,6 +8,7 @@ import torch.distributed as dist
 from dist_spin.errors import UserError
 from dist_spin.model.activation_checkpoint import kept_bytes, plan
 from dist_spin.model.architecture import Shape
+from dist_spin.runtime.device_memory import device_bytes_free
 from dist_spin.runtime.distributed import World
 from dist_spin.runtime.host_memory import host_bytes_free
 
@@ -181,12 +182,6 @@ def _activation_budget(workload: Workload, world: World) -> int:
     """Bytes for activations on the rank that has the fewest."""
     total = torch.cuda.get_device_properties(world.device).total_memory
     return -_largest_over_ranks(workload.reserved(total) - device_bytes_free(world.device))
-
-
-def device_bytes_free(device: torch.device) -> int:
-    """Bytes of a GPU that nobody uses, what torch keeps for later among them."""
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + cached
 
 
 def _largest_over_ranks(number: int) -> int:
