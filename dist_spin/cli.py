@@ -8,6 +8,7 @@ Everything that a verb needs is imported when it is used, so that help and mista
 
 import importlib
 import os
+import shlex
 import sys
 import typing
 from argparse import SUPPRESS
@@ -89,7 +90,7 @@ def _run_verb(words: list[str]) -> int:
     if name is not None and name not in VERBS:
         meant = did_you_mean(closest(name, VERBS))
         if name.endswith(YAML_ENDINGS):
-            meant = f"did you mean `dist-spin run {name}`? "
+            meant = f"did you mean `dist-spin run {shlex.quote(name)}`? "
         raise UserError(f"there is no verb '{name}'", f"{meant}`dist-spin --help` lists the verbs", shared=True)
     parser = _parser()
     options, rest = parser.parse_known_args(words if name or "--help-all" in words else ["--help"])

@@ -130,16 +130,18 @@ def call_export(command: Command) -> int:
 def call_report(command: Command) -> int:
     """Of one or several run directories, from their files alone; or of the run that a configuration names, measured first."""
     check_run_or_config(command)
+    output, one = command.options.output, "leave it out: a run's report lies in its directory"
     if not (command.words and os.path.isdir(command.words[0])):
+        if output is not None:
+            raise UserError("-o is for several runs side by side", one)
         return call_stage(command)
     runs = [Path(word) for word in command.words if "=" not in word and not word.startswith("-")]
     command.words[:] = [word for word in command.words if Path(word) not in runs]
     command.no_more()
     for path in runs:
         check_run_directory(path)
-    output = command.options.output
     if output is not None and len(runs) == 1:
-        raise UserError("-o is for several runs side by side", "leave it out: a run's report lies in its directory")
+        raise UserError("-o is for several runs side by side", one)
     command.quieten()
     if len(runs) == 1:
         load("dist_spin.report.stage:write_report")(runs[0])

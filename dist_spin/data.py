@@ -188,15 +188,7 @@ def _rows(source: str, split: str, seq_len: int) -> np.ndarray[Any, Any]:
     """Rows of one split of a `tokens:` file, integers [n_rows ≥ 1, length ≥ seq_len], left on disk until they are used."""
     name, split = _local(source, split)
     path = name.removeprefix("tokens:")
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}", "give tokens:PATH.npy") from error
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path} is no plain .npy array", "write it with numpy.save, without objects") from error
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
-        content = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
-        raise UserError(f"{path} holds {content}", "save integers of shape [rows, length], one sequence per row")
+    array = token_rows(path)
     rows = array[_part(len(array), source, split)]
     if array.shape[1] < seq_len:
         remedy = f"set seq_len to at most {array.shape[1]}"
@@ -206,6 +198,24 @@ def _rows(source: str, split: str, seq_len: int) -> np.ndarray[Any, Any]:
     if rows.min() < 0 or rows.max() > np.iinfo(np.int64).max:
         raise UserError(f"{path} holds numbers that are no token ids", "save ids from 0 to the vocabulary size")
     return rows
+
+
+def token_rows(path: str) -> np.ndarray[Any, Any]:
+    """All rows of a .npy file of tokens, integers [rows, length], left on disk until they are used.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}", "give tokens:PATH.npy") from error
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} is no plain .npy array", "write it with numpy.save, without objects") from error
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
+        content = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
+        raise UserError(f"{path} holds {content}", "save integers of shape [rows, length], one sequence per row")
+    return array
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,12 @@ def test_an_error_of_the_thread_is_told_where_the_block_ends_before_anybody_has_
     with pytest.raises(UserError, match="no room"), BackgroundWriter(CPU) as writer:
         writer.start(fail)
     assert not caplog.messages
-    with pytest.raises(ZeroDivisionError), BackgroundWriter(CPU) as writer:
-        writer.start(fail)
-        raise ZeroDivisionError
+
+    def fail_twice() -> None:
+        with BackgroundWriter(CPU) as writer:
+            writer.start(fail)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_twice()
     assert caplog.messages == ["what was written meanwhile has failed too: UserError: no room; make some"]

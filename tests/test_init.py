@@ -117,6 +117,11 @@ def test_the_slurm_scripts_are_a_folder_that_is_not_replaced_unasked(capsys):
     assert "run_step" in Path("slurm/step.sh").read_text()
 
 
+def test_the_command_that_is_said_can_be_pasted(capsys):
+    assert main(["init", "my run.yaml", "--example", "quickstart"]) == 0
+    assert "next: dist-spin run 'my run.yaml', which" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "text", ["a", "a: b", "x #y", "[a]", "'", "~", "- a", "ä", " pad ", "*a", "&a b", "%x", "a\\b"]
 )

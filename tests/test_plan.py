@@ -23,6 +23,7 @@ from dist_spin.bench.scaling_model import GIB
 from dist_spin.cli import main
 from dist_spin.config.loader import load_config
 from dist_spin.config.run import RunConfig
+from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 
 ROOT = Path(__file__).parent.parent
@@ -161,6 +162,9 @@ def test_tokens_of_texts(tmp_path):
     np.save(tmp_path / "ids.npy", np.zeros((7, 100), dtype=np.int64))
     source = f"tokens:{tmp_path / 'ids.npy'}"
     assert evaluated_tokens(settings(f"evaluate.sources=[{source}]")) == 700
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "ids.npy").read_bytes()[:200])
+    with pytest.raises(UserError, match=r"cut\.npy is no plain \.npy array"):
+        evaluated_tokens(settings(f"evaluate.sources=['tokens:{tmp_path / 'cut.npy'}']"))
     assert (
         evaluated_tokens(settings(f"evaluate.sources=[{source},wikitext2]", "evaluate.max_sequences=2")) == 700 + 4096
     )

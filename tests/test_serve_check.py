@@ -226,3 +226,22 @@ def test_a_signal_ends_the_engine(tmp_path):
     threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
     with (tmp_path / "out").open("w") as out, pytest.raises(Interrupted, match="stopped by SIGINT"):
         engine._run(["sleep", "60"], tmp_path, dict(os.environ), out)
+
+
+PRINTS_AND_ANSWERS = """#!{python}
+import json, sys
+print("what an engine prints")
+json.dump({{"engine": "none", "exports": [{{"error": "it serves nothing"}}]}}, open(sys.argv[3], "w"))
+"""
+
+
+def test_what_the_engine_prints_does_not_mix_with_results(tmp_path, capfd):
+    program = tmp_path / "python"
+    program.write_text(PRINTS_AND_ANSWERS.format(python=sys.executable))
+    program.chmod(0o755)
+    questions = [engine.Question(Path("none"), "float32", [[1, 2]], "")]
+    options = {"new_tokens": 1, "tensor_parallel": 1, "kv_cache_dtype": "auto"}
+    assert engine.ask(program, questions, **options, shown=True) == ("none", [engine.Answer(error="it serves nothing")])
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert "what an engine prints" in said.err

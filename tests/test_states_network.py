@@ -1,5 +1,6 @@
 """The hidden states that jobs start from: those of the original network times R1, where that is the same thing."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,19 @@ def test_where_the_original_network_is_not_the_same_the_rotated_one_is_run_and_i
     assert f"hidden states of learned are those of its own layers: {reason}" in said
     ours, baseline = run.stored(), run.stored("baselines/orthogonal/boundaries")
     assert relative(ours.double(), baseline.double()) > 0.1
+
+
+def test_states_of_a_network_with_other_settings_are_made_again_and_other_names_keep_them(stage):
+    run, again = stage(), "hidden states at layers 2 belong to other settings or another version: made again"
+    run.quantize("--hidden-states")
+    before = run.stored()
+    file = run.path.parent / "model" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"_name_or_path": "elsewhere", "transformers_version": "5.0.0"}))
+    assert again not in run.quantize("--hidden-states")
+    file.write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    assert again in run.quantize("--hidden-states")
+    assert relative(run.stored().double(), before.double()) > 1e-3
 
 
 def test_states_of_an_older_version_are_made_again_with_a_line(stage):

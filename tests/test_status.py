@@ -14,7 +14,7 @@ from tiny import tiny_run
 from dist_spin.cli import main
 from dist_spin.report.cancel import StillAtWork, cancel
 from dist_spin.report.holders import holders
-from dist_spin.report.status import status
+from dist_spin.report.status import nothing_more_comes, status, what_stopped
 from dist_spin.report.status_text import status_text
 from dist_spin.storage.atomic import read_lines
 from dist_spin.storage.locks import here
@@ -97,6 +97,26 @@ def test_status_names_the_process_and_no_time_before_the_first_step(run: RunDir)
     assert "stopped   optimize: it ended before it was done" in text
     assert main(["status", str(run.path), "--watch"]) == 0  # there is nothing to wait for
     assert "it has ended, and the next start takes the run over" in text
+
+
+def test_watching_goes_on_after_the_first_results_while_anybody_is_at_work(run: RunDir) -> None:
+    process = hold(run, "export")
+    figures = status(run.path) | {"results": [{"ppl": 7.0}]}
+    assert not nothing_more_comes(figures)
+    process.kill()
+    process.wait()
+    figures = status(run.path) | {"results": [{"ppl": 7.0}], "stopped": None}
+    assert nothing_more_comes(figures)
+    waiting = {"job": "12", "stage": "export", "state": "PENDING", "reason": "Dependency"}
+    assert not nothing_more_comes(figures | {"jobs": [waiting]})
+    assert nothing_more_comes(figures | {"jobs": [waiting | {"reason": "DependencyNeverSatisfied"}]})
+
+
+@pytest.mark.parametrize("state", ["SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STOPPED"])
+def test_a_job_that_slurm_will_go_on_with_has_not_stopped_the_run(run: RunDir, state: str) -> None:
+    events, job = read_lines(run.path / "events.jsonl"), {"job": "12", "stage": "optimize", "reason": "None"}
+    assert what_stopped(events, [], [job | {"state": state}]) is None
+    assert what_stopped(events, [], [job | {"state": "TIMEOUT"}]) is not None
 
 
 def test_status_tells_why_a_stage_has_ended(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,13 +8,13 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from dist_spin.bench.plan_model import GPUS, Gpu, Hardware, Part, learning_point, parts, quantize
 from dist_spin.bench.scaling_model import GIB
 from dist_spin.bench.stage_costs import model_bytes
 from dist_spin.config.run import RunConfig
+from dist_spin.data import token_rows
 from dist_spin.model.architecture import Shape
 from dist_spin.model.weights import open_model
 from dist_spin.runtime.host_memory import host_bytes_free
@@ -71,7 +71,7 @@ def evaluated_tokens(config: RunConfig) -> int:
         kind, _, rest = source.partition(":")
         tokens = SEQUENCES.get(source, 0) * 2048 or UNKNOWN_TEXT
         if kind == "tokens" and Path(rest.partition("#")[0]).is_file():
-            tokens = math.prod(np.load(rest.partition("#")[0], mmap_mode="r").shape)
+            tokens = math.prod(token_rows(rest.partition("#")[0]).shape)
         total += min(tokens, e.max_sequences * e.seq_len) if e.max_sequences else tokens
     return total
 

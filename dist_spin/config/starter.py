@@ -7,6 +7,7 @@ dist-spin init --example slurm                          the sbatch scripts, into
 """
 
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -198,7 +199,8 @@ def _write(file: Path, text: str, *, force: bool) -> str:
             f"cannot write {printed}: {error.strerror}", "give a FILE.yaml in a directory of yours"
         ) from error
     config, verb = load_config(str(path), []), "compare" if "\ncompare:" in text else "run"
-    return f"wrote {printed}; next: dist-spin {verb} {printed}, which writes to {config.output_dir}/{config.name}"
+    command = f"dist-spin {verb} {shlex.quote(printed)}"
+    return f"wrote {printed}; next: {command}, which writes to {config.output_dir}/{config.name}"
 
 
 def _write_scripts(folder: Path, *, force: bool) -> str:

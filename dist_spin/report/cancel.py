@@ -6,6 +6,7 @@ A process is only signalled if it is the one that wrote the lock: the same machi
 """
 
 import os
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -109,7 +110,7 @@ def _wait(path: Path, asked: list[Holder], wait_s: float) -> None:
     while left := [holder for holder in asked if began(holder.pid) == holder.began]:
         if time.monotonic() > end:
             told = f"{'; '.join(map(str, left))} was asked to end {wait_s:.0f} s ago and is still at work"
-            remedy = f"it finishes its step or layer first: look again with `dist-spin status {path}`"
+            remedy = f"it finishes its step or layer first: look again with `dist-spin status {shlex.quote(str(path))}`"
             raise StillAtWork(told, f"{remedy}, or end it at once with `kill -9 {left[0].pid}`, which loses that step")
         time.sleep(LOOK_EVERY_S)
 

@@ -38,6 +38,11 @@ def jobs_of(events: list[dict[str, Any]]) -> list[dict[str, str]]:
     ]
 
 
+def is_active(job: dict[str, str]) -> bool:
+    """Whether one of `jobs_of` will still do something by itself."""
+    return JobState(job["state"], job["reason"]).active
+
+
 def slurm_job_id(variables: dict[str, str]) -> str:
     """The id of the Slurm job whose variables a stage has noted, as `squeue` shows it: `12`, `12_3` of an array, or ""."""
     if "array_job_id" in variables:

@@ -1,6 +1,7 @@
 """Everything a report is made of, read from a run's files alone; what is not there yet is named, never an error."""
 
 import dataclasses
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,7 @@ def _activations(summary: RunSummary) -> None:
         }
         if metadata["complete"] != "true":
             summary.missing.append(f"activations ({path.stem}): {statistics.done} layers are measured")
-    command = f"dist-spin report {summary.run.path}/config.yaml"
+    command = f"dist-spin report {shlex.quote(f'{summary.run.path}/config.yaml')}"
     if not summary.activations:
         summary.missing.append(f"activation statistics: not measured yet ({command})")
     elif LEARNED not in summary.activations:

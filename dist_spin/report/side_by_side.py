@@ -55,6 +55,8 @@ def sentence_side_by_side(summaries: list[RunSummary]) -> str:
         return f"{names[best]} and {names[second]} have the same perplexity on {text} ({bits}, {method}): {same}."
     ours, theirs = numbers(lowest, next_one)
     of = f"Of {len(shared[row])} runs, " if len(shared[row]) > 2 else ""
+    if len(shared[row]) < sum(bool(summary.rows) for summary in summaries):  # no figure of the others compares
+        of = f"Of the {len(shared[row])} runs that are measured alike, "
     said = f"{of}{names[best]} has the lowest perplexity on {text} ({bits}, {method}): {ours}"
     return f"{said}, against {theirs} of {names[second]}."
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_spin.report.holders import Holder, holders
-from dist_spin.report.jobs import jobs_of, run_events
+from dist_spin.report.jobs import is_active, jobs_of, run_events
 from dist_spin.report.sequence_lengths import sequence_lengths
-from dist_spin.report.status_text import status_text
+from dist_spin.report.status_text import is_at_work, status_text
 from dist_spin.runtime.processes import process_stat
 from dist_spin.runtime.progress import warn
 from dist_spin.storage.checked_json import add_checksum, has_entries, is_mapping, is_text, read_json
@@ -86,8 +86,7 @@ def what_stopped(
     None if there is none, or while a process or a job is at work, which may be doing it again. The time is None of a process
     that could not note its end.
     """
-    at_work = any(holder.at_work for holder in found)
-    if at_work or any(job["state"] in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING") for job in jobs):
+    if any(holder.at_work for holder in found) or any(map(is_active, jobs)):
         return None
     latest: dict[tuple[str, str], dict[str, Any]] = {}  # (stage, part) -> its last event
     steps: dict[str, int] = {}  # stage -> the step after which it was interrupted
@@ -155,15 +154,21 @@ def show_status(path: Path, *, as_json: bool = False, watching: bool = False) ->
 
 
 def watch(path: Path, show: Callable[[dict[str, Any]], str]) -> None:
-    """Print the figures again and again, in place on a terminal, until ctrl-C, the results, or what has stopped the run."""
+    """Print the figures again and again, in place on a terminal, until ctrl-C, or until `nothing_more_comes`."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ctrl-C ends the watching in order
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             figures = status(path)
             print(("\033[H\033[J" if sys.stdout.isatty() else "") + show(figures), flush=True)
-            if figures.get("results") or figures["stopped"]:
+            if nothing_more_comes(figures):
                 return
             time.sleep(WATCH_EVERY)
+
+
+def nothing_more_comes(figures: dict[str, Any]) -> bool:
+    """Whether the figures of `status` are of a run that has been stopped, or has results and nobody at work on more."""
+    at_work = any(map(is_at_work, figures["holders"])) or any(map(is_active, figures["jobs"]))
+    return bool(figures["stopped"] or (figures.get("results") and not at_work))
 
 
 def layer_states(run: RunDir, name: str, events: list[dict[str, Any]]) -> dict[str, list[int]]:

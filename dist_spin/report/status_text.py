@@ -52,7 +52,7 @@ def ranges(numbers: list[int]) -> str:
 
 def _learning(figures: dict[str, Any]) -> str:
     o = figures["optimize"]
-    at_work = any(_is_at_work(h) and {"optimize", "run"} & set(h["what"]) for h in figures["holders"])
+    at_work = any(is_at_work(h) and {"optimize", "run"} & set(h["what"]) for h in figures["holders"])
     loss = "" if o["loss"] is None else f", loss {o['loss']:.4f}"
     if o["complete"]:
         left = "complete"
@@ -99,14 +99,15 @@ def _latest(jobs: list[dict[str, str]]) -> list[dict[str, str]]:
     ]
 
 
-def _is_at_work(holder: dict[str, Any]) -> bool:
+def is_at_work(holder: dict[str, Any]) -> bool:
+    """Whether this holder, one of `status`'s, may still change the run."""
     return holder["state"] in (ALIVE, ELSEWHERE)
 
 
 def _holder(holder: dict[str, Any]) -> str:
     job = f", Slurm job {holder['job']}" if holder["job"] else ""
     who = f"{', '.join(holder['what'])}: process {holder['pid']} on {holder['host']}{job}"
-    if _is_at_work(holder):
+    if is_at_work(holder):
         return f"{who}, for {clock(time.time() - holder['since'])}"
     gone = "it has ended" if holder["state"] == ENDED else "no sign of it for more than a minute"
     return f"{who}; {gone}, and the next start takes the run over"

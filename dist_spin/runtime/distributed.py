@@ -60,6 +60,7 @@ def start(device: str = "auto", timeout_s: int = 600, threads: int = 0, *, alone
             no GPU on a node that has some, where it would compute on the CPU for weeks.
     """
     env = os.environ
+    group = 0 if alone else next(_groups)  # counted before anything can fail on one rank only
     rank = int(env.get("RANK", env.get("SLURM_PROCID", 0)) if "WORLD_SIZE" in env or "SLURM_STEP_ID" in env else 0)
     size = int(env.get("WORLD_SIZE", env.get("SLURM_STEP_NUM_TASKS", 1) if "SLURM_STEP_ID" in env else 1))
     local_rank = int(env.get("LOCAL_RANK", env.get("SLURM_LOCALID", 0)))
@@ -97,7 +98,10 @@ def start(device: str = "auto", timeout_s: int = 600, threads: int = 0, *, alone
             env.setdefault("RANK", str(rank))
             env.setdefault("WORLD_SIZE", str(size))
             with long_step(f"wait for all {size} ranks to start"):
-                store = inherited_store(rank, size, timeout) or environment_store(timeout)
+                store = inherited_store(rank, size, timeout) or environment_store(timeout, group)
+                # Whoever is missing is noticed before torch counts its groups, which it does for each process by itself.
+                store.set(f"here/{rank}", "")
+                store.wait([f"here/{other}" for other in range(size)], timeout)
                 dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     if size > 1 and "LOCAL_WORLD_SIZE" not in env:  # Slurm's own start does not set it
         hosts: list[str] = [""] * size
@@ -125,8 +129,8 @@ _met: list[dist.Store] = []  # the store over which the ranks of the environment
 _groups = itertools.count()
 
 
-def environment_store(timeout: datetime.timedelta) -> dist.Store:
-    """The store that torchrun's variables name, for one process group of this process.
+def environment_store(timeout: datetime.timedelta, group: int) -> dist.Store:
+    """The store that torchrun's variables name, for process group number `group` of this process, the same on all ranks.
 
     A process that starts one stage after another (`dist_spin.Run`) makes a group for each. They share the connection, because
     its port may not be free again yet, and each has its own keys in it, because those of the last group are still there.
@@ -134,7 +138,7 @@ def environment_store(timeout: datetime.timedelta) -> dist.Store:
     if not _met:
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         _met.append(store)
-    return dist.PrefixStore(f"dist_spin/{next(_groups)}", _met[0])
+    return dist.PrefixStore(f"dist_spin/{group}", _met[0])
 
 
 def stop() -> None:

@@ -22,6 +22,7 @@ from dist_spin.runtime.progress import say
 from dist_spin.runtime.signals import forwarded_to
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
+STDERR = 2  # the descriptor
 KV_SPACE_GB = 1  # of host memory for the cache of keys and values, where the engine runs on the CPU
 
 
@@ -100,7 +101,7 @@ def ask(
         shutil.copy(WORKER, place)  # beside nothing else, so that it cannot take our modules for others of that name
         say(f"starting vLLM of {python}")
         with (place / "log").open("w+") as log:
-            out: Any = None if shown else log
+            out: Any = STDERR if shown else log  # standard output is for our results
             words = [
                 os.path.abspath(python),
                 str(place / WORKER.name),

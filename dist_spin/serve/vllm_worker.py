@@ -25,7 +25,10 @@ def main() -> None:
             lines = str(error).strip().splitlines() or [""]
             answers["exports"].append({"error": f"{type(error).__name__}: {' '.join(lines[:3])}"})
         _forget_engine()
-        Path(sys.argv[2]).write_text(json.dumps(answers))  # each answer at once: the next export may end the process
+        # Each answer at once, and whole: the next export may end the process, and a full disk this one.
+        unfinished = Path(f"{sys.argv[2]}.unfinished")
+        unfinished.write_text(json.dumps(answers))
+        unfinished.replace(sys.argv[2])
 
 
 def _served(export: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:

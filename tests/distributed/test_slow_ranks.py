@@ -73,3 +73,31 @@ def test_a_file_that_is_damaged_for_one_rank_ends_all_with_its_code(tmp_path, pe
     (line,) = [text for text in job.log.read_text().splitlines() if "dist-spin:" in text]
     assert "rank 1 on " in line
     assert "model.layers.1.mlp.up_proj.weight holds nan at [1, 3]" in line
+
+
+def start_three_times() -> int:
+    """A rank of two whose second start fails on one of them alone, before it meets the other."""
+    import os
+
+    from dist_spin.errors import UserError
+    from dist_spin.runtime import distributed
+
+    world = distributed.start("cpu", 30, 1)
+    distributed.stop()
+    if world.rank == 1:
+        os.environ["LOCAL_RANK"] = "99"  # has no GPU
+        with pytest.raises(UserError):
+            distributed.start("cuda", 30, 1)
+    else:
+        with pytest.raises(torch.distributed.DistStoreError):
+            distributed.start("cpu", 1, 1)  # nobody comes
+    os.environ["LOCAL_RANK"] = str(world.rank)
+    distributed.start("cpu", 30, 1)
+    assert distributed.max_over_ranks(world.rank) == 1
+    distributed.stop()
+    return 0
+
+
+def test_ranks_meet_again_after_a_start_that_failed_on_one_of_them(tmp_path):
+    job = Job(2, start_three_times, log=tmp_path / "log")
+    assert job.wait() == [0, 0], job.log.read_text()
