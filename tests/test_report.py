@@ -339,7 +339,9 @@ def test_runs_side_by_side(capsys, tmp_path, three_runs):
     other.rows = [{**one, "seq_len": 10} for one in other.rows]
     assert "no quantised model is measured alike" in sentence_side_by_side([load_run_summary(three_runs[0]), other])
     three = [load_run_summary(three_runs[0]), load_run_summary(three_runs[1]), other]
-    assert sentence_side_by_side(three).startswith("Of the 2 runs that are measured alike, better has the lowest")
+    said = sentence_side_by_side(three)  # two of one name are told apart by their paths
+    assert said.startswith("Of the 2 runs that are measured alike, ")
+    assert "better has the lowest perplexity on tokens:" in said
     assert main(["report", *words, "-o", str(tmp_path / "page.pdf")]) == 2
     assert "does not end in .html" in capsys.readouterr().err
     assert main(["report", words[0], "-o", str(tmp_path / "page.html")]) == 2
