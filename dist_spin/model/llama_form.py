@@ -7,17 +7,15 @@ they are rounded to the model's dtype once, after norms and rotations are merged
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dist_spin.model.architecture import ATTENTION_NORM, EMBEDDING, FINAL_NORM, HEAD, MLP_NORM, Shape
 from dist_spin.model.families import FAMILIES
+from dist_spin.model.weight_source import WeightSource
 from dist_spin.numerics.dtypes import accumulation_dtype
-
-if TYPE_CHECKING:
-    from dist_spin.model.weights import WeightSource
 
 # Entries of the families' configs that the config of the Llama form has no use for.
 NOT_OF_LLAMA = (
@@ -101,7 +99,7 @@ def _gemma(config: Any) -> LlamaForm:
 class LlamaFormWeights:
     """A `WeightSource` that reads another family's weights as those of its Llama form."""
 
-    def __init__(self, stored: "WeightSource", form: LlamaForm) -> None:
+    def __init__(self, stored: WeightSource, form: LlamaForm) -> None:
         self._stored, self._form = stored, form
 
     def has(self, name: str) -> bool:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dist_spin.model.architecture import ATTENTION_NORM, FINAL_NORM, HEAD, MLP_NORM, Shape, layer_name
 from dist_spin.model.sites import across_heads
-from dist_spin.model.weights import WeightSource
+from dist_spin.model.weight_source import WeightSource
 from dist_spin.numerics.block_rotation import apply_rotation, apply_rotation_left
 from dist_spin.numerics.hadamard_transform import kronecker_apply
 

@@ -16,7 +16,7 @@ from dist_spin.model.architecture import (
 from dist_spin.model.loss import cross_entropy
 from dist_spin.model.merge import rotated_embedding, rotated_layer
 from dist_spin.model.sites import WideRMSNorm
-from dist_spin.model.weights import WeightSource
+from dist_spin.model.weight_source import WeightSource
 
 
 class RotatedWeights:

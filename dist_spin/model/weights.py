@@ -10,7 +10,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,23 +30,11 @@ from dist_spin.model.checkpoint_headers import (
 from dist_spin.model.families import check_flags, check_supported
 from dist_spin.model.llama_form import LlamaFormWeights, llama_form
 from dist_spin.model.tensor_bytes import TensorRange, opened, read_header, read_into
+from dist_spin.model.weight_source import WeightSource
 from dist_spin.numerics.finite import all_finite, first_not_finite
 
 BASE_PREFIX = "model."
 DUMMY_ROW_BLOCK = 256  # rows drawn from one seed, so that any row range can be made without the rows before it
-
-
-class WeightSource(Protocol):
-    """Read access to a model's parameters under their checkpoint names."""
-
-    def rows(self, name: str, start: int = 0, stop: int | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """Rows [start, stop) of parameter `name` in the dtype it is stored in."""
-
-    def has(self, name: str) -> bool:
-        """Whether the model has a parameter of this name (biases and q/k norms are optional)."""
-
-    def fingerprint(self) -> str:
-        """A hash that changes when the weights do, without reading them all."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from dist_spin.model.merge import NORM_BEFORE
 from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.sites import QuantizedInputLinear
 from dist_spin.model.sites_config import Sites
-from dist_spin.model.weights import WeightSource
+from dist_spin.model.weight_source import WeightSource
 from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.numerics.kronecker import apply_pair
 from dist_spin.numerics.learned_clipping import clipped_quantize

@@ -11,7 +11,7 @@ from dist_spin.config.distributed import DistributedConfig
 from dist_spin.errors import UserError
 from dist_spin.model.fake_quant_model import FakeQuantModel
 from dist_spin.model.rotation import Rotations
-from dist_spin.model.weights import WeightSource
+from dist_spin.model.weight_source import WeightSource
 from dist_spin.optimize.sharding.fsdp import Fsdp
 from dist_spin.optimize.sharding.zero3 import Zero3
 from dist_spin.runtime.distributed import World

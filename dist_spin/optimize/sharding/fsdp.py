@@ -19,7 +19,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from dist_spin.errors import UserError
 from dist_spin.model.fake_quant_model import FakeQuantModel, parameter_source
 from dist_spin.model.merge import folded_rows
-from dist_spin.model.weights import WeightSource
+from dist_spin.model.weight_source import WeightSource
 from dist_spin.optimize.sharding.prefetch import FetchAhead
 from dist_spin.optimize.sharding.requantize import requantize_weights
 from dist_spin.runtime.distributed import World

@@ -21,7 +21,7 @@ from dist_spin.model.fake_quant_model import FakeQuantModel, parameter_source
 from dist_spin.model.merge import folded_rows
 from dist_spin.model.rotation import Rotations
 from dist_spin.model.weight_quant import BYTES, merged_rows
-from dist_spin.model.weights import WeightSource
+from dist_spin.model.weight_source import WeightSource
 from dist_spin.optimize.sharding.requantize import MIXED
 from dist_spin.runtime.distributed import World
 
