@@ -14,6 +14,9 @@ from tiny import tiny_run, write_model
 from torch import Tensor, nn
 
 from dist_spin.cli import main
+from dist_spin.compare.plan import settings_of
+from dist_spin.config.loader import load_config
+from dist_spin.evaluate.targets import EvalTarget
 from dist_spin.model.rotation import Blocks, Rotations, initial, stored_rotations
 from dist_spin.model.weight_quant import WeightQuantizer
 from dist_spin.model.weights import ModelFiles, open_model
@@ -26,6 +29,8 @@ from dist_spin.numerics.block_rotation import (
     rotation_gradient,
 )
 from dist_spin.numerics.cayley import orthogonality_error, retract_rows, step_size, tangent
+from dist_spin.pipeline.variants import build_variant
+from dist_spin.storage.results import without_blocks
 
 assert world  # the fixture of test_cayley: a group of one rank
 
@@ -236,7 +241,27 @@ def test_blocks_of_a_file_are_taken_up_and_other_files_refused(tmp_path, capsys)
     ],
 )
 def test_blocks_that_do_not_fit_are_refused_in_one_line(tmp_path, capsys, words, said):
+    tiny_run(tmp_path, kind="qwen3")  # writes the model, which transformers tells of
+    capsys.readouterr()
     assert run(tmp_path, *words) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_tables_name_the_blocks_and_published_systems_have_none(tmp_path):
+    words = tiny_run(tmp_path, "name=run", "rotation.block=8", "rotation.block_shared=true", kind="qwen3")
+    config = load_config(None, words)
+    files = open_model(str(tmp_path / "model"))
+    labels = {}
+    for method, variant in (("hadamard", "hadamard"), ("quarot", "quarot"), ("gptq", "none")):
+        changed = settings_of(config, method, 0, "gptq")
+        labels[method] = EvalTarget(build_variant(changed, files, variant, CPU), "gptq").label
+    assert labels == {
+        "hadamard": "random Hadamard, in one block of 8",
+        "quarot": "random Quarot",
+        "gptq": "no rotation",
+    }
+    assert without_blocks(labels["hadamard"]) == "random Hadamard"
+    assert settings_of(config, "ours", 0, "gptq").rotation.block == 8
+    assert settings_of(config, "spinquant_had", 0, "gptq").rotation.block == 0
