@@ -24,7 +24,7 @@ from torch import Tensor
 from dist_spin.compare.method_variants import learn, method_variant
 from dist_spin.compare.plan import FULL, Trial, TrialGroup, at_bits, clips_text, plan_trials, settings_of, work_units
 from dist_spin.config.run import RunConfig
-from dist_spin.errors import Interrupted
+from dist_spin.errors import Interrupted, UserError
 from dist_spin.evaluate.fidelity import window_figures
 from dist_spin.evaluate.perplexity import described, measured_before, measuring_tokens, recorded
 from dist_spin.evaluate.tables import comparison_table, row_key
@@ -265,6 +265,10 @@ def compare(config: RunConfig, world: World) -> list[dict[str, Any]]:
         UserError: a setting does not fit the model, or a text cannot be read.
     """
     stop, files = StopRequest(), open_configured_model(config)
+    if files.shape.experts:
+        raise UserError(
+            "compare has no place for a mixture of experts", "use quantize.baselines and evaluate", shared=True
+        )
     check_export_target(config, files.config)
     texts = {source: measuring_tokens(config, files, source) for source in config.evaluate.sources}
     comparison = Comparison(config, world, files, stop, texts)

@@ -11,6 +11,7 @@ from torch import Tensor
 from dist_spin.export.card import LOAD_EXAMPLE
 from dist_spin.export.export_job import DirectoryWriter, ExportFormat, ExportJob
 from dist_spin.export.serving import serve_command
+from dist_spin.model.experts import name_in_checkpoints
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
 
@@ -23,7 +24,9 @@ def prepare(job: ExportJob) -> DirectoryWriter:
 
     def layer(index: int) -> dict[str, Tensor]:
         weights = job.weights.layer(index)
-        return rename_down(weights) if job.r4 else weights
+        if job.r4:
+            return rename_down(weights)
+        return {name_in_checkpoints(job.files.config.model_type, name): w for name, w in weights.items()}
 
     def write(directory: Path) -> None:
         job.write_checkpoint(directory, layer, hide_from_others(job.files) if job.r4 else {})

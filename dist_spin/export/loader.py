@@ -20,6 +20,7 @@ from dist_spin.export.format_tensors import INPUT_GLOBAL, LAYOUTS, TENSORS, form
 from dist_spin.export.hf import DOWN, FOREIGN_TYPE, ROTATED_DOWN
 from dist_spin.export.sidecar import Sidecar, read_sidecar
 from dist_spin.model.architecture import ATTENTION_NORM, EMBEDDING, HEAD, LAYER_LINEARS, MLP_NORM, Shape, layer_name
+from dist_spin.model.experts import ROUTER
 from dist_spin.model.full_model import build_full_model
 from dist_spin.model.sites_config import INPUT_SCALES, SITE_OF_LINEAR, Sites
 from dist_spin.model.weights import SafetensorsWeights
@@ -67,9 +68,11 @@ def load_with_sites(directory: Path, sidecar: Sidecar, sites: Sites, device: str
     dtype = getattr(torch, sidecar.dtype)
     source = SafetensorsWeights(directory)
     config = AutoConfig.for_model(sidecar.model_type, **content)
+    shape = Shape.of(config)
+    roles = (*shape.linears, ROUTER) if shape.experts else shape.linears
     layers = prefetched(
-        lambda index: _layer(source, index, sidecar, quantization, dtype, target),
-        range(Shape.of(config).layers),
+        lambda index: _layer(source, index, roles, sidecar, quantization, dtype, target),
+        range(shape.layers),
         target,
     )
     model = build_full_model(
@@ -91,19 +94,20 @@ def load_with_sites(directory: Path, sidecar: Sidecar, sites: Sites, device: str
 def _layer(
     source: SafetensorsWeights,
     index: int,
+    roles: tuple[str, ...],
     sidecar: Sidecar,
     quantization: dict[str, Any],
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Parameters of a decoder layer by their names within it."""
+    """Parameters of a decoder layer by their names within it; roles: its linears, and its router."""
     prefix = layer_name(index)
 
     def read(names: list[str]) -> dict[str, Tensor]:
         return {n: source.rows(f"{prefix}.{n}", device=device) for n in names if source.has(f"{prefix}.{n}")}
 
     of_linears = KINDS if sidecar.format == "hf" else ("bias",)  # elsewhere `weight` holds codes
-    names = [f"{role}.{kind}" for role in LAYER_LINEARS for kind in of_linears]
+    names = [f"{role}.{kind}" for role in roles for kind in of_linears]
     out = read([*names, *(f"{norm}.{kind}" for norm in NORMS for kind in KINDS)])
     if sidecar.format == "hf":
         renamed = read([ROTATED_DOWN])

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from dist_spin.model.attention import select_attention
+from dist_spin.model.experts import MixtureOfExperts, expert_count, expert_linears, expert_width
 from dist_spin.model.families import FAMILIES
 
 LAYER_LINEARS = (
@@ -30,7 +31,7 @@ EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that rotations and quantisers need, all in elements."""
+    """The sizes that rotations and quantisers need, all in elements; experts: per layer, each `intermediate` wide, 0 for none."""
 
     hidden: int
     intermediate: int
@@ -39,6 +40,7 @@ class Shape:
     head_dim: int
     layers: int
     vocab: int
+    experts: int = 0
 
     @staticmethod
     def of(config: Any) -> "Shape":
@@ -46,13 +48,19 @@ class Shape:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return Shape(
             hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
+            intermediate=expert_width(config) if expert_count(config) else config.intermediate_size,
             heads=config.num_attention_heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             head_dim=head_dim,
             layers=config.num_hidden_layers,
             vocab=config.vocab_size,
+            experts=expert_count(config),
         )
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The linears of a decoder layer whose weights are quantised, by their names within it."""
+        return (*LAYER_LINEARS[:4], *expert_linears(self.experts)) if self.experts else LAYER_LINEARS
 
 
 def layer_name(index: int) -> str:
@@ -72,6 +80,9 @@ def skeleton(config: Any) -> Any:
     select_attention(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+        if expert_count(config):
+            for layer in model.model.layers:
+                layer.mlp = MixtureOfExperts(config)
     return model.requires_grad_(requires_grad=False).eval()
 
 

@@ -34,6 +34,8 @@ FAMILIES = {
     "qwen3": Family("Qwen3, dense", windows="by layer"),
     "smollm3": Family("SmolLM3", windows="by layer"),
     "ministral": Family("Ministral 8B (2410)", windows="by layer"),
+    "qwen3_moe": Family("Qwen3-MoE (30B-A3B, 235B-A22B)", windows="all"),
+    "mixtral": Family("Mixtral 8x7B, 8x22B", windows="all"),
     "phi3": Family(
         "Phi-3 and 3.5 mini, Phi-3 medium, Phi-4 14B",
         windows="all",
@@ -64,9 +66,7 @@ REFUSED = {
     "gemma3_text": _OUTPUT_NORMS,
     "olmo2": _OUTPUT_NORMS,
     "olmo3": _OUTPUT_NORMS,
-    "mixtral": _EXPERTS,
     "qwen2_moe": _EXPERTS,
-    "qwen3_moe": _EXPERTS,
     "deepseek_v3": _EXPERTS,
     "gpt_oss": _EXPERTS,
     "llama4": _EXPERTS,

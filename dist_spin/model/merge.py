@@ -1,9 +1,12 @@
 """Merging R1, R2 and R4, norm gains and learned scales into weights, in fp64."""
 
+import re
+
 import torch
 from torch import Tensor
 
 from dist_spin.model.architecture import ATTENTION_NORM, FINAL_NORM, HEAD, MLP_NORM, Shape, layer_name
+from dist_spin.model.experts import ROUTER, expert_linears
 from dist_spin.model.sites import across_heads
 from dist_spin.model.weight_source import WeightSource
 from dist_spin.numerics.block_rotation import apply_rotation, apply_rotation_left
@@ -17,6 +20,17 @@ NORM_BEFORE = {
     "mlp.gate_proj": MLP_NORM,
     "mlp.up_proj": MLP_NORM,
 }
+
+
+def norms_before(shape: Shape) -> dict[str, str]:
+    """The norm whose gain folds into each linear of a layer, by their names within it; a router is one of them."""
+    if not shape.experts:
+        return NORM_BEFORE
+    attention = {role: norm for role, norm in NORM_BEFORE.items() if norm == ATTENTION_NORM}
+    reading = [role for role in expert_linears(shape.experts) if not role.endswith("down_proj")]
+    return attention | dict.fromkeys((ROUTER, *reading), MLP_NORM)
+
+
 VOCAB_ROWS_AT_ONCE = 8192
 ROWS_AT_ONCE = 512  # rows widened to fp64 at a time, which bounds the memory of folding
 
@@ -27,8 +41,9 @@ def _gain_before(source: WeightSource, parameter: str) -> Tensor | None:
         return source.rows(f"{FINAL_NORM}.weight").double()
     parts = parameter.split(".")
     role = ".".join(parts[3:-1])
-    if parts[-1] == "weight" and role in NORM_BEFORE:
-        return source.rows(f"{'.'.join(parts[:3])}.{NORM_BEFORE[role]}.weight").double()
+    norm = NORM_BEFORE.get(re.sub(r"experts\.\d+\.", "", role), MLP_NORM if role == ROUTER else None)
+    if parts[-1] == "weight" and norm is not None:
+        return source.rows(f"{'.'.join(parts[:3])}.{norm}.weight").double()
     return None
 
 
@@ -114,7 +129,7 @@ def rotated_layer(
         if norm is not None:
             scale = rows.pop(role.replace("norm", "proj"), None)
             out[f"{role}.weight"] = norm if scale is None else norm * scale[:d]
-    for role, before in NORM_BEFORE.items():
+    for role, before in norms_before(shape).items():
         w, b = read(role, "weight"), read(role, "bias")
         assert w is not None
         w = apply_rotation(w, r1)
@@ -129,7 +144,7 @@ def rotated_layer(
         if role in rows:
             w, b = w * rows[role][:, None], None if b is None else b * rows[role]
         _put(out, role, w, b)
-    for role in ("self_attn.o_proj", "mlp.down_proj"):
+    for role in (role for role in shape.linears if role.endswith(("o_proj", "down_proj"))):
         w, b = read(role, "weight"), read(role, "bias")
         assert w is not None
         if role == "self_attn.o_proj":

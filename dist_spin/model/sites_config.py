@@ -110,14 +110,18 @@ def attach(
     mlp: Any = layer.mlp
     learned_at = dict.fromkeys(CLIP_SITES, NO_SCALE_OR_CLIP) if learned is None else learned
     d, mlp_spec, down_spec = shape.head_dim, sites.mlp or sites.a, sites.down or sites.a
-    for name, spec, site in ((ATTENTION_NORM, sites.a, "attention"), (MLP_NORM, mlp_spec, "mlp")):
+    norm_spec = QuantSpec() if shape.experts else mlp_spec  # a router reads the norm too, unquantised
+    for name, spec, site in ((ATTENTION_NORM, sites.a, "attention"), (MLP_NORM, norm_spec, "mlp")):
         setattr(layer, name, NormSite(getattr(layer, name), spec, r1, learned_at[site]))
     attention.v_proj = ValueSite(attention.v_proj, sites.v, d, r2, learned_at["v"])
     input_quant = OProjInputQuant(sites.o, d, r2, sites.heads, learned_at["o"])
     attention.o_proj = QuantizedInputLinear(input_quant, attention.o_proj, keep=r2 is not None)
-    mlp.down_proj = QuantizedInputLinear(
-        DownProjInputQuant(down_spec, sites.r4, learned_at["down"], unfold=unfold), mlp.down_proj
-    )
+    if shape.experts:
+        mlp.input_spec = mlp_spec
+    for gated in mlp.experts if shape.experts else (mlp,):
+        gated.down_proj = QuantizedInputLinear(
+            DownProjInputQuant(down_spec, sites.r4, learned_at["down"], unfold=unfold), gated.down_proj
+        )
     attention.key_site = KeySite(sites.k, sites.r3, learned_at["k"])
 
 

@@ -27,6 +27,7 @@ from dist_spin.model.checkpoint_headers import (
     local_directory,
     read_headers,
 )
+from dist_spin.model.experts import check_experts, name_here
 from dist_spin.model.families import check_flags, check_supported
 from dist_spin.model.llama_form import LlamaFormWeights, llama_form
 from dist_spin.model.tensor_bytes import TensorRange, opened, read_header, read_into
@@ -97,7 +98,8 @@ class SafetensorsWeights:
         # A model saved without its head, or by its inner class, has names without "model."; transformers takes them too.
         prefix = "" if EMBEDDING.removeprefix(BASE_PREFIX) + ".weight" in headers else BASE_PREFIX
         self._stored_name = {
-            name if prefix or name.startswith(f"{HEAD}.") else f"{BASE_PREFIX}{name}": name for name in headers
+            name_here(name if prefix or name.startswith(f"{HEAD}.") else f"{BASE_PREFIX}{name}"): name
+            for name in headers
         }
         self.tensors = {name: headers[stored] for name, stored in self._stored_name.items()}
         self._ranges: dict[str, dict[str, TensorRange]] = {}  # by file, once it was read from
@@ -201,6 +203,7 @@ def open_model(
     config = _read_config(directory, trust_remote_code=trust_remote_code)
     check_supported(config.model_type)
     check_flags(config)
+    check_experts(config)
     form = llama_form(config)
     if dummy:
         config = config if form is None else form.config

@@ -84,6 +84,11 @@ def exportable(config: RunConfig, model: Any) -> str:
 def conflicts(target: str, config: RunConfig, model: Any, *, starting: bool) -> Iterator[UserError]:
     """Every setting in the way of an export as `target`; see `check_target`."""
     online, profile, shape = config.rotation.online, config.export.profile, Shape.of(model)
+    if shape.experts and (target != "hf" or profile != "no-had"):
+        yield UserError(
+            "a mixture of experts is exported as hf without online Hadamards alone",
+            "set export.target=hf and export.profile=no-had",
+        )
     if profile == "r4-block" and target == "gguf":
         yield UserError("llama.cpp applies no Hadamard before down_proj", "use export.profile=no-had")
     elif profile == "r4-block" and not online:

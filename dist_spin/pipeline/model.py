@@ -51,7 +51,24 @@ def open_configured_model(config: RunConfig) -> ModelFiles:
         on_rank0(find_and_tell)
         # The others only after it is there; one of them may be on a host that does not see the path.
         raise_on_any_failure(lambda: None if files else files.append(find()))
+    check_expert_settings(config, files[0].shape)
     return files[0]
+
+
+def check_expert_settings(config: RunConfig, shape: Shape) -> None:
+    """Refuse what is not built for a mixture of experts: learning, and weights in number formats.
+
+    Raises:
+        UserError: names the setting to change.
+    """
+    if not shape.experts:
+        return
+    if config.optimize.steps:
+        problem = "rotations of a mixture of experts are not learned yet"
+        raise UserError(problem, "set optimize.steps=0, which takes Hadamard or random rotations", shared=True)
+    if config.quant.w_format != "int" or config.quant.a_format != "int":
+        problem = "a mixture of experts is quantised to integers, not to number formats"
+        raise UserError(problem, "set quant.w_format=int and quant.a_format=int", shared=True)
 
 
 def check_vocabulary(tokens: Tensor, shape: Shape, source: str) -> Tensor:

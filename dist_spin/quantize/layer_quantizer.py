@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_spin.errors import NumericsError
-from dist_spin.model.architecture import ATTENTION_NORM, LAYER_LINEARS, MLP_NORM
+from dist_spin.model.architecture import ATTENTION_NORM, MLP_NORM
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.sites_config import INPUT_SCALES
 from dist_spin.numerics.coordinate_descent import coordinate_descent
@@ -82,7 +82,11 @@ class LayerQuantizer:
         self._exact_columns = self.exact_columns(index)
         self._result = QuantizedLayer(
             {},
-            {k: w for k, w in weights.items() if not (k.endswith(".weight") and k[: -len(".weight")] in LAYER_LINEARS)},
+            {
+                k: w
+                for k, w in weights.items()
+                if not (k.endswith(".weight") and k[: -len(".weight")] in self.runner.shape.linears)
+            },
             {},
             {},
             self.options.symmetric,
@@ -105,6 +109,9 @@ class LayerQuantizer:
         self._add_to_residual(hidden, inputs, output.linear)
 
         self._scale_norm(mlp_norm, hidden, found)
+        if self.runner.shape.experts:
+            self._quantize_experts(mlp, mlp_norm, hidden)
+            return self._result
         self._solve(["mlp.gate_proj", "mlp.up_proj"], (mlp_norm(h) for h in hidden), self.options)
         down, mlp.down_proj = mlp.down_proj, mlp.down_proj.input_quant
         with self.clock("forward"):  # what down_proj reads
@@ -145,6 +152,43 @@ class LayerQuantizer:
         shared = torch.tensor(max_over_ranks(int(largest.view(torch.int32))), dtype=torch.int32).view(torch.float32)
         found.append(float(global_scale(shared)))
         return dataclasses.replace(spec, tensor_scale=found[-1]) if spec.enabled else spec
+
+    def _quantize_experts(self, mlp: Any, norm: nn.Module, hidden: list[Tensor]) -> None:
+        """Each expert from the tokens routed to it, by the router's 16-bit weight; then the layer's output.
+
+        An expert with fewer tokens than a Hessian of its inputs has columns sees all tokens instead, and that is said.
+        """
+        with self.clock("forward"):
+            normed = [norm(h) for h in hidden]
+            chosen = [mlp.gate(x.flatten(0, -2))[1] for x in normed]  # each [T, experts per token]
+        counts = torch.zeros(len(mlp.experts), dtype=torch.float64, device=self.runner.device)
+        for of_sequence in chosen:
+            counts += of_sequence.flatten().bincount(minlength=len(counts))
+        sum_over_ranks_(counts)
+        tokens = [int(count) for count in counts.tolist()]
+        needed = max(self.runner.shape.hidden, self.runner.shape.intermediate)
+        few = [count < needed for count in tokens]
+        if self.method == "gptq" and any(few) and self.world.is_rank0:
+            warn(
+                f"layer {self._index}: {sum(few)} of {len(few)} experts were chosen by fewer than {needed} calibration tokens "
+                f"(the fewest: {min(tokens)}), so that their Hessians are those of all tokens; give more of them "
+                "(quantize.n_sequences)"
+            )
+
+        def read_by(index: int) -> Iterator[Tensor]:
+            for x, of_sequence in zip(normed, chosen, strict=True):
+                inputs = mlp.quantised(x).flatten(0, -2)
+                yield inputs if few[index] else inputs[(of_sequence == index).any(-1)]
+
+        for index, expert in enumerate(mlp.experts):
+            name = f"mlp.experts.{index}"
+            self._solve([f"{name}.gate_proj", f"{name}.up_proj"], read_by(index), self.options)
+            site = expert.down_proj.input_quant
+            inner = (site(expert.inner(x)) for x in read_by(index))
+            self._solve([f"{name}.down_proj"], inner, self.down_options)
+        with self.clock("forward"):
+            for i, x in enumerate(normed):
+                hidden[i] = hidden[i] + mlp(x)
 
     def _add_to_residual(self, hidden: list[Tensor], inputs: list[Tensor], linear: nn.Module) -> None:
         """Add the outputs of `linear` to the residual stream, in place; each input is freed once it is used."""
@@ -269,11 +313,11 @@ def _whole_tiles(weight: Tensor) -> Tensor:
 
 
 def _joined(inputs: Iterator[Tensor], tokens: int) -> Iterator[Tensor]:
-    """Sequences [1, T, h] put together until there are `tokens` of them: large products keep a GPU busy."""
+    """Inputs [..., h] put together until there are `tokens` of them: large products keep a GPU busy."""
     waiting: list[Tensor] = []
     for x in inputs:
-        waiting.append(x)
-        if sum(w.shape[1] for w in waiting) >= tokens:
+        waiting.append(x.flatten(0, -2))
+        if sum(len(w) for w in waiting) >= tokens:
             yield torch.cat(waiting)
             waiting = []
     if waiting:

@@ -42,7 +42,9 @@ def memory_needed(shape: Shape, tokens: int, itemsize: int) -> int:
     merge of the next layer in fp64, weights.
     """
     widest = max(shape.intermediate, shape.heads * shape.head_dim)
-    weights = shape.hidden * (2 * (shape.heads + shape.kv_heads) * shape.head_dim + 3 * shape.intermediate)
+    weights = shape.hidden * (
+        2 * (shape.heads + shape.kv_heads) * shape.head_dim + 3 * shape.intermediate * max(1, shape.experts)
+    )
     states = tokens * (shape.hidden + widest) * itemsize
     return states + 3 * 4 * widest**2 + 3 * 8 * widest * shape.hidden + 3 * weights * itemsize
 

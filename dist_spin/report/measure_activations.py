@@ -52,6 +52,9 @@ def measure_activations(config: RunConfig, world: World) -> None:
     """
     stop, run = StopRequest(), run_dir(config)
     files = open_configured_model(config)
+    if files.shape.experts:
+        warn("activation statistics of a mixture of experts are not measured")
+        return
     tokens = calibration_tokens(config, files)[: config.report.sequences]
     names = ["none", *(name for name in config.quantize.baselines if name != "none")]
     if (run.rotations / "final.safetensors").exists():

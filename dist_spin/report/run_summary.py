@@ -1,6 +1,7 @@
 """Everything a report is made of, read from a run's files alone; what is not there yet is named, never an error."""
 
 import dataclasses
+import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,14 +153,27 @@ def _layers(summary: RunSummary) -> None:
 
 
 def _rounding_figures(path: Path) -> dict[str, dict[str, float]] | None:
-    """Figures of each linear (`QuantizedLayer.figures`) from the header of a layer's file; None where it is damaged."""
+    """Figures of each linear (`QuantizedLayer.figures`) from the header of a layer's file, experts' averaged; None where it is
+    damaged.
+    """
     try:
         figures = parse_json((read_metadata(path) or {})["layer"])["figures"]
     except (ValueError, KeyError, TypeError):
         return None
     kinds = dict.fromkeys(("error", "rtn_error"), is_number)
-    whole = is_mapping(figures) and figures.keys() == set(LAYER_LINEARS)
-    return figures if whole and all(is_mapping(x) and has_entries(x, kinds) for x in figures.values()) else None
+    if not is_mapping(figures) or not all(is_mapping(x) and has_entries(x, kinds) for x in figures.values()):
+        return None
+    groups: dict[str, list[dict[str, float]]] = {}
+    for role, of_role in figures.items():
+        groups.setdefault(re.sub(r"experts\.\d+\.", "", role), []).append(of_role)
+    if groups.keys() != set(LAYER_LINEARS):
+        return None
+    return {
+        role: members[0]
+        if len(members) == 1
+        else {kind: sum(m[kind] for m in members) / len(members) for kind in kinds}
+        for role, members in groups.items()
+    }
 
 
 def _activations(summary: RunSummary) -> None:
