@@ -15,9 +15,9 @@ from dist_spin.errors import UserError
 class Family:
     """One architecture.
 
-    models: published ones, as the page names them. windows: which layers attend to `sliding_window` tokens alone: none, all of
+    models: published ones, for docs/models.md. windows: which layers attend to `sliding_window` tokens alone: none, all of
     them, or those that `layer_types` names. read_as: `model_type` of the equal model that the weights are read as, "" for its
-    own. how: what is done for that, as the page says it.
+    own. how: what is done for that, for that page.
     """
 
     models: str
@@ -108,10 +108,11 @@ def check_flags(config: Any) -> None:
     """
     rope = getattr(config, "rope_parameters", None) or {}
     partial = rope.get("partial_rotary_factor") or 1.0
+    two_sided = getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True)
     for problem in (
         partial != 1 and f"partial_rotary_factor {partial}: only a position embedding of whole heads is built",
-        getattr(config, "use_bidirectional_attention", False)
-        and "use_bidirectional_attention: only causal attention is built",
+        two_sided
+        and "attention to later tokens (use_bidirectional_attention, is_causal): only causal attention is built",
     ):
         if problem:
             raise UserError(f"config.json has {problem}", "use another model")

@@ -6,7 +6,7 @@ they are rounded to the model's dtype once, after norms and rotations are merged
 """
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -17,12 +17,8 @@ from dist_spin.model.families import FAMILIES
 from dist_spin.model.weight_source import WeightSource
 from dist_spin.numerics.dtypes import accumulation_dtype
 
-# Entries of the families' configs that the config of the Llama form has no use for.
-NOT_OF_LLAMA = (
-    *("model_type", "architectures", "auto_map", "transformers_version"),
-    *("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier"),
-    *("resid_pdrop", "embd_pdrop", "use_bidirectional_attention"),
-)
+# Entries that the families share with Llama and Mistral by name, and that are not those models'.
+NOT_OF_LLAMA = ("model_type", "architectures", "auto_map", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -52,10 +48,12 @@ def form_config(config: Any) -> Any:
 
 
 def _config(config: Any, *, tied: bool) -> Any:
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     model_type = FAMILIES[config.model_type].read_as
-    content = {name: value for name, value in config.to_dict().items() if name not in NOT_OF_LLAMA}
+    # Neither what is Llama's alone, which this family would ignore, nor what is this family's alone.
+    known = {f.name for f in fields(config)} & {f.name for f in fields(CONFIG_MAPPING[model_type])} - set(NOT_OF_LLAMA)
+    content = {name: value for name, value in config.to_dict().items() if name in known}
     content |= {"tie_word_embeddings": tied, "head_dim": Shape.of(config).head_dim}
     content["rope_parameters"] = {k: v for k, v in config.rope_parameters.items() if k != "partial_rotary_factor"}
     made = AutoConfig.for_model(model_type, **content)

@@ -1,0 +1,144 @@
+"""Settings in the config of a supported family: each does what it does in transformers, or is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES as MODELS
+from test_model import CPU, relative
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from dist_spin.errors import UserError
+from dist_spin.model.families import FAMILIES
+from dist_spin.model.layers import LayerRunner
+from dist_spin.model.rotated_weights import RotatedWeights
+from dist_spin.model.sites_config import Sites
+from dist_spin.model.weights import open_model
+
+IDS = torch.randint(3, 97, (1, 24), generator=torch.Generator().manual_seed(1))
+
+
+def rope(kind: str, **values: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **values}}
+
+
+FACTORS = {"short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [1.0, 2.0, 4.0, 9.0]}
+WINDOW = {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}
+# What a config may say; families that do not know an entry must ignore it, as transformers does.
+FLAGS: dict[str, dict[str, Any]] = {
+    "attention_bias": {"attention_bias": True},
+    "mlp_bias": {"mlp_bias": True},
+    "hidden_act": {"hidden_act": "gelu_pytorch_tanh"},
+    "rms_norm_eps": {"rms_norm_eps": 0.3},
+    "tied": {"tie_word_embeddings": True},
+    "untied": {"tie_word_embeddings": False},
+    "head_dim": {"head_dim": 16},
+    "one kv head": {"num_key_value_heads": 1},
+    "window": WINDOW,
+    "window not used": WINDOW | {"use_sliding_window": False},
+    "window by layer": WINDOW | {"layer_types": ["full_attention", "sliding_attention"]},
+    "full by layer": WINDOW | {"layer_types": ["full_attention", "full_attention"]},
+    "layers without rope": {"no_rope_layers": [0, 1]},
+    "theta": rope("default", rope_theta=100.0),
+    "linear": rope("linear", factor=4.0),
+    "dynamic": rope("dynamic", factor=4.0) | {"max_position_embeddings": 16},
+    "yarn": rope("yarn", factor=4.0, original_max_position_embeddings=16),
+    "llama3": rope(
+        "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+    ),
+    "longrope": rope("longrope", **FACTORS) | {"original_max_position_embeddings": 16},
+    "longrope within": rope("longrope", **FACTORS, factor=4.0) | {"original_max_position_embeddings": 64},
+    "partial rotary": rope("default", partial_rotary_factor=0.5),
+    "partial rotary, linear": rope("linear", factor=2.0, partial_rotary_factor=0.5),
+    "proportional": rope("proportional", partial_rotary_factor=0.5),
+    "attention_multiplier": {"attention_multiplier": 0.7},
+    "residual_multiplier": {"residual_multiplier": 0.4},
+    "embedding_multiplier": {"embedding_multiplier": 3.0},
+    "logits_scaling": {"logits_scaling": 5.0},
+    "logit_scale": {"logit_scale": 0.1},
+    "soft caps": {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 1.0},
+    "query scale": {"query_pre_attn_scalar": 3.0, "query_pre_attn_scaling": 3.0},
+    "qk norm": {"use_qk_norm": True},
+    "clip_qkv": {"clip_qkv": 0.1},
+    "layer norm": {"norm_type": "layer_norm", "use_rms_norm": False},
+    "parallel": {"parallel_attn": True, "use_parallel_residual": True},
+    "bidirectional": {"use_bidirectional_attention": True},
+    "not causal": {"is_causal": False},
+    "dropout": {"attention_dropout": 0.5},
+    "pretraining_tp": {"pretraining_tp": 2},
+}
+
+
+def base(kind: str) -> PreTrainedConfig:
+    """The smallest config of a family, with its head size given."""
+    config = next(config for config in MODELS.values() if config.model_type == kind)
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2}
+    content = config.to_dict() | sizes | {"num_hidden_layers": 2, "head_dim": 8} | rope("default")
+    content |= {
+        "sliding_window": 99 if kind == "ministral" else None,
+        "layer_types": None,
+        "tie_word_embeddings": False,
+        "no_rope_layers": [1, 1],
+    }
+    content.pop("layer_types", None)
+    return type(config).from_dict(content)
+
+
+def theirs(config: PreTrainedConfig, directory: Path) -> Tensor | None:
+    """transformers' logits of a random model of this config, which is written; None where it builds or runs none."""
+    torch.manual_seed(0)
+    config.save_pretrained(directory)
+    try:
+        config = AutoConfig.from_pretrained(directory)  # which may be of another class: Mistral with layer_types
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.ndim > 1:
+                    nn.init.normal_(parameter, std=1.5 / parameter.shape[-1] ** 0.5)
+                else:
+                    nn.init.uniform_(parameter, 0.5 if "norm" in name else -0.5, 1.5 if "norm" in name else 0.5)
+            logits = model(IDS).logits
+    except Exception:  # whatever it has against this config
+        return None
+    model.save_pretrained(directory)
+    return logits
+
+
+def ours(directory: Path) -> Tensor | None:
+    """The logits of the written model, layer by layer; None where it is refused."""
+    try:
+        files = open_model(str(directory))
+    except UserError:
+        return None
+    weights = RotatedWeights(files.weights, files.shape, None, (), CPU, torch.float32)
+    runner = LayerRunner(files.config, Sites(), device=CPU, dtype=torch.float32, rotated=False)
+    hidden = weights.embedding()[IDS]
+    for i in range(files.shape.layers):
+        hidden = runner.run(runner.build(i, weights.layer(i)), i, hidden)
+    return weights.head(files.config.rms_norm_eps).logits(hidden)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_changed_flag_is_honoured_or_refused(kind, tmp_path):
+    plain = base(kind)
+    unchanged = theirs(plain, tmp_path / "plain")
+    assert unchanged is not None
+    wrong, changed = {}, set()
+    for number, (flag, change) in enumerate(({"": {}} | FLAGS).items()):
+        directory = tmp_path / str(number)
+        try:
+            config = type(plain).from_dict(plain.to_dict() | change)
+        except Exception:  # transformers refuses it
+            continue
+        wanted = theirs(config, directory)
+        if wanted is None:
+            continue
+        if relative(wanted, unchanged) > 1e-3:
+            changed.add(flag)
+        found = ours(directory)
+        if found is not None and relative(found, wanted) > 1e-5:
+            wrong[flag] = relative(found, wanted)
+    assert wrong == {}, wrong
+    assert {"rms_norm_eps", "theta", "one kv head", "head_dim"} <= changed
