@@ -371,7 +371,9 @@ def test_the_page_of_several_runs_in_a_browser(browser, three_runs, tmp_path):
         page.goto(f"file://{target}")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate("document.documentElement.scrollHeight") < 6 * 800
-        assert page.locator("table").count() == 4
+        headings = [heading.text_content() for heading in page.locator("main summary").all()]
+        assert len(headings) == 1 + page.locator("main table").count() == 1 + 5
+        assert "Closeness to full precision" in headings
         assert page.locator("#losses svg").is_visible()
         addresses = page.eval_on_selector_all("header a", "all => all.map(a => a.href)")
         assert addresses == [f"file://{path / 'report.html'}" for path in three_runs[:2]]
