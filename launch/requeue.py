@@ -9,7 +9,7 @@ meanwhile. SLURM_RESTART_COUNT, MAX_REQUEUES and the job's id are read from the 
 import os
 import sys
 
-from dist_spin.errors import EXIT_HANG, EXIT_INTERRUPTED, EXIT_OK
+from dist_spin.errors import EXIT_HANG, EXIT_INTERRUPTED, EXIT_OK, UserError
 from dist_spin.runtime.slurm import job_states
 
 MAX_REQUEUES = 5  # restarts after which a rank that hangs or dies ends the job for good
@@ -34,7 +34,10 @@ def being_cancelled() -> bool:
     job = os.environ.get("SLURM_JOB_ID", "")
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format_map(os.environ)
-    return bool(job) and job in (states := job_states([job])) and states[job].state != "RUNNING"
+    try:
+        return bool(job) and job in (states := job_states([job])) and states[job].state != "RUNNING"
+    except UserError:  # a scheduler too busy to answer must not cost the job its requeue
+        return False
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Mixtures of experts: merging rotations changes nothing, experts are rounded from their own tokens, exports load elsewhere."""
 
 import json
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -159,6 +160,22 @@ def test_a_run_quantises_measures_and_exports_what_transformers_loads(files, tmp
 
     with torch.no_grad():
         assert relative(dist_spin.load(export, "cpu")(IDS).logits, exported) < 1e-9
+
+
+def test_rotations_are_fitted_and_another_config_is_another_model(files, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(files.directory, model)
+    settings = tiny_run(tmp_path, "optimize.steps=0", "rotation.init=range", model=model)
+    assert main(["optimize", *settings]) == 0
+    assert main(["quantize", *settings]) == 0
+    layer = min((tmp_path / "run" / "layers").rglob("*.safetensors"))
+    before = layer.stat().st_mtime_ns
+    assert main(["quantize", *settings]) == 0
+    assert layer.stat().st_mtime_ns == before
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 1}))
+    assert main(["quantize", *settings]) == 0
+    assert layer.stat().st_mtime_ns != before
 
 
 def test_what_is_not_built_for_experts_is_refused_in_one_line(files, tmp_path, capsys):

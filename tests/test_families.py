@@ -12,6 +12,7 @@ from test_states_network import network, rotated_network, states
 from tiny import write_model
 from torch import nn
 
+from dist_spin.config.loader import load_config
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import LAYER_LINEARS
 from dist_spin.model.families import REFUSED
@@ -22,6 +23,7 @@ from dist_spin.model.weights import ModelFiles, open_model
 from dist_spin.numerics.cayley import tangent
 from dist_spin.numerics.gptq import GPTQOptions
 from dist_spin.numerics.hadamard import hadamard_core
+from dist_spin.pipeline.export_limits import conflicts
 from dist_spin.quantize.layer_quantizer import LayerQuantizer
 from dist_spin.runtime import distributed
 from dist_spin.storage.quantized_layers import finished_layer, save_layer
@@ -119,3 +121,19 @@ def test_a_family_that_cannot_be_rotated_is_refused_in_one_line(kind, tmp_path):
     assert f"'{kind}' is not supported: {REFUSED[kind]}" in line
     assert "use one of llama" in line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("gemma-2b (2048, 16384)", "silu in a llama's MLP, not gelu"),
+        ("phi-3.5-mini (3072, 8192)", "rope_type=longrope in a mistral"),
+        ("phi-4-14b (5120, 17920)", ""),
+    ],
+)
+def test_llama_cpp_is_not_given_what_it_would_compute_otherwise(name, problem, tmp_path):
+    model = write_model(FAMILIES[name], tmp_path)
+    config = load_config(None, [f"model.path={model}", "rotation.online=false"])
+    found = [error.problem for error in conflicts("gguf", config, open_model(str(model)).config, starting=True)]
+    assert len(found) == bool(problem)
+    assert problem in "".join(found)

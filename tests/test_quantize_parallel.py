@@ -24,6 +24,7 @@ def test_the_estimate_is_what_a_70b_layer_was_measured_to_take_on_one_h200():
 def test_ranks_take_whole_ranges_where_there_are_enough_and_share_layers_where_not():
     assert chosen([20] * 4) == Choice("layers", "about 1.7 times as fast as sharing each layer")
     assert chosen([10] * 8).parallel == "layers"
+    assert choose("auto", None, [20] * 4, 60, 128, 4, fits=True).parallel == "ranks"  # a cost that is not known
     assert chosen([40] * 2, ranks=8).parallel == "ranks"
     assert "times as fast as whole ranges" in chosen([40] * 2, ranks=8).reason
     assert chosen([1] * 2, ranks=2).parallel == "layers"  # a rest of two layers

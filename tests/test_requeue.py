@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from dist_spin.errors import UserError
 from dist_spin.launch.requeue import MAX_REQUEUES, should_requeue
 from dist_spin.runtime import slurm
 
@@ -90,5 +91,25 @@ def test_a_scheduler_that_does_not_answer_costs_no_job_its_requeue(monkeypatch, 
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "12")
-    monkeypatch.setattr(slurm._run, "__kwdefaults__", {"timeout": 0.2})
+    monkeypatch.setattr(slurm, "ANSWERS_WITHIN", 0.2)
     assert should_requeue(75)
+    with pytest.raises(
+        UserError, match="Slurm does not answer"
+    ):  # nothing that `cancel` or `submit` may take for ended jobs
+        slurm.job_states(["12"])
+
+
+@pytest.mark.parametrize(
+    ("says", "known"),
+    [("slurm_load_jobs error: Unable to contact slurm controller", False), ("Invalid job id specified", True)],
+)
+def test_a_scheduler_that_fails_is_told_from_one_that_has_forgotten_a_job(monkeypatch, tmp_path, says, known):
+    program = tmp_path / "squeue"
+    program.write_text(f"#!/bin/sh\necho {says!r} >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    if known:
+        assert slurm.job_states(["12"]) == {}
+    else:
+        with pytest.raises(UserError, match="Unable to contact"):
+            slurm.job_states(["12"])

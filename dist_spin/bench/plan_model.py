@@ -138,6 +138,13 @@ def optimize(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
     notes = [f"{step:.2f} s a step in {point.micro_batches} x {point.micro} sequences a GPU (recompute: {levels})"]
     if offloaded:
         notes.append(f"{offloaded} of {shape.layers} layers lie in host memory and are copied in")
+    beside = [
+        name
+        for name, used in (("the fitted start", config.rotation.init == "range"), ("the guard", o.guard_every))
+        if used
+    ]
+    if beside:
+        notes.append(f"{' and '.join(beside)} come on top, and are not estimated")
     return Part(
         START + model_bytes(shape) / (ranks * READ) + COMPILE + o.steps * step,
         gpu,
@@ -196,6 +203,8 @@ def quantize(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
         total = START + layers * each * variants
         note = f"{each:.2f} s a layer"
         note += f", on which {gpus} GPUs work together" if gpus > 1 else ""
+    if q.cd_passes and q.method == "gptq":
+        note += f"; {q.cd_passes} passes over the codes (quantize.cd_passes) come on top, and are not estimated"
     need = gptq_bytes(shape, tokens / gpus if shares_layers else tokens)
     host = gpus * (PROCESS + 2 * layer_bytes(shape, DTYPE))
     return Part(

@@ -6,6 +6,7 @@ Both models decode greedily, so that every difference comes from quantisation. A
 different texts; how late that token comes is therefore the figure to compare. The whole model is in memory, as for `generate`.
 """
 
+import functools
 import hashlib
 import json
 import time
@@ -25,7 +26,7 @@ from dist_spin.evaluate.targets import EvalTarget, describe, target_identity
 from dist_spin.model.context import context_length
 from dist_spin.model.weights import ModelFiles
 from dist_spin.pipeline.model import check_vocabulary
-from dist_spin.runtime.distributed import World, any_rank, on_rank0, raise_on_any_failure, sum_over_ranks_
+from dist_spin.runtime.distributed import World, any_rank, on_rank0, raise_on_any_failure, sum_over_ranks_, work_apart
 from dist_spin.runtime.progress import Progress
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.run_directory import RunDir
@@ -167,5 +168,8 @@ def continuations(
                 problem = f"stopped by a signal after {len(out)} continuations"
                 raise Interrupted(problem, "the same command continues with that measurement")
 
-    raise_on_any_failure(write)
+    if world.size == 1:
+        write()
+    else:  # texts end at different places: no rank is to take a longer one elsewhere for a hang
+        raise_on_any_failure(functools.partial(work_apart, write, min(10.0, config.distributed.timeout_s / 10)))
     return out

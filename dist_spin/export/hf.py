@@ -61,11 +61,10 @@ def loading(job: ExportJob) -> list[str]:
         ]
     lines = [
         "Any program that loads the format: R1 and R2 are part of the weights, nothing has to be rotated online.",
-        "",
-        f"    {serve_command('PATH OF THIS DIRECTORY', {}, Sites())}",
-        "",
-        "serves it with vLLM.",
     ]
+    if job.files.config.hidden_act == "silu":  # vLLM's Llama and its like know no other
+        command = serve_command("PATH OF THIS DIRECTORY", {}, Sites())
+        lines += ["", f"    {command}", "", "serves it with vLLM."]
     if job.quantisers:
         lines += [
             "Quantisers of activations, keys and values, as they were learned with, are put back by",

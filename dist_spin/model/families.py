@@ -55,7 +55,7 @@ FAMILIES = {
 }
 
 # Why a family that people ask for is refused; anything else is simply unknown.
-_EXPERTS = "mixture-of-experts layers, which are not supported"
+_EXPERTS = "a mixture of experts with parts that are not built, such as shared experts or other routers"
 _OUTPUT_NORMS = "norms on the outputs of attention and MLP, which do not commute with a rotation of the residual stream"
 _LAYER_NORM = "LayerNorm, whose mean does not commute with a rotation of the residual stream"
 _PARALLEL = "LayerNorm, whose mean does not commute with a rotation, and one norm for attention and MLP side by side"

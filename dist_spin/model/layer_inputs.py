@@ -30,17 +30,19 @@ class LayerTask:
 def observe(task: LayerTask, on_input: Callable[[str, Tensor], None] | None = None) -> Tensor:
     """The layer's outputs [n, T, h]; `on_input` is called with what each site reads, a batch at a time.
 
-    Sites and shapes: "attention", "mlp" [batch, T, h], "o" [batch, T, heads * d], "down" [batch, T, intermediate]; and
-    "before attention", "before mlp" [batch, T, h], the residual stream in front of their norms.
+    Sites and shapes: "attention", "mlp" [batch, T, h], "o" [batch, T, heads * d], and "down" [batch, T, intermediate] where the
+    MLP has no experts; "before attention", "before mlp" [batch, T, h], the residual stream in front of their norms.
     """
     layer: Any = task.runner.build(task.index, task.weights)
     if on_input is not None:
-        for site, module in (
-            ("attention", getattr(layer, ATTENTION_NORM)),
-            ("mlp", getattr(layer, MLP_NORM)),
-            ("o", layer.self_attn.o_proj.input_quant),
-            ("down", layer.mlp.down_proj.input_quant),
-        ):
+        sites = {
+            "attention": getattr(layer, ATTENTION_NORM),
+            "mlp": getattr(layer, MLP_NORM),
+            "o": layer.self_attn.o_proj.input_quant,
+        }
+        if not task.runner.shape.experts:
+            sites["down"] = layer.mlp.down_proj.input_quant
+        for site, module in sites.items():
             _watch(module, site, on_input)
         for site, norm in (("before attention", ATTENTION_NORM), ("before mlp", MLP_NORM)):
             _watch_input(getattr(layer, norm), site, on_input)

@@ -1,7 +1,7 @@
 """Families whose weights compute the same as a Llama's or Mistral's once they are split or scaled, read as such a model.
 
 Everything behind `open_model` then sees one config and one set of tensors: multipliers cannot be forgotten where a layer is
-rebuilt, and exports are of a family that every engine knows. Where a weight is scaled, its rows come in fp32 or wider, so that
+rebuilt, and exports are of that family too. Where a weight is scaled, its rows come in fp32 or wider, so that
 they are rounded to the model's dtype once, after norms and rotations are merged.
 """
 
@@ -59,6 +59,8 @@ def _config(config: Any, *, tied: bool) -> Any:
     made = AutoConfig.for_model(model_type, **content)
     made.architectures = [f"{model_type.capitalize()}ForCausalLM"]
     made.name_or_path = config.name_or_path
+    if original := content["rope_parameters"].get("original_max_position_embeddings"):
+        made.original_max_position_embeddings = original  # where vLLM and older transformers look for it
     return made
 
 

@@ -59,6 +59,9 @@ def check_target(target: str, config: RunConfig, model: Any, *, starting: bool) 
         raise UserError(f"{len(found)} settings do not fit {target}: {problems}", "change them all")
 
 
+GGUF_ROPE = ("default", "linear", "yarn", "llama3")  # what llama.cpp's Llama applies
+
+
 def exportable(config: RunConfig, model: Any) -> str:
     """One line on the formats that the result of a run without `export.target` can be exported as.
 
@@ -97,6 +100,8 @@ def conflicts(target: str, config: RunConfig, model: Any, *, starting: bool) -> 
         other = "" if target == "gguf" else ", or export.profile=r4-block"
         problem = f"{target} with export.profile=no-had has no online Hadamards, but rotation.online=true"
         yield UserError(problem, f"set rotation.online=false{other}")
+    if target == "gguf":
+        yield from _of_gguf(model)
     if target == "compressed-tensors":
         yield from _of_compressed_tensors(config, shape)
     if target in QUANTISED:
@@ -166,6 +171,19 @@ def _of_compressed_tensors(config: RunConfig, shape: Shape) -> Iterator[UserErro
                 f"quant.{setting}={getattr(q, setting)} has no place in compressed-tensors beside quantised activations"
             )
             yield UserError(problem, f"learn and quantise with quant.{setting}={value}".lower())
+
+
+def _of_gguf(model: Any) -> Iterator[UserError]:
+    """What llama.cpp's network of a model read as Llama or Mistral leaves out, without a word."""
+    if model.model_type not in ("llama", "mistral"):
+        return
+    remedy = "set export.target=hf, for transformers and `dist_spin.load`"
+    if model.hidden_act != "silu":
+        yield UserError(f"llama.cpp computes silu in a {model.model_type}'s MLP, not {model.hidden_act}", remedy)
+    scaling = (model.rope_parameters or {}).get("rope_type", "default")
+    if scaling not in GGUF_ROPE:
+        problem = f"llama.cpp reads no factors of rope_type={scaling} in a {model.model_type}"
+        yield UserError(problem, remedy)
 
 
 def _of_executorch(config: RunConfig, shape: Shape) -> Iterator[UserError]:

@@ -5,6 +5,7 @@ Settings are named as they were when they first came up (`flat`), so that the fi
 """
 
 import dataclasses
+import json
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from dist_spin.config.loader import RENAMED
 from dist_spin.config.run import RunConfig
 from dist_spin.data import tokens_fingerprint
+from dist_spin.model.llama_form import LlamaFormWeights
 from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.formats import FORMATS
 from dist_spin.numerics.gptq import GPTQOptions
@@ -20,6 +22,8 @@ from dist_spin.pipeline.model import model_dtype
 from dist_spin.pipeline.variants import Variant
 
 EMBEDDING_SETTINGS = ("quant.embedding_bits", "quant.head_bits")  # decide nothing about layers
+# Entries of config.json that do not change what a layer computes; the number format is a setting of the run.
+NAMES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 WEIGHT_SETTINGS = ("quant.w_", "quant.down_bits", *EMBEDDING_SETTINGS)  # beginnings of what decides weights alone
 
 
@@ -61,7 +65,19 @@ def model_identity(config: RunConfig, files: ModelFiles, variant: Variant) -> di
         "online": config.rotation.online and variant.rotations is not None,
         "r4_block": config.rotation.r4_size,
         **({"heads": True} if variant.sites.heads else {}),
+        # Runs of the other families were made before this was noted; their files keep their hashes.
+        **(
+            {"config": network_settings(files)}
+            if files.shape.experts or isinstance(files.weights, LlamaFormWeights)
+            else {}
+        ),
     }
+
+
+def network_settings(files: ModelFiles) -> dict[str, Any]:
+    """What the model's config.json says of the network (angles of RoPE, eps of the norms, ...), but for names and formats."""
+    stored: dict[str, Any] = json.loads((files.directory / "config.json").read_text(encoding="utf-8"))
+    return {name: value for name, value in stored.items() if name not in NAMES}
 
 
 def site_settings(config: RunConfig) -> dict[str, Any]:

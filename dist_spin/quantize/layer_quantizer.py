@@ -178,7 +178,9 @@ class LayerQuantizer:
         def read_by(index: int) -> Iterator[Tensor]:
             for x, of_sequence in zip(normed, chosen, strict=True):
                 inputs = mlp.quantised(x).flatten(0, -2)
-                yield inputs if few[index] else inputs[(of_sequence == index).any(-1)]
+                read = inputs if few[index] else inputs[(of_sequence == index).any(-1)]
+                if len(read):  # kernels take no empty batch
+                    yield read
 
         for index, expert in enumerate(mlp.experts):
             name = f"mlp.experts.{index}"

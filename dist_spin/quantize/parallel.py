@@ -42,9 +42,7 @@ def memory_needed(shape: Shape, tokens: int, itemsize: int) -> int:
     merge of the next layer in fp64, weights.
     """
     widest = max(shape.intermediate, shape.heads * shape.head_dim)
-    weights = shape.hidden * (
-        2 * (shape.heads + shape.kv_heads) * shape.head_dim + 3 * shape.intermediate * max(1, shape.experts)
-    )
+    weights = shape.hidden * (2 * (shape.heads + shape.kv_heads) * shape.head_dim + 3 * shape.intermediate)
     states = tokens * (shape.hidden + widest) * itemsize
     return states + 3 * 4 * widest**2 + 3 * 8 * widest * shape.hidden + 3 * weights * itemsize
 
@@ -70,7 +68,7 @@ class Choice:
 
 def choose(
     setting: Literal["auto", "ranks", "layers"],
-    cost: LayerCost,
+    cost: LayerCost | None,
     missing: Sequence[int],
     states_to: int,
     sequences: int,
@@ -81,6 +79,7 @@ def choose(
     """What `quantize.parallel` means for this work; both give the same files, up to how sums are rounded.
 
     Args:
+        cost: None where it is not known.
         missing: layers that each open range lacks. states_to: the last layer whose entering states are still to be stored.
         fits: whether one rank holds all sequences.
     """
@@ -88,6 +87,8 @@ def choose(
         return Choice("ranks", "one range of layers is left; quantize.layers_per_job cuts smaller ones")
     if setting != "auto":
         return Choice(setting, "quantize.parallel says so")
+    if cost is None:
+        return Choice("ranks", "layers with experts are not estimated")
     if not fits:
         return Choice("ranks", "one of them does not hold all calibration sequences")
     longest = max(sum(missing[i] for i in numbers) for numbers in assign(missing, ranks))

@@ -8,7 +8,6 @@ rotation, so the variants of a run share them.
 Where something is quantised inside the network, or a compared method changes its layers, the variant's own layers are run.
 """
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +23,11 @@ from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.block_rotation import apply_rotation
 from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.pipeline.dtype import dtype_name
-from dist_spin.pipeline.fingerprints import states_identity
+from dist_spin.pipeline.fingerprints import network_settings, states_identity
 from dist_spin.pipeline.model import model_dtype
 from dist_spin.pipeline.variants import Variant
 
 SCHEME = 1  # of what is stored; counted up where the same settings come to give other states
-# Entries of config.json that do not change what a layer computes; the number format is a setting of the run.
-NAMES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
 
 @dataclass(frozen=True)
@@ -75,12 +72,6 @@ def stored_states_identity(config: RunConfig, files: ModelFiles, variant: Varian
         "dtype": dtype_name(config),
         "calibration": tokens_fingerprint(tokens),
     }
-
-
-def network_settings(files: ModelFiles) -> dict[str, Any]:
-    """What the model's config.json says of the network (angles of RoPE, eps of the norms, ...), but for names and formats."""
-    stored: dict[str, Any] = json.loads((files.directory / "config.json").read_text(encoding="utf-8"))
-    return {name: value for name, value in stored.items() if name not in NAMES}
 
 
 def original_network(config: RunConfig, files: ModelFiles, variant: Variant, device: torch.device) -> StatesNetwork:

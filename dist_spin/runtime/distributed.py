@@ -191,14 +191,14 @@ def work_apart(action: Callable[[], None], every: float = 10.0) -> None:
     every: seconds between two agreements; well below the group's timeout.
 
     Raises:
-        Exception: what `action` raised here, once all are done; or, before it, that another rank was lost.
+        Exception: what `action` raised here, once all are done; or, once it is over here, that another rank was lost.
     """
     over, left = threading.Event(), threading.Event()
     lost: list[Exception] = []
 
     def meet() -> None:
         try:
-            while any_rank(not over.wait(every)) and not left.is_set():
+            while any_rank(not over.wait(every) and not left.is_set()) and not left.is_set():
                 pass
         except Exception as error:
             lost.append(error)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from dist_spin.errors import UserError
 
+ANSWERS_WITHIN = 30.0  # seconds for Slurm's programs to answer
+
 
 class JobState(NamedTuple):
     """A job's state (PENDING, RUNNING, COMPLETED, ...) and Slurm's reason for it ("None" if there is nothing to say)."""
@@ -25,12 +27,24 @@ class JobState(NamedTuple):
 
 
 def job_states(jobs: Iterable[str]) -> dict[str, JobState]:
-    """State by job id (`12`, or `12_3` for a task of an array); jobs that Slurm has forgotten are left out."""
+    """State by job id (`12`, or `12_3` for a task of an array); jobs that Slurm has forgotten are left out.
+
+    Raises:
+        UserError: Slurm does not answer, which is not to be taken for jobs that have ended.
+    """
     wanted = set(jobs)
     if not wanted or not shutil.which("squeue"):
         return {}
     ids = ",".join(sorted({job.partition("_")[0] for job in wanted}))
-    lines = _run("squeue", "--noheader", "--array", "--states=all", f"--jobs={ids}", "--format=%i|%T|%r").splitlines()
+    asked = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={ids}", "--format=%i|%T|%r"]
+    try:
+        answer = subprocess.run(asked, capture_output=True, text=True, timeout=ANSWERS_WITHIN, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"Slurm does not answer (squeue, {ANSWERS_WITHIN:.0f} s)", "try again when it does") from error
+    if answer.returncode and "nvalid job id" not in answer.stderr:
+        said = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
+        raise UserError(f"Slurm does not say what its jobs do: {said}", "try again when `squeue` works")
+    lines = answer.stdout.splitlines()
     states = {fields[0]: JobState(*fields[1:]) for line in lines if len(fields := line.split("|")) == 3}
     # Tasks of an array that were cancelled before they began share one entry: `12` or `12_[0-3]`.
     arrays = {name.partition("_")[0]: state for name, state in states.items() if "_" not in name or "[" in name}
@@ -70,12 +84,12 @@ def gpus_not_asked_for() -> str:
     return ",".join(entry for entry in listed[1].split(",") if entry.startswith("gpu")) if listed else ""
 
 
-def _run(*command: str, timeout: float = 30) -> str:
+def _run(*command: str) -> str:
     """Standard output, "" if the program fails or does not answer in time (seconds).
 
-    A job that Slurm has forgotten is no error here, and a scheduler that is too busy to answer must not cost a job its requeue.
+    A job that Slurm has forgotten is no error here.
     """
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWERS_WITHIN, check=False).stdout
     except subprocess.TimeoutExpired:
         return ""
