@@ -210,6 +210,15 @@ def test_a_run_learns_blocks_and_a_stopped_one_continues_to_the_same(tmp_path, m
         assert torch.equal(tensor, learned[name])
 
 
+@pytest.mark.parametrize("block", [8, 16])  # of half a head, and of a head: R2 is whole then
+def test_a_shared_block_starts_from_ranges(tmp_path, block):
+    words = [f"rotation.block={block}", "rotation.block_shared=true", "rotation.init=range", "optimize.steps=1"]
+    assert run(tmp_path, *words) == 0
+    learned = final(tmp_path)
+    assert torch.equal(learned["R1"], learned["R1"][:1].expand(48 // block, block, block))
+    assert learned["R2"].shape == ((2, 2, 8, 8) if block == 8 else (2, 16, 16))
+
+
 def test_blocks_of_a_file_are_taken_up_and_other_files_refused(tmp_path, capsys):
     assert run(tmp_path, "rotation.block=8") == 0
     learned, r_bin = final(tmp_path), f"rotation.load={tmp_path / 'run' / 'rotations' / 'R.bin'}"

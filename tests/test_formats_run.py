@@ -11,6 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import dist_spin
 from dist_spin.cli import main
+from dist_spin.compare.plan import at_bits, clips_text, settings_of
+from dist_spin.config.loader import load_config
+from dist_spin.export.serving import kv_cache_dtype
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.sites_config import INPUT_SCALES, Sites
@@ -128,6 +131,26 @@ def test_global_scales_of_inputs_are_those_of_the_largest_and_go_with_the_layer(
     assert [site.tensor_scale for site in scales] == layer.others[INPUT_SCALES].tolist()
     rebuilt = runner.build(0, finished)
     assert all(torch.equal(runner.run(rebuilt, 0, h), left) for h, left in zip(entered, hidden, strict=True))
+
+
+def test_layers_without_scales_of_inputs_are_made_again_for_nvfp4_activations(model, tmp_path):
+    words = tiny_run(tmp_path, "model.dtype=float32", "optimize.steps=0", *PLAIN, "quant.w_format=nvfp4", model=model)
+    for activations, scales in ((["quant.a_bits=16"], False), (["quant.a_format=nvfp4"], True)):
+        run = make_run([*words, *activations], "optimize", "quantize")
+        layer, _ = load_layer(layer_path(RunDir(run).layers(), 0))
+        assert (INPUT_SCALES in layer.others) is scales
+
+
+def test_a_cache_is_served_in_fp8_where_keys_and_values_are_both():
+    keys, left = QuantSpec(8, symmetric=True, format="fp8"), QuantSpec(16, format="fp8")
+    assert kv_cache_dtype(Sites(k=keys, v=keys)) == "fp8"
+    assert kv_cache_dtype(Sites(k=keys, v=left)) == "auto"
+
+
+def test_a_column_of_integers_has_the_published_clips_beside_formats(model, tmp_path):
+    words = tiny_run(tmp_path, "quant.a_format=mxfp4", model=model)
+    config = at_bits(settings_of(load_config(None, words), "quarot", 0, "gptq"), "gptq", (4, 4, 4))
+    assert clips_text(config) == "quarot"
 
 
 def test_a_table_has_columns_of_formats(model, tmp_path, capfd):

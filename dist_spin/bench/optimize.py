@@ -68,6 +68,10 @@ def run(options: argparse.Namespace) -> int:
     alone = len(options.layers) == 1 and options.sequences in ([0], [1]) and os.environ.get("WORLD_SIZE", "1") == "1"
     if options.baseline and not (alone and (options.sequences == [1] or "optimize.batch_size=1" in options.settings)):
         raise UserError("--baseline compares one sequence on one device", "add --sequences 1, without torchrun")
+    if options.baseline and load_config(None, options.settings).rotation.block:
+        raise UserError(
+            "the baseline rotates whole sizes, which blocks would be compared with", "leave rotation.block out"
+        )
     combinations = list(itertools.product(options.sequences, options.layers))
     world = start()
     try:

@@ -12,6 +12,7 @@ from dist_spin.config.presets import resolve_clips
 from dist_spin.config.quantize import QuantizeConfig
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
+from dist_spin.numerics.formats import FORMATS
 from dist_spin.optimize.setup import FREE_SETTINGS
 from dist_spin.pipeline.fingerprints import flat, site_settings
 from dist_spin.storage.run_directory import LEARNED, run_dir
@@ -145,7 +146,9 @@ def settings_of(config: RunConfig, method: str, seed: int, weights: str) -> RunC
     if method != "ours":
         clips: dict[str, Any] = dict.fromkeys(("a_clip_ratio", "k_clip_ratio", "v_clip_ratio"), 1.0)
         whole = config.quant.a_format == config.quant.kv_format == "int"  # other formats clip nothing
-        clips["clips"] = system.clips if whole else "none"
+        if not whole and not system.learns_rotations:  # `at_bits` sets those of the column
+            clips |= {"a_format": "int", "kv_format": "int"}
+        clips["clips"] = system.clips if whole or not system.learns_rotations else "none"
         budget = {name: getattr(learning, name) for name in BUDGET}
         # Published systems rotate whole sizes; the random ones are what ours starts from, and have its blocks.
         blocks: dict[str, Any] = {} if method in ("hadamard", "orthogonal") else {"block": 0, "block_shared": False}
@@ -178,6 +181,8 @@ def at_bits(config: RunConfig, weights: str, bits: Widths, formats: Formats = IN
     for name, prefixes in ((formats[1], "a"), (formats[2], "kv")):
         for prefix in prefixes if name != "int" else "":
             widths |= {f"{prefix}_group_size": 0, f"{prefix}_clip_ratio": 1.0, "clips": "none"}
+    if formats[1] != "int" and FORMATS[formats[1]].group:
+        widths["o_per_head"] = False
     method: Any = weights
     if w == 16:
         widths |= {"down_bits": 0, "embedding_bits": 16, "head_bits": 16}

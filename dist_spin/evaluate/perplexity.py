@@ -100,8 +100,9 @@ def recorded(run: RunDir, row: dict[str, Any], figures: WindowFigures, seconds: 
     """
     mean = float(figures.losses.mean())
     if not (mean < LARGEST_LOSS and all(map(math.isfinite, figures.fidelity.values()))):
+        figures_text = ", ".join(f"{name} {value}" for name, value in {"loss": mean, **figures.fidelity}.items())
         raise NumericsError(
-            f"{row['method']} on {row['dataset']}: the loss is {mean}", "check the model's dtype and the quantisers"
+            f"{row['method']} on {row['dataset']}: {figures_text}", "check the model's dtype and the quantisers"
         )
     row = row | {"ppl": math.exp(mean), **figures.fidelity}
     row |= {"seconds": round(seconds, 2), "losses": figures.losses.tolist()}

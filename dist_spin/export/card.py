@@ -109,9 +109,11 @@ def _bits(row: dict[str, Any]) -> str:
 
 
 def _online_bits(q: QuantConfig) -> str:
-    formats = {name: f" ({name})" if name != "int" else "" for name in (q.a_format, q.kv_format)}
-    kv = formats[q.kv_format]
-    return f"activations {q.a_bits} bits{formats[q.a_format]}, keys {q.k_bits}{kv}, values {q.v_bits}{kv}"
+    def width(bits: int, name: str) -> str:
+        return f"{bits} ({name})" if bits < 16 and name != "int" else str(bits)
+
+    keys, values = width(q.k_bits, q.kv_format), width(q.v_bits, q.kv_format)
+    return f"activations {width(q.a_bits, q.a_format)} bits, keys {keys}, values {values}"
 
 
 def _perplexity(job: ExportJob) -> list[str]:

@@ -259,7 +259,9 @@ def _serving(job: ExportJob) -> list[str]:
     config, first = job.config, job.quantised_layer(0)
     entries = entries_of(job.sites, first)
     command = serve_command("PATH OF THIS DIRECTORY", entries, job.sites)
-    lines = ["", f"    {command}", "", "serves it with vLLM."]
+    tried = config.quant.w_format == config.quant.a_format == config.quant.kv_format == "int"
+    serves = "serves it with vLLM." if tried else "is vLLM's command for it, not tried with this number format."
+    lines = ["", f"    {command}", "", serves]
     if linear_backend(entries):
         lines.append("Without its `--linear-backend`, vLLM would leave activations in 16 bits, without a word.")
     if kv_cache_dtype(job.sites) != "auto":

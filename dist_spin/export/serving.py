@@ -25,7 +25,7 @@ def linear_backend(quantization: dict[str, Any]) -> str:
 def kv_cache_dtype(sites: Sites) -> str:
     """The value of --kv-cache-dtype nearest to the run's quantisers of keys and values; "auto" where there is none."""
     if sites.k.enabled and sites.k.format != "int":
-        return "fp8" if sites.k.format == "fp8" and sites.v.format == "fp8" else "auto"
+        return "fp8" if sites.k.format == "fp8" and sites.k.bits == sites.v.bits else "auto"
     return KV_CACHE.get(sites.k.bits, "auto") if sites.k.bits == sites.v.bits else "auto"
 
 

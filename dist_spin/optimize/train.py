@@ -24,7 +24,7 @@ from dist_spin.pipeline.export_limits import check_export_target, tell_exportabl
 from dist_spin.pipeline.initial_rotations import fits_start
 from dist_spin.pipeline.model import model_dtype, open_configured_model
 from dist_spin.pipeline.preset_rotations import check_not_preset, save_preset_rotations
-from dist_spin.pipeline.quant_sites import clips_at, site_bits, while_learning
+from dist_spin.pipeline.quant_sites import check_learning_formats, clips_at, site_bits, while_learning
 from dist_spin.pipeline.range_init import make_start
 from dist_spin.runtime.distributed import (
     World,
@@ -102,6 +102,7 @@ def keep_initial_rotations(config: RunConfig, world: World) -> None:
     """With optimize.steps=0 nothing is learned: other stages read the rotations that learning would start from."""
     files = open_configured_model(config)
     check_export_target(config, files.config)
+    check_learning_formats(config)
     if fits_start(config):
         make_start(config, world, files, learning_tokens(config, files))
     save_preset_rotations(config, files.shape)

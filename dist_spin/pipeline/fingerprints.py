@@ -98,7 +98,13 @@ def layer_identity(config: RunConfig, files: ModelFiles, variant: Variant, token
         del quant["quant.down_bits"]
     rounded = gptq_options(config).scale_dtype
     scales = {} if rounded is None else {"scales": str(rounded)}
-    return {**states_identity(config, files, variant, tokens), **quant, **settings, **scales}
+    inputs = {"input_scales": True} if keeps_input_scales(config, variant) else {}
+    return {**states_identity(config, files, variant, tokens), **quant, **settings, **scales, **inputs}
+
+
+def keeps_input_scales(config: RunConfig, variant: Variant) -> bool:
+    """Whether a variant's layers hold calibrated scales of what its linears read, as NVFP4 activations need."""
+    return config.quant.a_format == "nvfp4" and variant.sites.a.enabled
 
 
 def gptq_options(config: RunConfig) -> GPTQOptions:

@@ -42,7 +42,11 @@ def starting_rotations(config: RunConfig, shape: Shape) -> tuple[Tensor, Tensor]
                 "the start of the rotations (rotation.init=range) is not fitted", "run `dist-spin optimize` first"
             )
         r1, r2 = load_rotations(start_path(config), *sizes)
-        return (r1[0], r2[:, 0]) if blocks.shared and r1.dim() == 3 else (r1, r2)
+        if not blocks.shared:
+            return r1, r2
+        return r1[0] if r1.dim() == 3 else r1, r2[
+            :, 0
+        ] if r2.dim() == 4 else r2  # R2 is whole where a head is no larger
     return seeded_rotations(config.rotation.init, config, shape)
 
 

@@ -167,8 +167,10 @@ def clips_at(config: RunConfig, learned_at: dict[str, int], clips: Tensor) -> Te
 
 
 def learned_transforms(path: Path, config: RunConfig) -> dict[str, Tensor]:
-    """What `load_transforms` reads, its clips for the bits of `config`. A file that does not say its bits is taken as it is."""
+    """What `load_transforms` reads, its clips for the bits of `config`. The clips of a file that does not say its bits are
+    taken as they are, but by number formats that clip nothing.
+    """
     transforms = load_transforms(path)
-    if "clip" in transforms and (learned_at := clip_bits(path)):
-        transforms["clip"] = clips_at(config, learned_at, transforms["clip"])
+    if "clip" in transforms:
+        transforms["clip"] = clips_at(config, clip_bits(path) or site_bits(config), transforms["clip"])
     return transforms

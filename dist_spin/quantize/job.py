@@ -15,7 +15,7 @@ from dist_spin.errors import UserError
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.weights import ModelFiles
 from dist_spin.pipeline.embeddings import embeddings_of
-from dist_spin.pipeline.fingerprints import gptq_options, layer_identity
+from dist_spin.pipeline.fingerprints import gptq_options, keeps_input_scales, layer_identity
 from dist_spin.pipeline.model import model_dtype, wide_dtype
 from dist_spin.pipeline.variants import Variant, unquantized
 from dist_spin.quantize.calibration_states import CalibrationStates
@@ -165,5 +165,5 @@ class QuantizeJob:
             down_bits=down_bits,
             cd_passes=q.cd_passes,
             **exact,
-            input_scales=self.config.quant.a_format == "nvfp4" and self.variant.sites.a.enabled,
+            input_scales=keeps_input_scales(self.config, self.variant),
         )
