@@ -13,6 +13,7 @@ from dist_spin.report.figures import drawings
 from dist_spin.report.run_summary import load_run_summary
 from dist_spin.report.tables import result_tables
 from dist_spin.storage.atomic import read_lines, write_json
+from dist_spin.storage.results import FIDELITY, PERPLEXITY
 
 pytestmark = pytest.mark.usefixtures("restored_process")
 
@@ -36,7 +37,11 @@ def test_tables_and_spread(browser, tmp_path, words):
     assert run_summary.missing == [
         f"activation statistics: not measured yet (dist-spin report {tmp_path}/tiny/config.yaml)"
     ]
-    (table, unrounded) = result_tables(run_summary)
+    tables = result_tables(run_summary)
+    (table, unrounded) = (each for each in tables if each.title.endswith(f", {PERPLEXITY.title}"))
+    assert len(tables) == 2 * (1 + len(FIDELITY))
+    for each in tables:  # seeds are averaged in each of them
+        assert any("± " in cell.text for row in each.rows for cell in row)
     rows = {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
     assert table.heads[1:] == ["weights", "W4A8KV16", "W4A4KV4"]
     assert set(rows) == {"RTN", "QuaRot, clipped", "random Hadamard", "random orthogonal", "ours"}

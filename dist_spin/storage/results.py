@@ -61,7 +61,7 @@ class Figure:
 
 
 PERPLEXITY = Figure("ppl", "perplexity", "perplexity")
-FIDELITY = (  # beside perplexity, in runs since version 0.3 (`evaluate.fidelity`)
+FIDELITY = (  # beside perplexity (`evaluate.fidelity`); runs of version 0.2.0 have none
     Figure("kl", "KL", "KL divergence from full precision, nats per token"),
     Figure("kl_p99", "KL, 99 %", "99th percentile of the KL divergence from full precision, nats"),
     Figure("top1", "top-1, %", "tokens with the same most probable one as full precision, %", more_is_better=True),
