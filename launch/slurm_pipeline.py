@@ -8,6 +8,7 @@ A job that is preempted, runs out of time or stops getting answers saves and que
 were submitted stands in the run's events.jsonl; whether they still live, Slurm is asked.
 """
 
+import contextlib
 import itertools
 import shlex
 import subprocess
@@ -170,7 +171,8 @@ def _submit_slurm(arguments: list[str], config: RunConfig, run: RunDir, schedule
         say(
             f"`dist-spin status {shlex.quote(str(run.path))} --watch` follows them; logs and cancel take the same directory"
         )
-    warn_of_stuck(job_states(submitter.submitted))
+    with contextlib.suppress(UserError):  # they are submitted, whether Slurm says more of them or not
+        warn_of_stuck(job_states(submitter.submitted))
     return 0
 
 

@@ -39,11 +39,12 @@ def cancel(path: Path, wait_s: float = WAIT_S) -> str:
         wait_s: seconds to wait for processes of this machine to save and leave.
 
     Raises:
-        UserError: Slurm refuses; or a process cannot be signalled from here: it is on another machine or another user's.
+        UserError: Slurm refuses or does not answer; or a process cannot be signalled from here: it is on another machine or
+            another user's.
         StillAtWork: a process has been asked to end and has not within `wait_s`.
     """
     events = run_events(path)
-    jobs = [job for job in jobs_of(events) if job["state"].upper() not in ENDS]
+    jobs = [job for job in jobs_of(events, certain=True) if job["state"].upper() not in ENDS]
     slurm = [job["job"] for job in jobs if not job["job"].startswith(("local-", "debug-"))]
     found = [holder for holder in holders(path) if not (holder.job and slurm)]  # their job's end is Slurm's matter
     cancel_jobs(slurm)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from dist_spin.errors import UserError
 from dist_spin.runtime.processes import began, machine
 from dist_spin.runtime.slurm import JobState, job_states
 from dist_spin.storage.run_records import check_is_run, read_events
@@ -21,8 +22,14 @@ def run_events(path: Path) -> list[dict[str, Any]]:
     return read_events(path)
 
 
-def jobs_of(events: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Every job of a run, submitted or seen at work, in that order, with its state as long as Slurm remembers it."""
+def jobs_of(events: list[dict[str, Any]], *, certain: bool = False) -> list[dict[str, str]]:
+    """Every job of a run, submitted or seen at work, in that order, with its state as long as Slurm remembers it.
+
+    certain: whether no state may be missing because Slurm does not answer, as on a host that is none of its cluster.
+
+    Raises:
+        UserError: `certain`, and it does not.
+    """
     jobs: dict[str, str] = {}
     local: dict[str, JobState] = {}
     for event in events:
@@ -31,7 +38,12 @@ def jobs_of(events: list[dict[str, Any]]) -> list[dict[str, str]]:
             local[event["job"]] = _local_state(event)
         elif event["event"] == "job" and (job := slurm_job_id(event.get("slurm") or {})):
             jobs.setdefault(job, f"{event['stage']} {event['part']}".strip())
-    states = job_states(job for job in jobs if job[0].isdigit())  # squeue refuses ids that it does not know how to read
+    try:
+        states = job_states(jobs)
+    except UserError:
+        if certain:
+            raise
+        states = {}
     return [
         {"job": job, "stage": stage, **states.get(job, local.get(job, UNKNOWN))._asdict()}
         for job, stage in jobs.items()

@@ -32,7 +32,7 @@ def job_states(jobs: Iterable[str]) -> dict[str, JobState]:
     Raises:
         UserError: Slurm does not answer, which is not to be taken for jobs that have ended.
     """
-    wanted = set(jobs)
+    wanted = {job for job in jobs if job[:1].isdigit()}  # squeue refuses ids that it cannot read
     if not wanted or not shutil.which("squeue"):
         return {}
     ids = ",".join(sorted({job.partition("_")[0] for job in wanted}))
