@@ -216,3 +216,18 @@ def test_each_log_once(run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     said = capsys.readouterr().out
     assert said.count("==> ") == 1
     assert said.count("from a job") == 20
+
+
+def test_jobs_of_a_slurm_that_does_not_answer_are_not_taken_for_ended(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = tmp_path / "bin" / "squeue"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho 'squeue: error: Unable to contact slurm controller' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    run.event("submitted", stage="optimize", job="12", part=[])
+    assert main(["status", str(run.path)]) == 0
+    assert "12 optimize: unknown" in capsys.readouterr().out
+    assert main(["cancel", str(run.path)]) == 2
+    assert "Unable to contact slurm controller; try again when `squeue` works" in capsys.readouterr().err
