@@ -120,3 +120,8 @@ class QuantConfig:
         require(ratio == 1, f"quant.{prefix}_clip_ratio", ratio, f"{setting} clips nothing, so use 1")
         heads = f"{setting} has groups of {fixed}, so use false"
         require(prefix != "a" or not (fixed and self.o_per_head), "quant.o_per_head", self.o_per_head, heads)
+
+    @property
+    def weights_per_scale(self) -> int:
+        """Weights of a row that share a scale, by the number format or `w_group_size`; 0 for the whole row."""
+        return self.w_group_size if self.w_format == "int" else FORMATS[self.w_format].group

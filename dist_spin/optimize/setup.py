@@ -19,7 +19,6 @@ from dist_spin.model.scales_and_clips import ScalesAndClips
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weight_quant import WeightQuantizer
 from dist_spin.model.weights import ModelFiles
-from dist_spin.numerics.formats import FORMATS
 from dist_spin.optimize.adam_optimizer import AdamOptimizer
 from dist_spin.optimize.best_state import BestState
 from dist_spin.optimize.cayley_optimizer import CayleyOptimizer
@@ -118,7 +117,7 @@ def build_training(config: RunConfig, world: World) -> TrainState:
         weight_quantizer = WeightQuantizer(
             settings.w_bits,
             quant.w_symmetric,
-            quant.w_group_size if quant.w_format == "int" else FORMATS[quant.w_format].group,
+            quant.weights_per_scale,
             mse_clip=quant.w_mse_clip,
             format=quant.w_format,
         )

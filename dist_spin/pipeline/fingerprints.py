@@ -15,7 +15,6 @@ from dist_spin.config.run import RunConfig
 from dist_spin.data import tokens_fingerprint
 from dist_spin.model.llama_form import LlamaFormWeights
 from dist_spin.model.weights import ModelFiles
-from dist_spin.numerics.formats import FORMATS
 from dist_spin.numerics.gptq import GPTQOptions
 from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.model import model_dtype
@@ -113,7 +112,7 @@ def gptq_options(config: RunConfig) -> GPTQOptions:
     options = GPTQOptions(
         w.w_bits,
         w.w_symmetric,
-        w.w_group_size if w.w_format == "int" else FORMATS[w.w_format].group,
+        w.weights_per_scale,
         w.w_mse_clip,
         q.percdamp,
         q.block_size,
