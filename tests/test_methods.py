@@ -20,8 +20,8 @@ from dist_spin.compare.methods.smoothquant import quantized_layer, smoothing
 from dist_spin.compare.methods.transformed_layer import INVERSE, TransformedRunner, clamp, merged
 from dist_spin.config.loader import load_config
 from dist_spin.errors import Interrupted
+from dist_spin.evaluate.perplexity import window_losses
 from dist_spin.evaluate.targets import EvalTarget
-from dist_spin.evaluate.windows import final_states, mean_losses
 from dist_spin.model.layer_inputs import LayerTask, maxima, observe
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.rotated_weights import RotatedWeights
@@ -267,8 +267,8 @@ def prepared(directory, *more, kind="gqa_tied"):
 
 def measured_losses(config, files, target, tokens):
     """Mean loss of every window [n]."""
-    head, (final,) = final_states(config, ALONE, files, target, [(target.variant.sites, tokens)], "text")
-    return mean_losses(head, final, len(tokens), ALONE)
+    (losses,) = window_losses(config, ALONE, files, target, [(target.variant.sites, tokens)], "text")
+    return losses
 
 
 @pytest.mark.parametrize("name", LAYERWISE)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,9 @@ from dist_spin.evaluate.fidelity import WindowFigures, window_figures
 from dist_spin.evaluate.measurements import load_rows, save_rows
 from dist_spin.evaluate.targets import EvalTarget, describe, target_identity
 from dist_spin.evaluate.teacher import Teacher
+from dist_spin.evaluate.windows import final_states, mean_losses
 from dist_spin.model.context import check_context
+from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
 from dist_spin.pipeline.model import check_vocabulary
 from dist_spin.runtime.distributed import World, on_rank0
@@ -50,7 +53,7 @@ def measure(
     teacher: what it is compared with (`fidelity.window_figures`).
 
     Raises:
-        Interrupted, NumericsError: as `windows.final_states`.
+        Interrupted, NumericsError: as `window_losses`.
     """
     row = described(config, files, target, source, tokens)
     before = measured_before(run, row)
@@ -105,3 +108,20 @@ def recorded(run: RunDir, row: dict[str, Any], figures: WindowFigures, seconds: 
     row |= {"seconds": round(seconds, 2), "losses": figures.losses.tolist()}
     save_rows(run, row["identity"], [row])
     return row
+
+
+def window_losses(
+    config: RunConfig,
+    world: World,
+    files: ModelFiles,
+    target: EvalTarget,
+    jobs: Sequence[tuple[Sites, Tensor]],
+    what: str,
+    stop: StopRequest | None = None,
+) -> list[Tensor]:
+    """Mean next-token cross entropy of every window of each job's tokens, each fp64 [n] on the CPU.
+
+    Windows are shared out over ranks. Arguments and errors: as `windows.final_states`.
+    """
+    head, finals = final_states(config, world, files, target, jobs, what, stop)
+    return [mean_losses(head, final, len(tokens), world) for (_, tokens), final in zip(jobs, finals, strict=True)]
