@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import functools
+import importlib
 import re
 import tomllib
 from collections.abc import Iterator
@@ -59,6 +60,20 @@ def test_a_circle_between_folders_is_seen_where_the_files_have_none() -> None:
     assert sorted(set(circle(contents(graph, "p")))) == ["p.a", "p.b"]
     assert circle(contents(graph, "p.a")) == []
     assert circle(graph | {"p.b.one": {"p.a.one"}})[0] in ("p.a.one", "p.b.one")
+
+
+def names_taken(path: Path) -> Iterator[tuple[str, str]]:
+    """(module, name) for every name that a file imports from dist_spin."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "dist_spin":
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").rglob("*.py")), ids=name)
+def test_a_benchmark_imports_names_that_exist(script: Path) -> None:
+    # No other test runs most of these scripts: a name that goes from dist_spin would be missed by their users alone.
+    for module, taken in names_taken(script):
+        assert hasattr(importlib.import_module(module), taken), f"{module}.{taken}"
 
 
 # -- files --
