@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dist_spin.bench.decoder import Decoder, random_weight
 from dist_spin.bench.hadamard_routes import butterfly, routes
+from dist_spin.bench.inference import block_hadamard
 from dist_spin.bench.linear_kernels import Int8, Unavailable, make, per_token_int8, relative_error
 from dist_spin.cli import main
 from dist_spin.model.architecture import Shape
@@ -35,7 +36,7 @@ def same(function):
 
 
 class Exact:
-    """A product in fp32, so that nothing but the layer itself is compared."""
+    """A product in fp32, so that nothing but the layer itself is compared. rotated: as a kernel that turns its input itself."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight, self.weight_bytes = weight.float(), weight.nbytes
@@ -43,13 +44,16 @@ class Exact:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return x @ self.weight.T
 
+    def rotated(self, x: torch.Tensor, block: int) -> torch.Tensor:
+        return self(block_hadamard(block, x.dtype, CPU)(x))
+
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[Decoder, LlamaForCausalLM]:
     """The timed layers and transformers', with the same weights."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(CONFIG).eval().requires_grad_(False)
-    decoder = Decoder(Shape.of(CONFIG), 2, "bf16", CPU, same, 64)
+    decoder = Decoder(Shape.of(CONFIG), 2, "bf16", CPU, same, [64])
     for layer, theirs in zip(decoder.layers, model.model.layers, strict=True):
         for name in ("qkv", "o", "gate_up", "down"):
             setattr(layer, name, Exact(getattr(layer, name).weight))
@@ -91,14 +95,26 @@ def test_the_hadamards_are_where_a_merge_expects_them(pair):
         layer.down = down
 
 
+def test_r4_in_blocks_is_the_same_as_a_product_of_its_own_and_within_the_kernel(pair):
+    decoder, _ = pair
+    x = torch.randn(1, 5, 128, generator=torch.Generator().manual_seed(2))
+    r4 = block_hadamard(64, torch.float32, CPU)
+    by_itself = decoder.run(x, None, None, r4)
+    assert (by_itself - decoder.run(x)).abs().max() > 0.1
+    torch.testing.assert_close(decoder.run(x, None, None, None, 64), by_itself)
+    blocks = torch.block_diag(*[hadamard_matrix(64).float() / 8] * 3)
+    y = torch.randn(4, 192, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(r4(y), y @ blocks, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("name", "worst"), [("bf16", 4e-3), ("int8", 2e-2), ("w4a8", 0.15)])
 def test_kernels_compute_the_product_to_their_bits(name, worst):
     weight = random_weight((96, 256), 0, CPU)
     if name == "int8" and not int8_is_exact():
         with pytest.raises(Unavailable, match="saturate on this CPU"):
-            make(name, weight, same, 64)
+            make(name, weight, same, [64])
         return
-    kernel = make(name, weight, same, 64)
+    kernel = make(name, weight, same, [64])
     assert worst / 10 < relative_error(kernel, weight) < worst
     assert kernel(torch.randn(1, 256)).shape == (1, 96)  # one token
     bits = {"bf16": 16, "int8": 8, "w4a8": 4}[name]
@@ -117,10 +133,10 @@ def test_int_mm_takes_any_number_of_rows():
         torch.testing.assert_close(kernel(x).double(), exact, rtol=5e-3, atol=1e-6)  # the result is bfloat16
 
 
-@pytest.mark.parametrize("name", ["fp8", "int4"])
+@pytest.mark.parametrize("name", ["fp8", "int4", "humming-w4a8"])
 def test_kernels_for_other_devices_say_so(name):
     with pytest.raises(Unavailable, match="GPU"):
-        make(name, random_weight((32, 128), 0, CPU), same, 64)
+        make(name, random_weight((32, 128), 0, CPU), same, [64])
 
 
 @pytest.mark.parametrize("width", [2, 64, 192, 384])
@@ -164,6 +180,18 @@ def test_the_command_measures_everything_this_machine_has(tmp_path, capsys):
     assert "skipped fp8: needs a Hopper GPU or later" in printed.err
 
 
+def test_r4_in_blocks_has_a_column_of_its_own(tmp_path, capsys):
+    CONFIG.save_pretrained(tmp_path)
+    out = tmp_path / "out.json"
+    words = ["--device", "cpu", "--kernels", "bf16", "--batches", "1", "--prefill", "0", "--context", "4"]
+    words += ["--seconds", "0.001", "--r4-block", "64", "--json"]
+    assert main(["bench", "inference", str(tmp_path), *words, str(out)]) == 0
+    figures = json.loads(out.read_text())
+    assert [row["rotation"] for row in figures["rows"]] == ["none", "R4 in blocks of 64"]  # bf16 turns nothing itself
+    assert figures["hadamard"] == []
+    assert "with R4 in blocks of 64" in capsys.readouterr().out
+
+
 def test_what_is_over_the_budget_is_left_out_and_said(tmp_path, capsys):
     CONFIG.save_pretrained(tmp_path)
     words = ["--device", "cpu", "--batches", "1", "--prefill", "0", "--context", "4", "--budget", "1e-9"]
@@ -178,6 +206,8 @@ def test_what_is_over_the_budget_is_left_out_and_said(tmp_path, capsys):
     [
         (["--batches", "0"], "--batches is '0'"),
         (["--kernels", "int2"], "--kernels names 'int2'"),
+        (["--r4-block", "128"], "--r4-block is 128; give a power of two up to 64"),
+        (["--r4-block", "48"], "--r4-block is 48"),
         (["--device", "cuda"], "there is no CUDA device"),
     ],
 )
@@ -197,12 +227,25 @@ def test_a_shape_that_is_not_there(tmp_path, capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("name", "worst"), [("fp8", 6e-2), ("int8", 2e-2), ("int4", 0.15)])
+@pytest.mark.parametrize(
+    ("name", "worst"),
+    [
+        ("fp8", 6e-2),
+        ("int8", 2e-2),
+        ("int4", 0.15),
+        ("humming-w4a16", 0.15),
+        ("humming-w4a8", 0.15),
+        ("humming-w4afp8", 0.15),
+    ],
+)
 def test_gpu_kernels_compute_the_product_to_their_bits(name, worst):
     weight = random_weight((512, 1024), 0, torch.device("cuda"))
     try:
-        kernel = make(name, weight, same, 64)
+        kernel = make(name, weight, same, [64])
     except Unavailable as missing:
         pytest.skip(str(missing))
     for tokens in (1, 64):
         assert worst / 10 < relative_error(kernel, weight, tokens) < worst
+        if hasattr(kernel, "rotated"):
+            turn = block_hadamard(128, torch.float32, weight.device)
+            assert worst / 10 < relative_error(kernel, weight, tokens, turn, 128) < worst

@@ -5,7 +5,7 @@ between the products are compiled, so that what is timed is not the interpreter.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,7 @@ def random_weight(size: tuple[int, int], seed: int, device: torch.device) -> Ten
 class Decoder:
     """A stack of layers with distinct random weights on one kernel.
 
-    layers: how many. fuse: compiles a chain of elementwise operations. most_tokens: the largest number of rows that will come.
+    layers: how many. fuse: compiles a chain of elementwise operations. rows: the numbers of tokens that will come.
     Raises Unavailable as `linear_kernels.make` does.
     """
 
@@ -92,14 +92,14 @@ class Decoder:
         kernel: str,
         device: torch.device,
         fuse: Callable[[Any], Any],
-        most_tokens: int,
+        rows: Sequence[int],
     ) -> None:
         self.shape, self.device = shape, device
         sizes = layer_sizes(shape)
         self.layers = []
         for index in range(layers):
             kernels = {
-                name: make(kernel, random_weight(size, 10 * index + n, device), fuse, most_tokens)
+                name: make(kernel, random_weight(size, 10 * index + n, device), fuse, rows)
                 for n, (name, size) in enumerate(sizes.items())
             }
             self.layers.append(Layer(**kernels))
@@ -117,6 +117,7 @@ class Decoder:
         cache: list[Tensor] | None = None,
         r3: Callable[[Tensor], Tensor] | None = None,
         r4: Callable[[Tensor], Tensor] | None = None,
+        r4_in_kernel: int = 0,
     ) -> Tensor:
         """Hidden states x [batch, T, h] through all layers, [batch, T, h] back.
 
@@ -124,6 +125,7 @@ class Decoder:
             cache: keys and values of every layer, [2, batch, kv_heads, context, d]; T must be 1, and the token takes the last
                 place of the context. Without one, T tokens attend to themselves causally.
             r3: turns queries and keys, over the last dimension. r4: turns the input of the down projection.
+            r4_in_kernel: the down projection's kernel turns its input itself, in blocks of so many channels; 0: it does not.
         """
         batch, T, h = x.shape
         s = self.shape
@@ -148,7 +150,11 @@ class Decoder:
             attended = attended.transpose(1, 2).reshape(batch * T, -1)
             total, normed = self._add_norm(total, layer.o(attended))
             gated = self._gate(layer.gate_up(normed))
-            total, normed = self._add_norm(total, layer.down(gated if r4 is None else r4(gated)))
+            if r4_in_kernel:
+                down: Tensor = layer.down.rotated(gated, r4_in_kernel)  # type: ignore[attr-defined]
+            else:
+                down = layer.down(gated if r4 is None else r4(gated))
+            total, normed = self._add_norm(total, down)
         return total.view(batch, T, h)
 
 

@@ -2,9 +2,11 @@
 
     dist-spin bench inference configs/shapes/llama-3-8b --json out.json
     dist-spin bench inference configs/shapes/llama-3-8b --device cpu --batches 1 --layers 1 --prefill 128
+    dist-spin bench inference configs/shapes/llama-3-8b --kernels humming-w4a8 --r4-block 128
 
 Every kernel (see bench/linear_kernels.py) runs the same decoder layers with and without the online Hadamards R3 (queries and
-keys) and R4 (input of down_proj): decoding, one token per sequence against a full context, and prefill of whole sequences.
+keys) and R4 (input of down_proj), or with R4 in blocks as engines serve it: decoding, one token per sequence against a full
+context, and prefill of whole sequences.
 Weights are random and distinct in every layer; a model is its layers, and lm_head. On a GPU each measurement is a CUDA graph,
 so that launches cost what they cost a server. What this machine lacks is skipped with a line.
 """
@@ -15,6 +17,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +32,28 @@ from dist_spin.bench.optimize import json_config
 from dist_spin.bench.options import KERNELS
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
-from dist_spin.numerics.hadamard import NoHadamard
+from dist_spin.numerics.hadamard import NoHadamard, hadamard_matrix
 from dist_spin.numerics.hadamard_transform import kronecker_apply, kronecker_factors
 from dist_spin.runtime.progress import Progress, say
 from dist_spin.runtime.text_table import aligned
 from dist_spin.storage.atomic import write_json
 
 PLAIN = "none"
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The online Hadamards of a pass: R3 and R4 as transforms, or R4 within the kernel, in blocks of `in_kernel` channels."""
+
+    r3: Transform | None = None
+    r4: Transform | None = None
+    in_kernel: int = 0
+
+
+def block_hadamard(block: int, dtype: torch.dtype, device: torch.device) -> Transform:
+    """x [..., n] turned by a normalised Hadamard matrix in blocks of `block` channels, as one dense product."""
+    matrix = (hadamard_matrix(block).double() * block**-0.5).to(device, dtype)
+    return lambda x: (x.view(-1, block) @ matrix).view(x.shape)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -62,6 +80,11 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if unknown := set(kernels) - set(KERNELS):
         raise UserError(f"--kernels names {min(unknown)!r}", f"use some of {', '.join(KERNELS)}")
     shape = Shape.of(json_config(Path(options.shape)))
+    largest = shape.intermediate & -shape.intermediate
+    if options.r4_block and options.r4_block not in [2**power for power in range(1, largest.bit_length())]:
+        raise UserError(
+            f"--r4-block is {options.r4_block}", f"give a power of two up to {largest}, which divides the model's sizes"
+        )
     if options.threads:
         torch.set_num_threads(options.threads)
     bench = Bench(shape, device, batches, options)
@@ -101,6 +124,8 @@ class Bench:
         self.clock = functools.partial(clock, device=device, at_least=options.seconds)
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.most_tokens = max(batches) * max(1, options.prefill)
+        self.token_counts = sorted({*batches, *(batch * max(1, options.prefill) for batch in batches)})
+        self.r4_block = options.r4_block
         self.rows: list[dict[str, Any]] = []
         self.kernels: dict[str, dict[str, Any]] = {}
         self.skipped: dict[str, str] = {}
@@ -150,13 +175,15 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         try:
-            error = self._error(name)
-            decoder = Decoder(self.shape, layers, name, self.device, self.fuse, self.most_tokens)
+            errors = self._errors(name)
+            decoder = Decoder(self.shape, layers, name, self.device, self.fuse, self.token_counts)
         except Exception as failure:  # a library may fail in any way on a device it was not made for
             self.skip(name, failure)
             return
-        self.kernels[name] = {"error": error, "gib_per_layer": decoder.weight_bytes / layers / 2**30}
+        self.kernels[name] = {**errors, "gib_per_layer": decoder.weight_bytes / layers / 2**30}
         for rotation, transforms in self.rotations.items():
+            if transforms.in_kernel and not hasattr(decoder.layers[0].down, "rotated"):
+                continue
             per_token = 0.0  # seconds of the prefill before this one
             for phase, batch in self._passes():
                 tokens = batch * (1 if phase == "decode" else self.prefill)
@@ -168,7 +195,7 @@ class Bench:
                     self.skip(what, f"a pass would take {per_token * tokens:.0f} s, over --limit {self.limit:g}")
                     continue
                 try:
-                    seconds = self._pass(decoder, phase, batch, *transforms)
+                    seconds = self._pass(decoder, phase, batch, transforms)
                 except Exception as failure:
                     self.skip(what, failure)
                     continue
@@ -183,38 +210,49 @@ class Bench:
         ]
 
     @functools.cached_property
-    def rotations(self) -> dict[str, tuple[Transform | None, Transform | None]]:
-        """Name -> R3 and R4 as transforms: none, as Kronecker products, and by the library where it is installed."""
-        rotations: dict[str, tuple[Transform | None, Transform | None]] = {PLAIN: (None, None)}
+    def rotations(self) -> dict[str, Rotation]:
+        """By name: none; with --r4-block R4 in blocks, else R3 and R4 as Kronecker products and by the library if installed."""
+        rotations = {PLAIN: Rotation()}
+        if self.r4_block:
+            blocks = block_hadamard(self.r4_block, self.dtype, self.device)
+            rotations[f"R4 in blocks of {self.r4_block}"] = Rotation(r4=blocks)
+            rotations["R4 in the kernel"] = Rotation(in_kernel=self.r4_block)
+            return rotations
         try:
             r3, r4 = [routes(width, self.dtype, self.device, None)[0] for width in self._widths().values()]
         except NoHadamard as error:
             self.skip("rotation", error)
             return rotations
-        rotations["kronecker"] = (r3["kronecker"], r4["kronecker"])
+        rotations["kronecker"] = Rotation(r3["kronecker"], r4["kronecker"])
         if LIBRARY in r4:
-            rotations[LIBRARY] = (r3[LIBRARY], r4[LIBRARY])
+            rotations[LIBRARY] = Rotation(r3[LIBRARY], r4[LIBRARY])
         return rotations
 
     def _widths(self) -> dict[str, int]:
         return {"R3": self.shape.head_dim, "R4": self.shape.intermediate}
 
-    def _error(self, name: str) -> float:
-        """Relative error of the kernel on the o projection's size; whether it works at all shows here."""
-        weight = random_weight(layer_sizes(self.shape)["o"], 0, self.device)
+    def _errors(self, name: str) -> dict[str, float]:
+        """Relative error of the kernel on one projection's size, and where it turns its input; whether it works shows here."""
+        weight = random_weight(layer_sizes(self.shape)["down" if self.r4_block else "o"], 0, self.device)
         tokens = 64
-        return relative_error(make(name, weight, self.fuse, max(tokens, self.most_tokens)), weight, tokens)
+        kernel = make(name, weight, self.fuse, [tokens, *self.token_counts])
+        errors = {"error": relative_error(kernel, weight, tokens)}
+        if self.r4_block and hasattr(kernel, "rotated"):
+            turn = block_hadamard(self.r4_block, torch.float32, self.device)
+            errors["rotated_error"] = relative_error(kernel, weight, tokens, turn, self.r4_block)
+        return errors
 
-    def _pass(self, decoder: Decoder, phase: str, batch: int, r3: Transform | None, r4: Transform | None) -> float:
+    def _pass(self, decoder: Decoder, phase: str, batch: int, rotation: Rotation) -> float:
         layers = len(decoder.layers)
+        turns = rotation.r3, rotation.r4, rotation.in_kernel
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what the graph before this one held
         if phase == "decode":
             cache = empty_cache(self.shape, layers, batch, self.context, self.device, self.dtype)
             x = self.random(batch, 1, self.shape.hidden)
-            return self.clock(lambda: decoder.run(x, cache, r3, r4))
+            return self.clock(lambda: decoder.run(x, cache, *turns))
         x = self.random(batch, self.prefill, self.shape.hidden)
-        return self.clock(lambda: decoder.run(x, None, r3, r4))
+        return self.clock(lambda: decoder.run(x, None, *turns))
 
     @torch.no_grad()
     def head(self) -> dict[int, float]:
@@ -229,6 +267,8 @@ class Bench:
     @torch.no_grad()
     def side_by_side(self) -> list[dict[str, Any]]:
         """Microseconds of R3 and R4 by every route, on as many rows as a layer has tokens (R3: times its heads)."""
+        if self.r4_block:  # whole Hadamards are not in question
+            return []
         rows = []
         fuse = self.fuse if self.compiled else None
         for site, width in self._widths().items():
@@ -320,7 +360,7 @@ def table(figures: dict[str, Any]) -> str:
         lines.append((*words, *(_cost(by_rotation.get(name)) for name in rotations if name != PLAIN)))
     out += [
         "",
-        "With: what R3 and R4 add to a layer, and the whole model's speed over bf16 without them.",
+        "With: what the Hadamards add to a layer, and the whole model's speed over bf16 without them.",
         *aligned(lines),
     ]
     hadamards = figures["hadamard"]
@@ -331,8 +371,9 @@ def table(figures: dict[str, Any]) -> str:
         lines.append((site, str(width), str(tokens), *(us.get(name, "") for name in names)))
     out += ["", *aligned(lines), ""]
     for name, kernel in figures["kernels"].items():
+        rotated = f", with R4 in the kernel {kernel['rotated_error']:.1e}" if "rotated_error" in kernel else ""
         out.append(
-            f"{name}: {kernel['gib_per_layer']:.4f} GiB a layer, relative error of a product {kernel['error']:.1e}"
+            f"{name}: {kernel['gib_per_layer']:.4f} GiB a layer, relative error of a product {kernel['error']:.1e}{rotated}"
         )
     return "\n".join(out + [f"skipped {what}: {why}" for what, why in figures["skipped"].items()])
 

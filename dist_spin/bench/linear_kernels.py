@@ -5,13 +5,17 @@
     int8   weights per row and activations per token: torch._int_mm on a GPU, torchao's own linear on a CPU
     int4   weights alone, groups along the input: torchao's tile-packed tensor, that is tinygemm (GPU)
     w4a8   int4 weights in groups, int8 activations per token: torchao's quantiser, ExecuTorch's XNNPACK kernel (CPU)
+    humming-w4a16, humming-w4a8, humming-w4afp8, humming-w4a4
+           int4 weights in groups, activations in 16 bits, or int8, e4m3, int4 per token: the package humming-kernels (GPU), which
+           vLLM serves integer activations with; it can apply a Hadamard in blocks where it rounds activations
 
 torchao's int8 linear is not used on a GPU because, outside a compiled graph, it copies the transposed weight at every call.
 Weights are rounded to nearest: a benchmark asks how long the product takes, not how good the model is.
 """
 
+import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +23,9 @@ from torch import Tensor, nn
 
 from dist_spin.runtime.cpu_features import INT8_SATURATES, int8_is_exact
 
-GROUP = {"int4": 128, "w4a8": 32}  # input channels that share a scale: the libraries' usual choices
+GROUP = {"int4": 128, "w4a8": 32, "humming": 128}  # input channels that share a scale: the libraries' usual choices
+HUMMING = "humming-"
+HUMMING_INPUTS = {"w4a16": "", "w4a8": "int8", "w4afp8": "float8e4m3", "w4a4": "int4"}  # its names of number formats
 INT_MM_ROWS = 32  # the least number of rows given to torch._int_mm, which refuses 16 and fewer on CUDA
 
 
@@ -147,12 +153,50 @@ class Xnnpack:
         return self.runtime.forward((x.float().contiguous(),))[0].to(x.dtype)
 
 
-def make(name: str, weight: Tensor, fuse: Callable[[Any], Any], most_tokens: int) -> LinearKernel:
+class Humming:
+    """A linear of humming-kernels, which compiles its kernels here: one for each number of rows that will come."""
+
+    def __init__(self, weight: Tensor, inputs: str, rows: Sequence[int]) -> None:
+        if weight.device.type != "cuda":
+            raise Unavailable("humming-kernels computes on a GPU")
+        try:
+            from humming.layer import HummingLayer
+            from humming.tune import get_heuristics_class, get_heuristics_config
+        except ImportError as error:
+            raise Unavailable(f"needs the package humming-kernels ({error})") from error
+        if inputs == "int4" and not get_heuristics_class(weight.device).b4_allowed_dtypes:
+            raise Unavailable("humming-kernels has no product of 4-bit integer activations for this GPU")
+        group = _group("humming", weight)
+        out, width = weight.shape
+        self.layer = HummingLayer(
+            shape_n=out,
+            shape_k=width,
+            weight_config={"dtype": "int4", "group_size": group},
+            input_config={"dtype": inputs} if inputs else None,
+            torch_dtype=torch.bfloat16,
+        ).to(weight.device)
+        self.layer.load_from_unquantized(weight)
+        self.layer.transform()
+        self.weight_bytes = weight.numel() // 2 + weight.numel() // group * 2
+        # Left to itself it compiles kernels for every number of rows up to 8192.
+        ends = sorted(set(rows))
+        tuned = [get_heuristics_config(self.layer.humming_config, shape_m=end) for end in ends]
+        self.tuning = json.dumps(list(zip([0, *ends], [*ends[:-1], 2**30], tuned, strict=False)))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.layer(x, tuning_config=self.tuning)
+
+    def rotated(self, x: Tensor, block: int) -> Tensor:
+        """The product with x [tokens, in] turned by a normalised Sylvester Hadamard matrix in blocks of `block` channels."""
+        return self.layer(x, tuning_config=self.tuning, hadamard_block_size=block)
+
+
+def make(name: str, weight: Tensor, fuse: Callable[[Any], Any], rows: Sequence[int]) -> LinearKernel:
     """The kernel `name` with a bf16 weight [out, in], on its device.
 
     Args:
         fuse: compiles a chain of elementwise operations, or hands it back as it is.
-        most_tokens: the most rows of x that will come.
+        rows: the numbers of rows of x that will come.
 
     Raises:
         Unavailable: the device, an instruction, a package or a size it needs is missing.
@@ -178,15 +222,28 @@ def make(name: str, weight: Tensor, fuse: Callable[[Any], Any], most_tokens: int
         return TorchaoLinear(weight, config, weight.numel() // 2 + weight.numel() // group * 4, torch.bfloat16)
     if name == "int4":
         raise Unavailable("tinygemm computes on a GPU")
-    return Xnnpack(weight, most_tokens)
+    if name.startswith(HUMMING):
+        return Humming(weight, HUMMING_INPUTS[name.removeprefix(HUMMING)], rows)
+    return Xnnpack(weight, max(rows))
 
 
-def relative_error(kernel: LinearKernel, weight: Tensor, tokens: int = 64) -> float:
-    """|y - x W.T| / |x W.T| of a kernel on random x: shows that it computes the product, and how coarsely."""
+def relative_error(
+    kernel: LinearKernel,
+    weight: Tensor,
+    tokens: int = 64,
+    turn: Callable[[Tensor], Tensor] | None = None,
+    block: int = 0,
+) -> float:
+    """|y - x W.T| / |x W.T| of a kernel on random x: shows that it computes the product, and how coarsely.
+
+    turn: what the kernel is to do to x [tokens, in] before, in blocks of `block` channels.
+    """
     generator = torch.Generator(weight.device).manual_seed(1)
     x = torch.randn(tokens, weight.shape[1], generator=generator, device=weight.device)
-    exact = x @ weight.float().T
-    return float((kernel(x.to(torch.bfloat16)).float() - exact).norm() / exact.norm())
+    exact = (x if turn is None else turn(x)) @ weight.float().T
+    narrow = x.to(torch.bfloat16)
+    y = kernel.rotated(narrow, block) if block else kernel(narrow)  # type: ignore[attr-defined]
+    return float((y.float() - exact).norm() / exact.norm())
 
 
 def _group(name: str, weight: Tensor) -> int:

@@ -16,7 +16,7 @@ BENCHES = {
     "scaling": "step times on several numbers of GPUs, beside a formula that predicts others",
 }
 PARTS = ("optimize", "quantize", "evaluate", "compressed-tensors", "hf")  # of `bench pipeline`, in their order
-KERNELS = ("bf16", "fp8", "int8", "int4", "w4a8")
+KERNELS = ("bf16", "fp8", "int8", "int4", "w4a8", "humming-w4a16", "humming-w4a8", "humming-w4afp8", "humming-w4a4")
 SHAPES = {  # hidden size, intermediate size, heads, key and value heads
     "tiny": (64, 96, 4, 2),
     "135m": (576, 1536, 9, 3),
@@ -117,6 +117,11 @@ def _inference(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", metavar="N", type=int, default=1024, help=meaning)
     meaning = "tokens of a sequence in prefill; 0: no prefill (default: %(default)s)"
     parser.add_argument("--prefill", metavar="N", type=int, default=512, help=meaning)
+    meaning = (
+        "instead of R3 and a whole R4: R4 alone, in blocks of N channels (a power of two), as a product of its own and within "
+        "kernels that can; 0 (default): R3 and R4"
+    )
+    parser.add_argument("--r4-block", metavar="N", type=int, default=0, help=meaning)
     meaning = "decoder layers; 0 (default): all of the model on a GPU, 1 on a CPU"
     parser.add_argument("--layers", metavar="N", type=int, default=0, help=meaning)
     meaning = "seconds that one pass may take; larger batches are left out (default: %(default)s)"
