@@ -431,3 +431,21 @@ def test_a_process_that_allows_tf32_gets_the_same_codes() -> None:
         assert torch.equal(gptq_quantize(w, hessian, GPTQOptions()).codes, exact.codes)
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_a_large_triangle_is_inverted_by_halves(monkeypatch):
+    monkeypatch.setattr(gptq, "INVERTED_AT_ONCE", 5)
+    for n in (5, 6, 83, 256):
+        generator = torch.Generator().manual_seed(n)
+        upper = torch.randn(n, n, generator=generator, dtype=torch.float64).div_(n).triu_(1) + torch.eye(n)
+        inverse = upper.clone()
+        gptq.invert_unit_upper_(inverse)
+        torch.testing.assert_close(inverse @ upper, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-12)
+        assert torch.equal(inverse, inverse.triu())
+
+
+def test_a_factor_does_not_depend_on_how_its_triangle_is_inverted(monkeypatch):
+    _, hessian = problem(4, 96)
+    at_once = prepare(hessian, GPTQOptions(act_order=True)).feedback
+    monkeypatch.setattr(gptq, "INVERTED_AT_ONCE", 16)
+    torch.testing.assert_close(prepare(hessian, GPTQOptions(act_order=True)).feedback, at_once, rtol=1e-9, atol=1e-12)

@@ -33,6 +33,8 @@ from dist_spin.numerics.quantizer import (
 
 GPU_TILES = 8  # tiles in one batched product; the last batch is filled up, so that the same kernel does every batch
 ERROR_PANEL = 4096  # columns of a Hessian multiplied at once where errors are measured
+TRIANGLE_PANELS = 8  # in which a product with a triangular matrix leaves out its zeros: 9/16 of the work
+INVERTED_AT_ONCE = 4096  # columns of a triangular matrix that are inverted by one solve
 FIRST_RETRY_DAMPING = 1e-6  # where retries start when percdamp is smaller
 MAX_DAMPING = 10.0  # a positive semidefinite matrix never needs this much
 
@@ -163,7 +165,7 @@ def _feedback(hessian: Tensor, order: Tensor | None, added: Tensor) -> Tensor | 
 
     hessian: [in, in], left alone; order: as in `Factor`; added: [in], what damping adds to the diagonal. Reversing rows
     and columns turns a lower Cholesky factor into an upper one, H = R Rᵀ, so that U = R⁻¹ satisfies Uᵀ U = H⁻¹ without
-    ever forming the inverse. No more than three matrices of this size are held beside the Hessian.
+    ever forming the inverse. No more than two matrices of this size are held beside the Hessian, three where it is small.
     """
     backwards = torch.arange(len(hessian), device=hessian.device).flip(0) if order is None else order.flip(0)
     damped = hessian.flip(0, 1) if order is None else hessian[backwards][:, backwards]
@@ -176,16 +178,47 @@ def _feedback(hessian: Tensor, order: Tensor | None, added: Tensor) -> Tensor | 
     del lower
     # Row j of U is divided by U[j, j] = 1 / R[j, j]; that is the inverse of R with columns scaled to unit diagonal.
     upper /= upper.diagonal().clone()
-    identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-    feedback = torch.linalg.solve_triangular(upper, identity, upper=True, unitriangular=True)
-    return feedback if torch.isfinite(feedback).all() else None
+    invert_unit_upper_(upper)
+    return upper if torch.isfinite(upper).all() else None
+
+
+def invert_unit_upper_(upper: Tensor) -> None:
+    """Replace a unit upper triangular matrix [n, n], zero below its diagonal, by its inverse.
+
+    Large ones by halves, [[A, B], [0, C]] to [[A^-1, -A^-1 B C^-1], [0, C^-1]] (Du Croz and Higham 1992): products of which
+    panels leave the zeros out take a third of the operations of a solve against the identity.
+    """
+    n = len(upper)
+    if n <= INVERTED_AT_ONCE:
+        identity = torch.eye(n, dtype=upper.dtype, device=upper.device)
+        upper.copy_(torch.linalg.solve_triangular(upper, identity, upper=True, unitriangular=True))
+        return
+    half = n // 2
+    first, corner, last = upper[:half, :half], upper[:half, half:], upper[half:, half:]
+    invert_unit_upper_(first)
+    invert_unit_upper_(last)
+    product = torch.empty_like(corner)
+    width = -(-half // TRIANGLE_PANELS)
+    for start in range(0, half, width):
+        rows = slice(start, start + width)
+        torch.mm(first[rows, start:], corner[start:], out=product[rows])
+    for start in range(0, n - half, width):
+        stop = min(start + width, n - half)
+        corner[:, start:stop] = product[:, :stop] @ last[:stop, start:stop]
+    corner.neg_()
 
 
 @contextmanager
 def exact_products() -> Iterator[None]:
     """fp32 products in full precision, as a factorisation needs, whatever the process chose for its model."""
+    with _product_precision("highest"):
+        yield
+
+
+@contextmanager
+def _product_precision(precision: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
@@ -339,13 +372,14 @@ def solve_block(
 def output_errors(w: Tensor, quantized: QuantizedWeight, hessian: Tensor, options: GPTQOptions) -> Tensor:
     """Of each row of w [rows, in]: e H eᵀ of the solution, the same of RTN on its scales, w H wᵀ; fp64 [rows, 3].
 
-    Sums over rows are tr(E H Eᵀ) and so on. H is symmetric, so only its upper block triangle is multiplied.
+    Sums over rows are tr(E H Eᵀ) and so on. H is symmetric, so only its upper block triangle is multiplied. They are for
+    people to read and decide nothing, so a GPU multiplies fp32 in TF32, which leaves three of their digits or more.
     """
     codes, scale, zero = quantized
     w = w.to(hessian.dtype)
     nearest = nearest_codes(w, scale, zero, options)
     figures = torch.zeros(len(w), 3, dtype=torch.float64, device=w.device)
-    with exact_products():
+    with _product_precision("high" if w.is_cuda else "highest"):
         for q, figure in zip((codes, nearest, None), figures.unbind(1), strict=True):
             error = w if q is None else w - dequantize_weight(q, scale, zero, options.group_size, w.dtype)
             for start in range(0, len(hessian), ERROR_PANEL):

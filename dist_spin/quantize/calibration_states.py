@@ -8,7 +8,7 @@ whose hidden states are missing or damaged computes them itself, so every job ca
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,15 @@ from dist_spin.errors import Interrupted, UserError
 from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.quantize.background_writer import BackgroundWriter
 from dist_spin.quantize.states_network import StatesNetwork
-from dist_spin.runtime.distributed import World, any_rank, made_on_all, on_rank0, raise_on_any_failure, taken_together
+from dist_spin.runtime.distributed import (
+    World,
+    any_rank,
+    gather_parts,
+    made_on_all,
+    on_rank0,
+    raise_on_any_failure,
+    taken_together,
+)
 from dist_spin.runtime.prefetch import prefetched
 from dist_spin.runtime.progress import Progress, say
 from dist_spin.runtime.signals import StopRequest
@@ -36,12 +44,13 @@ class CalibrationStates:
         world: World,
         stop: StopRequest,
         note: Callable[[int], None],
+        handed: dict[int, list[Tensor]],
     ) -> None:
         """network: computes what is stored. weights: the variant's, for what enters the first layer. tokens: [n, T]. note:
-        told of every layer whose states are complete, by rank 0.
+        told of every layer whose states are complete, by rank 0. handed: what `make` hands to this rank, by layer.
         """
         self.stored, self.network, self.weights, self.tokens = stored, network, weights, tokens
-        self.world, self.stop, self.note = world, stop, note
+        self.world, self.stop, self.note, self.handed = world, stop, note, handed
 
     def entering(self, layer: int) -> list[Tensor]:
         """What enters `layer`, each [1, T, h] on the device: every size-th sequence, from this rank's number on.
@@ -53,7 +62,8 @@ class CalibrationStates:
         mine = range(self.world.rank, len(self.tokens), self.world.size)
         if layer == 0:
             return made_on_all(lambda: self._embedded(self.weights, list(mine)))
-        hidden = self._loaded(layer, mine)
+        hidden = self.handed.pop(layer, None) if self.world.size == 1 else None
+        hidden = hidden or self._loaded(layer, mine)
         if hidden is None:
             self.make([layer])
             hidden = self._loaded(layer, mine)
@@ -61,8 +71,10 @@ class CalibrationStates:
             raise UserError(f"{self.stored.directory} does not give back what was written", "check the disk")
         return [self.network.rotated(h) for h in hidden]
 
-    def make(self, layers: list[int]) -> None:
+    def make(self, layers: list[int], begins: Mapping[int, int] | None = None) -> None:
         """Store what enters each of `layers`, except where it is there; chunks are shared out over ranks.
+
+        begins: of a layer, the rank that will go on from it alone: it is handed all sequences as soon as they are made.
 
         Raises:
             Interrupted: a signal came; finished layers are kept.
@@ -86,6 +98,8 @@ class CalibrationStates:
                 hidden = made_on_all(functools.partial(self._through, module, index, hidden))
                 del module  # its memory is free for the next but one
                 if index + 1 in missing:
+                    if begins and index + 1 in begins:
+                        self._hand_over(index + 1, begins[index + 1], hidden)
                     self._finish(writer, written)
                     written = index + 1
                     writer.start(functools.partial(self._save, written, hidden))
@@ -94,6 +108,27 @@ class CalibrationStates:
                     self._finish(writer, written)
                     raise Interrupted(f"stopped by a signal before layer {index + 1}", "the same command continues")
             self._finish(writer, written)
+
+    def _hand_over(self, layer: int, rank: int, hidden: dict[int, list[Tensor]]) -> None:
+        """Put all sequences that enter `layer` into `handed` of one rank; `hidden`: this rank's chunks of them."""
+        chunks, world = self.stored.chunks(), self.world
+        largest = (len(chunks[0]), self.tokens.shape[1], self.stored.hidden)
+
+        def padded(states: list[Tensor]) -> Tensor:
+            whole = torch.zeros(largest, dtype=self.stored.dtype, device=world.device)
+            if states:
+                whole[: len(states)] = torch.cat(states)
+            return whole.view(torch.uint8)  # which every backend sends
+
+        received: list[Tensor] = []
+        for first in range(0, len(chunks), world.size):
+            own = made_on_all(functools.partial(padded, hidden.get(first + world.rank, [])))
+            parts = gather_parts(own)
+            if rank == world.rank:
+                for chunk, part in zip(chunks[first : first + world.size], parts, strict=False):
+                    received += self._split(part.view(self.stored.dtype)[: len(chunk)])
+        if rank == world.rank:
+            self.handed[layer] = received
 
     def _through(self, module: nn.Module, index: int, hidden: dict[int, list[Tensor]]) -> dict[int, list[Tensor]]:
         return {c: [self.network.runner.run(module, index, h) for h in states] for c, states in hidden.items()}

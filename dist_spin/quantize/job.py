@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,8 @@ class QuantizeJob:
     variant: Variant
     tokens: Tensor  # [n, T]
     stop: StopRequest
+    # What enters a layer, all sequences, each [1, T, h]: handed to this rank when it was made, so that it need not be read.
+    handed: dict[int, list[Tensor]] = field(default_factory=dict)
 
     @property
     def run(self) -> RunDir:
@@ -139,7 +141,9 @@ class QuantizeJob:
             network = StatesNetwork(self.runner, self.variant.weights)
         else:
             network = original_network(self.config, self.files, self.variant, self.world.device)
-        return CalibrationStates(self.stored, network, self.variant.weights, self.tokens, self.world, self.stop, note)
+        return CalibrationStates(
+            self.stored, network, self.variant.weights, self.tokens, self.world, self.stop, note, self.handed
+        )
 
     @property
     def own_network_reason(self) -> str:

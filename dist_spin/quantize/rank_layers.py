@@ -16,6 +16,12 @@ from dist_spin.runtime.distributed import World, any_rank, raise_on_any_failure,
 from dist_spin.runtime.progress import Progress
 
 
+def begun_by(ranges: Sequence[LayerRange], ranks: int) -> dict[int, LayerRange]:
+    """The range that each rank takes first in `quantize_apart`; ranks without any are left out."""
+    assigned = assign([layers.missing for layers in ranges], ranks)
+    return {rank: ranges[numbers[0]] for rank, numbers in enumerate(assigned) if numbers}
+
+
 def quantize_apart(ranges: Sequence[LayerRange], world: World) -> None:
     """Quantise `ranges`, the same list on every rank, each by one rank alone.
 

@@ -11,6 +11,7 @@ rounding errors of its own layers only, so ranges may be done at any time, on an
 """
 
 import functools
+from collections.abc import Mapping
 
 from dist_spin.config.run import RunConfig
 from dist_spin.pipeline.export_limits import check_export_target
@@ -19,7 +20,7 @@ from dist_spin.pipeline.variants import build_variant, calibration_tokens
 from dist_spin.quantize.job import QuantizeJob, ranges_within
 from dist_spin.quantize.layer_range import LayerRange, quantize_range
 from dist_spin.quantize.parallel import MEMORY_SHARE, choose, layer_cost, memory_needed
-from dist_spin.quantize.rank_layers import quantize_apart
+from dist_spin.quantize.rank_layers import begun_by, quantize_apart
 from dist_spin.runtime.device_memory import device_bytes_free
 from dist_spin.runtime.distributed import World, any_rank, made_on_all, on_rank0
 from dist_spin.runtime.host_memory import host_bytes_free
@@ -54,8 +55,10 @@ def quantize_variants(
     ranges = [layer_range for job in jobs for layer_range in open_ranges(job, layers)]
     share_layers = hidden_states_only or not _takes_ranges(ranges, jobs[0])
     if hidden_states_only or layers is None or not share_layers:
+        begins = {} if share_layers else begun_by(ranges, jobs[0].world.size)
         for job in jobs:
-            make_states(job, [each.start for each in ranges if each.job is job])
+            starts = [each.start for each in ranges if each.job is job]
+            make_states(job, starts, {each.start: rank for rank, each in begins.items() if each.job is job})
     if hidden_states_only:
         return
     if layers is None or layers[0] == 0:  # the job of the first layer makes embedding and lm_head too
@@ -78,13 +81,13 @@ def open_ranges(job: QuantizeJob, layers: tuple[int, int] | None = None) -> list
     return [layer_range for layer_range in ranges if layer_range.missing]
 
 
-def make_states(job: QuantizeJob, starts: list[int]) -> None:
-    """Store what enters the layers `starts`; all ranks share the pass."""
+def make_states(job: QuantizeJob, starts: list[int], begins: Mapping[int, int] | None = None) -> None:
+    """Store what enters the layers `starts`; all ranks share the pass. begins: as in `CalibrationStates.make`."""
     if not any(starts):
         return
     if job.own_network_reason and job.world.is_rank0:
         say(f"hidden states of {job.variant.name} are those of its own layers: {job.own_network_reason}")
-    job.hidden_states.make(starts)
+    job.hidden_states.make(starts, begins)
 
 
 def _takes_ranges(ranges: list[LayerRange], job: QuantizeJob) -> bool:

@@ -23,8 +23,11 @@ FOREIGN_AGE_S = 3600.0
 
 
 @contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """A temporary path beside `path` to write to; fsynced and renamed onto `path` if the block succeeds, removed otherwise.
+
+    durable: whether the file must outlive a crash of the machine. Without it nothing waits for the disk, and after a crash
+    the file may be there with other content: for what has a checksum and can be made again.
 
     Raises:
         UserError: the device is full, or the directory may not be written.
@@ -34,11 +37,13 @@ def atomic(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch(mode=0o600, exist_ok=False)
         yield temporary
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
+        if durable:
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-        sync_directory(path.parent)
+        if durable:
+            sync_directory(path.parent)
     except OSError as error:
         raise user_error(error, path) from error
     except SafetensorError as error:  # safetensors reports a full disk as its own kind of error

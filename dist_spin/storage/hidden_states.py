@@ -50,8 +50,8 @@ class HiddenStateFiles:
         return {"fingerprint": self.fingerprint, "layer": str(layer), "chunk": str(chunk)}
 
     def save(self, layer: int, chunk: int, hidden: Tensor) -> None:
-        """Write one chunk [n, T, hidden], atomically."""
-        save_tensors(self.path(layer, chunk), {"hidden": hidden}, self._metadata(layer, chunk))
+        """Write one chunk [n, T, hidden], atomically; the disk is not waited for, since a lost chunk can be made again."""
+        save_tensors(self.path(layer, chunk), {"hidden": hidden}, self._metadata(layer, chunk), durable=False)
 
     def load(
         self, layer: int, chunk: int, warn: Callable[[str], None], device: torch.device | str = "cpu"

@@ -62,14 +62,17 @@ def tensors_digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """One safetensors file, written atomically, with a checksum of its tensors and metadata; equal content, equal bytes."""
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], *, durable: bool = True) -> None:
+    """One safetensors file, written atomically, with a checksum of its tensors and metadata; equal content, equal bytes.
+
+    durable: as in `atomic`.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     parts = [pieces_of(tensor) for tensor in tensors.values()]
     seen = iter(in_parallel(lambda piece: _piece_checksum(piece.numpy().data), [p for ps in parts for p in ps]))
     of_pieces = {name: [next(seen) for _ in pieces] for name, pieces in zip(tensors, parts, strict=True)}
     header = {"metadata": metadata, CHECKSUM: _checksum(tensors, of_pieces, metadata)}
-    with atomic(path) as temporary:
+    with atomic(path, durable=durable) as temporary:
         # One entry, because safetensors writes several in an order that changes from process to process.
         save_file(tensors, temporary, {HEADER: json.dumps(header, sort_keys=True)})
 
