@@ -125,6 +125,17 @@ def test_more_of_anything_takes_no_less():
         assert more[name].seconds > base[name].seconds
 
 
+def test_a_stored_teacher_takes_disk_and_spares_time():
+    words = ("optimize.objective=kl", "optimize.steps=1000")
+    second, stored = (
+        parts(settings(*words, f"optimize.teacher_top_k={k}"), SHAPES["8b"], machine("h100", 1), 2048)["optimize"]
+        for k in (0, 256)
+    )
+    assert stored.seconds < second.seconds
+    tokens = 1000 * 8 * 2048
+    assert stored.disk - second.disk == tokens * (256 * 6 + 4)
+
+
 def test_a_plan_is_printed_with_what_to_change(tmp_path, capsys):
     config = tmp_path / "config.yaml"
     shape = ROOT / "configs" / "shapes" / "llama-3-70b"

@@ -22,6 +22,7 @@ from dist_spin.optimize.sharding.memory_planner import (
     layer_bytes,
     within,
 )
+from dist_spin.optimize.stored_teacher import entry_bytes
 
 # Of one H200, fitted to the rows of docs/performance.md.
 LINK, COPY, CONTENTION = 375e9, 4000e9, 0.3  # as `bench scaling` has them
@@ -121,7 +122,7 @@ def step_seconds(config: RunConfig, shape: Shape, point: scaling.Point, offloade
     if o.w_bits < 16:
         seconds += REQUANTIZE * shape.layers * layer_bytes(shape, DTYPE) / DTYPE.itemsize / point.shards / speed
     seconds *= SCALES if o.scales or o.clips else 1.0
-    seconds *= KL if o.objective != "cross_entropy" else 1.0
+    seconds *= KL if o.objective != "cross_entropy" and not o.teacher_top_k else 1.0
     return seconds / (1 - OTHER_SHARE)
 
 
@@ -145,11 +146,17 @@ def optimize(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
     ]
     if beside:
         notes.append(f"{' and '.join(beside)} come on top, and are not estimated")
+    stored, storing = 0.0, 0.0
+    if o.teacher_top_k and o.objective != "cross_entropy":  # of every sequence that is taken, were no text seen twice
+        tokens = (o.steps * o.batch_size + (o.guard_sequences if o.guard_every else 0)) * o.seq_len
+        stored, storing = tokens * entry_bytes(o.teacher_top_k), tokens * forward_flop(shape, o.seq_len)
+        storing = storing / FORWARD / hardware.gpu.speed / ranks + stored / hardware.disk
+        notes.append(f"up to {stored / 1e9:.1f} GB of full precision's predictions are stored meanwhile")
     return Part(
-        START + model_bytes(shape) / (ranks * READ) + COMPILE + o.steps * step,
+        START + model_bytes(shape) / (ranks * READ) + COMPILE + storing + o.steps * step,
         gpu,
         ranks * PROCESS + pinned,
-        (o.keep_checkpoints + 3) * rotations,  # the final ones in fp32 and as R.bin, and what is being written
+        stored + (o.keep_checkpoints + 3) * rotations,  # the final ones in fp32 and as R.bin, and what is being written
         notes,
         hardware.lacks(gpu, ranks * PROCESS + pinned),
     )

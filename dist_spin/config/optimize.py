@@ -19,6 +19,8 @@ from dist_spin.config.checks import (
     require,
 )
 
+MAX_TOP_K = 1 << 16  # where a vocabulary's logits themselves would take less
+
 
 @dataclass(frozen=True)
 class OptimizeConfig:
@@ -62,6 +64,9 @@ class OptimizeConfig:
     """Loss: next tokens of the text (as published), divergence from the full-precision model's predictions, or both."""
     kl_share: float = 0.5
     """Share of the divergence in a mixed objective; the rest is cross entropy."""
+    teacher_top_k: int = 0
+    """For kl and mixed: most probable tokens of full precision that are stored for every position before the first step, so
+    that steps run it no more; the others count as one. 256 take 1.5 KB a token of text on disk. 0: it runs in every step."""
     scales: bool = False
     """Also learn per-channel scales, which merge into norms and weights: before linears, up to down, v to o, k to q."""
     scale_lr: float = 0.03
@@ -113,6 +118,11 @@ class OptimizeConfig:
         check_range("optimize.max_grad_norm", self.max_grad_norm, 0, FP32_MAX, limit)
         check_range("optimize.reproject_every", self.reproject_every, 1, MAX_COUNT, "use 1 or more")
         check_range("optimize.keep_checkpoints", self.keep_checkpoints, 1, MAX_COUNT, "use 1 or more")
+        check_range("optimize.teacher_top_k", self.teacher_top_k, 0, MAX_TOP_K, "use a number such as 256, or 0")
+        if self.teacher_top_k:
+            unused = "cross entropy has no teacher: add optimize.objective=kl or mixed, or leave it out"
+            distils = self.objective != "cross_entropy"
+            require(distils, "optimize.teacher_top_k", self.teacher_top_k, unused)
         require(0 < self.kl_share < 1, "optimize.kl_share", self.kl_share, "use a share above 0 and below 1")
         check_range("optimize.scale_lr", self.scale_lr, 0, FP32_MAX, "use 0 or more")
         check_range("optimize.clip_lr", self.clip_lr, 0, FP32_MAX, "use 0 or more")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dist_spin.model import activation_checkpoint as recompute
 from dist_spin.model.architecture import Shape, attention_masks, rotary, skeleton
-from dist_spin.model.loss import cross_entropy, distillation
+from dist_spin.model.loss import Targets, cross_entropy, distillation, most_probable, sparse_distillation
 from dist_spin.model.rotation import Rotations
 from dist_spin.model.scales_and_clips import ScalesAndClips
 from dist_spin.model.sites import WideRMSNorm, plain_sites
@@ -29,13 +29,16 @@ class FakeQuantLayer(nn.Module):
         return recompute.run(self.layer, self.level, hidden, **call)
 
     def forward(
-        self, hidden: Tensor, teacher: Tensor | None, cos: Tensor, sin: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """hidden [batch, T, h] to the same, and the teacher's likewise: one gather of the weights serves both."""
+        self, hidden: Tensor | None, teacher: Tensor | None, cos: Tensor, sin: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """hidden [batch, T, h] to the same, and the teacher's likewise: one gather of the weights serves both.
+
+        The teacher alone runs as it is written: it passes once, which would not pay for compiling it.
+        """
         if teacher is not None:
             with torch.no_grad(), plain_sites():
-                teacher = self._run(teacher, cos, sin, mask)
-        return self._run(hidden, cos, sin, mask), teacher
+                teacher = (self._forward if hidden is None else self._run)(teacher, cos, sin, mask)
+        return None if hidden is None else self._run(hidden, cos, sin, mask), teacher
 
 
 class LossHead(nn.Module):
@@ -48,14 +51,25 @@ class LossHead(nn.Module):
         super().__init__()
         self.norm, self.lm_head, self.teacher_share = WideRMSNorm(eps), lm_head, teacher_share
 
-    def forward(self, hidden: Tensor, teacher: Tensor | None, ids: Tensor) -> Tensor:
-        """hidden and teacher [batch, T, h], ids [batch, T] to the mean loss per token of each sequence [batch], fp32."""
-        normed, weight = self.norm(hidden), self.lm_head.weight
+    def forward(
+        self, hidden: Tensor | None, teacher: Tensor | Targets | None, ids: Tensor, top_k: int = 0
+    ) -> Tensor | Targets:
+        """hidden and teacher [batch, T, h], ids [batch, T] to the mean loss per token of each sequence [batch], fp32.
+
+        Without `hidden`: the `top_k` most probable tokens that the teacher predicts, to be handed in later in its place.
+        """
+        weight = self.lm_head.weight
+        if hidden is None:
+            assert isinstance(teacher, Tensor)
+            return most_probable(self.norm(teacher), weight, top_k)
+        normed = self.norm(hidden)
+        if isinstance(teacher, Targets):
+            return sparse_distillation(normed, teacher, weight, ids, self.teacher_share)
         if teacher is None:
             return cross_entropy(normed, weight, ids)
         with torch.no_grad():
-            teacher = self.norm(teacher)
-        return distillation(normed, teacher, weight, ids, self.teacher_share)
+            teacher_normed: Tensor = self.norm(teacher)
+        return distillation(normed, teacher_normed, weight, ids, self.teacher_share)
 
 
 class FakeQuantModel(nn.Module):
@@ -63,7 +77,8 @@ class FakeQuantModel(nn.Module):
 
     Weights are expected folded (norm gains, R4) but not rotated: see `merge.folded_rows` for what `parameter_source`
     names. `rotations` and `transforms` stay outside of the module tree, so that no engine touches them. With scales, R4 must
-    not be folded. The teacher (`teacher_share` above 0) is the same network with its sites off, run along in one pass. With
+    not be folded. The teacher (`teacher_share` above 0) is the same network with its sites off, run along in one pass, unless
+    what it predicts is handed in. With
     `weight_quantizer`, linears run on the rounded merged weights (model/weight_quant.py), which an engine rounds anew after
     every step; neither transforms nor a teacher go with it.
     """
@@ -103,20 +118,29 @@ class FakeQuantModel(nn.Module):
         self._rotary = (rotary(base, device),)
         self._positions: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Token ids [batch, T] to the mean loss per token of each sequence, fp32 [batch]."""
+    def forward(self, ids: Tensor, targets: Targets | None = None, top_k: int = 0) -> Tensor | Targets:
+        """Token ids [batch, T] to the mean loss per token of each sequence, fp32 [batch].
+
+        targets: what the teacher predicts, where it was stored. top_k: above 0, the teacher alone runs, and its `top_k` most
+        probable tokens of each position are returned in place of a loss.
+        """
         hidden = self.embed(ids)
-        teacher = hidden.detach() if self.head.teacher_share else None
+        cos, sin = self._position_embeddings(hidden)
+        masks = attention_masks(self.config, hidden)
+        if top_k:
+            for layer, mask in zip(self.layers, masks, strict=True):
+                _, hidden = layer(None, hidden, cos, sin, mask)
+            return cast(Targets, self.head(None, hidden, ids, top_k))
+        teacher = hidden.detach() if self.head.teacher_share and targets is None else None
         if torch.is_grad_enabled():
             hidden.requires_grad_()  # as every later layer's input does, so that all layers share one compiled graph
         if self.rotated is not None:
             hidden = rotate(hidden, self.rotated)
-        cos, sin = self._position_embeddings(hidden)
-        for layer, mask in zip(self.layers, attention_masks(self.config, hidden), strict=True):
+        for layer, mask in zip(self.layers, masks, strict=True):
             hidden, teacher = layer(hidden, teacher, cos, sin, mask)
         if self.rotated is not None:
             hidden = rotate(hidden, self.rotated, back=True)  # here, where the norm commutes with it
-        return self.head(hidden, teacher, ids)
+        return self.head(hidden, teacher if targets is None else targets, ids)
 
     def fake_quant_linears(self) -> Iterator[tuple[int, str, FakeQuantLinear]]:
         """Layer index, role (such as q_proj) and module of every fake-quantised linear."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from dist_spin.config.checks import SELF
 from dist_spin.config.optimize import OptimizeConfig
 from dist_spin.config.run import RunConfig
-from dist_spin.data import load_tokens, tokens_fingerprint
+from dist_spin.data import batch_indices, load_tokens, tokens_fingerprint
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import layer_name
 from dist_spin.model.context import check_context
@@ -24,6 +24,7 @@ from dist_spin.optimize.best_state import BestState
 from dist_spin.optimize.cayley_optimizer import CayleyOptimizer
 from dist_spin.optimize.sharding.engine import Engine, choose_engine
 from dist_spin.optimize.sharding.memory_planner import Workload, layers_to_offload, micro_batch_and_levels
+from dist_spin.optimize.stored_teacher import StoredTeacher, make_targets
 from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.export_limits import check_export_target, tell_exportable
 from dist_spin.pipeline.fingerprints import EMBEDDING_SETTINGS, WEIGHT_SETTINGS, flat
@@ -39,7 +40,7 @@ from dist_spin.storage.metrics import drop_metrics_after, set_metrics_aside
 from dist_spin.storage.rotations import learned_steps
 from dist_spin.storage.run_directory import RunDir, check_fingerprint, run_dir
 from dist_spin.storage.run_records import write_settings
-from dist_spin.storage.tensor_file import save_tensors
+from dist_spin.storage.tensor_file import identity_hash, save_tensors
 from dist_spin.version import LEARNS_AS
 
 # Settings that change how fast or where a run computes, not what: they may differ when it is continued.
@@ -64,6 +65,7 @@ class TrainState:
     best_state: BestState | None = None
     started: bool = False  # whether this process has taken a step
     held_out: Tensor | None = None  # [sequences, seq_len] that the best state is chosen by
+    teacher: StoredTeacher | None = None  # what full precision predicts, where it is stored
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds."""
@@ -184,11 +186,40 @@ def build_training(config: RunConfig, world: World) -> TrainState:
     if held_out is not None:
         train_state.best_state, train_state.held_out = BestState(optimizer.masters()), held_out
     resume(train_state)
+    if settings.teacher_top_k and settings.objective != "cross_entropy" and train_state.step < settings.steps:
+        store_teacher(train_state, files, all_tokens)
     if compiled and train_state.step < settings.steps:
         say("the first step compiles the layers' graphs, which takes a minute or more")
     if train_state.step == 0:
         tell_exportable(config, files.config)
     return train_state
+
+
+def store_teacher(train_state: TrainState, files: ModelFiles, all_tokens: Tensor) -> None:
+    """Store what full precision predicts on every sequence that a step or the guard takes, unless it is there.
+
+    all_tokens: the learning text [n, T], at whose end the held-out sequences stand.
+
+    Raises:
+        UserError: the vocabulary has fewer tokens than are to be stored, or the disk no room for them.
+    """
+    config, settings, count = train_state.config, train_state.config.optimize, len(train_state.tokens)
+    if settings.teacher_top_k > files.shape.vocab:
+        problem = (
+            f"optimize.teacher_top_k is {settings.teacher_top_k}, and the vocabulary has {files.shape.vocab} tokens"
+        )
+        raise UserError(problem, "use fewer, such as 256")
+    identity = {
+        "model": files.weights.fingerprint(),
+        "dtype": dtype_name(config),
+        "tokens": tokens_fingerprint(all_tokens),
+        "top_k": settings.teacher_top_k,
+    }
+    teacher = StoredTeacher(train_state.run.path / "teacher", identity_hash(identity), settings.teacher_top_k)
+    taken = set(batch_indices(0, settings.steps * settings.batch_size, count, settings.seed))
+    wanted = [*sorted(taken), *range(count, len(all_tokens))]
+    make_targets(teacher, train_state.model, train_state.world, all_tokens, wanted, train_state.micro_batch_size)
+    train_state.teacher = teacher
 
 
 def split_held_out(tokens: Tensor, settings: OptimizeConfig) -> tuple[Tensor, Tensor | None]:

@@ -16,10 +16,12 @@ from dist_spin.config.run import RunConfig
 from dist_spin.data import batch_indices, rank_share
 from dist_spin.errors import Interrupted, NumericsError
 from dist_spin.model.architecture import Shape
+from dist_spin.model.loss import Targets
 from dist_spin.model.rotation import stored_rotations
 from dist_spin.numerics.cayley import nearest_orthogonal, orthogonality_error
 from dist_spin.optimize.overflow import overflow_at_start
 from dist_spin.optimize.setup import TrainState, build_training, learning_tokens, write_checkpoint
+from dist_spin.optimize.stored_teacher import stacked
 from dist_spin.pipeline.export_limits import check_export_target, tell_exportable
 from dist_spin.pipeline.initial_rotations import fits_start
 from dist_spin.pipeline.model import model_dtype, open_configured_model
@@ -176,8 +178,9 @@ def overflow_error(train_state: TrainState, observed: str, tokens: Tensor, indic
 
     observed: loss and gradient norm, in words.
     """
-    batches = micro_batches(train_state.world, train_state.micro_batch_size, tokens, indices)
-    return overflow_at_start(train_state.model, (ids for ids, _ in batches), model_dtype(train_state.config), observed)
+    world = train_state.world
+    batches = (tokens[picked].to(world.device) for picked, _ in passes(train_state, indices))
+    return overflow_at_start(train_state.model, batches, model_dtype(train_state.config), observed)
 
 
 def report_spike(train_state: TrainState, loss: float) -> None:
@@ -203,9 +206,7 @@ def forward_backward(train_state: TrainState, stop: StopRequest | None = None) -
     indices = step_indices(train_state)
     total = torch.zeros((), device=train_state.world.device, dtype=torch.float64)
     train_state.engine.requantize_weights(train_state.model, train_state.optimizer.rotations)
-    batches = micro_batches(train_state.world, train_state.micro_batch_size, train_state.tokens, indices)
-    for ids, weights in until_stopped(batches, train_state.step, stop):
-        losses = train_state.model(ids)  # [micro]
+    for losses, weights in until_stopped(sequence_losses(train_state, indices), train_state.step, stop):
         loss = (losses * weights.to(losses.dtype)).sum()
         loss.backward()
         total += loss.detach()
@@ -225,26 +226,43 @@ def held_out_loss(train_state: TrainState, stop: StopRequest | None = None) -> f
     assert train_state.held_out is not None
     total = torch.zeros((), device=train_state.world.device, dtype=torch.float64)
     train_state.engine.requantize_weights(train_state.model, train_state.optimizer.rotations)
-    held_out = train_state.held_out
-    indices = list(range(len(held_out)))
-    batches = micro_batches(train_state.world, train_state.micro_batch_size, held_out, indices)
-    for ids, weights in until_stopped(batches, train_state.step, stop):
-        total += (train_state.model(ids) * weights).sum()
+    indices = list(range(len(train_state.held_out)))
+    for losses, weights in until_stopped(sequence_losses(train_state, indices, held_out=True), train_state.step, stop):
+        total += (losses * weights).sum()
     return float(sum_over_ranks_(total))
 
 
-def micro_batches(world: World, micro: int, tokens: Tensor, indices: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of a batch in forward passes: ids [micro, seq_len] and the sequences' weights [micro] in the mean.
+def sequence_losses(
+    train_state: TrainState, indices: list[int], *, held_out: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The losses [micro] of this rank's share of some sequences, pass after pass, and their weights [micro] in the mean.
+
+    held_out: whether `indices` are of the held-out sequences, which follow the others in the text.
+    """
+    tokens = train_state.held_out if held_out else train_state.tokens
+    assert tokens is not None
+    teacher, device, own_passes = train_state.teacher, train_state.world.device, passes(train_state, indices)
+    targets: list[Targets] = []
+    if teacher is not None:  # all before the first pass, so that no rank waits for one that finds a damaged file
+        first = len(train_state.tokens) if held_out else 0
+        stored = [[first + index for index in picked] for picked, _ in own_passes]
+        raise_on_any_failure(lambda: targets.extend(stacked(teacher.load(part), device) for part in stored))
+    for number, (picked, weights) in enumerate(own_passes):
+        yield train_state.model(tokens[picked].to(device), targets[number] if targets else None), weights
+
+
+def passes(train_state: TrainState, indices: list[int]) -> list[tuple[list[int], Tensor]]:
+    """This rank's share of a batch in forward passes: the sequences of each, and their weights [micro] in the mean.
 
     Every rank makes the same number of passes, since sharded layers are gathered by all; a rank with fewer sequences
     repeats one with weight zero. So the result does not depend on how the batch divides.
     """
+    world, micro = train_state.world, train_state.micro_batch_size
     mine = rank_share(indices, world.rank, world.size)
     count = -(-len(rank_share(indices, 0, world.size)) // micro)
     padded = mine + [indices[0]] * (count * micro - len(mine))
     weights = torch.tensor([1.0] * len(mine) + [0.0] * (len(padded) - len(mine)), device=world.device) / len(indices)
-    for i in range(0, len(padded), micro):
-        yield tokens[padded[i : i + micro]].to(world.device), weights[i : i + micro]
+    return [(padded[i : i + micro], weights[i : i + micro]) for i in range(0, len(padded), micro)]
 
 
 def until_stopped(
@@ -331,3 +349,5 @@ def finish(train_state: TrainState) -> None:
             say(f"rotations of run {train_state.config.name} are complete")
     else:
         on_rank0(write)
+    if train_state.teacher is not None:
+        on_rank0(train_state.teacher.remove)

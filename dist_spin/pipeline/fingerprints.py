@@ -28,6 +28,9 @@ WEIGHT_SETTINGS = ("quant.w_", "quant.down_bits", *EMBEDDING_SETTINGS)  # beginn
 
 NEWER: dict[str, Any] = {  # settings that runs of before do not name, with what those did
     "quant.a_group_size": 0,
+    "optimize.teacher_top_k": 0,
+    "quantize.tune_steps": 0,
+    "quantize.tune_lr": 1e-3,
     "rotation.block": 0,
     "rotation.block_shared": False,
     **dict.fromkeys(("quant.w_format", "quant.a_format", "quant.kv_format"), "int"),

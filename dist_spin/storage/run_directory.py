@@ -2,7 +2,7 @@
 
 config.yaml fingerprint.json metrics.jsonl events.jsonl results.json
 rotations/step_000042.safetensors rotations/final.safetensors rotations/R.bin
-layers/000.safetensors ... layers/ends.safetensors boundaries/010/0000.safetensors ...
+layers/000.safetensors ... layers/ends.safetensors boundaries/010/0000.safetensors ... teacher/000000.safetensors
 baselines/NAME/layers/... evaluations/ compare/NAME/... logs/ export/FORMAT/ statistics/ tensorboard/
 report.html report.md
 """

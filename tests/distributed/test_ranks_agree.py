@@ -103,12 +103,15 @@ TRANSFORMS = ("optimize.objective=mixed", "optimize.scales=true", "optimize.clip
 
 
 RANGE = ("rotation.init=range",)
+STORED = (*TRANSFORMS, "optimize.teacher_top_k=8")
 
 
-@pytest.mark.parametrize("more", [(), RANGE, TRANSFORMS], ids=["rotations", "from ranges", "everything"])
+@pytest.mark.parametrize(
+    "more", [(), RANGE, TRANSFORMS, STORED], ids=["rotations", "from ranges", "everything", "stored teacher"]
+)
 def test_adam_learns_the_same_on_two_ranks(words, tmp_path_factory, more):
     one, two = (learned(size, words, tmp_path_factory.mktemp(f"adam{size}"), *ADAM, *more) for size in (1, 2))
-    assert len(one) == (8 if more is TRANSFORMS else 2)
+    assert len(one) == (8 if more in (TRANSFORMS, STORED) else 2)
     for name in one:
         assert (one[name] - two[name]).abs().max() < 1e-9, name
 
