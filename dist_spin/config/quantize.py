@@ -10,10 +10,12 @@ from dist_spin.config.checks import (
     MAX_SEED,
     MAX_SEQ_LEN,
     MAX_TOKENS,
+    check_positive,
     check_range,
     check_source,
     check_text,
     check_unique,
+    require,
 )
 
 
@@ -43,6 +45,11 @@ class QuantizeConfig:
     """Exponent of the error that quant.w_mse_clip makes least: 2.4 as published; at 2 GPTQ loses less."""
     cd_passes: int = 0
     """Passes of coordinate descent over GPTQ's codes, which lower the error of each layer's output; 0: none, as published."""
+    tune_steps: int = 0
+    """Steps in which the scales of the codes and the gains of norms then learn to predict as full precision does; codes stay.
+    Four calibration sequences a step; the whole model is on each rank's device. 0: none, as published."""
+    tune_lr: float = 1e-3
+    """Learning rate of these scales' logarithms (Adam), falling along a cosine."""
     quantize_activations: bool = False
     """Keep activation, key and value quantisers on while calibrating; off as published."""
     layers_per_job: int = 0
@@ -64,6 +71,11 @@ class QuantizeConfig:
         check_range("quantize.block_size", self.block_size, 1, MAX_CHANNELS, "use 1 or more")
         check_range("quantize.clip_norm", self.clip_norm, FP32_TINY, 100.0, "use a number above 0, such as 2")
         check_range("quantize.cd_passes", self.cd_passes, 0, MAX_COUNT, "use 0 or more")
+        check_range("quantize.tune_steps", self.tune_steps, 0, MAX_COUNT, "use a number of steps, or 0 for none")
+        check_positive("quantize.tune_lr", self.tune_lr, "use a number above 0, such as 1e-3")
+        if self.tune_steps:
+            whole = "all layers are tuned together: set quantize.layers_per_job=0, or quantize.tune_steps=0"
+            require(self.layers_per_job == 0, "quantize.layers_per_job", self.layers_per_job, whole)
         check_range(
             "quantize.layers_per_job", self.layers_per_job, 0, MAX_COUNT, "use a number of layers, or 0 for all"
         )

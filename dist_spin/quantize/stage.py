@@ -21,6 +21,7 @@ from dist_spin.quantize.job import QuantizeJob, ranges_within
 from dist_spin.quantize.layer_range import LayerRange, quantize_range
 from dist_spin.quantize.parallel import MEMORY_SHARE, choose, layer_cost, memory_needed
 from dist_spin.quantize.rank_layers import begun_by, quantize_apart
+from dist_spin.quantize.tune import tune, tunes, untuned
 from dist_spin.runtime.device_memory import device_bytes_free
 from dist_spin.runtime.distributed import World, any_rank, made_on_all, on_rank0
 from dist_spin.runtime.host_memory import host_bytes_free
@@ -52,6 +53,18 @@ def quantize_variants(
     """What `quantize` does, for these variants of one run, which share stored hidden states where they can."""
     if not jobs:
         return
+    tuned = [job for job in jobs if tunes(job) and not hidden_states_only and open_ranges(job)]
+    if tuned:
+        rounded = {id(job): untuned(job) for job in tuned}
+        _quantize([rounded.get(id(job), job) for job in jobs], layers)
+        for job in tuned:
+            on_rank0(job.make_embeddings)
+            tune(job, rounded[id(job)])
+    else:
+        _quantize(jobs, layers, hidden_states_only=hidden_states_only)
+
+
+def _quantize(jobs: list[QuantizeJob], layers: tuple[int, int] | None, *, hidden_states_only: bool = False) -> None:
     ranges = [layer_range for job in jobs for layer_range in open_ranges(job, layers)]
     share_layers = hidden_states_only or not _takes_ranges(ranges, jobs[0])
     if hidden_states_only or layers is None or not share_layers:
