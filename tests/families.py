@@ -11,10 +11,12 @@ from transformers import (
     LlamaConfig,
     MinistralConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -111,4 +113,17 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "granite-3-8b (4096, 12800)": _config(GraniteConfig, 64, 200, 8, 2, **_granite(1 / 128, 16.0)),
     "gemma-2b (2048, 16384)": _config(GemmaConfig, 64, 512, 4, 1, head_dim=32, **TIED),
     "gemma-7b (3072, 24576)": _config(GemmaConfig, 48, 384, 4, 4, head_dim=16, **TIED),
+    "qwen3-30b-a3b (2048, 768)": _config(
+        Qwen3MoeConfig,
+        64,
+        192,
+        8,
+        2,
+        head_dim=16,
+        moe_intermediate_size=24,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+    ),
+    "mixtral-8x7b (4096, 14336)": _config(MixtralConfig, 64, 224, 8, 2, num_local_experts=4, num_experts_per_tok=2),
 }

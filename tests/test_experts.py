@@ -6,57 +6,42 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_model import CPU, online_sites, relative
+from families import FAMILIES
+from safetensors.torch import load_file, save_file
+from test_model import CPU, eager_and_compiled, learning_model, online_sites, reference_logits, relative
+from test_transforms import build, learned_transforms, merged
 from tiny import tiny_run, write_model
-from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
+from torch import Tensor, nn
 
 from dist_spin.cli import main
 from dist_spin.errors import UserError
+from dist_spin.model.activation_checkpoint import LEVELS
+from dist_spin.model.experts import EXPERT_FAMILIES, Expert, ExpertList
+from dist_spin.model.fake_quant_model import FakeQuantModel
 from dist_spin.model.layers import LayerRunner
+from dist_spin.model.rotate_quantize import ScaleAndClip
 from dist_spin.model.rotated_weights import RotatedWeights
-from dist_spin.model.rotation import initial
-from dist_spin.model.sites import WideRMSNorm
+from dist_spin.model.rotation import Rotations, initial
+from dist_spin.model.sites import DownProjInputQuant, QuantizedInputLinear
 from dist_spin.model.sites_config import Sites
+from dist_spin.model.stacked_experts import StackedExperts
 from dist_spin.model.weights import ModelFiles, open_model
+from dist_spin.numerics.cayley import tangent
 from dist_spin.numerics.gptq import GPTQOptions
+from dist_spin.numerics.hadamard_transform import kronecker_factors
+from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.quantize.layer_quantizer import LayerQuantizer
 from dist_spin.runtime import distributed
 from dist_spin.storage.quantized_layers import finished_layer, save_layer
 
 WIDE = torch.float64
 IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(1))
-COMMON = {
-    "vocab_size": 97,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "num_experts_per_tok": 2,
-}
-MODELS = {
-    "qwen3-30b-a3b (2048, 768)": Qwen3MoeConfig(
-        **COMMON,
-        hidden_size=64,
-        intermediate_size=192,
-        moe_intermediate_size=24,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_experts=8,
-        norm_topk_prob=True,
-    ),
-    "mixtral-8x7b (4096, 14336)": MixtralConfig(
-        **COMMON, hidden_size=64, intermediate_size=224, num_key_value_heads=2, num_local_experts=4
-    ),
-}
+MODELS = [name for name, config in FAMILIES.items() if config.model_type in EXPERT_FAMILIES]
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def files(request, tmp_path_factory) -> ModelFiles:
-    return open_model(str(write_model(MODELS[request.param], tmp_path_factory.mktemp("model"))))
+    return open_model(str(write_model(FAMILIES[request.param], tmp_path_factory.mktemp("model"))))
 
 
 @pytest.fixture
@@ -78,29 +63,9 @@ def run_layers(files: ModelFiles, rotations, sites: Sites) -> tuple[torch.Tensor
     return weights.head(files.config.rms_norm_eps).logits(hidden), routers
 
 
-def transformers_logits(directory, dtype: torch.dtype) -> torch.Tensor:
-    """transformers' own model; its norms and the softmax of its routers in the input's precision instead of fp32."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, experts_implementation="eager")
-    normalised = getattr(model.config, "norm_topk_prob", True)
-
-    def route(router: nn.Module, x: torch.Tensor):
-        logits = nn.functional.linear(x.flatten(0, -2), router.weight)
-        shares, experts = logits.softmax(-1).topk(router.top_k, -1)
-        return logits, shares / shares.sum(-1, keepdim=True) if normalised else shares, experts
-
-    for module in list(model.modules()):
-        if type(module).__name__.endswith("TopKRouter"):
-            module.forward = route.__get__(module)
-        for name, child in list(module.named_children()):
-            if type(child).__name__.endswith("RMSNorm"):
-                setattr(module, name, WideRMSNorm(child.variance_epsilon, child.weight))
-    with torch.no_grad():
-        return model(IDS).logits
-
-
 def test_function_and_routing_are_preserved_by_fold_and_rotate(files):
     plain, routers = run_layers(files, None, Sites())
-    assert relative(plain, transformers_logits(files.directory, WIDE)) < 1e-9
+    assert relative(plain, reference_logits(files, IDS, WIDE)) < 1e-9
     rotated, rotated_routers = run_layers(files, initial("orthogonal", files.shape, 3), online_sites(files, 16))
     assert relative(rotated, plain) < 1e-9
     for ours, original in zip(rotated_routers, routers, strict=True):
@@ -154,8 +119,8 @@ def test_a_run_quantises_measures_and_exports_what_transformers_loads(files, tmp
     rows = json.loads((tmp_path / "run" / "results.json").read_text())
     assert rows
     (export,) = {path.parent for path in tmp_path.rglob("dist_spin*.json")} - {tmp_path}
-    exported = transformers_logits(export, WIDE)
-    assert relative(exported, transformers_logits(files.directory, WIDE)) < 1e-9
+    exported = reference_logits(open_model(str(export)), IDS, WIDE)
+    assert relative(exported, reference_logits(files, IDS, WIDE)) < 1e-9
     import dist_spin
 
     with torch.no_grad():
@@ -178,10 +143,118 @@ def test_rotations_are_fitted_and_another_config_is_another_model(files, tmp_pat
     assert layer.stat().st_mtime_ns != before
 
 
+def test_experts_stored_in_one_tensor_are_the_same_model(files, tmp_path):
+    tensors = load_file(files.directory / "model.safetensors")
+    count, layers = files.shape.experts, files.shape.layers
+    names = ("w1", "w3", "w2") if files.config.model_type == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    inner = "block_sparse_moe" if files.config.model_type == "mixtral" else "mlp"
+    for i in range(layers):
+        prefix = f"model.layers.{i}.{inner}.experts"
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{prefix}.{e}.{name}.weight") for e in range(count)]) for name in names
+        )
+        tensors[f"model.layers.{i}.mlp.experts.gate_up_proj"] = torch.cat((gate, up), 1)
+        tensors[f"model.layers.{i}.mlp.experts.down_proj"] = down
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    shutil.copy(files.directory / "config.json", tmp_path)
+    stacked = open_model(str(tmp_path))
+    assert not stacked.notes
+    for name in (f"model.layers.1.{role}.weight" for role in files.shape.linears):
+        assert torch.equal(stacked.weights.rows(name), files.weights.rows(name)), name
+        assert torch.equal(stacked.weights.rows(name, 3, 7), files.weights.rows(name, 3, 7)), name
+    # transformers reads them as the same model, too
+    assert relative(reference_logits(stacked, IDS, WIDE), reference_logits(files, IDS, WIDE)) < 1e-12
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"num_experts": count + 1, "num_local_experts": count + 1})
+    )
+    with pytest.raises(UserError, match=f"is {count} x 64, its config.json says {count + 1} x 64"):
+        open_model(str(tmp_path))
+
+
+def test_stacked_experts_compute_and_differentiate_what_a_list_of_them_does():
+    experts, hidden, width, chosen = 5, 16, 24, 2
+    g = torch.Generator().manual_seed(0)
+
+    def drawn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g, dtype=WIDE)
+
+    r4, spec = kronecker_factors(width, 0, dtype=WIDE, device="cpu"), QuantSpec(4)
+    listed = ExpertList([Expert(hidden, width, "silu") for _ in range(experts)]).to(WIDE).requires_grad_(False)
+    stacked = StackedExperts(experts, hidden, width, "silu").to(WIDE).requires_grad_(False)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        rows = torch.cat([getattr(expert, name).weight for expert in listed])
+        getattr(stacked, name).weight.copy_(rows)
+    routes = torch.rand(40, experts - 1, generator=g).topk(chosen).indices  # the last expert is chosen by no token
+    found, weights = [], drawn(40, hidden)
+    inputs = (drawn(40, hidden), drawn(40, chosen), 0.3 * drawn(experts, width), drawn(()))
+    for experts_of_layer in (listed, stacked):
+        x, shares, scale, clip = (t.clone().requires_grad_() for t in inputs)
+        if experts_of_layer is stacked:
+            stacked.down_site = DownProjInputQuant(spec, r4, ScaleAndClip(scale, clip), unfold=True)
+        else:
+            for e, expert in enumerate(listed):
+                site = DownProjInputQuant(spec, r4, ScaleAndClip(scale[e], clip), unfold=True)
+                expert.down_proj = QuantizedInputLinear(site, expert.down_proj)
+        out = experts_of_layer(x, shares, routes)
+        (out * weights).sum().backward()
+        found.append((out.detach(), x.grad, shares.grad, scale.grad, clip.grad))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_recomputed_changes_no_gradient(files):
+    gradients = []
+    for level in LEVELS:
+        rotations = Rotations(*initial("hadamard", files.shape, 0), CPU, WIDE, learn=True)
+        model = learning_model(files, rotations, online_sites(files, 4), WIDE)
+        model.set_levels([level] * files.shape.layers)
+        model(IDS).sum().backward()
+        gradients.append(rotations.gradient)
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[2])
+
+
+@pytest.mark.slow
+def test_one_compiled_graph_serves_all_layers(tmp_path):
+    def make(files: ModelFiles, rotations: Rotations, **more) -> FakeQuantModel:
+        return learning_model(files, rotations, online_sites(files, 4), WIDE, **more)
+
+    n = FAMILIES[MODELS[0]].hidden_size
+    gradients = eager_and_compiled(tmp_path, IDS, make, kind=FAMILIES[MODELS[0]])
+    eager, compiled = (tangent(gradient[: n * n].view(n, n)) for gradient in gradients)
+    assert relative(compiled, eager) < 1e-9
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_scales_of_every_expert_merge_into_what_was_learned(files, bits):
+    rotations = initial("hadamard", files.shape, seed=5)
+    sites, transforms = online_sites(files, bits), learned_transforms(files)
+    model = build(files, Rotations(*rotations, CPU, WIDE, learn=True), sites, transforms)
+    with torch.no_grad():
+        attached = model(IDS)
+    logits = merged(files, rotations, sites, transforms.values(), IDS)
+    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="none")
+    torch.testing.assert_close(attached, loss.view(2, -1).mean(-1), rtol=1e-9, atol=0)
+    if bits == 16:  # merging scales changes neither the function nor the routing
+        assert relative(logits, reference_logits(files, IDS, WIDE)) < 1e-9
+
+
+def test_rotations_scales_and_clips_are_learned_quantised_and_measured(files, tmp_path):
+    more = ("optimize.steps=4", "optimize.scales=true", "optimize.clips=true", "optimize.objective=mixed")
+    settings = tiny_run(tmp_path, *more, "optimize.guard_every=2", "optimize.guard_sequences=4", model=files.directory)
+    for verb in ("optimize", "quantize", "evaluate"):
+        assert main([verb, *settings]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 4
+    assert all(line["grad_norm"] > 0 for line in lines)
+    assert json.loads((tmp_path / "run" / "results.json").read_text())
+
+
 def test_what_is_not_built_for_experts_is_refused_in_one_line(files, tmp_path, capsys):
-    assert main(["optimize", *tiny_run(tmp_path, model=files.directory)]) != 0
+    assert main(["optimize", *tiny_run(tmp_path, "optimize.w_bits=4", model=files.directory)]) == 2
     said = capsys.readouterr()
-    assert "rotations of a mixture of experts are not learned yet; set optimize.steps=0" in said.out + said.err
+    assert "optimize.w_bits=4, but with experts rotations are learned from 16-bit weights; set" in said.out + said.err
     assert "Traceback" not in said.out + said.err
 
 

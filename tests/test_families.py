@@ -14,7 +14,7 @@ from torch import nn
 
 from dist_spin.config.loader import load_config
 from dist_spin.errors import UserError
-from dist_spin.model.architecture import LAYER_LINEARS
+from dist_spin.model.architecture import Shape
 from dist_spin.model.families import REFUSED
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.rotated_weights import RotatedWeights
@@ -48,10 +48,10 @@ def alone() -> Iterator[distributed.World]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_small_sizes_stand_for_the_real_ones(name):
-    config = FAMILIES[name]
+    shape = Shape.of(FAMILIES[name])
     hidden, intermediate = map(int, name.split("(")[1].rstrip(")").split(", "))
-    assert hidden * config.intermediate_size == intermediate * config.hidden_size  # one ratio
-    for real, small in ((hidden, config.hidden_size), (intermediate, config.intermediate_size)):
+    assert hidden * shape.intermediate == intermediate * shape.hidden  # one ratio
+    for real, small in ((hidden, shape.hidden), (intermediate, shape.intermediate)):
         core, odd = hadamard_core(real)[0], small // (small & -small)
         assert core % odd == 0
         assert core == hadamard_core(small)[0] or core > 512  # a product of cores needs more factors of two
@@ -98,7 +98,7 @@ def test_layers_are_quantised_and_reload_as_they_were(files, alone, tmp_path):
     hidden = [torch.randn(1, 20, files.shape.hidden, generator=generator, dtype=WIDE) for _ in range(6)]
     entered = list(hidden)
     made = quantizer.quantize(last, source.layer(last), hidden)
-    assert set(made.quantized_weights) == set(LAYER_LINEARS)
+    assert set(made.quantized_weights) == set(files.shape.linears)
     assert all(0 < f["error"] < f["rtn_error"] < 1 for f in made.figures.values())
     save_layer(tmp_path / "layer.safetensors", made, "a fingerprint")
     loaded = finished_layer(tmp_path / "layer.safetensors", "a fingerprint", pytest.fail)

@@ -67,6 +67,17 @@ FLAGS: dict[str, dict[str, Any]] = {
     "not causal": {"is_causal": False},
     "dropout": {"attention_dropout": 0.5},
     "pretraining_tp": {"pretraining_tp": 2},
+    "shares as they are": {"norm_topk_prob": False},
+    "shares normalised": {"norm_topk_prob": True},
+    "one expert a token": {"num_experts_per_tok": 1},
+    "three experts": {"num_experts": 3, "num_local_experts": 3},
+    "wider experts": {"moe_intermediate_size": 48},
+    "every other layer dense": {"decoder_sparse_step": 2},
+    "one layer dense": {"mlp_only_layers": [0]},
+    "router's logits": {"output_router_logits": True, "router_aux_loss_coef": 0.1},
+    "router noise": {"router_jitter_noise": 0.5},
+    "a shared expert": {"shared_expert_intermediate_size": 24, "n_shared_experts": 1},
+    "groups of experts": {"n_group": 2, "topk_group": 1, "scoring_func": "sigmoid", "routed_scaling_factor": 2.0},
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import SHAPES, write_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from dist_spin.errors import UserError
 from dist_spin.model.activation_checkpoint import LEVELS
@@ -41,9 +41,19 @@ def online_sites(files: ModelFiles, bits: int) -> Sites:
 
 
 def reference_logits(files: ModelFiles, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """transformers' own model, its norms in the input's precision instead of fp32."""
-    model = AutoModelForCausalLM.from_pretrained(files.directory, dtype=dtype)
+    """transformers' own model, its norms and the softmax of its routers in the input's precision instead of fp32."""
+    model = AutoModelForCausalLM.from_pretrained(files.directory, dtype=dtype, experts_implementation="eager")
+
+    def route(router: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = nn.functional.linear(x.flatten(0, -2), router.weight)
+        shares, experts = logits.softmax(-1).topk(router.top_k, -1)
+        if getattr(files.config, "norm_topk_prob", True):  # Mixtral's always sum to 1
+            shares = shares / shares.sum(-1, keepdim=True)
+        return logits, shares, experts
+
     for module in list(model.modules()):
+        if type(module).__name__.endswith("TopKRouter"):
+            module.forward = route.__get__(module)
         for name, child in list(module.named_children()):
             if type(child).__name__ == "GemmaRMSNorm":  # which stores w of a gain 1 + w
                 setattr(module, name, WideRMSNorm(child.eps, nn.Parameter(1 + child.weight)))
@@ -129,12 +139,16 @@ class WeightSide(nn.Module):
         def blocks(n: int) -> Tensor:  # R2 once per head
             return torch.block_diag(*[self.r2[i]] * n)
 
+        shape = self.files.shape
+        routers = ["mlp.gate"] if shape.experts else []
         for role, norm in (
             ("self_attn.q_proj", "input_layernorm"),
             ("self_attn.k_proj", "input_layernorm"),
             ("self_attn.v_proj", "input_layernorm"),
-            ("mlp.gate_proj", "post_attention_layernorm"),
-            ("mlp.up_proj", "post_attention_layernorm"),
+            *(
+                (role, "post_attention_layernorm")
+                for role in (*shape.of_mlp("gate_proj"), *shape.of_mlp("up_proj"), *routers)
+            ),
         ):
             out[f"{role}.weight"] = (raw(f"{role}.weight") * raw(f"{norm}.weight")) @ self.r1
             if source.has(f"{prefix}{role}.bias"):
@@ -145,8 +159,9 @@ class WeightSide(nn.Module):
             out["self_attn.v_proj.bias"] = out["self_attn.v_proj.bias"] @ blocks(kv)
         out["self_attn.o_proj.weight"] = self.r1.T @ raw("self_attn.o_proj.weight") @ blocks(heads)
         r4 = functools.reduce(torch.kron, self.sites.r4)
-        out["mlp.down_proj.weight"] = self.r1.T @ raw("mlp.down_proj.weight") @ r4
-        for role in ("self_attn.o_proj", "mlp.down_proj"):
+        for role in shape.of_mlp("down_proj"):
+            out[f"{role}.weight"] = self.r1.T @ raw(f"{role}.weight") @ r4
+        for role in ("self_attn.o_proj", *shape.of_mlp("down_proj")):
             if source.has(f"{prefix}{role}.bias"):
                 out[f"{role}.bias"] = raw(f"{role}.bias") @ self.r1
         for norm in ("self_attn.q_norm", "self_attn.k_norm"):
@@ -219,12 +234,18 @@ def test_what_is_recomputed_changes_no_gradient(tmp_path, ids):
     assert torch.equal(gradients[0], gradients[2])
 
 
-def eager_and_compiled(directory: Path, ids: Tensor, make: Callable[..., FakeQuantModel], **options) -> list[Tensor]:
+def eager_and_compiled(
+    directory: Path,
+    ids: Tensor,
+    make: Callable[..., FakeQuantModel],
+    kind: str | PreTrainedConfig = "gqa_tied",
+    **options,
+) -> list[Tensor]:
     """R's gradients [n] of a model of 12 layers that is eager, then compiled; one compiled graph must serve all layers.
 
-    make(files, rotations, compile=...) returns the model. options: of `Rotations`.
+    make(files, rotations, compile=...) returns the model. kind: of model. options: of `Rotations`.
     """
-    files = open_model(str(write_model("gqa_tied", directory, layers=12)))
+    files = open_model(str(write_model(kind, directory, layers=12)))
     gradients = []
     for compiled in (False, True):
         rotations = Rotations(*initial("hadamard", files.shape, 0), CPU, torch.float64, learn=True, **options)

@@ -208,7 +208,7 @@ def step_flop(shape: Shape, tokens: int, seq_len: int, block: int = 0) -> float:
     """
     h, i, kv = shape.hidden, shape.intermediate, shape.kv_heads * shape.head_dim
     q = shape.heads * shape.head_dim
-    linears = 2 * h * q + 2 * h * kv + 3 * h * i
+    linears = 2 * h * q + 2 * h * kv + 3 * h * i * max(1, shape.experts_per_token) + h * shape.experts
     attention = 2 * q * seq_len / 2 * 3.5 * 2  # per token: (QK^T and PV) over half of the positions
     rotations = 2 * 3 * 2 * h * (block or h)
     per_layer = tokens * (2 * 2 * linears + attention + rotations)

@@ -16,11 +16,12 @@ LEVELS = ("none", "sites", "layer")
 
 def _sites(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     is_kept_matmul = op == torch.ops.dist_spin.kept_matmul.default
-    return CheckpointPolicy.MUST_SAVE if is_kept_matmul else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if is_kept_matmul else _layer(ctx, op)
 
 
 def _layer(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.PREFER_RECOMPUTE
+    is_routing = op == torch.ops.dist_spin.chosen_experts.default
+    return CheckpointPolicy.MUST_SAVE if is_routing else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 _CONTEXTS = {
@@ -59,11 +60,13 @@ def kept_bytes(
     Llama-3-8B shape; 1.9 GiB for 8192 tokens with scales and clips, counted with a quarter to spare); in an eager one it
     counts the tensors between the matmuls and their fp32 companions in quantisers and norms.
     """
-    h, i = shape.hidden, shape.intermediate
+    h, i = shape.hidden, shape.intermediate * max(1, shape.experts_per_token)
     most = (24 * h + 10 * i) if not compiled else (20 * h + 5 * i) if transformed else (8 * h + 2 * i)
     elements = {"layer": h, "sites": 4 * h, "none": most}[level]
     if fake_quant_linears and level == "none" and compiled:
         elements += shape.heads * shape.head_dim + i
+    if level == "none":
+        elements += 2 * shape.experts_per_token * h  # tokens in the order of their experts, and their experts' outputs
     return tokens * elements * element
 
 

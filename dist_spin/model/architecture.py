@@ -31,7 +31,10 @@ EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that rotations and quantisers need, all in elements; experts: per layer, each `intermediate` wide, 0 for none."""
+    """The sizes that rotations and quantisers need, all in elements; experts: per layer, each `intermediate` wide, 0 for none.
+
+    experts_per_token: how many of them compute a token.
+    """
 
     hidden: int
     intermediate: int
@@ -41,6 +44,7 @@ class Shape:
     layers: int
     vocab: int
     experts: int = 0
+    experts_per_token: int = 0
 
     @staticmethod
     def of(config: Any) -> "Shape":
@@ -55,6 +59,7 @@ class Shape:
             layers=config.num_hidden_layers,
             vocab=config.vocab_size,
             experts=expert_count(config),
+            experts_per_token=config.num_experts_per_tok if expert_count(config) else 0,
         )
 
     @property
@@ -62,17 +67,21 @@ class Shape:
         """The linears of a decoder layer whose weights are quantised, by their names within it."""
         return (*LAYER_LINEARS[:4], *expert_linears(self.experts)) if self.experts else LAYER_LINEARS
 
+    def of_mlp(self, linear: str) -> list[str]:
+        """Where in a decoder layer a linear of the MLP stands ("down_proj"): once, or in every expert."""
+        return [f"mlp.experts.{e}.{linear}" for e in range(self.experts)] if self.experts else [f"mlp.{linear}"]
+
 
 def layer_name(index: int) -> str:
     """Checkpoint name of decoder layer `index`."""
     return f"model.layers.{index}"
 
 
-def skeleton(config: Any) -> Any:
+def skeleton(config: Any, *, stacked_experts: bool = False) -> Any:
     """The family's own causal language model on the meta device, untied, with our attention function selected.
 
     An nn.Module, typed as Any because its attributes are the family's own.
-    Weights, norms and buffers hold no numbers yet; `config` is copied, not changed.
+    Weights, norms and buffers hold no numbers yet; `config` is copied, not changed. stacked_experts: see `MixtureOfExperts`.
     """
     config = copy.deepcopy(config)
     config.tie_word_embeddings = False  # rotation folds the final norm into lm_head alone
@@ -82,7 +91,7 @@ def skeleton(config: Any) -> Any:
         model = AutoModelForCausalLM.from_config(config)
         if expert_count(config):
             for layer in model.model.layers:
-                layer.mlp = MixtureOfExperts(config)
+                layer.mlp = MixtureOfExperts(config, stacked=stacked_experts)
     return model.requires_grad_(requires_grad=False).eval()
 
 

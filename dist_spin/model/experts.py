@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from dist_spin.errors import UserError
+from dist_spin.model.stacked_experts import StackedExperts, chosen_experts
 from dist_spin.numerics.dtypes import accumulation_dtype
-from dist_spin.numerics.quantizer import QuantSpec, fake_quantize
 
 EXPERT_FAMILIES = ("qwen3_moe", "mixtral")
 ROUTER = "mlp.gate"
@@ -57,6 +57,28 @@ def name_here(stored: str) -> str:
     return re.sub(r"(\.experts\.\d+)\.(w[123])\.", lambda m: f"{m[1]}.{MIXTRAL_LINEARS[m[2]]}.", name)
 
 
+def expert_parts(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, int]]:
+    """The weights that a stack of all experts holds, as newer checkpoints have it: name to first row and number of rows.
+
+    Args:
+        name: of the stored tensor, `...mlp.experts.gate_up_proj` [experts, 2 w, h] or `...mlp.experts.down_proj` [experts, h, w].
+        shape: its shape; rows are those of the stack with its first two dimensions joined.
+
+    Returns:
+        Nothing for any other tensor.
+    """
+    layer, _, linear = name.rpartition(".mlp.experts.")
+    names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(linear, ())
+    if not layer or len(shape) != 3 or not names:
+        return {}
+    rows = shape[1] // len(names)
+    return {
+        f"{layer}.mlp.experts.{e}.{one}.weight": (e * shape[1] + i * rows, rows)
+        for e in range(shape[0])
+        for i, one in enumerate(names)
+    }
+
+
 def name_in_checkpoints(model_type: str, name: str) -> str:
     """The reverse of `name_here`, for a name within a layer."""
     if model_type != "mixtral" or not name.startswith("mlp."):
@@ -77,7 +99,8 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [n, h] to the shares of the chosen experts [n, chosen], in x's dtype, and which they are, int64."""
         logits = x @ self.weight.T
-        shares, experts = logits.to(accumulation_dtype(x.dtype)).softmax(-1).topk(self.chosen, -1)
+        experts = chosen_experts(logits.detach(), self.chosen)
+        shares = logits.to(accumulation_dtype(x.dtype)).softmax(-1).gather(-1, experts)
         if self.normalised:
             shares = shares / shares.sum(-1, keepdim=True)
         return shares.to(x.dtype), experts
@@ -102,30 +125,39 @@ class Expert(nn.Module):
         return self.down_proj(self.inner(x))
 
 
-class MixtureOfExperts(nn.Module):
-    """Router and experts; each expert computes the tokens that chose it, and no others.
+class ExpertList(nn.ModuleList):
+    """The experts of a layer as modules; each computes the tokens that chose it, and no others."""
 
-    The router reads its input unquantised, as serving engines run it; the experts read it through `input_spec`.
+    def forward(self, x: Tensor, shares: Tensor, chosen: Tensor) -> Tensor:
+        """x [n, h], shares [n, k] of the chosen experts, chosen [n, k] int64, to the weighted sums [n, h]."""
+        out = torch.zeros_like(x)
+        for index in chosen.unique().tolist():
+            token, place = (chosen == index).nonzero(as_tuple=True)
+            out.index_add_(0, token, self[index](x[token]) * shares[token, place, None])
+        return out
+
+
+class MixtureOfExperts(nn.Module):
+    """Router and experts.
+
+    The router reads its input unquantised, as serving engines run it; the experts read it through `input_site`.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, *, stacked: bool = False) -> None:
+        """stacked: the experts as three matrices, for learning (model/stacked_experts.py), instead of a list of modules."""
         super().__init__()
         normalised = config.model_type == "mixtral" or config.norm_topk_prob
         count, hidden, width = expert_count(config), config.hidden_size, expert_width(config)
         self.gate = Router(hidden, count, config.num_experts_per_tok, normalised=normalised)
-        self.experts = nn.ModuleList([Expert(hidden, width, config.hidden_act) for _ in range(count)])
-        self.input_spec = QuantSpec()
-
-    def quantised(self, x: Tensor) -> Tensor:
-        """What the experts read of x [..., h]."""
-        return fake_quantize(x, self.input_spec) if self.input_spec.enabled else x
+        self.input_site: nn.Module = nn.Identity()
+        self.experts: Any
+        if stacked:
+            self.experts = StackedExperts(count, hidden, width, config.hidden_act)
+        else:
+            self.experts = ExpertList([Expert(hidden, width, config.hidden_act) for _ in range(count)])
 
     def forward(self, x: Tensor) -> Tensor:
         """x [batch, T, h] to the same."""
         tokens = x.flatten(0, -2)
         shares, chosen = self.gate(tokens)
-        inputs, out = self.quantised(tokens), torch.zeros_like(tokens)
-        for index in chosen.unique().tolist():
-            token, place = (chosen == index).nonzero(as_tuple=True)
-            out.index_add_(0, token, self.experts[index](inputs[token]) * shares[token, place, None])
-        return out.view_as(x)
+        return self.experts(self.input_site(tokens), shares, chosen).view_as(x)

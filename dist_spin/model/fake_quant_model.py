@@ -99,7 +99,7 @@ class FakeQuantModel(nn.Module):
         super().__init__()
         # R1 where the residual stream is kept in the rotated basis, None where it is in its own.
         self.rotated = None if weight_quantizer is None else rotations.r1_param
-        base = skeleton(config).to(dtype)
+        base = skeleton(config, stacked_experts=True).to(dtype)
         self.config, self.device = base.config, device
         shape = Shape.of(config)
         sites = sites.to(device, dtype)

@@ -118,6 +118,10 @@ class LlamaFormWeights:
             return rows
         return rows.to(accumulation_dtype(rows.dtype)) * factor + shift
 
+    def row_count(self, name: str) -> int:
+        stored, _, count = self._place(name)
+        return self._stored.row_count(stored) if count is None else count
+
     def fingerprint(self) -> str:
         how = repr((self._form.parts, self._form.factors, self._form.gains_from_one))
         return hashlib.sha256(f"{self._stored.fingerprint()}:{how}".encode()).hexdigest()

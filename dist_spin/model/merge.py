@@ -31,6 +31,7 @@ def norms_before(shape: Shape) -> dict[str, str]:
     return attention | dict.fromkeys((ROUTER, *reading), MLP_NORM)
 
 
+STACKED = re.compile(r"\.mlp\.experts\.\w+_proj\.weight$")
 VOCAB_ROWS_AT_ONCE = 8192
 ROWS_AT_ONCE = 512  # rows widened to fp64 at a time, which bounds the memory of folding
 
@@ -41,7 +42,7 @@ def _gain_before(source: WeightSource, parameter: str) -> Tensor | None:
         return source.rows(f"{FINAL_NORM}.weight").double()
     parts = parameter.split(".")
     role = ".".join(parts[3:-1])
-    norm = NORM_BEFORE.get(re.sub(r"experts\.\d+\.", "", role), MLP_NORM if role == ROUTER else None)
+    norm = NORM_BEFORE.get(re.sub(r"experts\.(\d+\.)?", "", role), MLP_NORM if role == ROUTER else None)
     if parts[-1] == "weight" and norm is not None:
         return source.rows(f"{'.'.join(parts[:3])}.{norm}.weight").double()
     return None
@@ -61,11 +62,20 @@ def folded_rows(
     rows are ever held in fp64.
 
     Args:
-        parameter: checkpoint name. out: [rows, ...], any floating dtype and device. r4: fp64 Kronecker factors.
+        parameter: checkpoint name, or that of all experts' matrices, one below the other (`mlp.experts.up_proj.weight`).
+        out: [rows, ...], any floating dtype and device. r4: fp64 Kronecker factors.
         device: where to compute; None: where `out` lies.
     """
+    if STACKED.search(parameter):
+        each, done = source.row_count(parameter.replace(".experts.", ".experts.0.")), 0
+        while done < len(out):
+            expert, first = divmod(start + done, each)
+            rows = out[done : done + each - first]
+            folded_rows(source, parameter.replace(".experts.", f".experts.{expert}."), rows, first, r4, device)
+            done += len(rows)
+        return
     gain = _gain_before(source, parameter)
-    rotate = bool(r4) and parameter.endswith("mlp.down_proj.weight")
+    rotate = bool(r4) and parameter.endswith("down_proj.weight")
     for lo in range(0, len(out), ROWS_AT_ONCE):
         hi = min(lo + ROWS_AT_ONCE, len(out))
         rows = source.rows(parameter, start + lo, start + hi, device or out.device)
@@ -119,7 +129,7 @@ def rotated_layer(
     rows: dict[str, Tensor] = {}  # what the rows of a linear are multiplied by
     out: dict[str, Tensor] = {}
     if "up" in s:
-        rows["mlp.up_proj"] = s["up"]
+        rows |= dict(zip(shape.of_mlp("up_proj"), _per_expert(s["up"], shape), strict=True))
     if "key" in s:
         t = torch.cat((s["key"], s["key"]), -1)  # [kv_heads or 1, d]
         rows["self_attn.k_proj"] = t.expand(shape.kv_heads, d).flatten()
@@ -144,6 +154,7 @@ def rotated_layer(
         if role in rows:
             w, b = w * rows[role][:, None], None if b is None else b * rows[role]
         _put(out, role, w, b)
+    over = dict(zip(shape.of_mlp("down_proj"), _per_expert(s["up"], shape), strict=True)) if "up" in s else {}
     for role in (role for role in shape.linears if role.endswith(("o_proj", "down_proj"))):
         w, b = read(role, "weight"), read(role, "bias")
         assert w is not None
@@ -154,11 +165,16 @@ def rotated_layer(
             w = w.flatten(1)
             w = across_heads(w, heads, d) if heads else w
         else:
-            if "up" in s:
-                w = w / s["up"]
+            if role in over:
+                w = w / over[role]
             w = kronecker_apply(w, r4) if r4 else w
         _put(out, role, apply_rotation_left(r1, w), None if b is None else apply_rotation(b, r1))
     return out
+
+
+def _per_expert(scale: Tensor, shape: Shape) -> Tensor:
+    """Scales of up_proj's rows, one vector for each MLP of the layer: [experts or 1, intermediate]."""
+    return scale.view(-1, shape.intermediate)
 
 
 def _put(out: dict[str, Tensor], role: str, weight: Tensor, bias: Tensor | None) -> None:

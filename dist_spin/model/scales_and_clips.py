@@ -23,12 +23,14 @@ SCALE_AT = {"attention": ATTENTION_NORM, "mlp": MLP_NORM, "down": "up", "o": "va
 def scale_shapes(shape: Shape, *, shared_keys: bool) -> dict[str, tuple[int, ...]]:
     """Name of each scale to its shape within a layer.
 
-    The names of the norms: after R1, before the linears they feed. up: up_proj's rows, before R4. value: channels of V,
-    after R2. key: RoPE pairs of K; shared_keys: one set for all heads, since it goes into the gain of the keys' norm.
+    The names of the norms: after R1, before the linears they feed. up: up_proj's rows, of every expert, before R4. value:
+    channels of V, after R2. key: RoPE pairs of K; shared_keys: one set for all heads, since it goes into the gain of the keys'
+    norm.
     """
     h, d, kv = shape.hidden, shape.head_dim, shape.kv_heads
     keys = 1 if shared_keys else kv
-    return {ATTENTION_NORM: (h,), MLP_NORM: (h,), "up": (shape.intermediate,), "value": (kv, d), "key": (keys, d // 2)}
+    up = (shape.experts, shape.intermediate) if shape.experts else (shape.intermediate,)
+    return {ATTENTION_NORM: (h,), MLP_NORM: (h,), "up": up, "value": (kv, d), "key": (keys, d // 2)}
 
 
 def initial_clip(bits: int) -> float:

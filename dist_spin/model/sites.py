@@ -173,12 +173,15 @@ class DownProjInputQuant(nn.Module):
         self.spec, self.learned, self.unfold = spec, learned, unfold
         self.hadamard = hadamard  # Kronecker factors of R4, normalised; () leaves R4 out
 
-    def forward(self, m: Tensor) -> Tensor:
-        """m [..., intermediate] to the same."""
+    def forward(self, m: Tensor, expert: Tensor | None = None) -> Tensor:
+        """m [..., intermediate] to the same. expert [rows], of m [rows, intermediate]: whose learned scale each row takes."""
+        scale = self.learned.scale
+        if scale is not None and expert is not None:
+            scale = scale[expert]
         if _mode.plain and (self.unfold or not self.hadamard):
             return m
-        if self.learned.scale is not None and not _mode.plain:
-            m = scale_channels(m, self.learned.scale)
+        if scale is not None and not _mode.plain:
+            m = scale_channels(m, scale)
         if self.hadamard:
             m = online_transform(m, self.hadamard)
         if _mode.plain:
@@ -186,7 +189,7 @@ class DownProjInputQuant(nn.Module):
         m = clipped(m, self.spec, self.learned)
         if self.unfold and self.hadamard:
             m = kronecker_apply(m, self.hadamard, inverse=True)
-        return m if self.learned.scale is None else scale_channels(m, self.learned.scale, -1)
+        return m if scale is None else scale_channels(m, scale, -1)
 
 
 class QuantizedInputLinear(nn.Module):

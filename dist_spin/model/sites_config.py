@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from dist_spin.model.sites import (
     ValueSite,
     WideRMSNorm,
 )
+from dist_spin.model.stacked_experts import StackedExperts
 from dist_spin.numerics.quantizer import QuantSpec
 
 CLIP_SITES = ("attention", "o", "mlp", "down", "k", "v")  # where clips are learned, in the order in which they are kept
@@ -117,11 +119,13 @@ def attach(
     input_quant = OProjInputQuant(sites.o, d, r2, sites.heads, learned_at["o"])
     attention.o_proj = QuantizedInputLinear(input_quant, attention.o_proj, keep=r2 is not None)
     if shape.experts:
-        mlp.input_spec = mlp_spec
-    for gated in mlp.experts if shape.experts else (mlp,):
-        gated.down_proj = QuantizedInputLinear(
-            DownProjInputQuant(down_spec, sites.r4, learned_at["down"], unfold=unfold), gated.down_proj
-        )
+        mlp.input_site = NormSite(nn.Identity(), mlp_spec, r1, learned_at["mlp"])
+    down_site = partial(DownProjInputQuant, down_spec, sites.r4, learned_at["down"], unfold=unfold)
+    if shape.experts and isinstance(mlp.experts, StackedExperts):
+        mlp.experts.down_site = down_site()
+    else:
+        for gated in mlp.experts if shape.experts else (mlp,):
+            gated.down_proj = QuantizedInputLinear(down_site(), gated.down_proj)
     attention.key_site = KeySite(sites.k, sites.r3, learned_at["k"])
 
 

@@ -15,5 +15,8 @@ class WeightSource(Protocol):
     def has(self, name: str) -> bool:
         """Whether the model has a parameter of this name (biases and q/k norms are optional)."""
 
+    def row_count(self, name: str) -> int:
+        """How many rows parameter `name` has."""
+
     def fingerprint(self) -> str:
         """A hash that changes when the weights do, without reading them all."""

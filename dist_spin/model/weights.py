@@ -4,6 +4,7 @@ A `WeightSource` answers for one Hugging Face directory of safetensors; a hub id
 such a directory once. `DummyWeights` answers with seeded random numbers instead, so that shapes run where weights cannot be had.
 """
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -27,7 +28,7 @@ from dist_spin.model.checkpoint_headers import (
     local_directory,
     read_headers,
 )
-from dist_spin.model.experts import check_experts, name_here
+from dist_spin.model.experts import check_experts, expert_parts, name_here
 from dist_spin.model.families import check_flags, check_supported
 from dist_spin.model.llama_form import LlamaFormWeights, llama_form
 from dist_spin.model.tensor_bytes import TensorRange, opened, read_header, read_into
@@ -102,6 +103,14 @@ class SafetensorsWeights:
             for name in headers
         }
         self.tensors = {name: headers[stored] for name, stored in self._stored_name.items()}
+        self._first_row: dict[str, int] = {}  # of weights that are stored in one tensor with those of other experts
+        for stack, tensor in list(self.tensors.items()):
+            parts = expert_parts(stack, tensor.shape)
+            for name, (first, rows) in parts.items():
+                self._first_row[name], self._stored_name[name] = first, self._stored_name[stack]
+                self.tensors[name] = dataclasses.replace(tensor, shape=(rows, tensor.shape[-1]))
+            if parts:
+                del self.tensors[stack]
         self._ranges: dict[str, dict[str, TensorRange]] = {}  # by file, once it was read from
 
     def _source_of(self, name: str) -> str:
@@ -117,7 +126,7 @@ class SafetensorsWeights:
             raise UserError(f"{self.directory} has no tensor {source}", "check that config.json belongs to the weights")
         path = self.directory / self.tensors[source].file
         try:
-            rows = self._read(path, self._stored_name[source], slice(start, stop), device)
+            rows = self._read(path, source, slice(start, stop), device)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path} cannot be read ({first_line(error)})", DOWNLOAD_AGAIN) from error
         if rows.is_floating_point() and not all_finite(rows):
@@ -125,15 +134,19 @@ class SafetensorsWeights:
             raise DamagedWeights(f"{path}: {source} holds {value} at {[first + start, *rest]}", DOWNLOAD_AGAIN)
         return rows
 
-    def _read(self, path: Path, stored_name: str, rows: slice, device: torch.device | str) -> Tensor:
+    def row_count(self, name: str) -> int:
+        return self.tensors[self._source_of(name)].shape[0]
+
+    def _read(self, path: Path, name: str, rows: slice, device: torch.device | str) -> Tensor:
         with opened(path) as descriptor:
             if path.name not in self._ranges:
                 self._ranges[path.name] = read_header(descriptor)[1]
-            dtype, shape, offset = self._ranges[path.name][stored_name]
+            dtype, _, offset = self._ranges[path.name][self._stored_name[name]]
+            shape = self.tensors[name].shape
             start, stop, _ = rows.indices(shape[0])
             out = torch.empty(max(0, stop - start), *shape[1:], dtype=dtype, device=device)
             row_bytes = math.prod(shape[1:]) * dtype.itemsize
-            read_into(descriptor, [(offset + start * row_bytes, out)])
+            read_into(descriptor, [(offset + (self._first_row.get(name, 0) + start) * row_bytes, out)])
         return out
 
     def fingerprint(self) -> str:
@@ -166,6 +179,9 @@ class DummyWeights:
             lo = max(first, start)
             out[lo - start : last - start] = rows[lo - first : last - first]
         return out.mul_(shape[-1] ** -0.5)
+
+    def row_count(self, name: str) -> int:
+        return self._shapes[name][0]
 
     def fingerprint(self) -> str:
         return hashlib.sha256(repr((self._seed, self._dtype, sorted(self._shapes.items()))).encode()).hexdigest()

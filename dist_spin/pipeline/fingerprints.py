@@ -31,6 +31,7 @@ NEWER: dict[str, Any] = {  # settings that runs of before do not name, with what
     "optimize.teacher_top_k": 0,
     "quantize.tune_steps": 0,
     "quantize.tune_lr": 1e-3,
+    "quantize.expert_tokens": "auto",
     "rotation.block": 0,
     "rotation.block_shared": False,
     **dict.fromkeys(("quant.w_format", "quant.a_format", "quant.kv_format"), "int"),

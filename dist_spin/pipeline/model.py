@@ -56,16 +56,18 @@ def open_configured_model(config: RunConfig) -> ModelFiles:
 
 
 def check_expert_settings(config: RunConfig, shape: Shape) -> None:
-    """Refuse what is not built for a mixture of experts: learning, and weights in number formats.
+    """Refuse what is not built for a mixture of experts: learning from rounded weights, and weights in number formats.
 
     Raises:
         UserError: names the setting to change.
     """
     if not shape.experts:
         return
-    if config.optimize.steps:
-        problem = "rotations of a mixture of experts are not learned yet"
-        raise UserError(problem, "set optimize.steps=0, which takes Hadamard or random rotations", shared=True)
+    if config.optimize.steps and config.optimize.w_bits < 16:
+        problem = (
+            f"optimize.w_bits={config.optimize.w_bits}, but with experts rotations are learned from 16-bit weights"
+        )
+        raise UserError(problem, "set optimize.w_bits=16, and quantize.method=gptq for the weights", shared=True)
     if config.quant.w_format != "int" or config.quant.a_format != "int":
         problem = "a mixture of experts is quantised to integers, not to number formats"
         raise UserError(problem, "set quant.w_format=int and quant.a_format=int", shared=True)

@@ -170,4 +170,5 @@ class QuantizeJob:
             cd_passes=q.cd_passes,
             **exact,
             input_scales=keeps_input_scales(self.config, self.variant),
+            expert_tokens=q.expert_tokens,
         )

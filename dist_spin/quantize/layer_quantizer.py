@@ -47,7 +47,8 @@ class LayerQuantizer:
     around each of `PARTS`, for benchmarks. exact_columns: of a layer's index, the input columns [n] int64 of its
     linears that stay exact, by linear; those of one site are the same.
     cd_passes: passes over the columns after GPTQ that make its codes better (`coordinate_descent`). input_scales: find
-    NVFP4's global scales of what linears read, from the largest value of all sequences.
+    NVFP4's global scales of what linears read, from the largest value of all sequences. expert_tokens: which tokens make an
+    expert's Hessian, as `quantize.expert_tokens`.
     """
 
     def __init__(
@@ -63,7 +64,9 @@ class LayerQuantizer:
         cd_passes: int = 0,
         *,
         input_scales: bool = False,
+        expert_tokens: str = "auto",
     ) -> None:
+        self.expert_tokens = expert_tokens
         self.runner, self.world, self.method, self.options = runner, world, method, options
         self.hessian_dtype, self.clock = hessian_dtype, clock
         self.exact_columns, self.cd_passes, self.input_scales = exact_columns, cd_passes, input_scales
@@ -154,9 +157,9 @@ class LayerQuantizer:
         return dataclasses.replace(spec, tensor_scale=found[-1]) if spec.enabled else spec
 
     def _quantize_experts(self, mlp: Any, norm: nn.Module, hidden: list[Tensor]) -> None:
-        """Each expert from the tokens routed to it, by the router's 16-bit weight; then the layer's output.
+        """Each expert from the tokens routed to it, or from all (`expert_tokens`); then the layer's output.
 
-        An expert with fewer tokens than a Hessian of its inputs has columns sees all tokens instead, and that is said.
+        Figures of its linears tell how many tokens were routed to it, "tokens", and how many its Hessian is of, "calibrated".
         """
         with self.clock("forward"):
             normed = [norm(h) for h in hidden]
@@ -166,19 +169,23 @@ class LayerQuantizer:
             counts += of_sequence.flatten().bincount(minlength=len(counts))
         sum_over_ranks_(counts)
         tokens = [int(count) for count in counts.tolist()]
+        every = sum(tokens) // mlp.gate.chosen
         needed = max(self.runner.shape.hidden, self.runner.shape.intermediate)
-        few = [count < needed for count in tokens]
-        if self.method == "gptq" and any(few) and self.world.is_rank0:
+        few = sum(count < needed for count in tokens)
+        sees_all = [
+            self.expert_tokens == "all" or (self.expert_tokens == "auto" and count < needed) for count in tokens
+        ]
+        if self.method == "gptq" and few and self.expert_tokens != "all" and self.world.is_rank0:
+            what = "are those of all tokens" if self.expert_tokens == "auto" else "are of low rank"
             warn(
-                f"layer {self._index}: {sum(few)} of {len(few)} experts were chosen by fewer than {needed} calibration tokens "
-                f"(the fewest: {min(tokens)}), so that their Hessians are those of all tokens; give more of them "
-                "(quantize.n_sequences)"
+                f"layer {self._index}: {few} of {len(tokens)} experts were chosen by fewer than {needed} calibration tokens "
+                f"(the fewest: {min(tokens)}), so that their Hessians {what}; give more of them (quantize.n_sequences)"
             )
 
         def read_by(index: int) -> Iterator[Tensor]:
             for x, of_sequence in zip(normed, chosen, strict=True):
-                inputs = mlp.quantised(x).flatten(0, -2)
-                read = inputs if few[index] else inputs[(of_sequence == index).any(-1)]
+                inputs = mlp.input_site(x).flatten(0, -2)
+                read = inputs if sees_all[index] else inputs[(of_sequence == index).any(-1)]
                 if len(read):  # kernels take no empty batch
                     yield read
 
@@ -188,6 +195,9 @@ class LayerQuantizer:
             site = expert.down_proj.input_quant
             inner = (site(expert.inner(x)) for x in read_by(index))
             self._solve([f"{name}.down_proj"], inner, self.down_options)
+            seen = {"tokens": tokens[index], "calibrated": every if sees_all[index] else tokens[index]}
+            for linear in ("gate_proj", "up_proj", "down_proj"):
+                self._result.figures[f"{name}.{linear}"] |= seen
         with self.clock("forward"):
             for i, x in enumerate(normed):
                 hidden[i] = hidden[i] + mlp(x)

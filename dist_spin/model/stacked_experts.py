@@ -1,0 +1,108 @@
+"""The experts of a layer as three matrices, expert below expert: how rotations are learned through them.
+
+Tokens are sorted by the expert that they chose, so that every shape is known beforehand (one compiled graph serves all layers),
+each expert computes its own tokens and no others, and three matrices are sharded and gathered instead of hundreds.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+
+@torch.library.custom_op("dist_spin::chosen_experts", mutates_args=())
+def chosen_experts(logits: Tensor, count: int) -> Tensor:
+    """The `count` largest of logits [n, experts], int64 [n, count], under a name of its own.
+
+    model/activation_checkpoint.py keeps it: logits that are computed again may differ in their last bit, and a token must not
+    change its experts between the forward and the backward pass.
+    """
+    return logits.topk(count, -1).indices
+
+
+@chosen_experts.register_fake
+def _chosen_shape(logits: Tensor, count: int) -> Tensor:
+    return logits.new_empty(len(logits), count, dtype=torch.int64)
+
+
+@torch.library.custom_op("dist_spin::grouped_product", mutates_args=())
+def grouped_product(x: Tensor, weight: Tensor, stops: Tensor) -> Tensor:
+    """Rows x [n, a], sorted by expert, times weight [experts, a, b] of each: [n, b]. Differentiable in x.
+
+    stops: int32 [experts], the row after the last one of each expert.
+    """
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        return torch.nn.functional.grouped_mm(x, weight, offs=stops)
+    out, start = x.new_empty(len(x), weight.shape[-1]), 0
+    for expert, stop in enumerate(stops.tolist()):
+        if stop > start:
+            torch.mm(x[start:stop], weight[expert], out=out[start:stop])
+        start = stop
+    return out
+
+
+@grouped_product.register_fake
+def _grouped_product_shape(x: Tensor, weight: Tensor, stops: Tensor) -> Tensor:
+    return x.new_empty(len(x), weight.shape[-1])
+
+
+def _grouped_product_backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+    weight, stops = ctx.saved_tensors
+    return grouped_product(g.contiguous(), weight.mT, stops), None, None  # weights are frozen
+
+
+grouped_product.register_autograd(
+    _grouped_product_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:])
+)
+
+
+class _Repeated(torch.autograd.Function):
+    """Row order[i] // k of x [n, h] at i: each row k times, in another order, [n k, h].
+
+    The gradient sums each row's copies in a fixed order, where indexing would add them as they come. inverse: of `order`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.k = k
+        return x[order // k]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return g[inverse].unflatten(0, (-1, ctx.k)).sum(1), None, None, None
+
+
+class StackedExperts(nn.Module):
+    """Gated MLPs without biases. Expert e has rows [e w, (e + 1) w) of gate_proj and up_proj, [e h, (e + 1) h) of down_proj.
+
+    down_site: what prepares the input of down_proj; it is called with rows [n k, w] and the expert of each row [n k].
+    """
+
+    def __init__(self, count: int, hidden: int, width: int, activation: str) -> None:
+        super().__init__()
+        self.count = count
+        self.gate_proj = nn.Linear(hidden, count * width, bias=False)
+        self.up_proj = nn.Linear(hidden, count * width, bias=False)
+        self.down_proj = nn.Linear(width, count * hidden, bias=False)
+        self.act_fn = ACT2FN[activation]
+        self.down_site: nn.Module
+
+    def forward(self, x: Tensor, shares: Tensor, chosen: Tensor) -> Tensor:
+        """x [n, h], shares [n, k] of the chosen experts, chosen [n, k] int64, to the weighted sums [n, h]."""
+        k = chosen.shape[1]
+        expert, order = chosen.flatten().sort(stable=True)  # [n k] each
+        inverse = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+        experts = torch.arange(self.count, device=order.device)
+        stops = torch.searchsorted(expert, experts, right=True, out_int32=True)
+        rows = _Repeated.apply(x, order, inverse, k)
+        m = self.act_fn(self._product(rows, self.gate_proj, stops)) * self._product(rows, self.up_proj, stops)
+        # A share times the input instead of the output: the gradient of the share then needs no output of down_proj.
+        m = self.down_site(m, expert) * shares.flatten()[order, None]
+        y = self._product(m, self.down_proj, stops)
+        return _Repeated.apply(y, inverse, order, 1).unflatten(0, (-1, k)).sum(1)
+
+    def _product(self, rows: Tensor, linear: nn.Linear, stops: Tensor) -> Tensor:
+        return grouped_product(rows, linear.weight.unflatten(0, (self.count, -1)).mT, stops)

@@ -1,0 +1,46 @@
+"""Mixtures of experts on several ranks: sharded experts give the gradients of one process, shared GPTQ its codes."""
+
+import pytest
+import torch
+from families import FAMILIES
+from ranks import Job, command
+from safetensors.torch import load_file
+from test_engines import steps
+from tiny import tiny_run, write_model
+
+pytestmark = pytest.mark.distributed
+
+MODEL = FAMILIES["qwen3-30b-a3b (2048, 768)"]  # whose 8 experts of 24 rows do not divide among 5 ranks
+ZERO3 = "distributed.engine=deepspeed"
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> list[str]:
+    model = write_model(MODEL, tmp_path_factory.mktemp("model"))
+    return tiny_run(model, "optimize.batch_size=5", "optimize.scales=true", "optimize.clips=true", model=model)
+
+
+@pytest.fixture(scope="module")
+def single(words, tmp_path_factory):
+    return steps(1, words, tmp_path_factory.mktemp("single"))[0]
+
+
+@pytest.mark.parametrize(("size", "more"), [(2, []), (5, []), (2, [ZERO3])], ids=["fsdp-2", "fsdp-5", "zero3-2"])
+def test_sharded_experts_give_the_gradients_of_one_process(words, single, tmp_path, size, more):
+    for seen in steps(size, [*words, *more], tmp_path):
+        assert (seen["gradient"] - single["gradient"]).norm() < 1e-13 * single["gradient"].norm()
+        assert seen["losses"] == pytest.approx(single["losses"], rel=1e-14)
+
+
+def test_two_ranks_quantise_experts_as_one_does(words, tmp_path):
+    found = []
+    for size in (1, 2):
+        more = (f"output_dir={tmp_path}", f"name=ranks-{size}", "optimize.steps=0", "optimize.scales=false")
+        job = Job(size, command, "quantize", *words, *more, "optimize.clips=false", log=tmp_path / "log")
+        assert job.wait() == [0] * size, job.log.read_text()
+        (*_, last) = sorted((tmp_path / f"ranks-{size}" / "layers").rglob("*.safetensors"))
+        found.append(load_file(last))
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        if name.endswith("codes"):
+            assert torch.equal(tensor, found[1][name]), name
