@@ -291,6 +291,12 @@ def test_16_bit_weights_are_measured_apart_from_full_precision(capfd, tmp_path, 
     assert "kl" not in full
     assert rounded["kl_p99"] > rounded["kl"] > 0
     assert "KL divergence from full precision" in capfd.readouterr().out
+    for file in (tmp_path / "tiny" / "evaluations").iterdir():
+        file.unlink()
+    assert main(["compare", *words, "evaluate.fidelity=false"]) == 0
+    assert "divergence" not in capfd.readouterr().err
+    assert main(["compare", *words]) == 0  # as after an older version
+    assert "1 rows were measured before without their divergence from full precision; remove" in capfd.readouterr().err
 
 
 def test_fidelity_has_tables_of_its_own_where_rows_have_it():

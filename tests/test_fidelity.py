@@ -200,6 +200,11 @@ def test_continuations_are_compared_as_transformers_writes_them(run, tmp_path, c
     assert f"{row['greedy_first']:.1f} of 12 tokens as full precision on prompts.txt" in capfd.readouterr().out
     assert main(["report", str(path)]) == 0
     assert "## Greedy continuations against full precision" in (path / "report.md").read_text()
+    assert main(["export", *words, "--format", "hf", "--output", str(tmp_path / "export")]) == 0
+    line = f"| 5 of prompts.txt | W3A16K16V16 | no rotation | gptq | {row['greedy_first']:.1f} of 12 | "
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert f"{line}{100 * row['greedy_equal']:.1f} | another model of the run |" in card
+    assert "given rotation | none | 12.0 of 12 | 100.0 |" in card
     assert main(["evaluate", *words, "evaluate.prompt_tokens=128"]) == 2  # the model takes 128
     assert "prompt 1 of " in capfd.readouterr().err
 

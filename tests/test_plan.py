@@ -136,6 +136,19 @@ def test_a_stored_teacher_takes_disk_and_spares_time():
     assert stored.disk - second.disk == tokens * (256 * 6 + 4)
 
 
+def test_comparing_with_full_precision_takes_its_logits_and_room_for_its_states():
+    tokens, shape = 1 << 20, SHAPES["8b"]
+    alone, small, large = (
+        parts(settings(f"evaluate.fidelity={on}"), shape, machine("h100", 1, host), tokens)["evaluate"]
+        for on, host in (("false", 128), ("true", 16), ("true", 128))
+    )
+    states, head = 2 * tokens * shape.hidden, 2 * tokens * shape.vocab * shape.hidden
+    assert large.host - alone.host == states
+    assert (small.host, small.disk) == (alone.host, states)  # no room: a file
+    assert large.seconds - alone.seconds == pytest.approx(head / 545e12 / GPUS["h100"].speed)  # of one quantised model
+    assert large.gpu - alone.gpu == pytest.approx(2 * 2 * shape.vocab * shape.hidden)
+
+
 def test_a_plan_is_printed_with_what_to_change(tmp_path, capsys):
     config = tmp_path / "config.yaml"
     shape = ROOT / "configs" / "shapes" / "llama-3-70b"

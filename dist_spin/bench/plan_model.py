@@ -13,6 +13,7 @@ from dist_spin.bench import scaling_model as scaling
 from dist_spin.bench.scaling_model import DTYPE, GIB
 from dist_spin.bench.stage_costs import code_bytes, forward_flop, hessian_flop, model_bytes, vocab_bytes
 from dist_spin.config.run import RunConfig
+from dist_spin.evaluate.teacher import HOST_SHARE as STATES_SHARE
 from dist_spin.model.architecture import Shape
 from dist_spin.optimize.sharding.memory_planner import (
     HOST_SHARE,
@@ -235,10 +236,23 @@ def evaluate(config: RunConfig, shape: Shape, hardware: Hardware, tokens: int) -
     full = max(computing, layer_bytes(shape, DTYPE) / READ)
     merging = gptq_layer_seconds(shape, 0, 1, hardware.gpu.speed)["merge"]
     seconds = layers * (full + merged * max(full, merging) + quantised * max(computing, codes / READ))
+    heads = 1 + merged + quantised
+    notes = [f"{heads} models on {tokens} tokens"]
     states = tokens / gpus * shape.hidden * DTYPE.itemsize
-    gpu = 4 * layer_bytes(shape, DTYPE) + vocab_bytes(shape) + states + hardware.gpu.memory / 8
-    notes = [f"{1 + merged + quantised} models on {tokens} tokens"]
-    return Part(START + seconds, gpu, gpus * PROCESS, notes=notes, lacks=hardware.lacks(gpu, gpus * PROCESS))
+    host, disk = float(gpus * PROCESS), 0.0
+    if (
+        config.evaluate.fidelity
+    ):  # the pass of full precision is the teacher's, whose logits every other model needs too
+        heads += merged + quantised
+        if states <= STATES_SHARE * hardware.host / gpus:
+            host += gpus * states
+        else:
+            disk = gpus * states
+        notes.append("full precision is the teacher of the others")
+    seconds += heads * tokens * 2 * shape.vocab * shape.hidden / FORWARD / hardware.gpu.speed / gpus
+    ends = (2 if config.evaluate.fidelity else 1) * vocab_bytes(shape)  # the teacher's lm_head beside a model's own
+    gpu = 4 * layer_bytes(shape, DTYPE) + ends + states + hardware.gpu.memory / 8
+    return Part(START + seconds + disk / hardware.disk, gpu, host, disk, notes, hardware.lacks(gpu, host))
 
 
 def export(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:

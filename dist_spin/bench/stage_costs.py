@@ -86,7 +86,7 @@ def costs(config: RunConfig, shape: Shape, evaluated_tokens: int) -> dict[str, C
             rotations * calibration * gptq if q.method == "gptq" else 0.0, rotations * whole, rotations * codes
         ),
         "evaluate": Cost(
-            measured * evaluated_tokens * forward,
+            evaluated_tokens * (measured * forward + (measured - 1) * head * config.evaluate.fidelity),
             sixteen_bit * whole + (measured - sixteen_bit) * (codes + ends),
         ),
         "compressed-tensors": Cost(0.0, codes + ends, codes + ends),

@@ -25,7 +25,7 @@ from dist_spin.compare.method_variants import learn, method_variant
 from dist_spin.compare.plan import FULL, Trial, TrialGroup, at_bits, clips_text, plan_trials, settings_of, work_units
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import Interrupted, UserError
-from dist_spin.evaluate.fidelity import window_figures
+from dist_spin.evaluate.fidelity import say_what_is_not_compared, window_figures
 from dist_spin.evaluate.perplexity import described, measured_before, measuring_tokens, recorded
 from dist_spin.evaluate.tables import comparison_table, row_key
 from dist_spin.evaluate.targets import EvalTarget, full_precision
@@ -284,6 +284,8 @@ def compare(config: RunConfig, world: World) -> list[dict[str, Any]]:
         return [row for rows in comparison.rows.values() for row in rows]
     rows = [row for trial in plan for row in comparison.rows[trial]]
     on_rank0(lambda: update_results(run, "compare", rows))
+    if config.evaluate.fidelity:
+        say_what_is_not_compared(run, [row for row in rows if row["system"] != "full precision"])
     if world.is_rank0:
         print(comparison_table(rows))
         say(f"wrote {run.path / 'results.json'}")

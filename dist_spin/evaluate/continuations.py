@@ -98,7 +98,7 @@ def prompt_rows(
         row |= {"prompts": path.name, "n": len(ids), "prompt_tokens": config.evaluate.prompt_tokens}
         decides = {**row, "prompts": digest, "layers": target.fingerprint, **target_identity(config, files, target)}
         identity = identity_hash(decides)
-        row = {"method": target.label, **row}
+        row = {"method": target.label, **row, **({"layers": target.fingerprint} if target.fingerprint else {})}
         before = load_rows(run, identity)
         if before is None:
             began = time.monotonic()

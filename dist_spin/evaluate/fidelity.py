@@ -7,6 +7,7 @@ distribution from the original's (mean and 99th percentile, in nats), and how of
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,9 @@ from dist_spin.model.rotated_weights import Head
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
 from dist_spin.runtime.distributed import World, raise_on_any_failure, sum_over_ranks_
+from dist_spin.runtime.progress import say
 from dist_spin.runtime.signals import StopRequest
+from dist_spin.storage.run_directory import RunDir
 
 
 @dataclass
@@ -104,3 +107,10 @@ def _compared(
     for figures in (losses, divergence, same):
         sum_over_ranks_(figures)
     return WindowFigures(losses, fidelity_figures(divergence, same))
+
+
+def say_what_is_not_compared(run: RunDir, rows: list[dict[str, Any]]) -> None:
+    """One line if some of the rows of quantised models were measured by a version, or under a setting, without fidelity."""
+    if old := sum("kl" not in row for row in rows):
+        again = f"remove {run.path / 'evaluations'} to measure them again"
+        say(f"{old} rows were measured before without their divergence from full precision; {again}")

@@ -14,6 +14,7 @@ import torch
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import Interrupted, UserError
 from dist_spin.evaluate.continuations import prompt_rows
+from dist_spin.evaluate.fidelity import say_what_is_not_compared
 from dist_spin.evaluate.perplexity import measure, measuring_tokens
 from dist_spin.evaluate.tables import perplexity_table, prompt_table, task_table
 from dist_spin.evaluate.targets import eval_targets, target_layer
@@ -60,9 +61,8 @@ def evaluate(config: RunConfig, world: World) -> list[dict[str, Any]]:
                 raise Interrupted("stopped by a signal between two measurements", "the same command continues")
         if teacher is not None:
             teacher.forget(source)
-    if teacher is not None and (old := [row for row in rows if row["method"] != measured[0].label and "kl" not in row]):
-        again = f"remove {run.path / 'evaluations'} to measure them again"
-        say(f"{len(old)} rows were measured before without their divergence from full precision; {again}")
+    if teacher is not None:
+        say_what_is_not_compared(run, [row for row in rows if row["method"] != measured[0].label])
     if config.evaluate.tasks:
         from dist_spin.evaluate.zero_shot import zero_shot  # late: the harness is an extra
 

@@ -13,6 +13,7 @@ from dist_spin.storage.results import bits_label, measured_fidelity
 from dist_spin.version import __version__
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+OF = {True: "this model", False: "another model of the run"}
 LOAD_EXAMPLE = """    import dist_spin
 
     model = dist_spin.load("PATH OF THIS DIRECTORY", device="cuda")"""
@@ -47,6 +48,7 @@ def model_card(job: ExportJob, loading: list[str]) -> str:
         "## Perplexity",
         "",
         *_perplexity(job),
+        *_greedy(job),
         "",
     ]
     return "\n".join(lines)
@@ -124,9 +126,8 @@ def _perplexity(job: ExportJob) -> list[str]:
     fidelity = measured_fidelity(results)
     rows = []
     for r, here in zip(results, mine, strict=True):
-        of = "this model" if here else "another model of the run"
         cells = [r["dataset"], _bits(r), r["method"], r["weights"]]
-        cells += [f"{r['ppl']:.3f}", *(f.text(r[f.name]) if f.name in r else "–" for f in fidelity), of]
+        cells += [f"{r['ppl']:.3f}", *(f.text(r[f.name]) if f.name in r else "–" for f in fidelity), OF[here]]
         rows.append(f"| {' | '.join(cells)} |")
     said = (
         "Rows of this model are what `dist_spin.load` computes of these files, all quantisers included; a runtime that rounds "
@@ -138,3 +139,19 @@ def _perplexity(job: ExportJob) -> list[str]:
     head = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     meaning = ["", "".join(f"{figure.head}: {figure.title}. " for figure in fidelity).strip()] if fidelity else []
     return [f"Measured by the run {job.config.name}. {said}", "", *head, *rows, *meaning]
+
+
+def _greedy(job: ExportJob) -> list[str]:
+    """How the run's models continued prompts, [] where that was not measured."""
+    if not job.greedy:
+        return []
+    head = ["Prompts", "Bits", "Method", "Weights", "Tokens before the first other one", "Equal, %", "Of"]
+    rows = []
+    for r in job.greedy:
+        figures = f"{r['greedy_first']:.1f} of {r['prompt_tokens']}", f"{100 * r['greedy_equal']:.1f}"
+        named = f"{r['n']} of {r['prompts']}", _bits(r), r["method"], r["weights"]
+        rows.append(f"| {' | '.join((*named, *figures, OF[job.measured_here(r)]))} |")
+    what = (
+        "Greedy continuations beside those of full precision, means over prompts; equal: positions with the same token."
+    )
+    return ["", what, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows]

@@ -36,6 +36,8 @@ DirectoryWriter = Callable[[Path], None]  # writes an export's own files into an
 FORMAT_SETTINGS = ("w_format", "a_format", "kv_format")  # in a row where they are not int
 CARD_FIGURES = ("dataset", "w_bits", "a_bits", "k_bits", "v_bits", "method", "weights", "ppl")
 CARD_EXTRAS = {"layers", *FORMAT_SETTINGS, *(figure.name for figure in FIDELITY)}  # of rows that have them
+CARD_GREEDY = {"prompts", *CARD_FIGURES[1:-1], *FORMAT_SETTINGS, "layers", "n", "prompt_tokens"}
+CARD_GREEDY |= {"greedy_first", "greedy_equal"}
 REQUANTIZE = "run `dist-spin quantize` with the settings of this export"
 
 
@@ -76,10 +78,19 @@ class ExportJob:
         """What dist_spin.json says of every export."""
         return {"format": self.target, "profile": self.config.export.profile, "fingerprint": self.fingerprint}
 
-    @cached_property
+    @property
     def results(self) -> list[dict[str, Any]]:
         """The perplexities that were measured, by `evaluate` or in a comparison."""
-        return [row for row in load_results(self.run, warn) if "ppl" in row]
+        return [row for row in self._rows if "ppl" in row]
+
+    @property
+    def greedy(self) -> list[dict[str, Any]]:
+        """How continuations of prompts agreed with those of full precision, as `evaluate` measured it."""
+        return [row for row in self._rows if "prompts" in row]
+
+    @cached_property
+    def _rows(self) -> list[dict[str, Any]]:
+        return load_results(self.run, warn)
 
     def measured_here(self, row: dict[str, Any]) -> bool:
         """Whether a row of the results is of this export's own weights and quantisers, as `dist_spin.load` puts them back."""
@@ -128,6 +139,8 @@ class ExportJob:
             ],
             "dist_spin": __version__,
         }
+        if self.greedy:  # exports of runs without prompts keep their fingerprint
+            export["greedy"] = [{k: v for k, v in row.items() if k in CARD_GREEDY} for row in self.greedy]
         return identity_hash(model | export)
 
     def check_run(self) -> None:
