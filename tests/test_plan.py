@@ -149,6 +149,24 @@ def test_comparing_with_full_precision_takes_its_logits_and_room_for_its_states(
     assert large.gpu - alone.gpu == pytest.approx(2 * 2 * shape.vocab * shape.hidden)
 
 
+def test_what_is_switched_on_beside_learning_and_rounding_is_counted():
+    def seconds(part: str, *words: str) -> float:
+        return parts(settings(*words), SHAPES["70b"], machine("h200", 4, 900), 141 * 2048)[part].seconds
+
+    step = (seconds("optimize") - seconds("optimize", "optimize.steps=50")) / 50
+    start = seconds("optimize", "rotation.init=range") - seconds("optimize")
+    assert (
+        141e9 / 6e9 + 300 * 0.03 < start < 141e9 / 6e9 + 300 * 0.1
+    )  # every layer read by each rank, 300 steps of the fit
+    guard = seconds("optimize", "optimize.guard_every=10") - seconds("optimize")
+    assert guard == pytest.approx(
+        11 * step / 3
+    )  # forward of as many sequences as a step has, before it and ten times more
+    passes = [seconds("quantize", f"quantize.cd_passes={count}") for count in range(3)]
+    assert passes[2] - passes[1] == pytest.approx(passes[1] - passes[0])
+    assert passes[1] - passes[0] > 80 * 0.1
+
+
 def test_a_plan_is_printed_with_what_to_change(tmp_path, capsys):
     config = tmp_path / "config.yaml"
     shape = ROOT / "configs" / "shapes" / "llama-3-70b"

@@ -15,6 +15,7 @@ from dist_spin.bench.stage_costs import code_bytes, forward_flop, hessian_flop, 
 from dist_spin.config.run import RunConfig
 from dist_spin.evaluate.teacher import HOST_SHARE as STATES_SHARE
 from dist_spin.model.architecture import Shape
+from dist_spin.numerics.cayley import ITERATIONS
 from dist_spin.optimize.sharding.memory_planner import (
     HOST_SHARE,
     SPARE_SHARE,
@@ -24,6 +25,8 @@ from dist_spin.optimize.sharding.memory_planner import (
     within,
 )
 from dist_spin.optimize.stored_teacher import entry_bytes
+from dist_spin.pipeline.range_init import STEPS as FIT_STEPS
+from dist_spin.pipeline.range_init import TOKENS as FIT_TOKENS
 
 # Of one H200, fitted to the rows of docs/performance.md.
 LINK, COPY, CONTENTION = 375e9, 4000e9, 0.3  # as `bench scaling` has them
@@ -33,6 +36,7 @@ REQUANTIZE = 7.9e-11  # seconds per weight on one GPU, in each step that learns 
 OTHER_SHARE = 0.0065  # of a step: all-reduce, Cayley step, checkpoint
 SCALES, KL = 1.2, 1.3  # times that a step takes with scales or clips; besides with the divergence from the original
 FORWARD, HESSIAN, FACTOR, SOLVE, ERRORS, MERGE = 545e12, 506e12, 30e12, 20e12, 449e12, 42e12  # FLOP/s of parts of GPTQ
+FP32, TF32 = 50e12, 350e12  # FLOP/s of large products, of which the fitted start is made
 # Not of the GPU.
 START = 20.0  # seconds before a process starts its work: imports, CUDA, NCCL
 COMPILE = 24.0  # seconds of the first step beyond the others
@@ -140,13 +144,14 @@ def optimize(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
     notes = [f"{step:.2f} s a step in {point.micro_batches} x {point.micro} sequences a GPU (recompute: {levels})"]
     if offloaded:
         notes.append(f"{offloaded} of {shape.layers} layers lie in host memory and are copied in")
-    beside = [
-        name
-        for name, used in (("the fitted start", config.rotation.init == "range"), ("the guard", o.guard_every))
-        if used
-    ]
-    if beside:
-        notes.append(f"{' and '.join(beside)} come on top, and are not estimated")
+    start = guard = 0.0
+    if config.rotation.init == "range":
+        start = fitted_start_seconds(shape, hardware)
+        notes.append(f"{start:.0f} s of it fit the start")
+    if o.guard_every:
+        times = 1 + math.ceil(o.steps / o.guard_every)
+        guard = times * step / 3 * o.guard_sequences / o.batch_size  # forward alone
+        notes.append(f"{guard:.0f} s of it measure the held-out loss, {times} times")
     stored, storing = 0.0, 0.0
     if o.teacher_top_k and o.objective != "cross_entropy":  # of every sequence that is taken, were no text seen twice
         tokens = (o.steps * o.batch_size + (o.guard_sequences if o.guard_every else 0)) * o.seq_len
@@ -154,7 +159,7 @@ def optimize(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
         storing = storing / FORWARD / hardware.gpu.speed / ranks + stored / hardware.disk
         notes.append(f"up to {stored / 1e9:.1f} GB of full precision's predictions are stored meanwhile")
     return Part(
-        START + model_bytes(shape) / (ranks * READ) + COMPILE + storing + o.steps * step,
+        START + model_bytes(shape) / (ranks * READ) + COMPILE + storing + o.steps * step + start + guard,
         gpu,
         ranks * PROCESS + pinned,
         stored + (o.keep_checkpoints + 3) * rotations,  # the final ones in fp32 and as R.bin, and what is being written
@@ -163,7 +168,16 @@ def optimize(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
     )
 
 
-def gptq_layer_seconds(shape: Shape, tokens: float, seq_len: int, speed: float) -> dict[str, float]:
+def fitted_start_seconds(shape: Shape, hardware: Hardware) -> float:
+    """Fitting R1 before learning (`pipeline.range_init`): every layer is read by each rank, then products of [h, h]."""
+    speed = hardware.gpu.speed
+    computing = FIT_TOKENS * forward_flop(shape, FIT_TOKENS) / FORWARD / speed / hardware.gpus
+    product = 2 * shape.hidden**3 / speed
+    step = ITERATIONS * product / TF32 + 1.5 * product / FP32  # the last product and those of the rows in fp32
+    return shape.layers * layer_bytes(shape, DTYPE) / READ + computing + FIT_STEPS * step
+
+
+def gptq_layer_seconds(shape: Shape, tokens: float, seq_len: int, speed: float, cd_passes: int = 0) -> dict[str, float]:
     """Parts of quantising one layer on one GPU with `tokens` tokens of calibration text, seconds."""
     h, q, i = shape.hidden, shape.heads * shape.head_dim, shape.intermediate
     kv = shape.kv_heads * shape.head_dim
@@ -175,7 +189,7 @@ def gptq_layer_seconds(shape: Shape, tokens: float, seq_len: int, speed: float) 
         "forward": tokens * forward_flop(shape, seq_len) / layers / FORWARD / speed,
         "hessian": tokens * hessian_flop(shape) / layers / HESSIAN / speed,
         "factor": (2 * h**3 + q**3 + i**3) / FACTOR / speed,
-        "solve": sum(rows * columns**2 for rows, columns in linears) / SOLVE / speed,
+        "solve": (1 + cd_passes) * sum(rows * columns**2 for rows, columns in linears) / SOLVE / speed,
         "errors": tokens * 2 * weights / ERRORS / speed,
     }
 
@@ -194,9 +208,10 @@ def quantize(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
     q, gpus, layers = config.quantize, hardware.gpus, shape.layers
     variants = 1 + len(q.baselines)
     tokens = q.n_sequences * q.seq_len
-    seconds = gptq_layer_seconds(shape, tokens if q.method == "gptq" else 0, q.seq_len, hardware.gpu.speed)
+    gptq = q.method == "gptq"
+    seconds = gptq_layer_seconds(shape, tokens if gptq else 0, q.seq_len, hardware.gpu.speed, q.cd_passes)
     beside = max(seconds["merge"], layer_bytes(shape, DTYPE) / READ)  # the next layer is read and merged meanwhile
-    solving = {name: s for name, s in seconds.items() if name != "merge"} if q.method == "gptq" else {}
+    solving = {name: s for name, s in seconds.items() if name != "merge"} if gptq else {}
     alone = max(sum(solving.values()), beside)
     jobs = math.ceil(layers / q.layers_per_job) if q.layers_per_job else 1
     states = (jobs - 1) * tokens * shape.hidden * DTYPE.itemsize
@@ -211,8 +226,6 @@ def quantize(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
         total = START + layers * each * variants
         note = f"{each:.2f} s a layer"
         note += f", on which {gpus} GPUs work together" if gpus > 1 else ""
-    if q.cd_passes and q.method == "gptq":
-        note += f"; {q.cd_passes} passes over the codes (quantize.cd_passes) come on top, and are not estimated"
     need = gptq_bytes(shape, tokens / gpus if shares_layers else tokens)
     host = gpus * (PROCESS + 2 * layer_bytes(shape, DTYPE))
     return Part(
