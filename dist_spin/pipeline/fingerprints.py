@@ -94,8 +94,8 @@ def layer_identity(config: RunConfig, files: ModelFiles, variant: Variant, token
     del settings["quantize.baselines"], settings["quantize.parallel"]  # decide nothing about layers
     if settings["quantize.layers_per_job"] >= files.shape.layers:  # one range of layers, however it was said
         settings["quantize.layers_per_job"] = 0
-    # No setting of a site decides a weight that was calibrated without it.
-    seen = () if config.quantize.quantize_activations else site_settings(config)
+    # No setting of a site decides a weight that was calibrated without it and not tuned afterwards.
+    seen = () if config.quantize.quantize_activations or config.quantize.tune_steps else site_settings(config)
     quant = {k: v for k, v in flat(config.quant, "quant").items() if k not in (*EMBEDDING_SETTINGS, *seen)}
     if config.quant.down_bits in (0, config.quant.w_bits):  # the same, however it was said
         del quant["quant.down_bits"]

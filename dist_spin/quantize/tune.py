@@ -62,18 +62,21 @@ def tune(job: QuantizeJob, rounded: QuantizeJob) -> None:
     learned = [index for index in range(len(tokens)) if index not in held_out] or [0]
     network = TunedNetwork(job, rounded)
     targets = full_precision_states(job)
-    groups = [{"params": list(network.parameters.values()), "lr": settings.tune_lr}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = torch.optim.Adam(list(network.parameters.values()), settings.tune_lr)
     progress = Progress("tune scales: step", settings.tune_steps, show=world.is_rank0)
 
     def mean_loss(indices: list[int], *, learn: bool) -> float:
         total = torch.zeros((), dtype=torch.float64, device=world.device)
-        for index in rank_share(indices, world.rank, world.size):
-            with torch.set_grad_enabled(learn):
-                loss = network.loss(tokens[[index]], targets[[index]]) / len(indices)
-            if learn:
-                loss.backward()
-            total += loss.detach()
+
+        def compute() -> None:
+            for index in rank_share(indices, world.rank, world.size):
+                with torch.set_grad_enabled(learn):
+                    loss = network.loss(tokens[[index]], targets[[index]]) / len(indices)
+                if learn:
+                    loss.backward()
+                total.add_(loss.detach())
+
+        raise_on_any_failure(compute)
         return float(sum_over_ranks_(total))
 
     before = mean_loss(held_out, learn=False)
@@ -81,8 +84,7 @@ def tune(job: QuantizeJob, rounded: QuantizeJob) -> None:
         chosen = batch_indices(step, BATCH, len(learned), settings.seed)
         loss = mean_loss([learned[index] for index in chosen], learn=True)
         network.reduce_gradients()
-        groups[0]["lr"] = settings.tune_lr * (1 + math.cos(math.pi * step / settings.tune_steps)) / 2
-        optimizer.param_groups[0]["lr"] = groups[0]["lr"]
+        optimizer.param_groups[0]["lr"] = settings.tune_lr * (1 + math.cos(math.pi * step / settings.tune_steps)) / 2
         optimizer.step()
         optimizer.zero_grad()
         progress.advance(f"divergence {loss:.4f}")
