@@ -24,6 +24,10 @@ SHAPES = {  # hidden size, intermediate size, heads, key and value heads
     "8b": (4096, 14336, 32, 8),
     "70b": (8192, 28672, 64, 8),
 }
+EXPERT_SHAPES = {  # hidden size, one expert's intermediate size, heads, key and value heads, experts, of which a token takes
+    "tiny-moe": (64, 96, 4, 2, 8, 2),
+    "30b-a3b": (2048, 768, 32, 4, 128, 8),
+}
 
 
 def shape(text: str) -> Path:
@@ -84,7 +88,7 @@ def _optimize(parser: argparse.ArgumentParser) -> None:
 
 def _quantize(parser: argparse.ArgumentParser) -> None:
     meaning = "size of the model whose decoder layer is timed (default: %(default)s)"
-    parser.add_argument("--shape", choices=SHAPES, default="8b", help=meaning)
+    parser.add_argument("--shape", choices=SHAPES | EXPERT_SHAPES, default="8b", help=meaning)
     meaning = "calibration sequences (default: %(default)s)"
     parser.add_argument("--sequences", metavar="N", type=int, default=128, help=meaning)
     meaning = "tokens of a sequence (default: %(default)s)"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dist_spin.bench.device import describe, synchronize
-from dist_spin.bench.options import SHAPES
+from dist_spin.bench.options import EXPERT_SHAPES, SHAPES
 from dist_spin.bench.plain_gptq import plain_gptq
 from dist_spin.model.architecture import Shape
 from dist_spin.model.layers import LayerRunner
@@ -127,18 +127,24 @@ def measure(args: argparse.Namespace, world: distributed.World) -> dict[str, Any
 
 
 def layer_config(name: str) -> Any:
-    """A Llama configuration with one decoder layer of the named shape and a vocabulary too small to matter."""
-    from transformers import LlamaConfig
+    """A Llama or Qwen3-MoE configuration with one decoder layer of the named shape and a vocabulary too small to matter."""
+    from transformers import LlamaConfig, Qwen3MoeConfig
 
-    hidden, intermediate, heads, kv_heads = SHAPES[name]
-    return LlamaConfig(
-        vocab_size=256,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=1,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=8192,
+    hidden, intermediate, heads, kv_heads, *experts = (SHAPES | EXPERT_SHAPES)[name]
+    sizes: dict[str, Any] = {
+        "vocab_size": 256,
+        "hidden_size": hidden,
+        "num_hidden_layers": 1,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 8192,
+    }
+    if not experts:
+        return LlamaConfig(**sizes, intermediate_size=intermediate)
+    count, per_token = experts
+    routed = {"num_experts": count, "num_experts_per_tok": per_token, "norm_topk_prob": True}
+    return Qwen3MoeConfig(
+        **sizes, **routed, moe_intermediate_size=intermediate, head_dim=max(16, min(128, hidden // heads * 2))
     )
 
 

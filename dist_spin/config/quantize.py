@@ -53,8 +53,8 @@ class QuantizeConfig:
     quantize_activations: bool = False
     """Keep activation, key and value quantisers on while calibrating; off as published."""
     expert_tokens: Literal["auto", "routed", "all"] = "auto"
-    """Which tokens make the Hessian of an expert: those routed to it, all, or (auto) all for experts that fewer tokens chose than
-    their inputs have channels."""
+    """Which tokens make the Hessian of an expert: those routed to it (all, if there are none), all, or (auto) all for experts
+    that fewer tokens chose than their inputs have channels."""
     layers_per_job: int = 0
     """Layers that see each other's rounding errors and are done by one job, others in parallel; 0: all, as published."""
     parallel: Literal["auto", "ranks", "layers"] = "auto"

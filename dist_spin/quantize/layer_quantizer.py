@@ -172,9 +172,8 @@ class LayerQuantizer:
         every = sum(tokens) // mlp.gate.chosen
         needed = max(self.runner.shape.hidden, self.runner.shape.intermediate)
         few = sum(count < needed for count in tokens)
-        sees_all = [
-            self.expert_tokens == "all" or (self.expert_tokens == "auto" and count < needed) for count in tokens
-        ]
+        enough = {"auto": needed, "routed": 1, "all": every + 1}[self.expert_tokens]
+        sees_all = [count < enough for count in tokens]
         if self.method == "gptq" and few and self.expert_tokens != "all" and self.world.is_rank0:
             what = "are those of all tokens" if self.expert_tokens == "auto" else "are of low rank"
             warn(
