@@ -449,3 +449,13 @@ def test_a_factor_does_not_depend_on_how_its_triangle_is_inverted(monkeypatch):
     at_once = prepare(hessian, GPTQOptions(act_order=True)).feedback
     monkeypatch.setattr(gptq, "INVERTED_AT_ONCE", 16)
     torch.testing.assert_close(prepare(hessian, GPTQOptions(act_order=True)).feedback, at_once, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.gpu
+def test_figures_on_a_gpu_have_three_digits():
+    w, hessian = (x.float() for x in problem(256, 1024))
+    options = GPTQOptions()
+    quantized = solve(w, prepare(hessian, options), options)
+    here = output_errors(w, quantized, hessian, options).sum(0)
+    on_gpu = output_errors(w.cuda(), type(quantized)(*(x.cuda() for x in quantized)), hessian.cuda(), options).sum(0)
+    torch.testing.assert_close(on_gpu.cpu(), here, rtol=1e-3, atol=0)
