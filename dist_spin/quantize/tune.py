@@ -32,6 +32,7 @@ from dist_spin.storage.quantized_layers import QuantizedLayer, save_layer
 from dist_spin.storage.run_directory import LEARNED
 
 BATCH = 4  # sequences of a step, over all ranks
+TOKENS_AT_ONCE = 8192  # that go through a layer together
 HELD_OUT = 16  # every so manieth calibration sequence is not learned from: it tells whether learning helped
 NORM_GAINS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 
@@ -63,15 +64,18 @@ def tune(job: QuantizeJob, rounded: QuantizeJob) -> None:
     network = TunedNetwork(job, rounded)
     targets = full_precision_states(job)
     optimizer = torch.optim.Adam(list(network.parameters.values()), settings.tune_lr)
+    at_once = max(1, TOKENS_AT_ONCE // tokens.shape[1])
     progress = Progress("tune scales: step", settings.tune_steps, show=world.is_rank0)
 
     def mean_loss(indices: list[int], *, learn: bool) -> float:
         total = torch.zeros((), dtype=torch.float64, device=world.device)
 
         def compute() -> None:
-            for index in rank_share(indices, world.rank, world.size):
+            own = rank_share(indices, world.rank, world.size)
+            for first in range(0, len(own), at_once):
+                part = own[first : first + at_once]
                 with torch.set_grad_enabled(learn):
-                    loss = network.loss(tokens[[index]], targets[[index]]) / len(indices)
+                    loss = network.loss(tokens[part], targets[part]) * (len(part) / len(indices))
                 if learn:
                     loss.backward()
                 total.add_(loss.detach())
