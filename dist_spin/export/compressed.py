@@ -23,6 +23,7 @@ from dist_spin.export.card import LOAD_EXAMPLE
 from dist_spin.export.export_job import DirectoryWriter, ExportFormat, ExportJob
 from dist_spin.export.format_tensors import INPUT_GLOBAL, LAYOUTS, format_arguments, format_tensors
 from dist_spin.export.serving import kv_cache_dtype, linear_backend, serve_command
+from dist_spin.model.experts import name_in_checkpoints
 from dist_spin.model.sites_config import INPUT_SCALES, SITE_OF_LINEAR, Sites
 from dist_spin.numerics.gptq import QuantizedWeight
 from dist_spin.numerics.quantizer import QuantSpec, dequantize_weight
@@ -46,11 +47,12 @@ def prepare(job: ExportJob) -> DirectoryWriter:
     """
     first = job.quantised_layer(0)
     entries = entries_of(job.sites, first)
-    shared = online_tensors(job.sites)
+    shared, kind = online_tensors(job.sites), job.files.config.model_type
 
     def layer(index: int) -> dict[str, Tensor]:
         tensors = packed_layer(job.quantised_layer(index), model_dtype(job.config), job.sites.a)
-        return tensors | (shared if index == 0 else {})
+        named = {name_in_checkpoints(kind, name): tensor for name, tensor in tensors.items()}
+        return named | (shared if index == 0 else {})
 
     def write(directory: Path) -> None:
         job.write_checkpoint(directory, layer, {"quantization_config": entries})
@@ -125,10 +127,15 @@ def unpack(tensors: dict[str, Tensor], bits: int) -> QuantizedWeight:
     return QuantizedWeight(codes, scale, zero.to(scale.dtype))
 
 
+def is_down(role: str) -> bool:
+    """Whether a linear is a down_proj, of the MLP or of an expert."""
+    return role.endswith("down_proj")
+
+
 def bits_in(quantization: dict[str, Any], role: str) -> tuple[int, int]:
     """Bits and group size (0: whole rows) of a linear, from the `quantization_config` that `config_entries` made."""
     groups = quantization["config_groups"]
-    weights = groups["down" if role == DOWN and "down" in groups else "linears"]["weights"]
+    weights = groups["down" if is_down(role) and "down" in groups else "linears"]["weights"]
     return weights["num_bits"], weights["group_size"] or 0
 
 
@@ -162,21 +169,22 @@ def config_entries(
             targets=targets, weights=weights, input_activations=_activations(sites.a), format=stored
         )
 
-    most = {role: width for role, width in bits.items() if role != DOWN}
-    (width,) = set(most.values())
+    most = {role: width for role, width in bits.items() if not is_down(role)}
+    (width,), (down_width,) = set(most.values()), {width for role, width in bits.items() if is_down(role)}
     groups = {"linears": scheme(["Linear"], width)}
-    if bits[DOWN] != width:
-        others = "|".join(sorted(role.rpartition(".")[2] for role in most))
-        both = [("linears", f"re:.*({others})$", width), ("down", r"re:.*down_proj$", bits[DOWN])]
+    if down_width != width:
+        others = "|".join(sorted({role.rpartition(".")[2] for role in most}))
+        both = [("linears", f"re:.*({others})$", width), ("down", r"re:.*down_proj$", down_width)]
         # The wider first: transformers, asked to dequantise, takes the first for all, which must then fail, not mislead.
         both.sort(key=lambda group: -group[2])
         groups = {name: scheme([target], width) for name, target, width in both}
+    routers = [r"re:.*mlp\.gate$", r"re:.*block_sparse_moe\.gate$"] if DOWN not in bits else []
     formats = sorted({group.format for group in groups.values()})
     config = QuantizationConfig(
         config_groups=groups,
         format=formats[0] if len(formats) == 1 else MIXED,
         quantization_status="compressed",
-        ignore=["lm_head"],
+        ignore=["lm_head", *routers],
     )
     entries = config.model_dump(mode="json") | {"version": compressed_tensors.__version__}
     if sites.r4:

@@ -107,7 +107,7 @@ def _layer(
         return {n: source.rows(f"{prefix}.{n}", device=device) for n in names if source.has(f"{prefix}.{n}")}
 
     of_linears = KINDS if sidecar.format == "hf" else ("bias",)  # elsewhere `weight` holds codes
-    names = [f"{role}.{kind}" for role in roles for kind in of_linears]
+    names = [f"{role}.{kind}" for role in roles for kind in (KINDS if role == ROUTER else of_linears)]
     out = read([*names, *(f"{norm}.{kind}" for norm in NORMS for kind in KINDS)])
     if sidecar.format == "hf":
         renamed = read([ROTATED_DOWN])
@@ -115,7 +115,9 @@ def _layer(
     layouts = [group["format"] for group in quantization["config_groups"].values()]
     if layouts[0] in LAYOUTS.values():
         return out | _weights_in_format(source, prefix, dtype, device)
-    for role in LAYER_LINEARS:
+    for role in roles:
+        if role == ROUTER:
+            continue
         stored = [kind for kind in (PACKED, PLAIN, SCALE, SHAPE, ZERO) if source.has(f"{prefix}.{role}.{kind}")]
         tensors = {kind: source.rows(f"{prefix}.{role}.{kind}", device=device) for kind in stored}
         bits, group = bits_in(quantization, role)

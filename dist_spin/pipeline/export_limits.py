@@ -87,10 +87,14 @@ def exportable(config: RunConfig, model: Any) -> str:
 def conflicts(target: str, config: RunConfig, model: Any, *, starting: bool) -> Iterator[UserError]:
     """Every setting in the way of an export as `target`; see `check_target`."""
     online, profile, shape = config.rotation.online, config.export.profile, Shape.of(model)
-    if shape.experts and (target != "hf" or profile != "no-had"):
+    if shape.experts and target not in ("hf", "compressed-tensors"):
         yield UserError(
-            "a mixture of experts is exported as hf without online Hadamards alone",
-            "set export.target=hf and export.profile=no-had",
+            f"a mixture of experts is not exported as {target}", "set export.target=hf or compressed-tensors"
+        )
+    if shape.experts and profile != "no-had":
+        yield UserError(
+            "a mixture of experts is exported without online Hadamards alone, which engines do not apply to experts",
+            "set export.profile=no-had, with rotation.online=false",
         )
     if profile == "r4-block" and target == "gguf":
         yield UserError("llama.cpp applies no Hadamard before down_proj", "use export.profile=no-had")
