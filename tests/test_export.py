@@ -61,6 +61,21 @@ def test_hf_loads_with_the_bits_of_the_rotated_model(place, kind, profile):
         assert (logits(model) - logits(original)).abs().max() > 0.01
 
 
+def test_a_bias_of_keys_that_is_kept_apart_comes_back(place):
+    """Learned with scales, calibrated with quantisers on, loaded, and generated from a cache that holds keys and biases."""
+    words = settings(
+        place / "bias", "qwen2", *R4_BLOCK, *W4A4, "quant.k_bias_apart=true", "quant.k_bits=3", dtype="float64"
+    )
+    words += ["optimize.scales=true", "optimize.steps=2", "quantize.quantize_activations=true"]
+    make_run(words, "optimize", "quantize")
+    directory = exported(words, "hf")
+    model = dist_spin.load(directory, device="cpu")
+    assert torch.equal(logits(model), logits(pipeline_cell(words, "none")))
+    assert not torch.equal(logits(model), logits(pipeline_cell([*words, "quant.k_bias_apart=false"], "none")))
+    written = [model.generate(IDS[:, :5], max_new_tokens=12, do_sample=False, use_cache=on) for on in (True, False)]
+    assert torch.equal(*written)
+
+
 @pytest.mark.parametrize("target", ["hf", "compressed-tensors"])
 def test_generation_of_a_loaded_model_does_not_depend_on_the_cache(place, target):
     """In fp64: in fp32 a sum in another order moves a 4-bit code here and there, and that shows in a random model."""

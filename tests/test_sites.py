@@ -4,11 +4,13 @@ import pytest
 import torch
 from tiny import write_model
 
+from dist_spin.compare.methods.transformed_layer import TransformedInputQuant, TransformedKey
 from dist_spin.model.fake_quant_model import FakeQuantModel, parameter_source
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.merge import folded_rows
 from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.rotation import Rotations, initial
+from dist_spin.model.sites import KeySite, plain_sites
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import open_model
 from dist_spin.numerics.hadamard_transform import kronecker_factors
@@ -65,3 +67,33 @@ def test_every_site_is_equal_on_equal_inputs_in_fp32(kind, tmp_path):
         q, k = torch.randn(2, 4, 16, d, generator=g), torch.randn(2, 2, 16, d, generator=g)
         for ours, theirs in zip(attached.self_attn.key_site(q, k), merged.self_attn.key_site(q, k), strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_a_bias_apart_leaves_4_bits_to_what_depends_on_the_token(tmp_path):
+    """Keys of a bias a hundred times as large: quantised with it, attention sees next to nothing of the tokens."""
+    files = open_model(str(write_model("qwen2", tmp_path, dtype=torch.float64)), dtype=torch.float64)
+    shape, weights = files.shape, RotatedWeights(files.weights, files.shape, None, (), CPU, torch.float64)
+    head = QuantSpec(4, group_size=shape.head_dim)
+    r3 = kronecker_factors(shape.head_dim, 0, dtype=torch.float64, device="cpu")
+    layer = weights.layer(0)
+    layer["self_attn.k_proj.bias"] = layer["self_attn.k_proj.bias"] * 100
+    x = torch.randn(2, 16, shape.hidden, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def through(sites: Sites, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        runner = LayerRunner(files.config, sites, device=CPU, dtype=torch.float64, rotated=False)
+        return runner.run(runner.build(0, parameters), 0, x)
+
+    exact, inside, apart = (
+        through(sites, layer) for sites in (Sites(), Sites(k=head, r3=r3), Sites(k=head, r3=r3, k_bias_apart=True))
+    )
+    assert (apart - exact).abs().max() > 1e-4
+    assert (apart - exact).norm() < 0.1 * (inside - exact).norm()
+    assert torch.equal(through(Sites(k_bias_apart=True), layer), exact)  # nothing is quantised
+    with torch.no_grad(), plain_sites():
+        torch.testing.assert_close(through(Sites(k=head, r3=r3, k_bias_apart=True), layer), exact)
+    # The same keys as a model has whose bias is 0, but for the bias.
+    q, k, b = (torch.randn(2, n, 16, shape.head_dim, dtype=torch.float64) for n in (4, 2, 2))
+    for site in (KeySite, lambda spec, **more: TransformedKey(TransformedInputQuant(spec, {}, "key"), {}, **more)):
+        together, alone = site(head, bias_apart=True)(q, torch.cat((k, b), 1)), site(head)(q, k)
+        assert torch.equal(together[1], alone[1] + b)
+        assert torch.equal(together[0], alone[0])

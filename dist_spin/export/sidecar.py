@@ -23,6 +23,7 @@ from dist_spin.storage.tensor_file import CorruptFile, load_tensors, save_tensor
 
 NAME, ONLINE = "dist_spin.json", "dist_spin/online.safetensors"
 SPECS, HADAMARDS, CLIP_FIELD = ("a", "o", "k", "v"), ("r3", "r4"), "clips"  # fields of Sites
+APART_FIELD = "k_bias_apart"  # of Sites, too; in the file where it is true
 EXPORT_AGAIN = "copy the whole directory again, or export again"
 
 
@@ -50,6 +51,7 @@ def write_sidecar(directory: Path, sidecar: Sidecar) -> None:
         "sites": {name: dataclasses.asdict(getattr(sidecar.sites, name)) for name in SPECS},
         "online": {name: [len(f) for f in getattr(sidecar.sites, name)] for name in HADAMARDS},
         "clips": CLIP_FIELD in tensors,
+        **({APART_FIELD: True} if sidecar.sites.k_bias_apart else {}),
         "weights": files_fingerprint(directory, weight_map(directory).values()),
     }
     write_description(directory, {**content, "checksum": _checksum(content, tensors)})
@@ -79,6 +81,7 @@ def read_sidecar(directory: Path) -> Sidecar:
     fields: dict[str, Any] = {name: QuantSpec(**content["sites"][name]) for name in SPECS}
     fields |= {name: tuple(tensors[f"{name}.{i}"] for i in range(len(online[name]))) for name in HADAMARDS}
     fields |= {CLIP_FIELD: tensors[CLIP_FIELD]} if clips else {}
+    fields |= {APART_FIELD: content.pop(APART_FIELD, False)}
     plain = {key: value for key, value in content.items() if key not in ("sites", "online", "clips", "weights")}
     return Sidecar(**_renamed(plain), sites=Sites(**fields))
 

@@ -211,30 +211,62 @@ class QuantizedInputLinear(nn.Module):
         return y if self.linear.bias is None else y + self.linear.bias
 
 
+class KeyBiasApart(nn.Module):
+    """k_proj with its bias as heads of their own behind the keys: the position embedding turns both, and a `KeySite` joins them.
+
+    In 4 bits a bias that dwarfs what depends on the token leaves that next to no codes; and it need not be stored at all.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., h] to keys and biases, [..., 2 * kv_heads * d]."""
+        keys = nn.functional.linear(x, self.linear.weight)
+        return torch.cat((keys, self.linear.bias.to(keys.dtype).expand_as(keys)), -1)
+
+
 class KeySite(nn.Module):
     """The online Hadamard R3 on q and k after RoPE and the quantiser of the K cache; called by model/attention.py.
 
     With a learned scale t [kv_heads or 1, d / 2], one number for both channels of a RoPE pair (j, j + d/2), which therefore
-    commutes with RoPE: Q((k * t) R3) and (q / t) R3.
+    commutes with RoPE: Q((k * t) R3) and (q / t) R3. bias_apart: keys come from a `KeyBiasApart`.
     """
 
     def __init__(
-        self, spec: QuantSpec, hadamard: tuple[Tensor, ...] = (), learned: ScaleAndClip = NO_SCALE_OR_CLIP
+        self,
+        spec: QuantSpec,
+        hadamard: tuple[Tensor, ...] = (),
+        learned: ScaleAndClip = NO_SCALE_OR_CLIP,
+        *,
+        bias_apart: bool = False,
     ) -> None:
         super().__init__()
-        self.spec, self.hadamard, self.learned = spec, hadamard, learned
+        self.spec, self.hadamard, self.learned, self.bias_apart = spec, hadamard, learned, bias_apart
 
     def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """query [batch, heads, T, d], key [batch, kv_heads, T, d] to the same."""
+        """query [batch, heads, T, d], key [batch, kv_heads, T, d] to the same; with `bias_apart` key has twice the heads."""
+        if self.bias_apart:
+            key, bias = key.chunk(2, 1)
+            if _mode.plain:
+                return query, key + bias
+            query, key, bias = self._turned(query, key, bias)
+            return query, clipped(key, self.spec, self.learned) + bias
         if _mode.plain:
             return query, key
+        query, key = self._turned(query, key)
+        return query, clipped(key, self.spec, self.learned)
+
+    def _turned(self, query: Tensor, *keys: Tensor) -> tuple[Tensor, ...]:
+        """All of them scaled and rotated, so that q k^T stays."""
         if self.learned.scale is not None:
             t = torch.cat((self.learned.scale, self.learned.scale), -1)  # [kv_heads or 1, d]
             query = scale_channels(query, _per_query_head(t, query.shape[1]).unsqueeze(-2), -1)
-            key = scale_channels(key, t.unsqueeze(-2))
+            keys = tuple(scale_channels(key, t.unsqueeze(-2)) for key in keys)
         if self.hadamard:
-            query, key = online_transform(query, self.hadamard), online_transform(key, self.hadamard)
-        return query, clipped(key, self.spec, self.learned)
+            return tuple(online_transform(x, self.hadamard) for x in (query, *keys))
+        return query, *keys
 
 
 def _per_query_head(scale: Tensor, heads: int) -> Tensor:

@@ -12,6 +12,7 @@ from dist_spin.model.architecture import ATTENTION_NORM, LAYER_LINEARS, MLP_NORM
 from dist_spin.model.rotate_quantize import NO_SCALE_OR_CLIP, RotationParam, ScaleAndClip
 from dist_spin.model.sites import (
     DownProjInputQuant,
+    KeyBiasApart,
     KeySite,
     NormSite,
     OProjInputQuant,
@@ -35,6 +36,7 @@ SITE_OF_LINEAR = {role: i for i, roles in enumerate(LINEARS_BY_SITE) for role in
 class Sites:
     """What happens at each quantised site: quantisers, and the online Hadamards as Kronecker factors (empty: none).
 
+    k_bias_apart: keys are quantised without the bias of k_proj.
     mlp, down: quantisers of these inputs where they are not those of `a`. clips: learned clip ratios [layers, sites] of
     merged layers, fp64 on the CPU, which `layer` puts into the quantisers.
     """
@@ -49,6 +51,7 @@ class Sites:
     mlp: QuantSpec | None = None
     down: QuantSpec | None = None
     clips: Tensor | None = None
+    k_bias_apart: bool = False
 
     @property
     def bits(self) -> dict[str, int]:
@@ -126,7 +129,16 @@ def attach(
     else:
         for gated in mlp.experts if shape.experts else (mlp,):
             gated.down_proj = QuantizedInputLinear(down_site(), gated.down_proj)
-    attention.key_site = KeySite(sites.k, sites.r3, learned_at["k"])
+    bias_apart = takes_bias_apart(attention, sites)
+    attention.key_site = KeySite(sites.k, sites.r3, learned_at["k"], bias_apart=bias_apart)
+
+
+def takes_bias_apart(attention: Any, sites: Sites) -> bool:
+    """Whether keys are quantised without k_proj's bias; k_proj then hands it on beside the keys."""
+    if not (sites.k_bias_apart and sites.k.enabled) or attention.k_proj.bias is None or hasattr(attention, "k_norm"):
+        return False  # behind a norm it is no sum any more; no supported family has both
+    attention.k_proj = KeyBiasApart(attention.k_proj)
+    return True
 
 
 def widen_norms(layer: nn.Module, *, folded: bool) -> None:

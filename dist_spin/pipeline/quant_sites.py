@@ -83,6 +83,7 @@ def sites_for(config: RunConfig, shape: Shape, *, rotated: bool = True, heads: b
         a=a,
         o=dataclasses.replace(a, group_size=d) if q.o_per_head else a,
         k=spec("k", d),
+        k_bias_apart=q.k_bias_apart and q.k_bits < 16,
         v=spec("v", d),
         r3=hadamard_factors(d, 0, "rotation.online") if online and q.k_bits < 16 else (),
         r4=_r4(config, shape) if online else (),
@@ -136,6 +137,9 @@ def check_learning_formats(config: RunConfig) -> None:
         UserError: names both settings.
     """
     q, o = config.quant, config.optimize
+    if o.w_bits < 16 and q.k_bias_apart:
+        problem = f"optimize.w_bits={o.w_bits} learns with the bias of keys in its place, but quant.k_bias_apart=true"
+        raise UserError(problem, "use optimize.w_bits=16 or quant.k_bias_apart=false")
     for setting, bits, which, kind in (
         ("optimize.w_bits", o.w_bits, "w", q.w_format),
         ("optimize.a_bits", o.a_bits, "a", q.a_format),

@@ -39,7 +39,6 @@ INPUT_QUANT = {
 }
 # Tensors of a state that exist in the weights alone.
 MERGED = (("attention", "scale"), ("mlp", "scale"), ("down", "scale"), ("value", "left"))
-WRAPPED_LINEARS = ("self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj")  # linears inside another module
 
 
 class LayerParameters(Protocol):
@@ -173,7 +172,8 @@ class FakeQuantLayer:
             if role in (ATTENTION_NORM, MLP_NORM):
                 tensors[f"{role}.norm.{kind}"] = w
             else:
-                tensors[f"{role}.linear.{kind}" if role in WRAPPED_LINEARS else name] = w.to(self.products)
+                wrapped = f"{role}.linear.{kind}"
+                tensors[wrapped if wrapped in self.tensor_names else name] = w.to(self.products)
         for name, tensor in state.items():
             site, _, kind = name.removesuffix(INVERSE).rpartition(".")
             if site == "key" and kind == "left":

@@ -26,7 +26,7 @@ from dist_spin.model.layers import LayerRunner
 from dist_spin.model.merge import NORM_BEFORE
 from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.sites import QuantizedInputLinear
-from dist_spin.model.sites_config import Sites
+from dist_spin.model.sites_config import Sites, takes_bias_apart
 from dist_spin.model.weight_source import WeightSource
 from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.numerics.kronecker import apply_pair
@@ -111,16 +111,21 @@ class TransformedKey(nn.Module):
     left: Tensor | None
     inverse: Tensor | None
 
-    def __init__(self, input_quant: TransformedInputQuant, state: State) -> None:
+    def __init__(self, input_quant: TransformedInputQuant, state: State, *, bias_apart: bool = False) -> None:
+        """bias_apart: keys come from a `sites.KeyBiasApart`."""
         super().__init__()
         self.input_quant = input_quant  # has the clip ratios; the matrix is here, since q needs its inverse
+        self.bias_apart = bias_apart
         self.register_buffer("left", state.get("key.left"), persistent=False)
         self.register_buffer("inverse", None if self.left is None else inverse(state, "key.left"), persistent=False)
 
     def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """query [batch, heads, T, d], key [batch, kv_heads, T, d] to the same."""
+        """query [batch, heads, T, d], key [batch, kv_heads, T, d] to the same; with `bias_apart` key has twice the heads."""
         if self.left is not None and self.inverse is not None:
             query, key = query @ self.inverse.to(query.dtype), key @ self.left.to(key.dtype)
+        if self.bias_apart:
+            key, bias = key.chunk(2, 1)
+            return query, self.input_quant(key) + bias
         return query, self.input_quant(key)
 
 
@@ -214,7 +219,8 @@ class TransformedRunner(LayerRunner):
         # Of values and keys the module has the clip ratios alone: value.left is merged, key.left belongs to TransformedKey.
         clips: State = {name: state[name] for name in ("value.shrink", "key.shrink") if name in state}
         attention.v_proj = TransformedValue(attention.v_proj, TransformedInputQuant(sites.v, clips, "value"))
-        attention.key_site = TransformedKey(TransformedInputQuant(sites.k, clips, "key"), state)
+        apart = takes_bias_apart(attention, sites)
+        attention.key_site = TransformedKey(TransformedInputQuant(sites.k, clips, "key"), state, bias_apart=apart)
         attention.o_proj = QuantizedInputLinear(TransformedInputQuant(sites.o, state, "o"), attention.o_proj)
         down = sites.a if self.down is None else self.down
         mlp.down_proj = QuantizedInputLinear(TransformedInputQuant(down, state, "down"), mlp.down_proj)
