@@ -140,7 +140,7 @@ class WeightSide(nn.Module):
             return torch.block_diag(*[self.r2[i]] * n)
 
         shape = self.files.shape
-        routers = ["mlp.gate"] if shape.experts else []
+        routers = ["mlp.gate", "mlp.shared_expert_gate"][: bool(shape.experts) + bool(shape.shared)]
         for role, norm in (
             ("self_attn.q_proj", "input_layernorm"),
             ("self_attn.k_proj", "input_layernorm"),
@@ -160,7 +160,8 @@ class WeightSide(nn.Module):
         out["self_attn.o_proj.weight"] = self.r1.T @ raw("self_attn.o_proj.weight") @ blocks(heads)
         r4 = functools.reduce(torch.kron, self.sites.r4)
         for role in shape.of_mlp("down_proj"):
-            out[f"{role}.weight"] = self.r1.T @ raw(f"{role}.weight") @ r4
+            turned = self.r1.T @ raw(f"{role}.weight")  # R4 once per width of an expert
+            out[f"{role}.weight"] = turned @ torch.block_diag(*[r4] * (turned.shape[1] // len(r4)))
         for role in ("self_attn.o_proj", *shape.of_mlp("down_proj")):
             if source.has(f"{prefix}{role}.bias"):
                 out[f"{role}.bias"] = raw(f"{role}.bias") @ self.r1

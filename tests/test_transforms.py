@@ -23,7 +23,8 @@ from dist_spin.numerics.quantizer import QuantSpec, range_quantize
 
 def learned_transforms(files: ModelFiles, *, scales: bool = True, clips: bool = True) -> ScalesAndClips:
     """Scales between about 0.5 and 2 and clips between about 0.6 and 1."""
-    shared = files.weights.has("model.layers.0.self_attn.k_norm.weight")
+    norm = "model.layers.0.self_attn.k_norm.weight"
+    shared = files.weights.has(norm) and files.weights.row_count(norm) == files.shape.head_dim
     bits = dict.fromkeys(CLIP_SITES, 4)
     transforms = ScalesAndClips(
         files.shape, CPU, torch.float64, scales=scales, clips=clips, shared_keys=shared, bits=bits

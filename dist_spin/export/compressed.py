@@ -178,7 +178,9 @@ def config_entries(
         # The wider first: transformers, asked to dequantise, takes the first for all, which must then fail, not mislead.
         both.sort(key=lambda group: -group[2])
         groups = {name: scheme([target], width) for name, target, width in both}
-    routers = [r"re:.*mlp\.gate$", r"re:.*block_sparse_moe\.gate$"] if DOWN not in bits else []
+    routers = (
+        [r"re:.*mlp\.gate$", r"re:.*shared_expert_gate$", r"re:.*block_sparse_moe\.gate$"] if DOWN not in bits else []
+    )
     formats = sorted({group.format for group in groups.values()})
     config = QuantizationConfig(
         config_groups=groups,

@@ -20,7 +20,7 @@ from dist_spin.export.format_tensors import INPUT_GLOBAL, LAYOUTS, TENSORS, form
 from dist_spin.export.hf import DOWN, FOREIGN_TYPE, ROTATED_DOWN
 from dist_spin.export.sidecar import Sidecar, read_sidecar
 from dist_spin.model.architecture import ATTENTION_NORM, EMBEDDING, HEAD, LAYER_LINEARS, MLP_NORM, Shape, layer_name
-from dist_spin.model.experts import ROUTER
+from dist_spin.model.experts import ROUTERS
 from dist_spin.model.full_model import build_full_model
 from dist_spin.model.sites_config import INPUT_SCALES, SITE_OF_LINEAR, Sites
 from dist_spin.model.weights import SafetensorsWeights
@@ -69,7 +69,7 @@ def load_with_sites(directory: Path, sidecar: Sidecar, sites: Sites, device: str
     source = SafetensorsWeights(directory)
     config = AutoConfig.for_model(sidecar.model_type, **content)
     shape = Shape.of(config)
-    roles = (*shape.linears, ROUTER) if shape.experts else shape.linears
+    roles = (*shape.linears, *ROUTERS) if shape.experts else shape.linears
     layers = prefetched(
         lambda index: _layer(source, index, roles, sidecar, quantization, dtype, target),
         range(shape.layers),
@@ -107,7 +107,7 @@ def _layer(
         return {n: source.rows(f"{prefix}.{n}", device=device) for n in names if source.has(f"{prefix}.{n}")}
 
     of_linears = KINDS if sidecar.format == "hf" else ("bias",)  # elsewhere `weight` holds codes
-    names = [f"{role}.{kind}" for role in roles for kind in (KINDS if role == ROUTER else of_linears)]
+    names = [f"{role}.{kind}" for role in roles for kind in (KINDS if role in ROUTERS else of_linears)]
     out = read([*names, *(f"{norm}.{kind}" for norm in NORMS for kind in KINDS)])
     if sidecar.format == "hf":
         renamed = read([ROTATED_DOWN])
@@ -116,7 +116,7 @@ def _layer(
     if layouts[0] in LAYOUTS.values():
         return out | _weights_in_format(source, prefix, dtype, device)
     for role in roles:
-        if role == ROUTER:
+        if role in ROUTERS:
             continue
         stored = [kind for kind in (PACKED, PLAIN, SCALE, SHAPE, ZERO) if source.has(f"{prefix}.{role}.{kind}")]
         tensors = {kind: source.rows(f"{prefix}.{role}.{kind}", device=device) for kind in stored}

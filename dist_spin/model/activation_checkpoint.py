@@ -60,7 +60,7 @@ def kept_bytes(
     Llama-3-8B shape; 1.9 GiB for 8192 tokens with scales and clips, counted with a quarter to spare); in an eager one it
     counts the tensors between the matmuls and their fp32 companions in quantisers and norms.
     """
-    h, i = shape.hidden, shape.intermediate * max(1, shape.experts_per_token)
+    h, i = shape.hidden, shape.mlp_width
     most = (24 * h + 10 * i) if not compiled else (20 * h + 5 * i) if transformed else (8 * h + 2 * i)
     elements = {"layer": h, "sites": 4 * h, "none": most}[level]
     if fake_quant_linears and level == "none" and compiled:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from dist_spin.model.attention import select_attention
-from dist_spin.model.experts import MixtureOfExperts, expert_count, expert_linears, expert_width
+from dist_spin.model.experts import SHARED, MixtureOfExperts, expert_count, expert_linears, expert_width, shared_width
 from dist_spin.model.families import FAMILIES
 
 LAYER_LINEARS = (
@@ -33,7 +33,7 @@ EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 class Shape:
     """The sizes that rotations and quantisers need, all in elements; experts: per layer, each `intermediate` wide, 0 for none.
 
-    experts_per_token: how many of them compute a token.
+    experts_per_token: how many of them compute a token. shared: width of the expert that all tokens compute, 0 for none.
     """
 
     hidden: int
@@ -45,6 +45,7 @@ class Shape:
     vocab: int
     experts: int = 0
     experts_per_token: int = 0
+    shared: int = 0
 
     @staticmethod
     def of(config: Any) -> "Shape":
@@ -60,16 +61,32 @@ class Shape:
             vocab=config.vocab_size,
             experts=expert_count(config),
             experts_per_token=config.num_experts_per_tok if expert_count(config) else 0,
+            shared=shared_width(config),
         )
 
     @property
     def linears(self) -> tuple[str, ...]:
         """The linears of a decoder layer whose weights are quantised, by their names within it."""
-        return (*LAYER_LINEARS[:4], *expert_linears(self.experts)) if self.experts else LAYER_LINEARS
+        return (*LAYER_LINEARS[:4], *expert_linears(self.experts, self.shared)) if self.experts else LAYER_LINEARS
 
     def of_mlp(self, linear: str) -> list[str]:
-        """Where in a decoder layer a linear of the MLP stands ("down_proj"): once, or in every expert."""
-        return [f"mlp.experts.{e}.{linear}" for e in range(self.experts)] if self.experts else [f"mlp.{linear}"]
+        """Where in a decoder layer a linear of the MLP stands ("down_proj"): once, or in every expert, the shared one last."""
+        if not self.experts:
+            return [f"mlp.{linear}"]
+        shared = [f"{SHARED}.{linear}"] if self.shared else []
+        return [*(f"mlp.experts.{e}.{linear}" for e in range(self.experts)), *shared]
+
+    @property
+    def mlp_width(self) -> int:
+        """Channels between up_proj and down_proj that a token computes in a layer."""
+        return self.intermediate * max(1, self.experts_per_token) + self.shared
+
+    @property
+    def up_scales(self) -> tuple[int, ...]:
+        """The shape of the learned scales of up_proj's rows; those of a shared expert stand as those of further experts."""
+        if not self.experts:
+            return (self.intermediate,)
+        return self.experts + self.shared // self.intermediate, self.intermediate
 
 
 def layer_name(index: int) -> str:

@@ -15,8 +15,9 @@ from dist_spin.errors import UserError
 from dist_spin.model.stacked_experts import StackedExperts, chosen_experts
 from dist_spin.numerics.dtypes import accumulation_dtype
 
-EXPERT_FAMILIES = ("qwen3_moe", "mixtral")
-ROUTER = "mlp.gate"
+EXPERT_FAMILIES = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral")
+SHARED = "mlp.shared_expert"  # which every token computes, times a share of its own (Qwen2-MoE)
+ROUTERS = ("mlp.gate", f"{SHARED}_gate")  # never rounded; where there is no shared expert, the first alone
 MIXTRAL_LINEARS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}  # as its checkpoints name them
 
 
@@ -29,26 +30,39 @@ def expert_count(config: Any) -> int:
 
 def expert_width(config: Any) -> int:
     """Intermediate size of one expert."""
-    return config.intermediate_size if config.model_type == "mixtral" else config.moe_intermediate_size
+    return config.intermediate_size if config.model_type in ("mixtral", "olmoe") else config.moe_intermediate_size
 
 
-def expert_linears(experts: int) -> tuple[str, ...]:
-    """The experts' linears by their names within a layer, expert by expert; the router, which is never rounded, is not one."""
-    return tuple(
-        f"mlp.experts.{e}.{linear}" for e in range(experts) for linear in ("gate_proj", "up_proj", "down_proj")
-    )
+def shared_width(config: Any) -> int:
+    """Intermediate size of the shared expert, a multiple of `expert_width`; 0 where there is none."""
+    return config.shared_expert_intermediate_size if config.model_type == "qwen2_moe" else 0
+
+
+def expert_linears(experts: int, shared: int) -> tuple[str, ...]:
+    """The experts' linears by their names within a layer, expert by expert; routers, which are never rounded, are not among them.
+
+    shared: width of the shared expert, which comes last, 0 for none.
+    """
+    owners = [*(f"mlp.experts.{e}" for e in range(experts)), *([SHARED] if shared else [])]
+    return tuple(f"{owner}.{linear}" for owner in owners for linear in ("gate_proj", "up_proj", "down_proj"))
 
 
 def check_experts(config: Any) -> None:
-    """Refuse a mixture of experts some of whose layers are dense.
+    """Refuse a mixture of experts some of whose layers are dense, or whose parts no rotation goes through.
 
     Raises:
         UserError: names the setting of config.json.
     """
-    if config.model_type == "qwen3_moe" and (config.mlp_only_layers or config.decoder_sparse_step != 1):
+    if config.model_type in ("qwen3_moe", "qwen2_moe") and (config.mlp_only_layers or config.decoder_sparse_step != 1):
         which = "mlp_only_layers" if config.mlp_only_layers else "decoder_sparse_step"
         problem = f"{which} of config.json gives some layers a dense MLP, which is not supported beside experts"
         raise UserError(problem, "use a model with experts in every layer")
+    if config.model_type == "olmoe" and config.clip_qkv is not None:
+        problem = "clip_qkv of config.json clips values one by one, which does not commute with R2"
+        raise UserError(problem, "use a model without it")
+    if expert_count(config) and shared_width(config) % expert_width(config):
+        problem = f"the shared expert is {shared_width(config)} wide, no multiple of an expert's {expert_width(config)}"
+        raise UserError(problem, "use another model")
 
 
 def name_here(stored: str) -> str:
@@ -144,7 +158,10 @@ class MixtureOfExperts(nn.Module):
     """
 
     def __init__(self, config: Any, *, stacked: bool = False) -> None:
-        """stacked: the experts as three matrices, for learning (model/stacked_experts.py), instead of a list of modules."""
+        """stacked: the experts as three matrices, for learning (model/stacked_experts.py), instead of a list of modules.
+
+        The shared expert is a module by itself either way.
+        """
         super().__init__()
         normalised = config.model_type == "mixtral" or config.norm_topk_prob
         count, hidden, width = expert_count(config), config.hidden_size, expert_width(config)
@@ -155,9 +172,17 @@ class MixtureOfExperts(nn.Module):
             self.experts = StackedExperts(count, hidden, width, config.hidden_act)
         else:
             self.experts = ExpertList([Expert(hidden, width, config.hidden_act) for _ in range(count)])
+        self.has_shared = shared_width(config) > 0
+        if self.has_shared:
+            self.shared_expert = Expert(hidden, shared_width(config), config.hidden_act)
+            self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [batch, T, h] to the same."""
         tokens = x.flatten(0, -2)
         shares, chosen = self.gate(tokens)
-        return self.experts(self.input_site(tokens), shares, chosen).view_as(x)
+        inputs = self.input_site(tokens)
+        out = self.experts(inputs, shares, chosen)
+        if self.has_shared:
+            out = out + self.shared_expert_gate(tokens).sigmoid() * self.shared_expert(inputs)
+        return out.view_as(x)

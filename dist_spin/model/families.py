@@ -35,6 +35,8 @@ FAMILIES = {
     "smollm3": Family("SmolLM3", windows="by layer"),
     "ministral": Family("Ministral 8B (2410)", windows="by layer"),
     "qwen3_moe": Family("Qwen3-MoE (30B-A3B, 235B-A22B)", windows="all"),
+    "qwen2_moe": Family("Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B", windows="by layer"),
+    "olmoe": Family("OLMoE-1B-7B"),
     "mixtral": Family("Mixtral 8x7B, 8x22B", windows="all"),
     "phi3": Family(
         "Phi-3 and 3.5 mini, Phi-3 medium, Phi-4 14B",
@@ -55,7 +57,9 @@ FAMILIES = {
 }
 
 # Why a family that people ask for is refused; anything else is simply unknown.
-_EXPERTS = "a mixture of experts with parts that are not built, such as shared experts or other routers"
+_LATENT = (
+    "queries and keys made from latent vectors with norms of their own (MLA), and dense layers among those with experts"
+)
 _OUTPUT_NORMS = "norms on the outputs of attention and MLP, which do not commute with a rotation of the residual stream"
 _LAYER_NORM = "LayerNorm, whose mean does not commute with a rotation of the residual stream"
 _PARALLEL = "LayerNorm, whose mean does not commute with a rotation, and one norm for attention and MLP side by side"
@@ -66,10 +70,13 @@ REFUSED = {
     "gemma3_text": _OUTPUT_NORMS,
     "olmo2": _OUTPUT_NORMS,
     "olmo3": _OUTPUT_NORMS,
-    "qwen2_moe": _EXPERTS,
-    "deepseek_v3": _EXPERTS,
-    "gpt_oss": _EXPERTS,
-    "llama4": _EXPERTS,
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "glm4_moe": "experts beside dense layers, a router of sigmoids with a correction, and a position embedding of half a head",
+    "gpt_oss": "experts with biases and a clamped activation, and attention sinks",
+    "granitemoe": "multipliers of embedding, attention, residual and logits around its experts",
+    "qwen3_next": "linear attention in most layers, whose state R2 and R3 do not go through",
+    "llama4": "a router that scales what experts read, shared experts, and attention in chunks",
     "phi": _LAYER_NORM,
     "gpt2": _LAYER_NORM,
     "gpt_neox": _LAYER_NORM,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dist_spin.model.architecture import ATTENTION_NORM, FINAL_NORM, HEAD, MLP_NORM, Shape, layer_name
-from dist_spin.model.experts import ROUTER, expert_linears
+from dist_spin.model.experts import ROUTERS
 from dist_spin.model.sites import across_heads
 from dist_spin.model.weight_source import WeightSource
 from dist_spin.numerics.block_rotation import apply_rotation, apply_rotation_left
@@ -27,8 +27,8 @@ def norms_before(shape: Shape) -> dict[str, str]:
     if not shape.experts:
         return NORM_BEFORE
     attention = {role: norm for role, norm in NORM_BEFORE.items() if norm == ATTENTION_NORM}
-    reading = [role for role in expert_linears(shape.experts) if not role.endswith("down_proj")]
-    return attention | dict.fromkeys((ROUTER, *reading), MLP_NORM)
+    reading = [role for role in shape.linears if role.startswith("mlp.") and not role.endswith("down_proj")]
+    return attention | dict.fromkeys((*ROUTERS[: 2 if shape.shared else 1], *reading), MLP_NORM)
 
 
 STACKED = re.compile(r"\.mlp\.experts\.\w+_proj\.weight$")
@@ -42,7 +42,8 @@ def _gain_before(source: WeightSource, parameter: str) -> Tensor | None:
         return source.rows(f"{FINAL_NORM}.weight").double()
     parts = parameter.split(".")
     role = ".".join(parts[3:-1])
-    norm = NORM_BEFORE.get(re.sub(r"experts\.(\d+\.)?", "", role), MLP_NORM if role == ROUTER else None)
+    of_mlp = re.sub(r"(shared_expert|experts(\.\d+)?)\.", "", role)
+    norm = NORM_BEFORE.get(of_mlp, MLP_NORM if role in ROUTERS else None)
     if parts[-1] == "weight" and norm is not None:
         return source.rows(f"{'.'.join(parts[:3])}.{norm}.weight").double()
     return None
@@ -138,7 +139,7 @@ def rotated_layer(
         norm = read(role, "weight")
         if norm is not None:
             scale = rows.pop(role.replace("norm", "proj"), None)
-            out[f"{role}.weight"] = norm if scale is None else norm * scale[:d]
+            out[f"{role}.weight"] = norm if scale is None else norm * scale[: len(norm)]
     for role, before in norms_before(shape).items():
         w, b = read(role, "weight"), read(role, "bias")
         assert w is not None
@@ -172,9 +173,11 @@ def rotated_layer(
     return out
 
 
-def _per_expert(scale: Tensor, shape: Shape) -> Tensor:
-    """Scales of up_proj's rows, one vector for each MLP of the layer: [experts or 1, intermediate]."""
-    return scale.view(-1, shape.intermediate)
+def _per_expert(scale: Tensor, shape: Shape) -> list[Tensor]:
+    """Scales of up_proj's rows, one vector for each MLP of the layer, in the order of `Shape.of_mlp`."""
+    if not shape.experts:
+        return [scale]
+    return [*scale[: shape.experts], *([scale[shape.experts :].flatten()] if shape.shared else [])]
 
 
 def _put(out: dict[str, Tensor], role: str, weight: Tensor, bias: Tensor | None) -> None:

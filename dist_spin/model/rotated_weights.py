@@ -12,7 +12,7 @@ from dist_spin.model.architecture import (
     Shape,
     layer_name,
 )
-from dist_spin.model.experts import ROUTER
+from dist_spin.model.experts import ROUTERS
 from dist_spin.model.loss import cross_entropy
 from dist_spin.model.merge import rotated_embedding, rotated_layer
 from dist_spin.model.sites import WideRMSNorm
@@ -50,7 +50,7 @@ class RotatedWeights:
                 self.source, index, self.shape, r1, r2[index], self.r4, self.device, self.heads, scales
             )
             return {name: w.to(self.dtype) for name, w in merged.items()}
-        roles = (*self.shape.linears, ROUTER, ATTENTION_NORM, MLP_NORM, "self_attn.q_norm", "self_attn.k_norm")
+        roles = (*self.shape.linears, *ROUTERS, ATTENTION_NORM, MLP_NORM, "self_attn.q_norm", "self_attn.k_norm")
         names = [f"{role}.{kind}" for role in roles for kind in ("weight", "bias")]
         prefix = layer_name(index)
         stored = [name for name in names if self.source.has(f"{prefix}.{name}")]

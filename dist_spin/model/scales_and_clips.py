@@ -29,8 +29,7 @@ def scale_shapes(shape: Shape, *, shared_keys: bool) -> dict[str, tuple[int, ...
     """
     h, d, kv = shape.hidden, shape.head_dim, shape.kv_heads
     keys = 1 if shared_keys else kv
-    up = (shape.experts, shape.intermediate) if shape.experts else (shape.intermediate,)
-    return {ATTENTION_NORM: (h,), MLP_NORM: (h,), "up": up, "value": (kv, d), "key": (keys, d // 2)}
+    return {ATTENTION_NORM: (h,), MLP_NORM: (h,), "up": shape.up_scales, "value": (kv, d), "key": (keys, d // 2)}
 
 
 def initial_clip(bits: int) -> float:

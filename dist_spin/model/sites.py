@@ -159,6 +159,7 @@ class DownProjInputQuant(nn.Module):
     """What down_proj reads: its input rotated online by the Hadamard R4 and quantised.
 
     unfold: down_proj has R4 not folded in, so that what is quantised is rotated and scaled back: Q((m * s) R4) R4^T / s.
+    part: the rows of a layer's learned scales that are this input's, side by side; None: all of them.
     """
 
     def __init__(
@@ -168,9 +169,10 @@ class DownProjInputQuant(nn.Module):
         learned: ScaleAndClip = NO_SCALE_OR_CLIP,
         *,
         unfold: bool = False,
+        part: slice | None = None,
     ) -> None:
         super().__init__()
-        self.spec, self.learned, self.unfold = spec, learned, unfold
+        self.spec, self.learned, self.unfold, self.part = spec, learned, unfold, part
         self.hadamard = hadamard  # Kronecker factors of R4, normalised; () leaves R4 out
 
     def forward(self, m: Tensor, expert: Tensor | None = None) -> Tensor:
@@ -178,6 +180,8 @@ class DownProjInputQuant(nn.Module):
         scale = self.learned.scale
         if scale is not None and expert is not None:
             scale = scale[expert]
+        elif scale is not None and self.part is not None:
+            scale = scale[self.part].flatten()
         if _mode.plain and (self.unfold or not self.hadamard):
             return m
         if scale is not None and not _mode.plain:

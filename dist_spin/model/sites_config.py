@@ -124,11 +124,14 @@ def attach(
     if shape.experts:
         mlp.input_site = NormSite(nn.Identity(), mlp_spec, r1, learned_at["mlp"])
     down_site = partial(DownProjInputQuant, down_spec, sites.r4, learned_at["down"], unfold=unfold)
-    if shape.experts and isinstance(mlp.experts, StackedExperts):
+    stacked = bool(shape.experts) and isinstance(mlp.experts, StackedExperts)
+    if stacked:
         mlp.experts.down_site = down_site()
-    else:
-        for gated in mlp.experts if shape.experts else (mlp,):
-            gated.down_proj = QuantizedInputLinear(down_site(), gated.down_proj)
+    for gated in () if stacked else mlp.experts if shape.experts else (mlp,):
+        gated.down_proj = QuantizedInputLinear(down_site(), gated.down_proj)
+    if shape.shared:
+        part = slice(shape.experts, None)
+        mlp.shared_expert.down_proj = QuantizedInputLinear(down_site(part=part), mlp.shared_expert.down_proj)
     bias_apart = takes_bias_apart(attention, sites)
     attention.key_site = KeySite(sites.k, sites.r3, learned_at["k"], bias_apart=bias_apart)
 
@@ -136,7 +139,7 @@ def attach(
 def takes_bias_apart(attention: Any, sites: Sites) -> bool:
     """Whether keys are quantised without k_proj's bias; k_proj then hands it on beside the keys."""
     if not (sites.k_bias_apart and sites.k.enabled) or attention.k_proj.bias is None or hasattr(attention, "k_norm"):
-        return False  # behind a norm it is no sum any more; no supported family has both
+        return False  # behind a norm it is no sum any more
     attention.k_proj = KeyBiasApart(attention.k_proj)
     return True
 

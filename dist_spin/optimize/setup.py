@@ -240,14 +240,14 @@ def split_held_out(tokens: Tensor, settings: OptimizeConfig) -> tuple[Tensor, Te
 
 def build_transforms(config: RunConfig, files: ModelFiles, sites: Sites, device: torch.device) -> ScalesAndClips:
     """The scales and clips that are learned beside the rotations, at their start or as `rotation.load` holds them."""
-    settings = config.optimize
+    settings, k_norm = config.optimize, f"{layer_name(0)}.self_attn.k_norm.weight"
     transforms = ScalesAndClips(
         files.shape,
         device,
         model_dtype(config),
         scales=settings.scales,
         clips=settings.clips,
-        shared_keys=files.weights.has(f"{layer_name(0)}.self_attn.k_norm.weight"),
+        shared_keys=files.weights.has(k_norm) and files.weights.row_count(k_norm) == files.shape.head_dim,
         bits=sites.bits,
     )
     if config.rotation.load:

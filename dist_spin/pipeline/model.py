@@ -68,6 +68,8 @@ def check_expert_settings(config: RunConfig, shape: Shape) -> None:
             f"optimize.w_bits={config.optimize.w_bits}, but with experts rotations are learned from 16-bit weights"
         )
         raise UserError(problem, "set optimize.w_bits=16, and quantize.method=gptq for the weights", shared=True)
+    if config.quantize.tune_steps:
+        raise UserError("quantize.tune_steps is for models without experts", "set it to 0", shared=True)
     if config.quant.w_format != "int" or config.quant.a_format != "int":
         problem = "a mixture of experts is quantised to integers, not to number formats"
         raise UserError(problem, "set quant.w_format=int and quant.a_format=int", shared=True)

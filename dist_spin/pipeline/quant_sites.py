@@ -53,7 +53,7 @@ def sites_for(config: RunConfig, shape: Shape, *, rotated: bool = True, heads: b
                 f"quant.{which}_group_size={group} does not divide this model's head size {d}", f"use {d}, or 0 for it"
             )
     check_format_groups(config, shape)
-    inputs = {shape.hidden, shape.heads * d, shape.intermediate}
+    inputs = {shape.hidden, shape.heads * d, shape.intermediate}  # a shared expert's is a multiple of the last
     for which in ("w", "a"):
         group = getattr(q, f"{which}_group_size")
         if group and any(size % group for size in inputs):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dist_spin.errors import NumericsError
 from dist_spin.model.architecture import ATTENTION_NORM, MLP_NORM
+from dist_spin.model.experts import SHARED
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.sites_config import INPUT_SCALES
 from dist_spin.numerics.coordinate_descent import coordinate_descent
@@ -197,6 +198,11 @@ class LayerQuantizer:
             seen = {"tokens": tokens[index], "calibrated": every if sees_all[index] else tokens[index]}
             for linear in ("gate_proj", "up_proj", "down_proj"):
                 self._result.figures[f"{name}.{linear}"] |= seen
+        if mlp.has_shared:
+            self._solve([f"{SHARED}.gate_proj", f"{SHARED}.up_proj"], map(mlp.input_site, normed), self.options)
+            site = mlp.shared_expert.down_proj.input_quant
+            inner = (site(mlp.shared_expert.inner(mlp.input_site(x))) for x in normed)
+            self._solve([f"{SHARED}.down_proj"], inner, self.down_options)
         with self.clock("forward"):
             for i, x in enumerate(normed):
                 hidden[i] = hidden[i] + mlp(x)

@@ -165,7 +165,7 @@ def _rounding_figures(path: Path) -> dict[str, dict[str, float]] | None:
         return None
     groups: dict[str, list[dict[str, float]]] = {}
     for role, of_role in figures.items():
-        groups.setdefault(re.sub(r"experts\.\d+\.", "", role), []).append(of_role)
+        groups.setdefault(re.sub(r"(shared_expert|experts\.\d+)\.", "", role), []).append(of_role)
     if groups.keys() != set(LAYER_LINEARS):
         return None
     return {
