@@ -1,10 +1,15 @@
 """Attached and merged sites see the same numbers in fp32, where a whole network cannot be compared: flipped codes cascade."""
 
+import sys
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import write_model
 
 from dist_spin.compare.methods.transformed_layer import TransformedInputQuant, TransformedKey
+from dist_spin.config.loader import load_config
+from dist_spin.errors import UserError
 from dist_spin.model.fake_quant_model import FakeQuantModel, parameter_source
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.merge import folded_rows
@@ -15,6 +20,8 @@ from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import open_model
 from dist_spin.numerics.hadamard_transform import kronecker_factors
 from dist_spin.numerics.quantizer import QuantSpec
+from dist_spin.pipeline.quant_sites import check_learning_formats, tell_key_bias
+from dist_spin.runtime.console import Console, shown_on
 
 CPU = torch.device("cpu")
 
@@ -97,3 +104,20 @@ def test_a_bias_apart_leaves_4_bits_to_what_depends_on_the_token(tmp_path):
         together, alone = site(head, bias_apart=True)(q, torch.cat((k, b), 1)), site(head)(q, k)
         assert torch.equal(together[1], alone[1] + b)
         assert torch.equal(together[0], alone[0])
+
+
+@pytest.mark.parametrize(("factor", "words", "said"), [(1, [], 0), (100, [], 1), (100, ["quant.k_bits=16"], 0)])
+def test_a_large_bias_of_keys_is_told(factor, words, said, tmp_path, capfd):
+    write_model("qwen2", tmp_path, dtype=torch.float32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.self_attn.k_proj.bias"
+    tensors[name] = tensors[name] / tensors[name].abs().max() * factor
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    words = [f"model.path={tmp_path}", "model.dtype=float32", *words]
+    files = open_model(str(tmp_path), dtype=torch.float32)
+    with shown_on(Console(sys.stderr)):
+        tell_key_bias(load_config(None, words), files)
+        tell_key_bias(load_config(None, [*words, "quant.k_bias_apart=true"]), files)
+    assert "".join(capfd.readouterr()).count("k_proj has biases of up to 100") == said
+    with pytest.raises(UserError, match=r"optimize.w_bits=4 .* quant.k_bias_apart=true"):
+        check_learning_formats(load_config(None, [*words, "quant.k_bias_apart=true", "optimize.w_bits=4"]))

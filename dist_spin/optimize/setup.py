@@ -30,7 +30,13 @@ from dist_spin.pipeline.export_limits import check_export_target, tell_exportabl
 from dist_spin.pipeline.fingerprints import EMBEDDING_SETTINGS, WEIGHT_SETTINGS, flat
 from dist_spin.pipeline.initial_rotations import fits_start, starting_rotations
 from dist_spin.pipeline.model import check_vocabulary, model_dtype, open_configured_model
-from dist_spin.pipeline.quant_sites import check_learning_formats, learned_transforms, sites_for, while_learning
+from dist_spin.pipeline.quant_sites import (
+    check_learning_formats,
+    learned_transforms,
+    sites_for,
+    tell_key_bias,
+    while_learning,
+)
 from dist_spin.pipeline.range_init import make_start
 from dist_spin.pipeline.self_generated_text import self_text
 from dist_spin.runtime.distributed import World, on_rank0, raise_on_any_failure
@@ -192,6 +198,7 @@ def build_training(config: RunConfig, world: World) -> TrainState:
         say("the first step compiles the layers' graphs, which takes a minute or more")
     if train_state.step == 0:
         tell_exportable(config, files.config)
+        tell_key_bias(config, files)
     return train_state
 
 

@@ -26,7 +26,7 @@ from dist_spin.pipeline.export_limits import check_export_target, tell_exportabl
 from dist_spin.pipeline.initial_rotations import fits_start
 from dist_spin.pipeline.model import model_dtype, open_configured_model
 from dist_spin.pipeline.preset_rotations import check_not_preset, save_preset_rotations
-from dist_spin.pipeline.quant_sites import check_learning_formats, clips_at, site_bits, while_learning
+from dist_spin.pipeline.quant_sites import check_learning_formats, clips_at, site_bits, tell_key_bias, while_learning
 from dist_spin.pipeline.range_init import make_start
 from dist_spin.runtime.distributed import (
     World,
@@ -109,6 +109,7 @@ def keep_initial_rotations(config: RunConfig, world: World) -> None:
         make_start(config, world, files, learning_tokens(config, files))
     save_preset_rotations(config, files.shape)
     tell_exportable(config, files.config)
+    tell_key_bias(config, files)
     say("optimize.steps=0: the initial rotations are used as they are")
 
 

@@ -12,13 +12,17 @@ from torch import Tensor
 
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
-from dist_spin.model.architecture import Shape
+from dist_spin.model.architecture import Shape, layer_name
 from dist_spin.model.sites_config import CLIP_SITES, Sites
+from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.formats import FORMATS
 from dist_spin.numerics.hadamard import NoHadamard, largest_block
 from dist_spin.numerics.hadamard_transform import kronecker_factors
 from dist_spin.numerics.quantizer import QuantSpec
+from dist_spin.runtime.progress import say
 from dist_spin.storage.rotations import clip_bits, load_transforms
+
+LARGE_BIAS = 10.0  # what keys are without it is of the order of 1 to 10
 
 
 def hadamard_factors(size: int, block: int, setting: str) -> tuple[Tensor, ...]:
@@ -150,6 +154,18 @@ def check_learning_formats(config: RunConfig) -> None:
         named = f"quant.a_format={q.a_format}" if q.a_format != "int" else f"quant.kv_format={q.kv_format}"
         raise UserError(
             f"optimize.clips=true learns to clip, which {named} has no place for", "use optimize.clips=false"
+        )
+
+
+def tell_key_bias(config: RunConfig, files: ModelFiles) -> None:
+    """Say where keys are quantised together with a bias that is large enough to cost them their bits."""
+    if config.quant.k_bits == 16 or config.quant.k_bias_apart:
+        return
+    names = (f"{layer_name(index)}.self_attn.k_proj.bias" for index in range(files.shape.layers))
+    largest = max((float(files.weights.rows(n).abs().max()) for n in names if files.weights.has(n)), default=0.0)
+    if largest > LARGE_BIAS:
+        say(
+            f"k_proj has biases of up to {largest:.0f}, which keys in few bits do not bear: set quant.k_bias_apart=true"
         )
 
 
