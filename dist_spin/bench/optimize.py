@@ -206,9 +206,8 @@ def step_flop(shape: Shape, tokens: int, seq_len: int, block: int = 0) -> float:
     Forward and gradient of the activations through every weight (frozen: no weight gradient), causal attention (forward 1,
     backward 2.5 times), and per rotated site two products forward and one backward, with R1 as a whole or in blocks.
     """
-    h, kv = shape.hidden, shape.kv_heads * shape.head_dim
-    q = shape.heads * shape.head_dim
-    linears = 2 * h * q + 2 * h * kv + 3 * h * shape.mlp_width + h * shape.experts
+    h, q = shape.hidden, shape.heads * shape.head_dim
+    linears = shape.active_weights + h * shape.experts
     attention = 2 * q * seq_len / 2 * 3.5 * 2  # per token: (QK^T and PV) over half of the positions
     rotations = 2 * 3 * 2 * h * (block or h)
     per_layer = tokens * (2 * 2 * linears + attention + rotations)

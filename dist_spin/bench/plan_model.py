@@ -179,18 +179,17 @@ def fitted_start_seconds(shape: Shape, hardware: Hardware) -> float:
 
 def gptq_layer_seconds(shape: Shape, tokens: float, seq_len: int, speed: float, cd_passes: int = 0) -> dict[str, float]:
     """Parts of quantising one layer on one GPU with `tokens` tokens of calibration text, seconds."""
-    h, q, i = shape.hidden, shape.heads * shape.head_dim, shape.intermediate
-    kv = shape.kv_heads * shape.head_dim
-    linears = ((q + 2 * kv, h), (h, q), (2 * i, h), (h, i))
-    weights = sum(rows * columns for rows, columns in linears)
-    layers = shape.layers
+    layers, products = shape.layers, shape.products
     return {
-        "merge": 2 * weights * h / MERGE / speed,
+        "merge": 2 * shape.weights * shape.hidden / MERGE / speed,
         "forward": tokens * forward_flop(shape, seq_len) / layers / FORWARD / speed,
         "hessian": tokens * hessian_flop(shape) / layers / HESSIAN / speed,
-        "factor": (2 * h**3 + q**3 + i**3) / FACTOR / speed,
-        "solve": (1 + cd_passes) * sum(rows * columns**2 for rows, columns in linears) / SOLVE / speed,
-        "errors": tokens * 2 * weights / ERRORS / speed,
+        "factor": sum(count * columns**3 for columns, _, count, _ in products) / FACTOR / speed,
+        "solve": (1 + cd_passes)
+        * sum(count * rows * columns**2 for columns, rows, count, _ in products)
+        / SOLVE
+        / speed,
+        "errors": tokens * 2 * shape.active_weights / ERRORS / speed,
     }
 
 

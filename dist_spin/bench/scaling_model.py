@@ -125,8 +125,8 @@ def layer_flop(shape: Shape, seq_len: int, w_bits: int) -> tuple[float, float]:
     gradient; forward + backward is then `bench.optimize.step_flop`. With fewer bits nothing rotates, but every linear has
     one more product of its size and its gradients of R1 and R2 (model/weight_quant.py).
     """
-    h, i, q, kv = shape.hidden, shape.intermediate, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    linears = 2 * (2 * h * q + 2 * h * kv + 3 * h * i)
+    h, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    linears = 2 * (shape.active_weights + h * shape.experts)
     attention = 2 * q * seq_len  # QK^T and PV, over half of the positions
     rotations = 8 * h * h if w_bits == 16 else 0
     forward = linears + attention + rotations

@@ -38,17 +38,12 @@ def model_bytes(shape: Shape) -> float:
 
 def code_bytes(shape: Shape, config: RunConfig) -> float:
     """Bytes of all quantised layers: 4-bit codes two to a byte, others one each, and their scales."""
-    q, h, i = config.quant, shape.hidden, shape.intermediate
-    heads, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    total = 0.0
-    for rows, columns, bits in (
-        (heads + 2 * kv, h, q.w_bits),
-        (h, heads, q.w_bits),
-        (2 * i, h, q.w_bits),
-        (h, i, q.down_bits or q.w_bits),
-    ):
-        total += rows * columns / (2 if bits == 4 else 1)
-        total += rows * columns / (q.w_group_size or columns) * SCALE_BYTES * (1 if q.w_symmetric else 2)
+    q, total = config.quant, 0.0
+    for index, (columns, rows, count, _) in enumerate(shape.products):
+        is_down = index >= 2 and index % 2 == 1  # attention's two come first, then up and down of every kind of MLP
+        bits = (q.down_bits if is_down else 0) or q.w_bits
+        total += count * rows * columns / (2 if bits == 4 else 1)
+        total += count * rows * columns / (q.w_group_size or columns) * SCALE_BYTES * (1 if q.w_symmetric else 2)
     return shape.layers * total
 
 
@@ -58,9 +53,8 @@ def forward_flop(shape: Shape, seq_len: int) -> float:
 
 
 def hessian_flop(shape: Shape) -> float:
-    """Operations per token of every layer's four Hessians, of which one half is the other's mirror image."""
-    h, q, i = shape.hidden, shape.heads * shape.head_dim, shape.intermediate
-    return shape.layers * (2 * h * h + q * q + i * i)
+    """Operations per token of every layer's Hessians, of which one half is the other's mirror image."""
+    return shape.layers * sum(count * share * inputs**2 for inputs, _, count, share in shape.products)
 
 
 def costs(config: RunConfig, shape: Shape, evaluated_tokens: int) -> dict[str, Cost]:

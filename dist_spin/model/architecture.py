@@ -77,9 +77,27 @@ class Shape:
         return [*(f"mlp.experts.{e}.{linear}" for e in range(self.experts)), *shared]
 
     @property
+    def weights(self) -> int:
+        """Weights of the linears of a layer that are quantised."""
+        return sum(inputs * outputs * count for inputs, outputs, count, _ in self.products)
+
+    @property
+    def active_weights(self) -> float:
+        """Those of them that a token meets."""
+        return sum(inputs * outputs * count * share for inputs, outputs, count, share in self.products)
+
+    @property
     def mlp_width(self) -> int:
         """Channels between up_proj and down_proj that a token computes in a layer."""
         return self.intermediate * max(1, self.experts_per_token) + self.shared
+
+    @property
+    def products(self) -> list[tuple[int, int, int, float]]:
+        """Products of a layer: inputs, outputs, how many there are of that size, the share of tokens that each of them reads."""
+        h, q, kv, i = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim, self.intermediate
+        count, share = max(1, self.experts), self.experts_per_token / self.experts if self.experts else 1.0
+        found = [(h, q + 2 * kv, 1, 1.0), (q, h, 1, 1.0), (h, 2 * i, count, share), (i, h, count, share)]
+        return found + ([(h, 2 * self.shared, 1, 1.0), (self.shared, h, 1, 1.0)] if self.shared else [])
 
     @property
     def up_scales(self) -> tuple[int, ...]:

@@ -27,13 +27,11 @@ class LayerCost:
 
 def layer_cost(shape: Shape, tokens: int) -> LayerCost:
     """What GPTQ of one layer takes, for `tokens` tokens of calibration."""
-    heads, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    h, m = shape.hidden, shape.intermediate
-    sites = [(h, heads + 2 * kv), (heads, h), (h, 2 * m), (m, h)]  # inputs and outputs of each
-    weights = sum(i * o for i, o in sites)
-    forward = FORWARD * 2 * weights * tokens * 1e-15
-    split = (HESSIAN * sum(2 * i * i * tokens for i, _ in sites) + SOLVE * sum(o * i * i for i, o in sites)) * 1e-15
-    whole = (FACTOR * sum(i**3 for i, _ in sites) + MERGE * 2 * weights * h) * 1e-15
+    products = shape.products
+    forward = FORWARD * 2 * shape.active_weights * tokens * 1e-15
+    hessians = sum(n * share * 2 * i * i * tokens for i, _, n, share in products)
+    split = (HESSIAN * hessians + SOLVE * sum(n * o * i * i for i, o, n, _ in products)) * 1e-15
+    whole = (FACTOR * sum(n * i**3 for i, _, n, _ in products) + MERGE * 2 * shape.weights * shape.hidden) * 1e-15
     return LayerCost(forward, split, whole)
 
 
@@ -42,9 +40,9 @@ def memory_needed(shape: Shape, tokens: int, itemsize: int) -> int:
     merge of the next layer in fp64, weights.
     """
     widest = max(shape.intermediate, shape.heads * shape.head_dim)
-    weights = shape.hidden * (2 * (shape.heads + shape.kv_heads) * shape.head_dim + 3 * shape.intermediate)
+    merged = 8 * shape.weights if shape.experts else 3 * 8 * widest * shape.hidden
     states = tokens * (shape.hidden + widest) * itemsize
-    return states + 3 * 4 * widest**2 + 3 * 8 * widest * shape.hidden + 3 * weights * itemsize
+    return states + 3 * 4 * widest**2 + merged + 3 * shape.weights * itemsize
 
 
 def assign(missing: Sequence[int], ranks: int) -> list[list[int]]:
@@ -68,7 +66,7 @@ class Choice:
 
 def choose(
     setting: Literal["auto", "ranks", "layers"],
-    cost: LayerCost | None,
+    cost: LayerCost,
     missing: Sequence[int],
     states_to: int,
     sequences: int,
@@ -79,7 +77,6 @@ def choose(
     """What `quantize.parallel` means for this work; both give the same files, up to how sums are rounded.
 
     Args:
-        cost: None where it is not known.
         missing: layers that each open range lacks. states_to: the last layer whose entering states are still to be stored.
         fits: whether one rank holds all sequences.
     """
@@ -87,8 +84,6 @@ def choose(
         return Choice("ranks", "one range of layers is left; quantize.layers_per_job cuts smaller ones")
     if setting != "auto":
         return Choice(setting, "quantize.parallel says so")
-    if cost is None:
-        return Choice("ranks", "layers with experts are not estimated")
     if not fits:
         return Choice("ranks", "one of them does not hold all calibration sequences")
     longest = max(sum(missing[i] for i in numbers) for numbers in assign(missing, ranks))

@@ -114,7 +114,7 @@ def _takes_ranges(ranges: list[LayerRange], job: QuantizeJob) -> bool:
     states_to = on_rank0(
         lambda: max((each.start for each in ranges if each.start and not job.stored.present(each.start)), default=0)
     )
-    cost = None if shape.experts else layer_cost(shape, sequences * length)
+    cost = layer_cost(shape, sequences * length)
     choice = choose(job.config.quantize.parallel, cost, missing, states_to, sequences, world.size, fits=fits)
     if world.is_rank0:
         how = "take whole ranges of layers" if choice.parallel == "layers" else "share each layer"

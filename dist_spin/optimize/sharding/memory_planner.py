@@ -96,9 +96,7 @@ class Workload:
 
 def layer_bytes(shape: Shape, dtype: torch.dtype, w_bits: int = 16) -> int:
     """Bytes of one decoder layer's weights, and of their codes where they are learned with."""
-    h, i, d = shape.hidden, shape.intermediate, shape.head_dim
-    mlp = 3 * h * (i * max(1, shape.experts) + shape.shared) + h * shape.experts
-    weights = 2 * h * shape.heads * d + 2 * h * shape.kv_heads * d + mlp
+    weights = shape.weights + shape.hidden * shape.experts  # a router's are not rounded, but few
     return weights * dtype.itemsize + (0 if w_bits == 16 else weights // 2 if w_bits <= 4 else weights)
 
 
