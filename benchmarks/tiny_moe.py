@@ -30,10 +30,10 @@ from dist_spin.config.loader import load_config
 from dist_spin.evaluate.stage import evaluate
 from dist_spin.optimize.train import train as learn
 from dist_spin.quantize.stage import quantize
+from dist_spin.report.experts import expert_tokens
 from dist_spin.runtime.console import Console, quieten_libraries, shown_on
 from dist_spin.runtime.distributed import World, start, stop
 from dist_spin.storage.run_directory import run_dir
-from dist_spin.storage.tensor_file import read_metadata
 
 LENGTH = 256  # bytes of a sequence
 BATCH = 16
@@ -113,10 +113,9 @@ def routing(layers: Path) -> list[str]:
     """Lines of a table: how many calibration tokens each expert of a layer was given, from the layers' own records."""
     lines = [f"{'layer':>5} {'fewest':>8} {'median':>8} {'most':>8}  experts that saw all tokens"]
     for path in sorted(layers.glob("[0-9]*.safetensors")):
-        figures = json.loads((read_metadata(path) or {})["layer"])["figures"]
-        experts = [f for role, f in figures.items() if role.endswith("gate_proj")]
-        tokens = np.array([f["tokens"] for f in experts])
-        everything = sum(f["calibrated"] > f["tokens"] for f in experts)
+        experts = expert_tokens(path)
+        tokens = np.array([count for count, _ in experts])
+        everything = sum(calibrated > count for count, calibrated in experts)
         lines.append(
             f"{path.stem:>5} {tokens.min():>8} {int(np.median(tokens)):>8} {tokens.max():>8}  {everything} of {len(experts)}"
         )

@@ -121,6 +121,10 @@ def test_a_run_quantises_measures_and_exports_what_transformers_loads(files, tmp
         assert main([verb, *settings]) == 0
     rows = json.loads((tmp_path / "run" / "results.json").read_text())
     assert rows
+    assert main(["report", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert "## Calibration tokens of the experts" in page
+    assert f"| 1 | {files.shape.experts} |" in " ".join(page.split())
     (export,) = {path.parent for path in tmp_path.rglob("dist_spin*.json")} - {tmp_path}
     exported = reference_logits(open_model(str(export)), IDS, WIDE)
     assert relative(exported, reference_logits(files, IDS, WIDE)) < 1e-9

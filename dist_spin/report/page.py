@@ -12,6 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from dist_spin.model.rotation import Blocks
+from dist_spin.report.experts import expert_table
 from dist_spin.report.figures import drawings
 from dist_spin.report.run_summary import RunSummary, stages
 from dist_spin.report.sentence import sentence
@@ -109,7 +110,7 @@ def _content(summary: RunSummary) -> dict[str, Any]:
         {"id": key, **dataclasses.asdict(section), "figures": [d for d in figures if d.section == key]}
         for key, section in SECTIONS.items()
     ]
-    results = result_tables(summary)
+    results, experts = result_tables(summary), expert_table(summary)
     settings = headline(summary)
     times = stages(summary)
     return {
@@ -118,7 +119,7 @@ def _content(summary: RunSummary) -> dict[str, Any]:
         "headline": settings,
         "settings_line": "; ".join(text for _, text in settings[:2]),
         "progress": progress(summary),
-        "results": results,
+        "results": results if experts is None else [*results, experts],
         "sections": [section for section in sections if section["figures"]],
         "outliers": outlier_table(summary, NAMES),
         "stages": stage_table(summary, clock),
