@@ -1,5 +1,6 @@
 """Steps on the orthogonal group: against an independent computation, staying on the group, and getting somewhere."""
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from dist_spin.model.rotation import Rotations
 from dist_spin.numerics.cayley import (
+    is_orthogonal,
     nearest_orthogonal,
     newton_schulz,
     orthogonality_error,
@@ -240,3 +242,23 @@ def test_a_small_step_descends(n, seed, scale):
     a = tangent(c @ x.T)  # gradient of <C, X>
     stepped = retract_rows(x, a, 0.2 / float(torch.linalg.matrix_norm(c, 2)))
     assert (c * stepped).sum() < (c * x).sum()
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0])
+def test_the_nearest_orthogonal_matrix_is_that_of_the_svd_near_and_far(scale):
+    generator = torch.Generator().manual_seed(3)
+    start = torch.linalg.qr(torch.randn(2, 40, 40, generator=generator, dtype=torch.float64)).Q
+    x = start + scale * torch.randn(2, 40, 40, generator=generator, dtype=torch.float64)
+    u, _, v = torch.linalg.svd(x)
+    torch.testing.assert_close(nearest_orthogonal(x), u @ v, rtol=0, atol=1e-12)
+
+
+def test_one_wrong_entry_is_found_without_the_whole_product():
+    exact = torch.linalg.qr(torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(4), dtype=torch.float64)).Q
+    assert is_orthogonal(exact, 1e-12)
+    for row in range(64):
+        x = exact.clone()
+        x[1, row] *= 1.01
+        assert not is_orthogonal(x, 1e-2)  # 0.0201 on the diagonal
+        assert is_orthogonal(x, 3e-2)
+    assert not is_orthogonal(exact * math.nan, 1.0)

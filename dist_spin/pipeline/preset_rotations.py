@@ -8,14 +8,13 @@ They are stored in the run where learned ones would be, for every later stage an
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 from dist_spin.model.rotation import stored_rotations
-from dist_spin.numerics.cayley import nearest_orthogonal
+from dist_spin.numerics.cayley import is_orthogonal, nearest_orthogonal
 from dist_spin.pipeline.export_limits import check_clips
 from dist_spin.pipeline.initial_rotations import starting_rotations
 from dist_spin.runtime.distributed import on_rank0
@@ -76,5 +75,4 @@ def check_not_preset(config: RunConfig) -> None:
 
 def orthogonal(r: Tensor) -> Tensor:
     """r [..., n, n], fp64, as it is where it is orthogonal; the nearest matrix that is where it was rounded coarsely."""
-    off = (r @ r.mT - torch.eye(r.shape[-1], dtype=r.dtype)).abs().max()
-    return r if off < EXACT else nearest_orthogonal(r)
+    return r if is_orthogonal(r, EXACT) else nearest_orthogonal(r)

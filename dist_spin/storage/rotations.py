@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_spin.errors import UserError
+from dist_spin.numerics.cayley import is_orthogonal, orthogonality_error
 from dist_spin.storage.atomic import atomic
 from dist_spin.storage.run_directory import RunDir
 from dist_spin.storage.tensor_file import HEADER, load_tensors, read_metadata, save_tensors, set_aside
@@ -143,8 +144,8 @@ def load_rotations(path: Path, hidden: int, head_dim: int, layers: int) -> tuple
             "it was made for another model",
         )
     for name, r in (("R1", r1), ("R2", r2)):
-        off = float((r @ r.mT - torch.eye(r.shape[-1], dtype=r.dtype)).abs().max())
-        if not off < 1e-2:
+        if not is_orthogonal(r, 1e-2):
+            off = float(orthogonality_error(r))
             raise UserError(f"{path}: {name} is not orthogonal (error {off:.1e})", "check rotation.load")
     return r1, r2
 
