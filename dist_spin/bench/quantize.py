@@ -30,6 +30,7 @@ from dist_spin.model.weights import DummyWeights
 from dist_spin.numerics.gptq import GPTQOptions, output_errors, prepare, solve
 from dist_spin.numerics.hadamard_transform import kronecker_factors
 from dist_spin.numerics.hessian import Hessian
+from dist_spin.quantize.calibration_states import sequences_at_once
 from dist_spin.quantize.layer_quantizer import PARTS, LayerQuantizer
 from dist_spin.runtime import distributed
 
@@ -94,7 +95,9 @@ def measure(args: argparse.Namespace, world: distributed.World) -> dict[str, Any
     options = GPTQOptions(mse_clip=not args.no_mse_clip, group_size=args.group_size)
     runs: list[dict[str, float]] = []
     for repeat in range(args.repeats + 1):
-        hidden = random_hidden(args.sequences, args.seq_len, shape.hidden, dtype, device)
+        states = random_hidden(args.sequences, args.seq_len, shape.hidden, dtype, device)
+        hidden = list(torch.cat(states).split(sequences_at_once(args.seq_len, device)))
+        del states
         synchronize(device)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()

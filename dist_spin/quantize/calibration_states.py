@@ -31,6 +31,13 @@ from dist_spin.runtime.progress import Progress, say
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.hidden_states import HiddenStateFiles
 
+TOKENS_AT_ONCE = 8192  # that go through a layer together on a GPU
+
+
+def sequences_at_once(length: int, device: torch.device) -> int:
+    """Sequences of `length` tokens that go through a layer together: several on a GPU, which would wait for Python otherwise."""
+    return max(1, TOKENS_AT_ONCE // length) if device.type == "cuda" else 1
+
 
 class CalibrationStates:
     """Hidden states of one variant at any layer. Every method is called by all ranks together."""
@@ -53,7 +60,7 @@ class CalibrationStates:
         self.world, self.stop, self.note, self.handed = world, stop, note, handed
 
     def entering(self, layer: int) -> list[Tensor]:
-        """What enters `layer`, each [1, T, h] on the device: every size-th sequence, from this rank's number on.
+        """What enters `layer` on the device: every size-th sequence, from this rank's number on, in batches [b, T, h].
 
         Raises:
             Interrupted: a signal came while they were made.
@@ -181,8 +188,11 @@ class CalibrationStates:
         return out if complete else None
 
     def _split(self, part: Tensor) -> list[Tensor]:
-        return list(part.split(1))
+        return list(part.split(sequences_at_once(self.tokens.shape[1], self.world.device)))
 
     def _embedded(self, weights: RotatedWeights, sequences: list[int]) -> list[Tensor]:
         embedding = weights.embedding()
-        return [embedding[self.tokens[i].to(embedding.device)][None] for i in sequences]
+        if not sequences:
+            return []
+        batches = self.tokens[sequences].split(sequences_at_once(self.tokens.shape[1], self.world.device))
+        return [embedding[ids.to(embedding.device)] for ids in batches]

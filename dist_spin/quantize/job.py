@@ -65,7 +65,7 @@ class QuantizeJob:
     variant: Variant
     tokens: Tensor  # [n, T]
     stop: StopRequest
-    # What enters a layer, all sequences, each [1, T, h]: handed to this rank when it was made, so that it need not be read.
+    # What enters a layer, all sequences [b, T, h]: handed to this rank when it was made, so that it need not be read.
     handed: dict[int, list[Tensor]] = field(default_factory=dict)
 
     @property

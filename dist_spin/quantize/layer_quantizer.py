@@ -1,7 +1,7 @@
 """Quantise one decoder layer from the hidden states that enter it; under several ranks each holds some sequences.
 
 Input statistics are shared per site (q, k, v see one input; gate and up one), and every later site sees the earlier ones
-already quantised (Frantar et al. 2022). Each part of the layer runs once per sequence.
+already quantised (Frantar et al. 2022). Each part of the layer runs once per batch of sequences.
 """
 
 import dataclasses
@@ -75,7 +75,7 @@ class LayerQuantizer:
 
     @torch.no_grad()
     def quantize(self, index: int, weights: dict[str, Tensor], hidden: list[Tensor]) -> QuantizedLayer:
-        """Quantise layer `index` and move `hidden` (this rank's sequences, each [1, T, h]) through it, in place.
+        """Quantise layer `index` and move `hidden` (this rank's sequences, in batches [b, T, h]) through it, in place.
 
         weights: the layer's parameters by their names within it, rotations merged.
 
