@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from dist_spin.errors import UserError
-from dist_spin.model.stacked_experts import StackedExperts, chosen_experts
+from dist_spin.model.stacked_experts import StackedExperts, by_expert, chosen_experts
 from dist_spin.numerics.dtypes import accumulation_dtype
 
 EXPERT_FAMILIES = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral")
@@ -144,10 +144,14 @@ class ExpertList(nn.ModuleList):
 
     def forward(self, x: Tensor, shares: Tensor, chosen: Tensor) -> Tensor:
         """x [n, h], shares [n, k] of the chosen experts, chosen [n, k] int64, to the weighted sums [n, h]."""
-        out = torch.zeros_like(x)
-        for index in chosen.unique().tolist():
-            token, place = (chosen == index).nonzero(as_tuple=True)
-            out.index_add_(0, token, self[index](x[token]) * shares[token, place, None])
+        out, start = torch.zeros_like(x), 0
+        order, stops = by_expert(chosen, len(self))
+        tokens, shares = order // chosen.shape[1], shares.flatten()[order, None]
+        for expert, stop in zip(self, stops, strict=True):
+            if stop > start:  # an expert has a token once, so that no order of sums is left to chance
+                own = tokens[start:stop]
+                out = out.index_add(0, own, expert(x[own]) * shares[start:stop])
+            start = stop
         return out
 
 

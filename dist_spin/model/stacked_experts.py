@@ -26,13 +26,19 @@ def _chosen_shape(logits: Tensor, count: int) -> Tensor:
     return logits.new_empty(len(logits), count, dtype=torch.int64)
 
 
+def by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, list[int]]:
+    """Places in chosen [n, k] in the order of their experts, int64 [n k] (place // k: the token), and where each expert's end."""
+    expert, order = chosen.flatten().sort(stable=True)
+    return order, expert.bincount(minlength=experts).cumsum(0).tolist()
+
+
 @torch.library.custom_op("dist_spin::grouped_product", mutates_args=())
 def grouped_product(x: Tensor, weight: Tensor, stops: Tensor) -> Tensor:
     """Rows x [n, a], sorted by expert, times weight [experts, a, b] of each: [n, b]. Differentiable in x.
 
     stops: int32 [experts], the row after the last one of each expert.
     """
-    if x.is_cuda and x.dtype == torch.bfloat16:
+    if x.is_cuda and x.dtype == torch.bfloat16 and _has_grouped_kernel(x, weight):
         return torch.nn.functional.grouped_mm(x, weight, offs=stops)
     out, start = x.new_empty(len(x), weight.shape[-1]), 0
     for expert, stop in enumerate(stops.tolist()):
@@ -40,6 +46,11 @@ def grouped_product(x: Tensor, weight: Tensor, stops: Tensor) -> Tensor:
             torch.mm(x[start:stop], weight[expert], out=out[start:stop])
         start = stop
     return out
+
+
+def _has_grouped_kernel(x: Tensor, weight: Tensor) -> bool:
+    rows_are_aligned = weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0  # to 16 bytes
+    return rows_are_aligned and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 @grouped_product.register_fake

@@ -17,6 +17,7 @@ from dist_spin.model.architecture import ATTENTION_NORM, MLP_NORM
 from dist_spin.model.experts import SHARED
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.sites_config import INPUT_SCALES
+from dist_spin.model.stacked_experts import by_expert
 from dist_spin.numerics.coordinate_descent import coordinate_descent
 from dist_spin.numerics.finite import all_finite, dtype_remedy
 from dist_spin.numerics.format_rounding import E4M3, global_scale
@@ -163,13 +164,13 @@ class LayerQuantizer:
         Figures of its linears tell how many tokens were routed to it, "tokens", and how many its Hessian is of, "calibrated".
         """
         with self.clock("forward"):
-            normed = [norm(h) for h in hidden]
-            chosen = [mlp.gate(x.flatten(0, -2))[1] for x in normed]  # each [T, experts per token]
-        counts = torch.zeros(len(mlp.experts), dtype=torch.float64, device=self.runner.device)
-        for of_sequence in chosen:
-            counts += of_sequence.flatten().bincount(minlength=len(counts))
-        sum_over_ranks_(counts)
-        tokens = [int(count) for count in counts.tolist()]
+            read = torch.cat([norm(h).flatten(0, -2) for h in hidden]) if hidden else mlp.gate.weight[:0]  # [tokens, h]
+            chosen = mlp.gate(read)[1]  # [tokens, experts per token]
+            order, stops = by_expert(chosen, len(mlp.experts))
+            readers = order // mlp.gate.chosen
+        starts = [0, *stops[:-1]]
+        counts = torch.tensor([stop - start for start, stop in zip(starts, stops, strict=True)], dtype=torch.float64)
+        tokens = [int(count) for count in sum_over_ranks_(counts.to(self.runner.device)).tolist()]
         every = sum(tokens) // mlp.gate.chosen
         needed = max(self.runner.shape.hidden, self.runner.shape.intermediate)
         few = sum(count < needed for count in tokens)
@@ -183,29 +184,30 @@ class LayerQuantizer:
             )
 
         def read_by(index: int) -> Iterator[Tensor]:
-            for x, of_sequence in zip(normed, chosen, strict=True):
-                inputs = mlp.input_site(x).flatten(0, -2)
-                read = inputs if sees_all[index] else inputs[(of_sequence == index).any(-1)]
-                if len(read):  # kernels take no empty batch
-                    yield read
+            """What an expert's Hessian is of; of index -1, the shared expert's, all."""
+            own = None if index < 0 or sees_all[index] else readers[starts[index] : stops[index]]
+            for lo in range(0, len(read) if own is None else len(own), TOKEN_CHUNK):
+                part = slice(lo, lo + TOKEN_CHUNK)
+                yield mlp.input_site(read[part] if own is None else read[own[part]])
+
+        def solve_expert(name: str, expert: Any, index: int) -> None:
+            self._solve([f"{name}.gate_proj", f"{name}.up_proj"], read_by(index), self.options)
+            site = expert.down_proj.input_quant
+            self._solve([f"{name}.down_proj"], (site(expert.inner(x)) for x in read_by(index)), self.down_options)
 
         for index, expert in enumerate(mlp.experts):
             name = f"mlp.experts.{index}"
-            self._solve([f"{name}.gate_proj", f"{name}.up_proj"], read_by(index), self.options)
-            site = expert.down_proj.input_quant
-            inner = (site(expert.inner(x)) for x in read_by(index))
-            self._solve([f"{name}.down_proj"], inner, self.down_options)
+            solve_expert(name, expert, index)
             seen = {"tokens": tokens[index], "calibrated": every if sees_all[index] else tokens[index]}
             for linear in ("gate_proj", "up_proj", "down_proj"):
                 self._result.figures[f"{name}.{linear}"] |= seen
         if mlp.has_shared:
-            self._solve([f"{SHARED}.gate_proj", f"{SHARED}.up_proj"], map(mlp.input_site, normed), self.options)
-            site = mlp.shared_expert.down_proj.input_quant
-            inner = (site(mlp.shared_expert.inner(mlp.input_site(x))) for x in normed)
-            self._solve([f"{SHARED}.down_proj"], inner, self.down_options)
+            solve_expert(SHARED, mlp.shared_expert, -1)
         with self.clock("forward"):
-            for i, x in enumerate(normed):
-                hidden[i] = hidden[i] + mlp(x)
+            written = torch.cat([mlp(part[None])[0] for part in read.split(TOKEN_CHUNK)]) if hidden else read
+            for i, h in enumerate(hidden):
+                length = h.shape[-2]
+                hidden[i] = h + written[i * length : (i + 1) * length].view_as(h)
 
     def _add_to_residual(self, hidden: list[Tensor], inputs: list[Tensor], linear: nn.Module) -> None:
         """Add the outputs of `linear` to the residual stream, in place; each input is freed once it is used."""

@@ -32,12 +32,14 @@ def test_sharded_experts_give_the_gradients_of_one_process(words, single, tmp_pa
         assert seen["losses"] == pytest.approx(single["losses"], rel=1e-14)
 
 
-def test_two_ranks_quantise_experts_as_one_does(words, tmp_path):
+@pytest.mark.parametrize("ranges", [[], ["quantize.layers_per_job=1"]], ids=["each layer shared", "a layer each"])
+def test_two_ranks_quantise_experts_as_one_does(words, tmp_path, ranges):
     found = []
     for size in (1, 2):
-        more = (f"output_dir={tmp_path}", f"name=ranks-{size}", "optimize.steps=0", "optimize.scales=false")
+        more = (f"output_dir={tmp_path}", f"name=ranks-{size}", "optimize.steps=0", "optimize.scales=false", *ranges)
         job = Job(size, command, "quantize", *words, *more, "optimize.clips=false", log=tmp_path / "log")
         assert job.wait() == [0] * size, job.log.read_text()
+        assert ("2 ranks take whole ranges of layers" in job.log.read_text()) == (size == 2 and bool(ranges))
         (*_, last) = sorted((tmp_path / f"ranks-{size}" / "layers").rglob("*.safetensors"))
         found.append(load_file(last))
     assert found[0].keys() == found[1].keys()
