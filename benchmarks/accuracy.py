@@ -162,8 +162,9 @@ def one(options: argparse.Namespace, world: World, name: str, seed: int, again: 
     options.structure = structure
     final = run_dir(config).rotations / "final.safetensors"
     if again and not final.exists():
-        for part in ("rotations", "layers"):  # rounded weights too: what fits the new settings is not rounded again
-            shutil.copytree(options.out / directory / part, run_dir(config).path / part, dirs_exist_ok=True)
+        # Rounded weights too, as they are and as those to be tuned: what fits the new settings is not rounded again.
+        for source, place in (("rotations", "rotations"), ("layers", "layers"), ("layers", "baselines/untuned/layers")):
+            shutil.copytree(options.out / directory / source, run_dir(config).path / place, dirs_exist_ok=True)
     if not final.exists():
         train(config, world)
     learning = time.monotonic() - began
