@@ -93,6 +93,8 @@ def layer_identity(config: RunConfig, files: ModelFiles, variant: Variant, token
     """Everything that decides the content of a variant's layer files."""
     settings = flat(config.quantize, "quantize")
     del settings["quantize.baselines"], settings["quantize.parallel"]  # decide nothing about layers
+    if not config.quantize.tune_steps:
+        settings.pop("quantize.tune_lr", None)
     if settings["quantize.layers_per_job"] >= files.shape.layers:  # one range of layers, however it was said
         settings["quantize.layers_per_job"] = 0
     # No setting of a site decides a weight that was calibrated without it and not tuned afterwards.
