@@ -35,12 +35,13 @@ OVERHEAD = 3.9e-7  # seconds per layer and pass, times the hidden size
 REQUANTIZE = 7.9e-11  # seconds per weight on one GPU, in each step that learns with fewer weight bits
 OTHER_SHARE = 0.0065  # of a step: all-reduce, Cayley step, checkpoint
 SCALES, KL = 1.2, 1.3  # times that a step takes with scales or clips; besides with the divergence from the original
-FORWARD, HESSIAN, FACTOR, SOLVE, ERRORS, MERGE = 545e12, 506e12, 30e12, 20e12, 449e12, 42e12  # FLOP/s of parts of GPTQ
+FORWARD, HESSIAN, FACTOR, SOLVE, ERRORS, MERGE = 563e12, 510e12, 52e12, 20e12, 52e12, 43e12  # FLOP/s of parts of GPTQ
 FP32, TF32 = 50e12, 350e12  # FLOP/s of large products, of which the fitted start is made
 # Not of the GPU.
-START = 20.0  # seconds before a process starts its work: imports, CUDA, NCCL
+START = 10.0  # seconds before a process starts its work and after it: imports, CUDA, NCCL
 COMPILE = 24.0  # seconds of the first step beyond the others
-READ = 6e9  # bytes/s at which one process reads weights from the page cache
+READ = 8e9  # bytes/s at which one process reads weights from the page cache
+WRITER = 1e9  # bytes/s at which one thread writes a file
 PROCESS = 3 * GIB  # bytes of host memory that a process takes before it holds anything
 HOST_LINK = 50e9  # bytes/s from pinned memory to one GPU
 
@@ -180,16 +181,14 @@ def fitted_start_seconds(shape: Shape, hardware: Hardware) -> float:
 def gptq_layer_seconds(shape: Shape, tokens: float, seq_len: int, speed: float, cd_passes: int = 0) -> dict[str, float]:
     """Parts of quantising one layer on one GPU with `tokens` tokens of calibration text, seconds."""
     layers, products = shape.layers, shape.products
+    squares = sum(count * rows * columns**2 for columns, rows, count, _ in products)
     return {
         "merge": 2 * shape.weights * shape.hidden / MERGE / speed,
         "forward": tokens * forward_flop(shape, seq_len) / layers / FORWARD / speed,
         "hessian": tokens * hessian_flop(shape) / layers / HESSIAN / speed,
         "factor": sum(count * columns**3 for columns, _, count, _ in products) / FACTOR / speed,
-        "solve": (1 + cd_passes)
-        * sum(count * rows * columns**2 for columns, rows, count, _ in products)
-        / SOLVE
-        / speed,
-        "errors": tokens * 2 * shape.active_weights / ERRORS / speed,
+        "solve": (1 + cd_passes) * squares / SOLVE / speed,
+        "errors": squares / ERRORS / speed,
     }
 
 
@@ -209,19 +208,21 @@ def quantize(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
     tokens = q.n_sequences * q.seq_len
     gptq = q.method == "gptq"
     seconds = gptq_layer_seconds(shape, tokens if gptq else 0, q.seq_len, hardware.gpu.speed, q.cd_passes)
-    beside = max(seconds["merge"], layer_bytes(shape, DTYPE) / READ)  # the next layer is read and merged meanwhile
-    solving = {name: s for name, s in seconds.items() if name != "merge"} if gptq else {}
-    alone = max(sum(solving.values()), beside)
+    reading = (
+        layer_bytes(shape, DTYPE) / READ
+    )  # of the next layer meanwhile; its merge takes turns with the work on the GPU
+    computing = seconds if gptq else {"merge": seconds["merge"]}
+    alone = max(sum(computing.values()), reading)
     jobs = math.ceil(layers / q.layers_per_job) if q.layers_per_job else 1
     states = (jobs - 1) * tokens * shape.hidden * DTYPE.itemsize
     shares_layers = jobs == 1 or (gpus > 1 and q.parallel == "ranks")
     if not shares_layers:
-        before = layers * max(seconds["forward"] / gpus, layer_bytes(shape, DTYPE) / READ) + states / hardware.disk
+        before = (jobs - 1) * q.layers_per_job * max(seconds["forward"] / gpus, reading)
         total = START + before + math.ceil(jobs / gpus) * q.layers_per_job * alone * variants
         note = f"{alone:.2f} s a layer and GPU, {jobs} ranges of up to {q.layers_per_job} layers"
     else:
-        shared = (sum(solving.values()) - solving.get("factor", 0.0)) / gpus + solving.get("factor", 0.0)
-        each = max(shared, beside)
+        whole = computing["merge"] + computing.get("factor", 0.0)
+        each = max((sum(computing.values()) - whole) / gpus + whole, reading)
         total = START + layers * each * variants
         note = f"{each:.2f} s a layer"
         note += f", on which {gpus} GPUs work together" if gpus > 1 else ""
@@ -248,6 +249,8 @@ def evaluate(config: RunConfig, shape: Shape, hardware: Hardware, tokens: int) -
     full = max(computing, layer_bytes(shape, DTYPE) / READ)
     merging = gptq_layer_seconds(shape, 0, 1, hardware.gpu.speed)["merge"]
     seconds = layers * (full + merged * max(full, merging) + quantised * max(computing, codes / READ))
+    seconds += (1 + merged + quantised) * vocab_bytes(shape) / READ
+    seconds += (merged + quantised) * 4 * shape.vocab * shape.hidden**2 / MERGE / hardware.gpu.speed
     heads = 1 + merged + quantised
     notes = [f"{heads} models on {tokens} tokens"]
     states = tokens / gpus * shape.hidden * DTYPE.itemsize
@@ -273,7 +276,10 @@ def export(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
     size = code_bytes(shape, config) + vocab_bytes(shape) if codes else model_bytes(shape)
     merging = 0.0 if codes else shape.layers * gptq_layer_seconds(shape, 0, 1, hardware.gpu.speed)["merge"]
     host = PROCESS + 5 * config.export.shard_gb * 1e9
-    seconds = START + max(size / READ, merging, size / hardware.disk)
+    last = (
+        min(size, config.export.shard_gb * 1e9) / WRITER
+    )  # of the files, which is written when there is nothing else to do
+    seconds = START + max(size / READ, merging, size / hardware.disk) + last
     return Part(seconds, 6 * layer_bytes(shape, DTYPE), min(host, hardware.host / 2), size, [config.export.target])
 
 

@@ -12,7 +12,7 @@ from dist_spin.model.architecture import Shape
 
 # Seconds on one H200 for 1e15 operations of each kind, from the parts of `dist-spin bench quantize --shape 70b`. Only their
 # ratios decide.
-FORWARD, HESSIAN, SOLVE, FACTOR, MERGE = 1.9, 1.0, 135.0, 33.0, 24.0
+FORWARD, HESSIAN, SOLVE, FACTOR, MERGE = 1.8, 1.0, 69.0, 19.0, 23.5
 MEMORY_SHARE = 0.9  # of what is free that a rank may be expected to fill
 
 
