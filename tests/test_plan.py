@@ -1,5 +1,6 @@
 """`plan` predicts what was measured: every row of docs/performance.md on learning and GPTQ, within 15 %."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -20,6 +21,7 @@ from dist_spin.bench.plan_model import (
     step_seconds,
 )
 from dist_spin.bench.scaling_model import GIB
+from dist_spin.bench.stage_costs import forward_flop, model_bytes
 from dist_spin.cli import main
 from dist_spin.config.loader import load_config
 from dist_spin.config.run import RunConfig
@@ -179,3 +181,18 @@ def test_tokens_of_texts(tmp_path):
     assert (
         evaluated_tokens(settings(f"evaluate.sources=[{source},wikitext2]", "evaluate.max_sequences=2")) == 700 + 4096
     )
+
+
+def test_a_mixture_of_experts_is_planned_by_all_its_weights_and_the_work_of_those_a_token_meets(capsys):
+    place = ROOT / "configs" / "shapes" / "qwen3-30b-a3b"
+    shape = Shape.of(AutoConfig.from_pretrained(place))
+    assert model_bytes(shape) == pytest.approx(2 * 30.53e9, rel=0.001)
+    active = 2 * 2 * 151936 * 2048 + forward_flop(shape, 1)  # of the embedding too, as the model's name counts
+    assert active / 2 == pytest.approx(3.35e9, rel=0.01)
+    assert main(["plan", f"model.path={place}", "--gpus", "2", "--gpu", "h200", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["fits"]
+    dense = dataclasses.replace(shape, experts_per_token=128)
+    seconds = [gptq_layer_seconds(s, 128 * 2048, 2048, 1.0) for s in (shape, dense)]
+    assert seconds[0]["solve"] == seconds[1]["solve"]
+    assert seconds[0]["hessian"] < seconds[1]["hessian"] / 3

@@ -15,7 +15,6 @@ from dist_spin.bench.scaling_model import GIB
 from dist_spin.bench.stage_costs import model_bytes
 from dist_spin.config.run import RunConfig
 from dist_spin.data import token_rows
-from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 from dist_spin.model.weights import open_model
 from dist_spin.runtime.host_memory import host_bytes_free
@@ -48,8 +47,6 @@ def plan(
     host = host_memory * GIB or (float(host_bytes_free()) if here else HOST_MEMORY)
     hardware = Hardware(gpus or here or config.distributed.nproc, Gpu(memory, gpu.speed), host, disk * GB)
     shape = Shape.of(open_model(config.model_path, revision=config.model.revision, dummy=True).config)
-    if shape.experts:
-        raise UserError("no plan is made for a mixture of experts", "plan a dense model of its hidden size")
     planned = parts(config, shape, hardware, evaluated_tokens(config))
     advice = changes(config, shape, hardware, planned)
     fits = not any(part.lacks for part in planned.values())

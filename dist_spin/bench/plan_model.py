@@ -195,8 +195,8 @@ def gptq_layer_seconds(shape: Shape, tokens: float, seq_len: int, speed: float, 
 def gptq_bytes(shape: Shape, tokens: float) -> float:
     """Bytes of one GPU: states entering a layer and the inputs of down_proj, its Hessian and two of that size while it is
     factored, the largest weights in fp32 twice, two layers, and what the allocator and the libraries keep."""
-    h, i = shape.hidden, shape.intermediate
-    wide = 4 * (3 * i * i + 2 * 2 * i * h)
+    h, i = shape.hidden, max(shape.hidden, shape.intermediate)
+    wide = 4 * (3 * i * i + 2 * 2 * i * h) + (8 * shape.weights if shape.experts else 0)  # merged in fp64
     return tokens * (h + i) * DTYPE.itemsize + wide + 2 * layer_bytes(shape, DTYPE) + 2 * GIB
 
 
@@ -227,6 +227,10 @@ def quantize(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
         note = f"{each:.2f} s a layer"
         note += f", on which {gpus} GPUs work together" if gpus > 1 else ""
     need = gptq_bytes(shape, tokens / gpus if shares_layers else tokens)
+    if shape.experts:
+        note += (
+            "; GPTQ of many small experts takes longer than this"  # it waits for launches, which the model leaves out
+        )
     host = gpus * (PROCESS + 2 * layer_bytes(shape, DTYPE))
     return Part(
         total,
