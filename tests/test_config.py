@@ -315,6 +315,8 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
             for name, kind in hints.items()
             if kind in (int, float, bool, str) and not name.endswith("_bits") and name != "source"
         }
+        if values.get("tune_steps"):  # which takes whole models
+            values["layers_per_job"] = 0
         groups[leaf.__name__.removesuffix("Config").lower()] = leaf(**values)
     sources = draw(st.lists(strategy_of(str).map(lambda text: f"text:{text}"), min_size=1, unique=True))
     name = draw(strategy_of(str).filter(lambda text: not text.startswith("-")))
