@@ -44,11 +44,21 @@ def main() -> None:
     parser.add_argument("settings", nargs="*")
     parser.add_argument("--methods", default=",".join(METHODS), help="also: none, hadamard")
     parser.add_argument("--weights", default="none,rtn", help="of none, rtn, gptq")
+    meaning = (
+        "learn layers FIRST up to but not including LAST alone, and measure nothing: several processes share a device"
+    )
+    parser.add_argument("--layers", metavar="FIRST:LAST", help=meaning)
     options = parser.parse_intermixed_args()
     config = load_config(None, ["name=methods", *options.settings, f"model.path={options.model}"])
     world = start(config.distributed.device, config.distributed.timeout_s, config.distributed.threads)
     quieten_libraries()
     files = open_configured_model(config)
+    if options.layers:
+        first, last = map(int, options.layers.split(":"))
+        for name in options.methods.split(","):
+            learn(config, world, files, name, (first, last))
+        stop()
+        return
     tokens = calibration_tokens(config, files)
     texts = {source: measuring_tokens(config, files, source) for source in config.evaluate.sources}
     unrotated = build_variant(config, files, "none", world.device)

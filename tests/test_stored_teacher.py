@@ -79,6 +79,10 @@ def test_a_restart_keeps_what_is_stored_and_makes_a_damaged_file_again(tmp_path,
     train(config, world)
     assert saved == [int(files[3].stem)]
     assert f"{files[3]} checksum does not match" in caplog.text
+    assert not files[0].parent.exists()
+    files[0].parent.mkdir()  # a finished run that was stopped before it removed them
+    train(config, world)
+    assert not files[0].parent.exists()
     whole, parts = final(tmp_path, "whole"), final(tmp_path, "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 

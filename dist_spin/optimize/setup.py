@@ -192,7 +192,7 @@ def build_training(config: RunConfig, world: World) -> TrainState:
     if held_out is not None:
         train_state.best_state, train_state.held_out = BestState(optimizer.masters()), held_out
     resume(train_state)
-    if settings.teacher_top_k and settings.objective != "cross_entropy" and train_state.step < settings.steps:
+    if settings.teacher_top_k:
         store_teacher(train_state, files, all_tokens)
     if compiled and train_state.step < settings.steps:
         say("the first step compiles the layers' graphs, which takes a minute or more")
@@ -203,7 +203,7 @@ def build_training(config: RunConfig, world: World) -> TrainState:
 
 
 def store_teacher(train_state: TrainState, files: ModelFiles, all_tokens: Tensor) -> None:
-    """Store what full precision predicts on every sequence that a step or the guard takes, unless it is there.
+    """Store what full precision predicts on every sequence that a step or the guard takes, unless it is there or none is left.
 
     all_tokens: the learning text [n, T], at whose end the held-out sequences stand.
 
@@ -225,8 +225,9 @@ def store_teacher(train_state: TrainState, files: ModelFiles, all_tokens: Tensor
     teacher = StoredTeacher(train_state.run.path / "teacher", identity_hash(identity), settings.teacher_top_k)
     taken = set(batch_indices(0, settings.steps * settings.batch_size, count, settings.seed))
     wanted = [*sorted(taken), *range(count, len(all_tokens))]
-    make_targets(teacher, train_state.model, train_state.world, all_tokens, wanted, train_state.micro_batch_size)
-    train_state.teacher = teacher
+    train_state.teacher = teacher  # of a finished run too, which may have been stopped before it removed the files
+    if train_state.step < settings.steps:
+        make_targets(teacher, train_state.model, train_state.world, all_tokens, wanted, train_state.micro_batch_size)
 
 
 def split_held_out(tokens: Tensor, settings: OptimizeConfig) -> tuple[Tensor, Tensor | None]:
