@@ -133,8 +133,8 @@ class Probe:
     def see(self, x: Tensor, heads: int) -> None:
         """x [T, n]: one sequence; `heads` equal parts of the channels are quantised apart (1: the whole token)."""
         parts = x.unflatten(-1, (heads, -1))
-        self._peaks.append(peak_over_rms(parts).flatten().cpu())
-        self._kurtoses.append(kurtosis(parts).flatten().cpu())
+        self._peaks.append(peak_over_rms(parts).flatten())
+        self._kurtoses.append(kurtosis(parts).flatten())
         largest = pooled(x.abs().amax(0, keepdim=True), 1, CHANNEL_BINS)[0].cpu()
         self._channels = largest if self._channels is None else torch.maximum(self._channels, largest)
         if self._surface is None:
@@ -145,8 +145,8 @@ class Probe:
         assert self._channels is not None
         assert self._surface is not None
         return {
-            "peak": summary(torch.cat(self._peaks)),
-            "kurtosis": summary(torch.cat(self._kurtoses)),
+            "peak": summary(torch.cat(self._peaks)).cpu(),  # sorted where it was computed
+            "kurtosis": summary(torch.cat(self._kurtoses)).cpu(),
             "channels": self._channels,
             "surface": self._surface,
         }
