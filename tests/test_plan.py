@@ -117,7 +117,7 @@ def test_jobs_on_several_gpus_are_faster_than_all_of_them_on_one_layer():
 
 def test_more_of_anything_takes_no_less():
     base = parts(settings("export.target=hf"), SHAPES["8b"], machine("h100", 1), 2048)
-    assert list(base) == ["optimize", "quantize", "evaluate", "export"]
+    assert list(base) == ["optimize", "quantize", "evaluate", "report", "export"]
     for name, words in {
         "optimize": ["optimize.scales=true", "optimize.objective=kl"],
         "quantize": ["quantize.baselines=[none]"],

@@ -41,6 +41,7 @@ FP32, TF32 = 50e12, 350e12  # FLOP/s of large products, of which the fitted star
 START = 10.0  # seconds before a process starts its work and after it: imports, CUDA, NCCL
 COMPILE = 24.0  # seconds of the first step beyond the others
 READ = 8e9  # bytes/s at which one process reads weights from the page cache
+DRAWING, PROBES = 15.0, 0.1  # seconds of all figures of a report, and of what is found of the activations of a layer
 WRITER = 1e9  # bytes/s at which one thread writes a file
 PROCESS = 3 * GIB  # bytes of host memory that a process takes before it holds anything
 HOST_LINK = 50e9  # bytes/s from pinned memory to one GPU
@@ -274,6 +275,19 @@ def evaluate(config: RunConfig, shape: Shape, hardware: Hardware, tokens: int) -
     return Part(START + seconds + disk / hardware.disk, gpu, host, disk, notes, hardware.lacks(gpu, host))
 
 
+def report(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
+    """Drawing, by one process, which first measures activations without rotations and under each of them."""
+    reading = layer_bytes(shape, DTYPE) / READ
+    merging = gptq_layer_seconds(shape, 0, 1, hardware.gpu.speed)["merge"]
+    rotated = 1 + len(config.quantize.baselines)
+    measured = bool(config.report.sequences) and not shape.experts
+    each = (1 + rotated) * PROBES + reading + rotated * max(reading, merging)
+    states = config.report.sequences * config.quantize.seq_len * shape.hidden * DTYPE.itemsize
+    gpu = measured * (6 * layer_bytes(shape, DTYPE) + vocab_bytes(shape) / 2 + 2 * states)
+    notes = [f"activations of {1 + rotated} models"] if measured else []
+    return Part(START + DRAWING + measured * shape.layers * each, gpu, PROCESS, notes=notes)
+
+
 def export(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
     """Writing `export.target`, by one process."""
     codes = config.export.target in ("compressed-tensors", "executorch")
@@ -296,6 +310,7 @@ def parts(config: RunConfig, shape: Shape, hardware: Hardware, tokens: int) -> d
         planned["quantize"] = quantize(config, shape, hardware)
     if config.evaluate.sources:
         planned["evaluate"] = evaluate(config, shape, hardware, tokens)
+    planned["report"] = report(config, shape, hardware)
     if config.export.target != "none":
         planned["export"] = export(config, shape, hardware)
     return planned

@@ -175,7 +175,12 @@ def load_transforms(path: Path) -> dict[str, Tensor]:
     """Learned scales (`scale.NAME`) and clip ratios (`clip`) of a rotation file of ours, each [layers, ...], fp64."""
     if path.suffix != ".safetensors":
         return {}
-    return {name: t.double() for name, t in _read(path).items() if name == "clip" or name.startswith("scale.")}
+    with safe_open(path, framework="pt") as file:
+        learned = [name for name in file.keys() if name == "clip" or name.startswith("scale.")]  # noqa: SIM118 (no dict)
+    if not learned:  # nothing to read a large R1 again for
+        return {}
+    tensors = _read(path)
+    return {name: tensors[name].double() for name in learned}
 
 
 def clip_bits(path: Path) -> dict[str, int] | None:
