@@ -178,10 +178,14 @@ class WeightSide(nn.Module):
             weights = self.weights(i)
             layer = runner.build(i, {name: w.detach() for name, w in weights.items()})
             wrapped = {}
-            for name, w in weights.items():  # o, v and down live one module deeper, inside their sites
+            own = {name for name, _ in layer.named_parameters()}
+            for (
+                name,
+                w,
+            ) in weights.items():  # o, v and down live one module deeper, inside their sites; k where its bias is apart
                 role, kind = name.rsplit(".", 1)
-                deeper = role.endswith(("v_proj", "o_proj", "down_proj"))
-                wrapped[f"{role}.linear.{kind}" if deeper else name] = w
+                wrapped[name if name in own else f"{role}.linear.{kind}"] = w
+            assert wrapped.keys() <= own  # functional_call passes over others
             call = runner.context(i, hidden) | {"use_cache": False}
             hidden = torch.func.functional_call(layer, wrapped, hidden, call)
         head = (source.rows("lm_head.weight").double() * source.rows("model.norm.weight").double()) @ self.r1

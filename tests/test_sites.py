@@ -9,7 +9,6 @@ from tiny import write_model
 
 from dist_spin.compare.methods.transformed_layer import TransformedInputQuant, TransformedKey
 from dist_spin.config.loader import load_config
-from dist_spin.errors import UserError
 from dist_spin.model.fake_quant_model import FakeQuantModel, parameter_source
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.merge import folded_rows
@@ -20,7 +19,7 @@ from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import open_model
 from dist_spin.numerics.hadamard_transform import kronecker_factors
 from dist_spin.numerics.quantizer import QuantSpec
-from dist_spin.pipeline.quant_sites import check_learning_formats, tell_key_bias
+from dist_spin.pipeline.quant_sites import tell_key_bias
 from dist_spin.runtime.console import Console, shown_on
 
 CPU = torch.device("cpu")
@@ -119,5 +118,3 @@ def test_a_large_bias_of_keys_is_told(factor, words, said, tmp_path, capfd):
         tell_key_bias(load_config(None, words), files)
         tell_key_bias(load_config(None, [*words, "quant.k_bias_apart=true"]), files)
     assert "".join(capfd.readouterr()).count("k_proj has biases of up to 100") == said
-    with pytest.raises(UserError, match=r"optimize.w_bits=4 .* quant.k_bias_apart=true"):
-        check_learning_formats(load_config(None, [*words, "quant.k_bias_apart=true", "optimize.w_bits=4"]))

@@ -132,16 +132,17 @@ def attach(
     if shape.shared:
         part = slice(shape.experts, None)
         mlp.shared_expert.down_proj = QuantizedInputLinear(down_site(part=part), mlp.shared_expert.down_proj)
-    bias_apart = takes_bias_apart(attention, sites)
+    bias_apart = keeps_bias_apart(attention, sites)
+    if bias_apart:
+        attention.k_proj = KeyBiasApart(attention.k_proj)
     attention.key_site = KeySite(sites.k, sites.r3, learned_at["k"], bias_apart=bias_apart)
 
 
-def takes_bias_apart(attention: Any, sites: Sites) -> bool:
-    """Whether keys are quantised without k_proj's bias; k_proj then hands it on beside the keys."""
-    if not (sites.k_bias_apart and sites.k.enabled) or attention.k_proj.bias is None or hasattr(attention, "k_norm"):
-        return False  # behind a norm it is no sum any more
-    attention.k_proj = KeyBiasApart(attention.k_proj)
-    return True
+def keeps_bias_apart(attention: Any, sites: Sites) -> bool:
+    """Whether keys are quantised without the bias of k_proj, which then hands it on behind the keys (`sites.KeyBiasApart`)."""
+    if not (sites.k_bias_apart and sites.k.enabled) or attention.k_proj.bias is None:
+        return False
+    return not hasattr(attention, "k_norm")  # behind a norm it is no sum any more
 
 
 def widen_norms(layer: nn.Module, *, folded: bool) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dist_spin.model.architecture import ATTENTION_NORM, MLP_NORM, Shape
 from dist_spin.model.rotate_quantize import RotationParam, kept_matmul
 from dist_spin.model.sites import DownProjInputQuant, KeySite, OProjInputQuant, ValueSite
-from dist_spin.model.sites_config import Sites
+from dist_spin.model.sites_config import Sites, keeps_bias_apart
 from dist_spin.numerics.block_rotation import (
     apply_rotation,
     apply_rotation_left,
@@ -172,20 +172,24 @@ class FakeQuantLinear(nn.Module):
 
 
 class _FusedSlice(nn.Module):
-    """In place of a linear whose result the site in front has computed together with others: takes its columns."""
+    """In place of a linear whose result the site in front has computed together with others: takes its columns.
 
-    def __init__(self, start: int, stop: int) -> None:
+    behind: and those from here on, where the site has put the linear's bias.
+    """
+
+    def __init__(self, start: int, stop: int, behind: int = 0) -> None:
         super().__init__()
-        self.start, self.stop = start, stop
+        self.start, self.stop, self.behind = start, stop, behind
 
     def forward(self, fused: Tensor) -> Tensor:
-        return fused[..., self.start : self.stop]
+        own = fused[..., self.start : self.stop]
+        return torch.cat((own, fused[..., self.behind :]), -1) if self.behind else own
 
 
 class InputLinears(nn.Module):
     """Norm, quantiser and all linears that read it, as one product: [..., h] to [..., sum of out].
 
-    The last linear of `linears` is v where `r2` is given.
+    The last linear of `linears` is v where `r2` is given. apart: the index of one whose bias goes behind all results.
     """
 
     def __init__(
@@ -196,9 +200,10 @@ class InputLinears(nn.Module):
         r1: RotationParam,
         r2: RotationParam | None,
         head_dim: int,
+        apart: int | None = None,
     ) -> None:
         super().__init__()
-        self.norm, self.spec, self.r1, self.r2, self.head_dim = norm, spec, r1, r2, head_dim
+        self.norm, self.spec, self.r1, self.r2, self.head_dim, self.apart = norm, spec, r1, r2, head_dim, apart
         self.linears = nn.ModuleList(linears)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -215,7 +220,10 @@ class InputLinears(nn.Module):
             return y
         if self.r2 is not None:
             biases[-1] = rotate(biases[-1].view(-1, self.head_dim), self.r2).flatten()
-        return y + torch.cat(biases)
+        if self.apart is None:
+            return y + torch.cat(biases)
+        bias, biases[self.apart] = biases[self.apart], torch.zeros_like(biases[self.apart])
+        return torch.cat((y + torch.cat(biases), bias.expand(*y.shape[:-1], -1)), -1)
 
 
 class OutputLinear(nn.Module):
@@ -351,22 +359,26 @@ def attach_fake_quant(
     """
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
+    bias_apart = keeps_bias_apart(attention, sites)
     for norm, owner, names, value_r2 in (
         (ATTENTION_NORM, attention, ("q_proj", "k_proj", "v_proj"), r2),
         (MLP_NORM, mlp, ("gate_proj", "up_proj"), None),
     ):
         linears = [FakeQuantLinear(getattr(owner, name), quantizer) for name in names]
-        setattr(layer, norm, InputLinears(getattr(layer, norm), sites.a, linears, r1, value_r2, shape.head_dim))
-        start = 0
-        for name, linear in zip(names, linears, strict=True):
-            setattr(owner, name, _FusedSlice(start, start := start + len(linear.weight)))
+        apart = names.index("k_proj") if bias_apart and "k_proj" in names else None
+        site = InputLinears(getattr(layer, norm), sites.a, linears, r1, value_r2, shape.head_dim, apart)
+        setattr(layer, norm, site)
+        start, total = 0, sum(len(linear.weight) for linear in linears)
+        for i, (name, linear) in enumerate(zip(names, linears, strict=True)):
+            behind = total if i == apart else 0
+            setattr(owner, name, _FusedSlice(start, start := start + len(linear.weight), behind))
     attention.v_proj = ValueSite(attention.v_proj, sites.v, shape.head_dim)
     o, down = (FakeQuantLinear(linear, quantizer) for linear in (attention.o_proj, mlp.down_proj))
     attention.o_proj = OutputLinear(
         OProjInputQuant(sites.o, shape.head_dim, None), o, r1, r2, shape.head_dim, keep=True
     )
     mlp.down_proj = OutputLinear(DownProjInputQuant(sites.a, sites.r4), down, r1, None, shape.head_dim, keep=False)
-    attention.key_site = KeySite(sites.k, sites.r3)
+    attention.key_site = KeySite(sites.k, sites.r3, bias_apart=bias_apart)
 
 
 def merged_rows(role: str, weight: Tensor, rows: slice, r1: Tensor, r2: Tensor, wide: torch.dtype) -> Tensor:

@@ -141,9 +141,6 @@ def check_learning_formats(config: RunConfig) -> None:
         UserError: names both settings.
     """
     q, o = config.quant, config.optimize
-    if o.w_bits < 16 and q.k_bias_apart:
-        problem = f"optimize.w_bits={o.w_bits} learns with the bias of keys in its place, but quant.k_bias_apart=true"
-        raise UserError(problem, "use optimize.w_bits=16 or quant.k_bias_apart=false")
     for setting, bits, which, kind in (
         ("optimize.w_bits", o.w_bits, "w", q.w_format),
         ("optimize.a_bits", o.a_bits, "a", q.a_format),

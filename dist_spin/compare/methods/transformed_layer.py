@@ -25,8 +25,8 @@ from dist_spin.model.architecture import ATTENTION_NORM, LAYER_LINEARS, MLP_NORM
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.merge import NORM_BEFORE
 from dist_spin.model.rotated_weights import RotatedWeights
-from dist_spin.model.sites import QuantizedInputLinear
-from dist_spin.model.sites_config import Sites, takes_bias_apart
+from dist_spin.model.sites import KeyBiasApart, QuantizedInputLinear
+from dist_spin.model.sites_config import Sites, keeps_bias_apart
 from dist_spin.model.weight_source import WeightSource
 from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.numerics.kronecker import apply_pair
@@ -219,7 +219,9 @@ class TransformedRunner(LayerRunner):
         # Of values and keys the module has the clip ratios alone: value.left is merged, key.left belongs to TransformedKey.
         clips: State = {name: state[name] for name in ("value.shrink", "key.shrink") if name in state}
         attention.v_proj = TransformedValue(attention.v_proj, TransformedInputQuant(sites.v, clips, "value"))
-        apart = takes_bias_apart(attention, sites)
+        apart = keeps_bias_apart(attention, sites)
+        if apart:
+            attention.k_proj = KeyBiasApart(attention.k_proj)
         attention.key_site = TransformedKey(TransformedInputQuant(sites.k, clips, "key"), state, bias_apart=apart)
         attention.o_proj = QuantizedInputLinear(TransformedInputQuant(sites.o, state, "o"), attention.o_proj)
         down = sites.a if self.down is None else self.down
