@@ -62,7 +62,9 @@ def tune(job: QuantizeJob, rounded: QuantizeJob) -> None:
     held_out = list(range(0, len(tokens), HELD_OUT)) if len(tokens) > 1 else []
     learned = [index for index in range(len(tokens)) if index not in held_out] or [0]
     network = TunedNetwork(job, rounded)
-    targets = full_precision_states(job)
+    made: list[Tensor] = []
+    raise_on_any_failure(lambda: made.append(full_precision_states(job)))
+    targets = made[0]
     optimizer = torch.optim.Adam(list(network.parameters.values()), settings.tune_lr)
     at_once = max(1, TOKENS_AT_ONCE // tokens.shape[1])
     progress = Progress("tune scales: step", settings.tune_steps, show=world.is_rank0)
