@@ -4,7 +4,8 @@
 
 The class, the modules and the cache are transformers' own; the sites quantise and rotate inside of them. Values are quantised
 before they enter the cache. Keys enter it as they are after the position embedding and are rotated by R3 and quantised each
-time attention reads them, always from the unquantised key: so any kind of cache is right and no key is quantised twice.
+time attention reads them, always from the unquantised key: so any kind of cache is right and no key is quantised twice. A
+bias that is kept apart (`sites.KeyBiasApart`) lies in the cache behind them.
 """
 
 from collections.abc import Callable
