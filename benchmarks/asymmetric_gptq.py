@@ -89,7 +89,7 @@ class AsymmetricQuantizer(LayerQuantizer):
 
     def _watched(self, inputs: Iterable[Tensor], wanted: list[Tensor]) -> Iterator[Tensor]:
         """The inputs, summed up into D on their way."""
-        tokens = sum(x.shape[-2] for x in wanted)
+        tokens = sum(x[..., 0].numel() for x in wanted)
         for x, original in zip(inputs, wanted, strict=True):
             wide, clean = (each.flatten(0, -2).to(self.hessian_dtype) for each in (x, original))
             with exact_products():

@@ -78,9 +78,9 @@ def test_function_and_routing_are_preserved_by_fold_and_rotate(files):
     assert len(first) == files.shape.layers
 
 
-@pytest.mark.parametrize("sequences", [4, 80])
+@pytest.mark.parametrize(("sequences", "together"), [(4, 1), (80, 4)])
 def test_experts_are_rounded_from_their_own_tokens_or_from_all_and_it_is_said(
-    files, alone, tmp_path, sequences, monkeypatch
+    files, alone, tmp_path, sequences, together, monkeypatch
 ):
     said: list[str] = []
     monkeypatch.setattr("dist_spin.quantize.layer_quantizer.warn", said.append)
@@ -89,7 +89,7 @@ def test_experts_are_rounded_from_their_own_tokens_or_from_all_and_it_is_said(
     runner = LayerRunner(files.config, sites, device=CPU, dtype=WIDE, rotated=True)
     quantizer = LayerQuantizer(runner, alone, "gptq", GPTQOptions(), WIDE)
     generator = torch.Generator().manual_seed(0)
-    hidden = [torch.randn(1, 20, 64, generator=generator, dtype=WIDE) for _ in range(sequences)]
+    hidden = [torch.randn(together, 20, 64, generator=generator, dtype=WIDE) for _ in range(sequences // together)]
     entered, weights = list(hidden), source.layer(1)
     made = quantizer.quantize(1, weights, hidden)
     assert set(made.quantized_weights) == set(files.shape.linears)

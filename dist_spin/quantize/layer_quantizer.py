@@ -204,10 +204,10 @@ class LayerQuantizer:
         if mlp.has_shared:
             solve_expert(SHARED, mlp.shared_expert, -1)
         with self.clock("forward"):
-            written = torch.cat([mlp(part[None])[0] for part in read.split(TOKEN_CHUNK)]) if hidden else read
-            for i, h in enumerate(hidden):
-                length = h.shape[-2]
-                hidden[i] = h + written[i * length : (i + 1) * length].view_as(h)
+            written = [mlp(part[None])[0] for part in read.split(TOKEN_CHUNK)] if hidden else []
+            lengths = [h[..., 0].numel() for h in hidden]  # several sequences to a tensor on GPUs
+            for i, part in enumerate(torch.cat(written).split(lengths) if hidden else ()):
+                hidden[i] = hidden[i] + part.view_as(hidden[i])
 
     def _add_to_residual(self, hidden: list[Tensor], inputs: list[Tensor], linear: nn.Module) -> None:
         """Add the outputs of `linear` to the residual stream, in place; each input is freed once it is used."""
