@@ -126,7 +126,7 @@ def parts_runs(name: str) -> Iterator[Run]:
     yield changed("from random blocks", "rotation.init=orthogonal")
     yield changed("no scales", "optimize.scales=false")
     yield changed("R fixed", FIXED)
-    yield changed("nothing learned", UNLEARNED)
+    yield changed("nothing learned", UNLEARNED, "optimize.warmup_steps=0")
     for size in (16, 32, 64, 192):
         yield changed(f"blocks of {size}", f"rotation.block={size}", *R4_BLOCKS.get(size, ()))
     yield changed("nothing online", OFFLINE)
