@@ -62,6 +62,8 @@ def test_what_parts_cannot_do_without(tmp_path):
     assert code_bytes(shape, config) == pytest.approx(68.45e9 / 2, rel=0.001)
     eight = load_config(None, ["model.path=none", "quant.w_bits=8", "quant.w_group_size=128"])
     assert code_bytes(shape, eight) == pytest.approx(68.45e9 * (1 + 4 / 128), rel=0.001)
+    fp4 = load_config(None, ["model.path=none", "quant.w_format=nvfp4", "quant.w_bits=4"])
+    assert code_bytes(shape, fp4) == pytest.approx(68.45e9 * (1 / 2 + 4 / 16), rel=0.001)
     needed = costs(config, shape, 16384)
     one, four = (needed["optimize"].floor(gpus, 700e12, 50e9) for gpus in (1, 4))
     assert one == pytest.approx(4 * four)

@@ -103,14 +103,14 @@ def learning_point(config: RunConfig, shape: Shape, hardware: Hardware) -> tuple
     point = scaling.planned(shape, ranks, shards, o.batch_size, o.seq_len, shape.layers, o.w_bits, machine)
     if d.offload_layers < 0 and scaling.memory(shape, point) <= hardware.usable:
         return point, 0
-    workload = Workload(shape, point.share, o.seq_len, DTYPE, shards, o.w_bits, micro=o.micro_batch_size)
+    block = config.rotation.block
+    workload = Workload(shape, point.share, o.seq_len, DTYPE, shards, o.w_bits, micro=o.micro_batch_size, block=block)
     total = int(hardware.gpu.memory)
     room = min(shape.layers, int(HOST_SHARE * hardware.host / (workload.layer * ranks)))
     offloaded = d.offload_layers
     if offloaded < 0:
         offloaded = fewest_or_fastest(workload, total - GIB, total, room)
-    rotations = 12 * 4 * (shape.hidden**2 + shape.layers * shape.head_dim**2)
-    free = total - GIB - rotations - vocab_bytes(shape) / shards - workload.reserved(total)
+    free = total - GIB - workload.rotations - vocab_bytes(shape) / shards - workload.reserved(total)
     micro, levels = within(workload, int(free) - (shape.layers - offloaded) * workload.layer, offloaded)
     counts = {level: levels.count(level) for level in set(levels)}
     return scaling.Point(ranks, shards, o.batch_size, o.seq_len, shape.layers, o.w_bits, micro, counts), offloaded

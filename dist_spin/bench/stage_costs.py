@@ -10,7 +10,7 @@ from dist_spin.config.run import RunConfig
 from dist_spin.model.architecture import Shape
 from dist_spin.optimize.sharding.memory_planner import layer_bytes
 
-SCALE_BYTES = 4  # scales of quantised weights are fp32
+SCALE_BYTES = 4  # scales of quantised weights are fp32 in our files, whatever their number format
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def code_bytes(shape: Shape, config: RunConfig) -> float:
         is_down = index >= 2 and index % 2 == 1  # attention's two come first, then up and down of every kind of MLP
         bits = (q.down_bits if is_down else 0) or q.w_bits
         total += count * rows * columns / (2 if bits == 4 else 1)
-        total += count * rows * columns / (q.w_group_size or columns) * SCALE_BYTES * (1 if q.w_symmetric else 2)
+        total += count * rows * columns / (q.weights_per_scale or columns) * SCALE_BYTES * (1 if q.w_symmetric else 2)
     return shape.layers * total
 
 

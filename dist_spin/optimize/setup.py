@@ -158,6 +158,7 @@ def build_training(config: RunConfig, world: World) -> TrainState:
         transformed=transforms is not None,
         micro=settings.micro_batch_size,
         recompute=settings.recompute,
+        block=config.rotation.block,
     )
     offloaded = layers_to_offload(config.distributed.offload_layers, workload, world, to_disk=bool(offload_dir))
     if offloaded and world.is_rank0:

@@ -29,7 +29,7 @@ class Workload:
 
     sequences: of one rank, each of seq_len tokens. shards: ranks that one copy of the weights is spread over.
     transformed: scales or clips are learned too. micro: sequences of one pass, 0: what promises the shortest step.
-    recompute: "auto" or a level (`activation_checkpoint.LEVELS`).
+    recompute: "auto" or a level (`activation_checkpoint.LEVELS`). block: of the rotations, 0 for whole ones.
     """
 
     shape: Shape
@@ -42,6 +42,13 @@ class Workload:
     transformed: bool = False
     micro: int = 0
     recompute: str = "auto"
+    block: int = 0
+
+    @property
+    def rotations(self) -> int:
+        """Bytes of the rotations: masters, gradients, Cayley's and the writer's copies, of blocks alone where there are any."""
+        h, d = self.shape.hidden, self.shape.head_dim
+        return 12 * 4 * (h * min(h, self.block or h) + self.shape.layers * d * min(d, self.block or d))
 
     @property
     def kind(self) -> dict[str, bool]:
@@ -137,10 +144,8 @@ def fewest_or_fastest(workload: Workload, free: int, total: int, room: int) -> i
     room: how many the host takes for speed alone.
     """
     h, layers = workload.shape.hidden, workload.shape.layers
-    # masters, gradients, Cayley's and writer's copies
-    rotations = 12 * 4 * (h * h + layers * workload.shape.head_dim**2)
     embedding_and_head = 2 * workload.shape.vocab * h * workload.dtype.itemsize // workload.shards
-    free -= embedding_and_head + rotations + workload.reserved(total)
+    free -= embedding_and_head + workload.rotations + workload.reserved(total)
 
     def budget(offloaded: int) -> int:
         return free - (layers - offloaded) * workload.layer
