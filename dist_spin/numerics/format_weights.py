@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dist_spin.numerics.format_rounding import E4M3, global_scale, group_scales, round_elements
 from dist_spin.numerics.formats import FORMATS, NumberFormat
-from dist_spin.numerics.quantizer import ROW_TILE
+from dist_spin.numerics.quantizer import GPU_SEARCH_ELEMENTS, ROW_TILE
 
 
 def tensor_scale_of(w: Tensor) -> float:
@@ -33,7 +33,8 @@ def format_scales(
     given = None if tensor_scale is None else torch.full((1,), tensor_scale, device=w.device)
     groups = w.float().unflatten(1, (-1, group_size or columns))
     # Equal chunks, so that a row's result is the same whichever rows come with it (see `quantizer.weight_scales`).
-    chunks = groups.split(ROW_TILE if w.device.type == "cpu" else max(1, len(w)))
+    at_once = GPU_SEARCH_ELEMENTS // columns if search else len(w)
+    chunks = groups.split(ROW_TILE if w.device.type == "cpu" else max(ROW_TILE, at_once))
     fitted = [_best_scales(chunk, number_format, given, norm, search=search) for chunk in chunks]
     return torch.cat(fitted).to(w.dtype)
 
@@ -46,14 +47,17 @@ def _best_scales(
     if number_format.scale == "e4m3" and tensor_scale is None:
         tensor_scale = global_scale(largest.amax(-1, keepdim=True))
     best = group_scales(largest, number_format, tensor_scale)
-    if not search:
+    if not search or len(number_format.factors) == 1:
         return best
     best_error = _error(groups, best, number_format, norm)
-    for factor in number_format.factors[1:]:
-        scale = group_scales(largest * factor, number_format, tensor_scale)
-        error = _error(groups, scale, number_format, norm)
-        better = error < best_error
-        best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
+    for factors in [number_format.factors[1:]] if groups.is_cuda else [[f] for f in number_format.factors[1:]]:
+        tried = torch.stack(
+            [largest * factor for factor in factors]
+        )  # together on a GPU, where few launches count for more
+        scales = group_scales(tried, number_format, tensor_scale)
+        for scale, error in zip(scales, _error(groups, scales, number_format, norm), strict=True):
+            better = error < best_error
+            best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
     return best
 
 

@@ -349,7 +349,11 @@ def solve_block(
     """
     lowest, highest = code_range(options.bits, symmetric=options.symmetric)
     number_format = FORMATS.get(options.format)
-    if number_format is None and (kernels := fused_kernels(w)) is not None:
+    if (kernels := fused_kernels(w)) is not None:
+        if number_format is not None:
+            codes, most = torch.empty(w.shape, dtype=w.dtype, device=w.device), number_format.largest
+            block = (w, feedback, scale, zero, groups, codes)
+            return codes, kernels.solve_block(*block, -most, most, number_format.bits)
         codes = torch.empty(w.shape, dtype=code_dtype(options.bits, symmetric=options.symmetric), device=w.device)
         return codes, kernels.solve_block(w, feedback, scale, zero, groups, codes, lowest, highest)
     scale, zero = scale.index_select(1, groups), zero.index_select(1, groups)  # [T, B, R]

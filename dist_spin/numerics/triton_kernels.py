@@ -15,6 +15,19 @@ CLIP_BLOCK = 2048  # elements of a group looked at together
 
 
 @triton.jit
+def _rounded_element(x, FLOAT_BITS: tl.constexpr):
+    """`format_rounding.round_elements` of x within the format's range: E2M1 for 4 bits, E4M3 for 8."""
+    size = tl.abs(x)
+    if FLOAT_BITS == 4:
+        unit = tl.where(size < 2.0, 0.5, tl.where(size < 4.0, 1.0, 2.0))
+    else:  # an eighth of the power of two below it
+        power = (size.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        unit = tl.maximum(power, 0.015625) * 0.125
+    rounded = ((tl.div_rn(size, unit) + 12582912.0) - 12582912.0) * unit
+    return tl.where(x < 0, -rounded, rounded)
+
+
+@triton.jit
 def _solve_block_kernel(
     w_ptr,
     feedback_ptr,
@@ -32,6 +45,7 @@ def _solve_block_kernel(
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    FLOAT_BITS: tl.constexpr,
 ):
     program = tl.program_id(0)
     tile = (program // (TILE // ROWS)).to(tl.int64)
@@ -49,7 +63,10 @@ def _solve_block_kernel(
         now = tl.sum(tl.where(column[:, None] == j, w, 0.0), axis=0)  # [ROWS]: a selection, so the sum is exact
         # Clamping to whole numbers before rounding gives what clamping after it does.
         step = tl.minimum(tl.maximum(tl.div_rn(now, scale), lowest - zero), highest - zero)
-        step = (step + 12582912.0) - 12582912.0
+        if FLOAT_BITS == 0:
+            step = (step + 12582912.0) - 12582912.0
+        else:
+            step = _rounded_element(step, FLOAT_BITS)
         error = now - step * scale
         tl.store(codes_ptr + out + j * TILE, (step + zero).to(codes_ptr.dtype.element_ty))
         tl.store(residual_ptr + out + j * TILE, error)
@@ -57,12 +74,21 @@ def _solve_block_kernel(
 
 
 def solve_block(
-    w: Tensor, feedback: Tensor, scale: Tensor, zero: Tensor, groups: Tensor, codes: Tensor, lowest: int, highest: int
+    w: Tensor,
+    feedback: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    groups: Tensor,
+    codes: Tensor,
+    lowest: float,
+    highest: float,
+    float_bits: int = 0,
 ) -> Tensor:
     """`gptq.solve_block` in one launch; w is left alone.
 
     w: [T, B, R] fp32, a column range of [T, in, R]; feedback: [B, B]; scale, zero: [T, n, R];
-    groups: int64 [B], which of the n each column uses; codes: [T, B, R] contiguous, filled. Returns residuals [T, B, R].
+    groups: int64 [B], which of the n each column uses; codes: [T, B, R] contiguous, filled. float_bits: of the elements of a
+    number format, 0 for int; its lowest and highest are elements. Returns residuals [T, B, R].
     """
     count, columns, rows = w.shape
     feedback = feedback.contiguous()
@@ -85,6 +111,7 @@ def solve_block(
             TILE=rows,
             ROWS=ROWS_PER_PROGRAM,
             BLOCK=triton.next_power_of_2(columns),
+            FLOAT_BITS=float_bits,
             num_warps=4,
         )
     return residual
