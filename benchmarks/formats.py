@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import ADAM, FIXED, RANGE, SCALES, STRUCTURE, study_parser
+from accuracy import ADAM, FIXED, SCALES, STRUCTURE, study_parser
 
 from dist_spin.cli import report_mistakes
 from dist_spin.config.loader import load_config
@@ -55,19 +55,20 @@ KV = {
     "fp8": ["quant.kv_format=fp8", "quant.k_bits=8", "quant.v_bits=8"],
 }
 UNLEARNED, OFFLINE = "optimize.steps=0", "rotation.online=false"
-LEARNED = [*ADAM, *SCALES, "optimize.steps=300", "optimize.batch_size=4", "optimize.guard_every=20"]
+STEPS = ["optimize.steps=200", "optimize.batch_size=4", "optimize.guard_every=50", "optimize.guard_sequences=4"]
+LEARNED = [*ADAM, *SCALES, *STEPS]
 GROUP = {name: number_format.group for name, number_format in FORMATS.items()}
 
+BY_ACTIVATION, OURS_ROUNDED = "GPTQ, columns by activation", "GPTQ, passes"
 ROUNDINGS = {
-    "RTN": ["quantize.method=rtn", "quant.w_mse_clip=false"],
+    OURS_ROUNDED: ["quantize.cd_passes=4", "quantize.clip_norm=2"],
+    BY_ACTIVATION: ["quantize.act_order=true"],
     "GPTQ": [],
-    "GPTQ, columns by activation": ["quantize.act_order=true"],
-    "GPTQ, passes": ["quantize.cd_passes=4", "quantize.clip_norm=2"],
     "GPTQ, passes, plain scales": ["quantize.cd_passes=4", "quant.w_mse_clip=false"],
     "GPTQ, passes, no four over six": ["quantize.cd_passes=4", "quantize.clip_norm=2"],
     "RTN, scales searched": ["quantize.method=rtn", "quantize.clip_norm=2"],
+    "RTN": ["quantize.method=rtn", "quant.w_mse_clip=false"],
 }
-OURS_ROUNDED = "GPTQ, passes"
 
 
 @dataclass(frozen=True)
@@ -84,55 +85,47 @@ class Run:
     @property
     def unrotated(self) -> bool:
         """Whether it measures the network as it is."""
-        return self.name == "no rotation"
-
-
-def blocks(size: int, *settings: str) -> list[str]:
-    """Rotations in blocks; of R4 too, online."""
-    return [f"rotation.block={size}", *settings]
+        return self.name.startswith("no rotation")
 
 
 def main_runs(name: str) -> Iterator[Run]:
     """The rows that are compared in the format `name`."""
-    if name == "fp8":
-        yield Run("no rotation", name, [OFFLINE, UNLEARNED], ["RTN", "GPTQ", OURS_ROUNDED])
-        return
-    group = GROUP[name]
-    yield Run("ours", name, OURS[name], [OURS_ROUNDED])
     yield Run("no rotation", name, [OFFLINE, UNLEARNED], ["RTN", "GPTQ", OURS_ROUNDED])
-    yield Run(f"Hadamard in blocks of {group}", name, blocks(group, UNLEARNED), ["GPTQ", "GPTQ, columns by activation"])
+    if name == "fp8":
+        return
+    blocks = f"rotation.block={GROUP[name]}"
+    yield Run("ours", name, OURS[name], [OURS_ROUNDED])
+    yield Run(f"Hadamard in blocks of {GROUP[name]}", name, [blocks, UNLEARNED], ["GPTQ", BY_ACTIVATION])
     yield Run("global Hadamard", name, [UNLEARNED], ["GPTQ"])
-    yield Run("R1 learned as a whole", name, [*LEARNED, RANGE], [OURS_ROUNDED])
+    yield Run("whole R1, learned", name, [*ADAM, *STEPS], ["GPTQ"])
 
 
+IN_PLACE = ["rotation.init=identity", OFFLINE]
 OURS = {
-    "nvfp4": [*LEARNED, *blocks(16, "rotation.init=identity", OFFLINE)],
-    "mxfp4": [*LEARNED, *blocks(32, "rotation.init=hadamard")],
+    "nvfp4": [*LEARNED, "rotation.block=16", *IN_PLACE],
+    "mxfp4": [*LEARNED, "rotation.block=32", *IN_PLACE],
 }
 
 
 def parts_runs(name: str) -> Iterator[Run]:
     """Our recipe in the format `name` with one thing changed at a time."""
-    if name == "fp8":
+    if name not in OURS:
         return
     recipe, caches = OURS[name], ["16"]
 
     def changed(what: str, *settings: str) -> Run:
         return Run(f"ours, {what}", name, [*recipe, *settings], [OURS_ROUNDED], caches)
 
-    yield dataclasses.replace(changed(""), name="ours", roundings=list(ROUNDINGS))
-    yield changed("from the identity", "rotation.init=identity")
-    yield changed("from a Hadamard in blocks", "rotation.init=hadamard")
-    yield changed("from random blocks", "rotation.init=orthogonal")
+    yield Run("ours", name, recipe, list(ROUNDINGS), caches)
     yield changed("no scales", "optimize.scales=false")
     yield changed("R fixed", FIXED)
     yield changed("nothing learned", UNLEARNED, "optimize.warmup_steps=0")
-    for size in (16, 32, 64, 192):
-        yield changed(f"blocks of {size}", f"rotation.block={size}", *R4_BLOCKS.get(size, ()))
-    yield changed("nothing online", OFFLINE)
-
-
-R4_BLOCKS = {192: ["rotation.r4_block=128"]}  # R1 of 576 channels has no blocks of 128
+    yield changed("from a Hadamard, R4 online", "rotation.init=hadamard", "rotation.online=true")
+    yield changed("from a Hadamard", "rotation.init=hadamard")
+    yield changed("from random blocks", "rotation.init=orthogonal")
+    for size in (16, 32, 64, 192):  # 128 divides neither 576 nor what SmolLM2's heads make
+        yield changed(f"blocks of {size}", f"rotation.block={size}")
+    yield changed("whole R1", "rotation.block=0")
 
 
 class Measuring:

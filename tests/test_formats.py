@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from dist_spin.model.rotate_quantize import RotationParam, ScaleAndClip, rotate_quantize
 from dist_spin.numerics.coordinate_descent import coordinate_descent
-from dist_spin.numerics.format_rounding import global_scale
+from dist_spin.numerics.format_rounding import global_scale, group_scales, round_elements
 from dist_spin.numerics.format_weights import format_codes, format_scales, pack_e2m1, tensor_scale_of, unpack_e2m1
 from dist_spin.numerics.formats import FORMATS
 from dist_spin.numerics.gptq import GPTQOptions, output_errors, prepare, solve, split_rows
 from dist_spin.numerics.hessian import Hessian
-from dist_spin.numerics.quantizer import QuantSpec, dequantize_weight, fake_quantize
+from dist_spin.numerics.quantizer import QuantSpec, dequantize_weight, fake_quantize, range_quantize
 
 # Element, scale and group of compressed-tensors' own presets; for fp8 those of its W8A8 per channel and per token.
 REFERENCE = {
@@ -179,9 +179,19 @@ def test_gradients_are_straight_through(name: str) -> None:
     assert torch.equal(x.grad, direction)
 
 
+def _with_scale_of_the_largest(x: Tensor, name: str) -> Tensor:
+    """Q(x), for plain autograd: rounding of elements and of scales held constant, scales proportional to the largest value."""
+    number_format = FORMATS[name]
+    groups = x.unflatten(-1, (-1, number_format.group or x.shape[-1]))
+    largest = groups.abs().amax(-1)
+    scale = (largest * (group_scales(largest, number_format) / largest).detach()).unsqueeze(-1)
+    units = (groups / scale).clamp(-number_format.largest, number_format.largest)
+    return ((units + (round_elements(units, number_format) - units).detach()) * scale).flatten(-2)
+
+
 @pytest.mark.parametrize("name", FORMATS)
-def test_learned_scales_beside_a_rotation_have_the_straight_through_gradient(name: str) -> None:
-    """Against plain autograd of Q((x R) * s) / s R^T with the rounding error held constant."""
+def test_learned_scales_beside_a_rotation_have_the_gradient_through_the_groups_scales(name: str) -> None:
+    """Against plain autograd of Q((x R) * s) / s R^T with rounding held constant."""
     generator = torch.Generator().manual_seed(3)
     x, direction = torch.randn(2, 7, 64, generator=generator, dtype=torch.float64).unbind()
     r = torch.linalg.qr(torch.randn(64, 64, generator=generator, dtype=torch.float64)).Q
@@ -190,6 +200,17 @@ def test_learned_scales_beside_a_rotation_have_the_straight_through_gradient(nam
     rotation = RotationParam(r, nn.Parameter(torch.zeros_like(r)))
     (rotate_quantize(x, rotation, spec, ScaleAndClip(log_scale, None)) * direction).sum().backward()
     z = x @ r * oracle.exp()
-    rounded = (z + (fake_quantize(z, spec) - z).detach()) / oracle.exp() @ r.T
-    (rounded * direction).sum().backward()
+    rounded = _with_scale_of_the_largest(z, name)
+    torch.testing.assert_close(rounded, fake_quantize(z, spec), rtol=1e-12, atol=0)
+    (rounded / oracle.exp() @ r.T * direction).sum().backward()
     torch.testing.assert_close(log_scale.grad, oracle.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_group_that_grows_as_a_whole_keeps_its_relative_error(name: str) -> None:
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(4), dtype=torch.float64, requires_grad=True)
+    spec = QuantSpec(FORMATS[name].bits, True, FORMATS[name].group, format=name)
+    direction = torch.randn_like(x)
+    rounded = range_quantize(x, spec)
+    (rounded * direction).sum().backward()
+    torch.testing.assert_close((x.grad * x).sum(-1), (rounded * direction).sum(-1), rtol=1e-9, atol=1e-12)

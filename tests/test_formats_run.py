@@ -1,5 +1,6 @@
 """Runs in number formats: learned, quantised, measured, compared, with what they cannot hold refused in one line."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from dist_spin.model.sites_config import INPUT_SCALES, Sites
 from dist_spin.model.weights import open_model
 from dist_spin.numerics.format_rounding import global_scale
 from dist_spin.numerics.gptq import GPTQOptions
-from dist_spin.numerics.quantizer import QuantSpec
+from dist_spin.numerics.quantizer import QuantSpec, fake_quantize
 from dist_spin.quantize.layer_quantizer import LayerQuantizer
 from dist_spin.runtime.distributed import World
 from dist_spin.storage.quantized_layers import layer_path, load_layer
@@ -131,6 +132,33 @@ def test_global_scales_of_inputs_are_those_of_the_largest_and_go_with_the_layer(
     assert [site.tensor_scale for site in scales] == layer.others[INPUT_SCALES].tolist()
     rebuilt = runner.build(0, finished)
     assert all(torch.equal(runner.run(rebuilt, 0, h), left) for h, left in zip(entered, hidden, strict=True))
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_a_token_of_massive_values_does_not_round_the_others_to_zero(model):
+    files = open_model(str(model), dtype=torch.float32)
+    runner = LayerRunner(files.config, Sites(), device=torch.device("cpu"), dtype=torch.float32, rotated=False)
+    quantizer = LayerQuantizer(
+        runner,
+        World(0, 1, 0, 1, torch.device("cpu")),
+        "gptq",
+        GPTQOptions(group_size=16, format="nvfp4"),
+        torch.float32,
+        input_scales=True,
+    )
+    spec = QuantSpec(4, symmetric=True, group_size=16, format="nvfp4")
+    x = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(0))
+    usual = x.unflatten(-1, (-1, 16)).abs().amax(-1).log2().mean().exp2()
+    assert quantizer._scaled(spec, [x], []).tensor_scale == global_scale(x.abs().amax())
+    x[0, 0, 5] = 1e6  # a sink
+    found: list[float] = []
+    scaled = quantizer._scaled(spec, [x], found)
+    assert 0.5 < 448 * 6 / (found[0] * 28672 * usual) < 2
+    kept = fake_quantize(x, scaled)
+    plain = fake_quantize(x, dataclasses.replace(spec, tensor_scale=float(global_scale(x.abs().amax()))))
+    assert not plain[0, 1:].any()  # the scale of the largest value leaves nothing of them
+    assert float((kept - x)[0, 1:].square().mean()) < 0.02
+    assert kept[0, 0, 5] > 1e4
 
 
 def test_layers_without_scales_of_inputs_are_made_again_for_nvfp4_activations(model, tmp_path):

@@ -43,6 +43,12 @@ def test_smaller_passes_that_repeat_less_are_preferred():
     assert set(levels) == {"none", "sites"}
 
 
+def test_rotations_in_blocks_reserve_their_blocks_alone():
+    whole, blocks = (Workload(L70, 8, T, torch.bfloat16, block=block).rotations for block in (0, 32))
+    assert whole == 48 * (8192**2 + 80 * 128**2)
+    assert blocks == 48 * 32 * (8192 + 80 * 128)
+
+
 def test_layers_from_the_host_are_fetched_seldom():
     work = Workload(L70, 8, T, torch.bfloat16)
     assert within(work, 60 * GIB, offloaded=70)[0] > within(work, 60 * GIB)[0]

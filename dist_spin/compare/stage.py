@@ -37,7 +37,7 @@ from dist_spin.pipeline.embeddings import embeddings_of
 from dist_spin.pipeline.export_limits import check_export_target
 from dist_spin.pipeline.fingerprints import layer_identity
 from dist_spin.pipeline.model import model_dtype, open_configured_model
-from dist_spin.pipeline.quant_sites import clips_at, site_bits, sites_for
+from dist_spin.pipeline.quant_sites import check_format_groups, clips_at, site_bits, sites_for
 from dist_spin.pipeline.stage_context import writing
 from dist_spin.pipeline.variants import Variant, build_variant, calibration_tokens
 from dist_spin.quantize.job import QuantizeJob
@@ -273,6 +273,8 @@ def compare(config: RunConfig, world: World) -> list[dict[str, Any]]:
     texts = {source: measuring_tokens(config, files, source) for source in config.evaluate.sources}
     comparison = Comparison(config, world, files, stop, texts)
     plan, run = plan_trials(config), comparison.run
+    for trial in plan:
+        check_format_groups(at_bits(config, trial.weights, trial.bits, trial.formats), files.shape)
     if any(trial.system.learns_rotations for trial in plan):
         check_context("optimize.seq_len", config.optimize.seq_len, files.config)
     if any(trial.weights != "none" or trial.system.is_method for trial in plan):  # methods learn from that text, too

@@ -24,6 +24,15 @@ MANTISSA = {torch.float16: 10, torch.bfloat16: 7, torch.float32: 23, torch.float
 EXPONENT_BIAS = {torch.float16: 15, torch.bfloat16: 127, torch.float32: 127, torch.float64: 1023}
 
 
+def grouped(x: Tensor, group_size: int) -> Tensor:
+    """View [..., d] as [..., d / group, group]; 0 groups all of d. Raises ValueError when the group does not divide d."""
+    width = x.shape[-1]
+    group = group_size or width
+    if width % group:
+        raise ValueError(f"group_size {group} does not divide the last dimension, {width}")
+    return x.unflatten(-1, (width // group, group))
+
+
 def round_elements(x: Tensor, number_format: NumberFormat) -> Tensor:
     """x, already divided by its scale, to the nearest elements of a format; same dtype, NaN stays."""
     x = x.clamp(-number_format.largest, number_format.largest)
@@ -32,6 +41,9 @@ def round_elements(x: Tensor, number_format: NumberFormat) -> Tensor:
     size = x.abs()
     step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0)).to(x.dtype)
     return torch.round(x / step) * step
+
+
+SATURATES_BEYOND = E4M3_MAX / 2.0**-6  # times what is usual: E4M3's largest number over its smallest normal one
 
 
 def global_scale(largest: Tensor) -> Tensor:
@@ -80,3 +92,22 @@ def round_groups(groups: Tensor, name: str, tensor_scale: float = 0.0) -> Tensor
     given = torch.full((1,), tensor_scale, device=groups.device) if tensor_scale else None
     scale = group_scales(groups.abs().amax(-1), number_format, given).unsqueeze(-1)
     return round_elements(groups / scale, number_format) * scale
+
+
+def group_gradient(groups: Tensor, g: Tensor, name: str) -> Tensor:
+    """Gradient of <g, Q(groups)> by groups [..., n, group], where the scale follows a group's largest value.
+
+    Only rounding is held constant, of elements and of scales: with Q = s * element and s proportional to the largest value,
+    dQ = dx + (Q - x) ds / s inside the range, and (Q / s) ds beyond it. A group whose members all grow alike keeps its relative
+    error, and the gradient says so: <group_gradient, x> = <g, Q(x)>. With NVFP4, each row has its own global scale.
+    """
+    number_format = FORMATS[name]
+    largest = groups.abs().amax(-1, keepdim=True)
+    scale = group_scales(largest.squeeze(-1), number_format).unsqueeze(-1)
+    units = groups / scale
+    inside = units.abs() <= number_format.largest
+    elements = round_elements(units, number_format)
+    d_scale = (g * (elements - torch.where(inside, units, 0.0))).sum(-1, keepdim=True)
+    extreme = (groups.abs() == largest) & (largest > 0)
+    share = d_scale * scale / torch.where(largest > 0, largest, 1.0) / extreme.sum(-1, keepdim=True).clamp(min=1)
+    return g * inside + extreme * torch.sign(groups) * share

@@ -2,8 +2,7 @@
 
 Both use the same grid of integers. A value x becomes the code `clamp(round(x / scale) + zero, lowest, highest)` and comes back as
 `(code - zero) * scale`; the symmetric grid has zero = 0 and codes -2^(b-1) … 2^(b-1)-1, the asymmetric one codes
-0 … 2^b-1. Rounding is half to even. Arithmetic is fp32, or fp64 when the input is fp64; a runtime's may differ
-(`QuantSpec.half_steps`).
+0 … 2^b-1. Rounding is half to even. Arithmetic is fp32, fp64 for fp64 input, or a runtime's (`QuantSpec.half_steps`).
 """
 
 import functools
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dist_spin.numerics.dtypes import accumulation_dtype
-from dist_spin.numerics.format_rounding import round_groups
+from dist_spin.numerics.format_rounding import group_gradient, grouped, round_groups
 from dist_spin.numerics.formats import check_format
 
 UNQUANTIZED_BITS = 16
@@ -101,15 +100,6 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return accumulation_dtype(x.dtype)
 
 
-def _grouped(x: Tensor, group_size: int) -> Tensor:
-    """View [..., d] as [..., d / group, group]. Raises ValueError when the group does not divide d."""
-    width = x.shape[-1]
-    group = group_size or width
-    if width % group:
-        raise ValueError(f"group_size {group} does not divide the last dimension, {width}")
-    return x.unflatten(-1, (width // group, group))
-
-
 def value_range(x: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest value over the last dimension, the range stretched to include 0."""
     low, high = torch.aminmax(x, dim=-1)
@@ -156,7 +146,7 @@ def quantize_activation(x: Tensor, spec: QuantSpec, ratio: Tensor | None = None)
     Raises ValueError for a disabled spec, a group that does not divide d, or an integer tensor.
     """
     wide = _compute_dtype(x)
-    groups = _grouped(x if spec.half_steps else x.to(wide), spec.group_size)  # [..., n, group]
+    groups = grouped(x if spec.half_steps else x.to(wide), spec.group_size)  # [..., n, group]
     low, high = value_range(groups)
     clip = spec.clip_ratio if ratio is None else spec.clip_ratio * ratio.to(low.dtype)
     scale, zero = _activation_scale_and_zero(low * clip, high * clip, spec)
@@ -170,6 +160,11 @@ def dequantize_activation(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return ((groups - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(-2)
 
 
+def _formatted(x: Tensor, spec: QuantSpec) -> Tensor:
+    groups = grouped(x if spec.half_steps else x.to(_compute_dtype(x)), spec.group_size)
+    return round_groups(groups, spec.format, spec.tensor_scale).flatten(-2)
+
+
 class _StraightThrough(torch.autograd.Function):
     """Quantise forward, identity backward. `x + (q - x).detach()` would round twice and miss q in low precision."""
 
@@ -177,8 +172,7 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, spec: QuantSpec) -> Tensor:
         if spec.format == "int":
             return dequantize_activation(*quantize_activation(x, spec)).to(x.dtype)
-        groups = _grouped(x if spec.half_steps else x.to(_compute_dtype(x)), spec.group_size)
-        return round_groups(groups, spec.format, spec.tensor_scale).flatten(-2).to(x.dtype)
+        return _formatted(x, spec).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
@@ -204,7 +198,10 @@ class _LearnedRange(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, ratio: Tensor | None, spec: QuantSpec) -> Tensor:
         ctx.save_for_backward(x, ratio)
         ctx.spec = spec
-        return dequantize_activation(*quantize_activation(x, spec, ratio)).to(x.dtype)
+        values = (
+            dequantize_activation(*quantize_activation(x, spec, ratio)) if spec.format == "int" else _formatted(x, spec)
+        )
+        return values.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
@@ -216,23 +213,23 @@ class _LearnedRange(torch.autograd.Function):
 def range_quantize(x: Tensor, spec: QuantSpec, ratio: Tensor | None = None) -> Tensor:
     """`fake_quantize` whose gradient also goes through the range of the codes: to x's extremes and to `ratio`.
 
-    ratio: learned clip, a scalar tensor in (0, 1], beside `spec.clip_ratio`. Only rounding is straight-through. With
-    `bits` 16, x itself is returned; other formats than int are straight-through. Raises ValueError as `quantize_activation`.
+    ratio: learned clip of int, a scalar tensor in (0, 1], beside `spec.clip_ratio`. Only rounding is straight-through. With
+    `bits` 16, x itself is returned. Raises ValueError as `quantize_activation`.
     """
-    return _LearnedRange.apply(x, ratio, spec) if spec.enabled and spec.format == "int" else fake_quantize(x, spec)
+    return _LearnedRange.apply(x, ratio, spec) if spec.enabled else fake_quantize(x, spec)
 
 
 def range_gradients(x: Tensor, g: Tensor, spec: QuantSpec, ratio: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Gradients of <g, Q(x)> by x [..., d] and by the clip ratio (scalar), in fp32 (fp64 for fp64 x).
 
     With codes inside the grid Q(x) = x + e, e = scale * (round(x / scale) - x / scale), and rounding held constant gives
-    dQ = dx + (e / scale) dscale (Esser et al. 2020, LSQ, eq. 3); a clamped code is a bound of the range itself. The
-    bounds are the group's extremes times the ratio, so that they pass their gradient to the elements that set them.
+    dQ = dx + (e / scale) dscale (Esser et al. 2020, LSQ, eq. 3); a clamped code is a bound of the range itself: an extreme of
+    the group times the ratio, whose gradient goes to the elements that set it. Other formats: `group_gradient`.
     """
     wide = _compute_dtype(x)
+    groups, g = grouped(x.to(wide), spec.group_size), grouped(g.to(wide), spec.group_size)  # [..., n, group]
     if spec.format != "int":
-        return g.to(wide), g.new_zeros(())
-    groups, g = _grouped(x.to(wide), spec.group_size), _grouped(g.to(wide), spec.group_size)  # [..., n, group]
+        return group_gradient(groups, g, spec.format).flatten(-2), g.new_zeros(())
     low, high = (bound.unsqueeze(-1) for bound in value_range(groups))
     clip = spec.clip_ratio if ratio is None else spec.clip_ratio * ratio.to(wide)
     scale, zero = _activation_scale_and_zero(low * clip, high * clip, spec)
@@ -280,7 +277,7 @@ def weight_scales(
     valley, in a quarter of the time.
     Raises ValueError for bits outside 2 … 8 and a group that does not divide `in`.
     """
-    groups = _grouped(w.to(_compute_dtype(w)), group_size)  # [out, n, group]
+    groups = grouped(w.to(_compute_dtype(w)), group_size)  # [out, n, group]
     low, high = value_range(groups)
     if not mse_clip:
         return scale_and_zero(low, high, bits, symmetric=symmetric)
@@ -361,7 +358,7 @@ def quantize_weight(
     scale, zero: [out, n_groups] as from `weight_scales`. Returns codes [out, in] in `code_dtype(bits, symmetric)`; NaN
     has no code, so w must be finite. Raises ValueError as `weight_scales` does.
     """
-    groups = _grouped(w.to(scale.dtype), group_size)  # [out, n, group]
+    groups = grouped(w.to(scale.dtype), group_size)  # [out, n, group]
     codes = _encode(groups, scale.unsqueeze(-1), zero.unsqueeze(-1), bits, symmetric=symmetric)
     return codes.flatten(-2).to(code_dtype(bits, symmetric=symmetric))
 
@@ -370,7 +367,7 @@ def dequantize_weight(
     codes: Tensor, scale: Tensor, zero: Tensor, group_size: int = 0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Weight [out, in] in `dtype` from codes [out, in] and scale, zero [out, n_groups]; computed in scale's dtype."""
-    groups = _grouped(codes.to(scale.dtype), group_size)  # [out, n, group]
+    groups = grouped(codes.to(scale.dtype), group_size)  # [out, n, group]
     return ((groups - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(-2).to(dtype)
 
 

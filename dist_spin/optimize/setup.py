@@ -133,7 +133,7 @@ def build_training(config: RunConfig, world: World) -> TrainState:
     transforms = build_transforms(config, files, sites, device) if settings.scales or settings.clips else None
 
     # build the fake-quantised model
-    compiled = settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda")
+    compiled = compiles(config, world)
     model = FakeQuantModel(
         files.config,
         rotations,
@@ -229,6 +229,23 @@ def store_teacher(train_state: TrainState, files: ModelFiles, all_tokens: Tensor
     train_state.teacher = teacher  # of a finished run too, which may have been stopped before it removed the files
     if train_state.step < settings.steps:
         make_targets(teacher, train_state.model, train_state.world, all_tokens, wanted, train_state.micro_batch_size)
+
+
+def compiles(config: RunConfig, world: World) -> bool:
+    """Whether layers are compiled; GPUs older than Ada have no E4M3 that compiled kernels could use, which is said.
+
+    Uncompiled, torch converts to E4M3 on every device, with the same results.
+    """
+    if config.optimize.compile != "auto" or world.device.type != "cuda":
+        return config.optimize.compile == "on"
+    e4m3 = {name for name in (config.quant.a_format, config.quant.kv_format) if name in ("fp8", "mxfp8", "nvfp4")}
+    if e4m3 and torch.cuda.get_device_capability(world.device) < (8, 9):
+        if world.is_rank0:
+            say(
+                f"{', '.join(sorted(e4m3))} is emulated without compiling on this GPU, which is older than Ada: steps take longer"
+            )
+        return False
+    return True
 
 
 def split_held_out(tokens: Tensor, settings: OptimizeConfig) -> tuple[Tensor, Tensor | None]:

@@ -20,7 +20,8 @@ from dist_spin.model.sites_config import INPUT_SCALES
 from dist_spin.model.stacked_experts import by_expert
 from dist_spin.numerics.coordinate_descent import coordinate_descent
 from dist_spin.numerics.finite import all_finite, dtype_remedy
-from dist_spin.numerics.format_rounding import E4M3, global_scale
+from dist_spin.numerics.format_rounding import E4M3, SATURATES_BEYOND, global_scale, grouped
+from dist_spin.numerics.formats import FORMATS
 from dist_spin.numerics.gptq import (
     GPTQOptions,
     QuantizedWeight,
@@ -149,12 +150,24 @@ class LayerQuantizer:
         return inputs
 
     def _scaled(self, spec: QuantSpec, unrounded: Iterable[Tensor], found: list[float]) -> QuantSpec:
-        """A site's quantiser with NVFP4's global scale of what it will round, on all ranks; the scale is added to `found`."""
+        """A site's quantiser with NVFP4's global scale of what it will round, on all ranks; the scale is added to `found`.
+
+        It is that of the largest value, unless the scales of usual groups would then be below E4M3's normal numbers, where they
+        lose their bits and become 0: a few values beyond that (those of a sink token) saturate. Usual is the geometric mean.
+        """
         largest = torch.zeros((), dtype=torch.float32, device=self.runner.device)
+        logs = torch.zeros(
+            2, dtype=torch.float64, device=self.runner.device
+        )  # sum, and number, of groups that are not 0
         for x in unrounded:
-            largest = torch.maximum(largest, x.abs().amax().float())
+            groups = grouped(x, FORMATS["nvfp4"].group).abs().amax(-1).float()
+            largest, filled = torch.maximum(largest, groups.amax()), groups > 0
+            logs += torch.stack((torch.where(filled, groups, 1.0).log2().sum(dtype=torch.float64), filled.sum()))
         # The bits of numbers that are not negative are in their order, NaN last.
         shared = torch.tensor(max_over_ranks(int(largest.view(torch.int32))), dtype=torch.int32).view(torch.float32)
+        total, count = sum_over_ranks_(logs.cpu()).tolist()
+        if count and shared > (limit := SATURATES_BEYOND * 2.0 ** (total / count)):
+            shared = torch.tensor(limit, dtype=torch.float32)
         found.append(float(global_scale(shared)))
         return dataclasses.replace(spec, tensor_scale=found[-1]) if spec.enabled else spec
 
