@@ -134,6 +134,12 @@ def test_global_scales_of_inputs_are_those_of_the_largest_and_go_with_the_layer(
     assert all(torch.equal(runner.run(rebuilt, 0, h), left) for h, left in zip(entered, hidden, strict=True))
 
 
+def test_tuned_scales_have_no_place_where_scales_are_of_8_bits(model, tmp_path, capsys):
+    words = tiny_run(tmp_path, "optimize.steps=0", *PLAIN, *NVFP4, "quantize.tune_steps=2", model=model)
+    assert main(["quantize", *words]) == 2
+    assert "quantize.tune_steps gives weights scales that quant.w_format=nvfp4 cannot hold" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("group_of_one")
 def test_a_token_of_massive_values_does_not_round_the_others_to_zero(model):
     files = open_model(str(model), dtype=torch.float32)

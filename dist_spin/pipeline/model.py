@@ -8,6 +8,7 @@ from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 from dist_spin.model.weights import ModelFiles, open_model
 from dist_spin.numerics.dtypes import accumulation_dtype
+from dist_spin.numerics.formats import FORMATS
 from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.runtime.distributed import on_rank0, raise_on_any_failure
 from dist_spin.runtime.progress import long_step, warn
@@ -27,8 +28,12 @@ def open_configured_model(config: RunConfig) -> ModelFiles:
     """Open the model on every rank; what has to be downloaded or converted is so once, by rank 0.
 
     Raises:
-        UserError: it cannot be opened.
+        UserError: it cannot be opened, or scales would be tuned that a number format has no place for.
     """
+    kind = config.quant.w_format
+    if config.quantize.tune_steps and kind != "int" and FORMATS[kind].scale != "fp32":
+        problem = f"quantize.tune_steps gives weights scales that quant.w_format={kind} cannot hold"
+        raise UserError(problem, "set quantize.tune_steps=0", shared=True)
 
     def find() -> ModelFiles:
         return open_model(
