@@ -47,6 +47,7 @@ def _served(export: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
         enable_prefix_caching=False,
         tensor_parallel_size=request["tensor_parallel"],
         kv_cache_dtype=request["kv_cache_dtype"],
+        worker_extension_cls=f"{Path(__file__).stem}.{NamesKernels.__name__}",
         **backend,
     )
     scored = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0.0, detokenize=False)
@@ -54,7 +55,7 @@ def _served(export: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
     prompts = [window[: len(window) // 2] for window in windows]
     read = llm.generate([{"prompt_token_ids": window} for window in windows], scored, use_tqdm=False)
     written = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False)
-    kernels = llm.apply_model(_kernels) if request["tensor_parallel"] == 1 else [[]]
+    kernels = llm.collective_rpc("dist_spin_kernels")
     return {
         "window_logprobs": [
             [entry[token].logprob for token, entry in zip(window[1:], out.prompt_logprobs[1:], strict=True)]
@@ -63,6 +64,14 @@ def _served(export: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
         "greedy": [list(out.outputs[0].token_ids) for out in written],
         "kernels": kernels[0],
     }
+
+
+class NamesKernels:
+    """What vLLM adds to each of its worker processes, which a function cannot be sent to under tensor parallelism."""
+
+    def dist_spin_kernels(self) -> list[str]:
+        """As `_kernels`, of this process's part of the model."""
+        return _kernels(self.get_model())  # type: ignore[attr-defined]
 
 
 def _kernels(model: Any) -> list[str]:
