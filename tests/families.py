@@ -6,12 +6,18 @@ Dividing keeps the ratios and, as long as a factor of two is left beside it, the
 from typing import Any
 
 from transformers import (
+    Cohere2Config,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GraniteConfig,
     LlamaConfig,
     MinistralConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
+    Olmo3Config,
     OlmoeConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -140,4 +146,43 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     ),
     "olmoe-1b-7b (2048, 1024)": _config(OlmoeConfig, 64, 32, 4, 4, num_experts=8, num_experts_per_tok=3),
     "mixtral-8x7b (4096, 14336)": _config(MixtralConfig, 64, 224, 8, 2, num_local_experts=4, num_experts_per_tok=2),
+}
+
+WINDOWS: dict[str, Any] = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+# Those whose norms do not commute with R1.
+WITHOUT_R1: dict[str, PreTrainedConfig] = {
+    "gemma-2-2b (2304, 9216)": _config(
+        Gemma2Config, 72, 288, 8, 4, head_dim=8, query_pre_attn_scalar=11, **TIED, **WINDOWS
+    ),
+    "gemma-2-27b (4608, 36864)": _config(
+        Gemma2Config,
+        72,
+        576,
+        4,
+        2,
+        head_dim=16,
+        query_pre_attn_scalar=18,
+        attn_logit_softcapping=None,
+        **TIED,
+        **WINDOWS,
+    ),
+    "gemma-3-270m (640, 2048)": _config(Gemma3TextConfig, 80, 256, 4, 1, head_dim=32, **TIED, **WINDOWS),
+    "gemma-3-1b (1152, 6912)": _config(
+        Gemma3TextConfig,
+        72,
+        432,
+        4,
+        1,
+        head_dim=16,
+        query_pre_attn_scalar=11,
+        final_logit_softcapping=3.0,
+        **TIED,
+        **WINDOWS,
+    ),
+    "olmo-2-7b (4096, 11008)": _config(Olmo2Config, 128, 344, 8, 8),
+    "olmo-2-32b (5120, 27648)": _config(Olmo2Config, 80, 432, 10, 2),
+    "olmo-3-7b (4096, 11008)": _config(Olmo3Config, 128, 344, 8, 8, **WINDOWS),
+    "aya-8b (4096, 14336)": _config(CohereConfig, 64, 224, 8, 2, **TIED),
+    "command-r-plus (12288, 33792)": _config(CohereConfig, 96, 264, 12, 2, use_qk_norm=True, logit_scale=0.8, **TIED),
+    "command-r7b (4096, 14336)": _config(Cohere2Config, 64, 224, 8, 2, **TIED, **WINDOWS),
 }

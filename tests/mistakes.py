@@ -39,7 +39,7 @@ def prepare(here: Path) -> None:
     write_letters(here / "model")
     for name, change in (
         ("gptq-model", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
-        ("gemma", {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}),
+        ("phi", {"model_type": "phi", "architectures": ["PhiForCausalLM"]}),
     ):
         SHAPES["mha"].save_pretrained(here / name)
         config = here / name / "config.json"

@@ -16,6 +16,7 @@ from dist_spin.config.loader import load_config
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 from dist_spin.model.families import REFUSED
+from dist_spin.model.full_model import build_full_model
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.rotation import Rotations, initial
@@ -108,6 +109,24 @@ def test_layers_are_quantised_and_reload_as_they_were(files, alone, tmp_path):
         torch.testing.assert_close(runner.run(rebuilt, last, before), after, rtol=1e-12, atol=1e-12)
 
 
+def test_generation_reads_its_cache_as_it_would_read_the_text_again(files):
+    sites = online_sites(files, 4)
+    weights = RotatedWeights(files.weights, files.shape, initial("hadamard", files.shape, 0), sites.r4, CPU, WIDE)
+    model = build_full_model(
+        files.config,
+        sites,
+        layer=weights.layer,
+        embedding=weights.embedding(),
+        head=weights.head_weight(),
+        rotated=True,
+        device=CPU,
+        dtype=WIDE,
+    )
+    cached, again = (model.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=use) for use in (True, False))
+    assert cached.shape == (2, 26)
+    assert torch.equal(cached, again)
+
+
 def refusal(place: Path, config: dict[str, object]) -> str:
     (place / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError) as error:
@@ -129,6 +148,9 @@ def test_a_family_that_cannot_be_rotated_is_refused_in_one_line(kind, tmp_path):
         ("gemma-2b (2048, 16384)", "silu in a llama's MLP, not gelu"),
         ("phi-3.5-mini (3072, 8192)", "rope_type=longrope in a mistral"),
         ("phi-4-14b (5120, 17920)", ""),
+        ("phi-3-mini-4k (3072, 8192)", "gives a mistral no sliding window, but it has one of 7"),
+        ("mistral-7b-v0.1 (4096, 14336)", "gives a mistral no sliding window, but it has one of 7"),
+        ("ministral-8b (4096, 12288)", "gives a ministral no sliding window, but it has one of 7"),
     ],
 )
 def test_llama_cpp_is_not_given_what_it_would_compute_otherwise(name, problem, tmp_path):

@@ -1,21 +1,24 @@
 """Settings in the config of a supported family: each does what it does in transformers, or is refused."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES as MODELS
+from families import FAMILIES, WITHOUT_R1
 from test_model import CPU, relative
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from dist_spin.errors import UserError
+from dist_spin.model.architecture import norm_eps
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import open_model
 
+MODELS = FAMILIES | WITHOUT_R1
 IDS = torch.randint(3, 97, (1, 24), generator=torch.Generator().manual_seed(1))
 
 
@@ -23,6 +26,11 @@ def rope(kind: str, **values: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **values}}
 
 
+def by_kind_of_layer(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"full_attention": dict(parameters), "sliding_attention": {"rope_type": "default", "rope_theta": 30.0}}
+
+
+NEED_WINDOW = ("gemma2", "gemma3_text", "olmo3", "cohere2")
 FACTORS = {"short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [1.0, 2.0, 4.0, 9.0]}
 WINDOW = {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}
 # What a config may say; families that do not know an entry must ignore it, as transformers does.
@@ -31,6 +39,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "mlp_bias": {"mlp_bias": True},
     "hidden_act": {"hidden_act": "gelu_pytorch_tanh"},
     "rms_norm_eps": {"rms_norm_eps": 0.3},
+    "layer_norm_eps": {"layer_norm_eps": 0.3},
+    "hidden_activation": {"hidden_activation": "silu"},
     "tied": {"tie_word_embeddings": True},
     "untied": {"tie_word_embeddings": False},
     "head_dim": {"head_dim": 16},
@@ -86,14 +96,28 @@ def base(kind: str) -> PreTrainedConfig:
     config = next(config for config in MODELS.values() if config.model_type == kind)
     sizes = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2}
     content = config.to_dict() | sizes | {"num_hidden_layers": 2, "head_dim": 8} | rope("default")
+    by_kind = kind in ("gemma3_text", "olmo3")  # a position embedding for each kind of layer
+    if by_kind:
+        content["rope_parameters"] = by_kind_of_layer(content["rope_parameters"])
     content |= {
-        "sliding_window": 99 if kind == "ministral" else None,
+        "sliding_window": 99 if kind == "ministral" or kind in NEED_WINDOW else None,
         "layer_types": None,
         "tie_word_embeddings": False,
         "no_rope_layers": [1, 1],
     }
     content.pop("layer_types", None)
+    if by_kind:
+        content["layer_types"] = ["sliding_attention", "full_attention"]
     return type(config).from_dict(content)
+
+
+def flags_of(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
+    """FLAGS, for a family without R1 with all entries that its config has no field for in one: they must all be ignored."""
+    if config.model_type not in {model.model_type for model in WITHOUT_R1.values()}:
+        return FLAGS
+    known = {field.name for field in fields(config)} | {"is_causal", "use_bidirectional_attention"}
+    unknown = {k: v for change in FLAGS.values() if not known & set(change) for k, v in change.items()}
+    return {flag: change for flag, change in FLAGS.items() if known & set(change)} | {"unknown": unknown}
 
 
 def theirs(config: PreTrainedConfig, directory: Path) -> Tensor | None:
@@ -124,10 +148,10 @@ def ours(directory: Path) -> Tensor | None:
         return None
     weights = RotatedWeights(files.weights, files.shape, None, (), CPU, torch.float32)
     runner = LayerRunner(files.config, Sites(), device=CPU, dtype=torch.float32, rotated=False)
-    hidden = weights.embedding()[IDS]
+    hidden = weights.embedded(IDS)
     for i in range(files.shape.layers):
         hidden = runner.run(runner.build(i, weights.layer(i)), i, hidden)
-    return weights.head(files.config.rms_norm_eps).logits(hidden)
+    return weights.head(norm_eps(files.config)).logits(hidden)
 
 
 @pytest.mark.parametrize("kind", dict.fromkeys(config.model_type for config in MODELS.values()))
@@ -136,8 +160,10 @@ def test_a_changed_flag_is_honoured_or_refused(kind, tmp_path):
     unchanged = theirs(plain, tmp_path / "plain")
     assert unchanged is not None
     wrong, changed = {}, set()
-    for number, (flag, change) in enumerate(({"": {}} | FLAGS).items()):
+    for number, (flag, change) in enumerate(({"": {}} | flags_of(plain)).items()):
         directory = tmp_path / str(number)
+        if "rope_parameters" in change and kind in ("gemma3_text", "olmo3"):
+            change = change | {"rope_parameters": by_kind_of_layer(change["rope_parameters"])}
         try:
             config = type(plain).from_dict(plain.to_dict() | change)
         except Exception:  # transformers refuses it
@@ -151,5 +177,8 @@ def test_a_changed_flag_is_honoured_or_refused(kind, tmp_path):
         if found is not None and relative(found, wanted) > 1e-5:
             wrong[flag] = relative(found, wanted)
     assert wrong == {}, wrong
-    own_head_size = {"head_dim"} if kind != "olmoe" else set()  # whose norms of q and k are as wide as the hidden size
-    assert {"rms_norm_eps", "theta", "one kv head"} | own_head_size <= changed
+    eps = "layer_norm_eps" if "cohere" in kind else "rms_norm_eps"
+    own_head_size = (
+        {"head_dim"} if "olmo" not in kind and "cohere" not in kind else set()
+    )  # theirs follows the hidden size
+    assert {eps, "theta", "one kv head"} | own_head_size <= changed

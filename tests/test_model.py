@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from dist_spin.errors import UserError
 from dist_spin.model.activation_checkpoint import LEVELS
+from dist_spin.model.architecture import norm_eps
 from dist_spin.model.fake_quant_model import FakeQuantModel, parameter_source
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.merge import folded_rows
@@ -55,10 +56,12 @@ def reference_logits(files: ModelFiles, ids: Tensor, dtype: torch.dtype) -> Tens
         if type(module).__name__.endswith("TopKRouter"):
             module.forward = route.__get__(module)
         for name, child in list(module.named_children()):
-            if type(child).__name__ == "GemmaRMSNorm":  # which stores w of a gain 1 + w
+            kind = type(child).__name__
+            if kind.startswith("Gemma") and kind.endswith("RMSNorm"):  # which store w of a gain 1 + w
                 setattr(module, name, WideRMSNorm(child.eps, nn.Parameter(1 + child.weight)))
-            elif type(child).__name__.endswith("RMSNorm"):
-                setattr(module, name, WideRMSNorm(child.variance_epsilon, child.weight))
+            elif kind.endswith(("RMSNorm", "LayerNorm")):
+                centred = "layer" if kind.endswith("LayerNorm") else "rms"
+                setattr(module, name, WideRMSNorm(child.variance_epsilon, child.weight, centred))
     with torch.no_grad():
         return model(ids).logits
 
@@ -68,10 +71,10 @@ def merged_logits(
 ) -> Tensor:
     weights = RotatedWeights(files.weights, files.shape, rotations, sites.r4, CPU, dtype)
     runner = LayerRunner(files.config, sites, device=CPU, dtype=dtype, rotated=rotations is not None)
-    hidden = weights.embedding()[ids]
+    hidden = weights.embedded(ids)
     for i in range(files.shape.layers):
         hidden = runner.run(runner.build(i, weights.layer(i)), i, hidden)
-    return weights.head(files.config.rms_norm_eps).logits(hidden)
+    return weights.head(norm_eps(files.config)).logits(hidden)
 
 
 def learning_model(
@@ -82,7 +85,7 @@ def learning_model(
     for name, parameter in model.named_parameters():
         stored = parameter_source(name)
         if stored is not None:
-            folded_rows(files.weights, stored, parameter.data, 0, sites.r4)
+            folded_rows(files.weights, stored, parameter.data, 0, sites.r4, gains=model.folded)
     return model
 
 
@@ -276,8 +279,8 @@ def test_one_compiled_graph_serves_all_layers(tmp_path, ids):
 
 
 def test_unknown_architecture_is_refused_by_name(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}')
-    with pytest.raises(UserError, match="'gemma2' is not supported: norms on the outputs"):
+    (tmp_path / "config.json").write_text('{"model_type": "phi", "architectures": ["PhiForCausalLM"]}')
+    with pytest.raises(UserError, match="'phi' is not supported: LayerNorm, whose mean"):
         open_model(str(tmp_path))
 
 

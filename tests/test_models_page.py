@@ -12,20 +12,23 @@ WINDOWS = {"none": "", "all": "in all layers", "by layer": "by layer"}
 def tables() -> str:
     """Families that are rotated, and those that are refused, as Markdown."""
     lines = [
-        "| `model_type` | Models | Rotated | Sliding windows | Exported as | Read how |",
-        "|---|---|---|---|---|---|",
+        "| `model_type` | Models | Rotated | Sliding windows | Exported as | Engines | Read how |",
+        "|---|---|---|---|---|---|---|",
     ]
     for kind, family in FAMILIES.items():
         exported = f"`{family.read_as or kind}`"
         cells = (
             f"`{kind}`",
             family.models,
-            "R1, R2, R3, R4",
+            "R2, R3, R4" if family.without_r1 else "R1, R2, R3, R4",
             WINDOWS[family.windows],
             exported,
+            family.engines or "not tried",
             family.how or "as it is",
         )
         lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+    lines += ["", "| Without R1 | Because |", "|---|---|"]
+    lines += [f"| `{kind}` | {family.without_r1} |" for kind, family in FAMILIES.items() if family.without_r1]
     lines += ["", "| Refused | Because of |", "|---|---|", *(f"| `{kind}` | {why} |" for kind, why in REFUSED.items())]
     return "\n".join(lines)
 

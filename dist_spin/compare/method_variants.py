@@ -68,7 +68,7 @@ def _learn_layers(states: MethodStates, world: World, missing: list[int], stop: 
     wide = wide_dtype(config)
     runner = LayerRunner(files.config, Sites(), device=world.device, dtype=wide, rotated=False)
     weights = RotatedWeights(files.weights, files.shape, None, (), world.device, model_dtype(config))
-    hidden = weights.embedding()[states.tokens.to(world.device)].to(wide)  # [n, T, h]
+    hidden = weights.embedded(states.tokens).to(wide)  # [n, T, h]
     progress = Progress(f"{method.label}: layer", missing[-1] + 1, show=world.is_rank0)
 
     def advance(start: int, end: int, own: int | None) -> None:

@@ -269,6 +269,12 @@ def compare(config: RunConfig, world: World) -> list[dict[str, Any]]:
         raise UserError(
             "compare has no place for a mixture of experts", "use quantize.baselines and evaluate", shared=True
         )
+    if not config.rotation.r1:
+        raise UserError(
+            "compare measures systems that turn the residual stream, which rotation.r1=false leaves out",
+            "use quantize.baselines and evaluate",
+            shared=True,
+        )
     check_export_target(config, files.config)
     texts = {source: measuring_tokens(config, files, source) for source in config.evaluate.sources}
     comparison = Comparison(config, world, files, stop, texts)

@@ -18,6 +18,9 @@ class RotationConfig:
     """Seed of the random start."""
     online: bool = True
     """Add R3 (queries, keys) and R4 (down_proj input) at run time, which 4 bits need; false: R1 and R2, at no cost."""
+    r1: bool = True
+    """Turn the residual stream by R1; false: R2, R3 and R4 alone, and norms stay as they are, as families need whose norms do not
+    commute with R1 (Gemma 2 and 3, OLMo 2 and 3, Cohere)."""
     block: int = 0
     """Block size in channels of R1, R2 and R4, for number formats whose scales are shared by 16 or 32 channels; 0: rotations of
     the whole sizes. R2 turns whole heads where they are no larger than a block."""
@@ -38,6 +41,10 @@ class RotationConfig:
         if self.block_shared and not self.block:
             raise UserError(
                 "rotation.block_shared=true has no blocks to share", "set rotation.block, to 32 for example"
+            )
+        if self.init == "range" and not self.r1:
+            raise UserError(
+                "rotation.init=range fits R1, which rotation.r1=false leaves out", "use rotation.init=hadamard"
             )
         check_path("rotation.load", self.load)
 

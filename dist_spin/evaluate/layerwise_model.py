@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.evaluate.targets import EvalTarget, target_layer
+from dist_spin.model.architecture import norm_eps
 from dist_spin.model.full_model import build_full_model
 from dist_spin.model.rotated_weights import Head
 from dist_spin.model.sites_config import Sites
@@ -71,7 +72,7 @@ class LayerwiseModel:
     def embed(self, batches: Iterable[Tensor], device: torch.device | None = None) -> list[Tensor]:
         """Hidden states [batch, T, h] of token ids, each [batch, T], kept on `device` (default: the rank's)."""
         embedding = self._embeddings.pop("embedding") if "embedding" in self._embeddings else self._weights.embedding()
-        return [embedding[ids.to(embedding.device)].to(device or embedding.device) for ids in batches]
+        return [self._weights.embedded(ids, embedding).to(device or embedding.device) for ids in batches]
 
     def layers(self, what: str) -> Iterator[Callable[[Tensor], Tensor]]:
         """Each decoder layer in order, as a function of hidden states [batch, T, h] on the rank's device."""
@@ -96,7 +97,7 @@ class LayerwiseModel:
 
     def head(self) -> Head:
         """Final norm and lm_head."""
-        return self._weights.head(self._files.config.rms_norm_eps, self._embeddings.get("head"))
+        return self._weights.head(norm_eps(self._files.config), self._embeddings.get("head"))
 
 
 def quantized_weights(

@@ -17,6 +17,7 @@ from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.evaluate.targets import EvalTarget
 from dist_spin.evaluate.windows import final_states, mean_losses
+from dist_spin.model.architecture import norm_eps
 from dist_spin.model.rotated_weights import Head
 from dist_spin.model.weights import ModelFiles
 from dist_spin.runtime.distributed import World, raise_on_any_failure
@@ -44,7 +45,7 @@ class Teacher:
     def head(self) -> Head:
         """Its final norm and lm_head; not kept here, since the device's memory is wanted between two measurements."""
         _, _, files, target = self._parts
-        return target.variant.weights.head(files.config.rms_norm_eps, None)
+        return target.variant.weights.head(norm_eps(files.config), None)
 
     def losses(self, texts: dict[str, Tensor], what: str) -> list[Tensor]:
         """Mean next-token cross entropy of every window of each text [n, T], fp64 [n]; keeps their hidden states.

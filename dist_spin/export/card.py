@@ -14,6 +14,7 @@ from dist_spin.version import __version__
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 OF = {True: "this model", False: "another model of the run"}
+MERGED = {True: "R1 and R2 are part", False: "R2 is part"}  # by rotation.r1
 LOAD_EXAMPLE = """    import dist_spin
 
     model = dist_spin.load("PATH OF THIS DIRECTORY", device="cuda")"""
@@ -72,8 +73,9 @@ def _base(job: ExportJob) -> str:
 def _method(job: ExportJob) -> list[str]:
     config, target, r4, step = job.config, job.target, bool(job.sites.r4), job.steps_learned
     q, learned, seen = config.quant, config.optimize, while_learning(config).quant
-    rotated = "R1 (residual stream), R2 (values)" + (", R4 (down_proj input, online)" if r4 else "")
-    rotated += job.variant.blocks.label
+    rotated = "R1 (residual stream), " if config.rotation.r1 else ""
+    rotated += "R2 (values)" + (", R4 (down_proj input, online)" if r4 else "")
+    rotated += job.variant.blocks.label if config.rotation.r1 else ""
     left_out = config.rotation.online and not r4
     table = {
         "Base model": _base(job),

@@ -12,6 +12,8 @@ from torch import Tensor
 from dist_spin.export.directory import Shards
 from dist_spin.export.tokenizer import copy_tokenizer
 from dist_spin.model.architecture import ATTENTION_NORM, EMBEDDING, FINAL_NORM, HEAD, MLP_NORM, layer_name
+from dist_spin.model.families import FAMILIES
+from dist_spin.model.output_norms import name_in_checkpoints
 from dist_spin.model.weights import ModelFiles
 from dist_spin.runtime.prefetch import prefetched
 from dist_spin.storage.atomic import write_json
@@ -25,34 +27,37 @@ def write_checkpoint(
     device: torch.device,
     layer: Callable[[int], dict[str, Tensor]],
     embedding: Callable[[], Tensor],
-    head: Callable[[], Tensor],
+    head: Callable[[], Tensor] | None,
+    final_gain: Tensor | None,
     extra: dict[str, Any],
     shard_bytes: float,
     before_layer: Callable[[int], None],
 ) -> None:
-    """Weights, config.json, tokenizer and generation config; norm gains are folded into the linears, so they are one.
+    """Weights, config.json, tokenizer and generation config; norm gains that are folded into the linears are one.
 
     While a layer goes to its file, a thread makes the next one.
 
     Args:
         layer: tensors of decoder layer i by their names within it; a layer norm that it leaves out gets gains of one, one
-            that it has is a learned scale. device: where it makes them. embedding, head: [vocab, h].
+            that it has is a learned scale. device: where it makes them. embedding, head: [vocab, h]; no head where it is the
+            embedding. final_gain: [h], of the final norm where it is not folded.
         extra: entries of config.json that replace the model's own. before_layer: called before each layer, with its number.
     """
-    ones = torch.ones(files.shape.hidden, dtype=dtype)
+    ones, norms = torch.ones(files.shape.hidden, dtype=dtype), FAMILIES[files.config.model_type].norms
     with Shards(directory, shard_bytes) as shards:
         shards.add(f"{EMBEDDING}.weight", embedding())
         for index, tensors in enumerate(prefetched(layer, range(files.shape.layers), device)):
             before_layer(index)
-            gains = {f"{norm}.weight": ones.clone() for norm in (ATTENTION_NORM, MLP_NORM)}
+            gains = {f"{norm}.weight": ones.clone() for norm in (ATTENTION_NORM, MLP_NORM) if final_gain is None}
             for name, tensor in (gains | tensors).items():
-                shards.add(f"{layer_name(index)}.{name}", tensor)
+                shards.add(f"{layer_name(index)}.{name_in_checkpoints(norms, name)}", tensor)
             del tensors
-        shards.add(f"{FINAL_NORM}.weight", ones)
-        shards.add(f"{HEAD}.weight", head())
+        shards.add(f"{FINAL_NORM}.weight", ones if final_gain is None else final_gain)
+        if head is not None:
+            shards.add(f"{HEAD}.weight", head())
         shards.finish()
     config = copy.deepcopy(files.config)
-    config.tie_word_embeddings = False  # the final norm's gain is in lm_head alone
+    config.tie_word_embeddings = head is None  # a folded gain of the final norm is in lm_head alone
     config.dtype = dtype
     config.save_pretrained(directory)
     content = json.loads((directory / "config.json").read_text())

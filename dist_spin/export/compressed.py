@@ -19,7 +19,7 @@ from compressed_tensors.transform import TransformArgs, TransformConfig, Transfo
 from torch import Tensor
 
 from dist_spin.errors import UserError
-from dist_spin.export.card import LOAD_EXAMPLE
+from dist_spin.export.card import LOAD_EXAMPLE, MERGED
 from dist_spin.export.export_job import DirectoryWriter, ExportFormat, ExportJob
 from dist_spin.export.format_tensors import INPUT_GLOBAL, LAYOUTS, format_arguments, format_tensors
 from dist_spin.export.serving import kv_cache_dtype, linear_backend, serve_command
@@ -244,7 +244,7 @@ def loading(job: ExportJob) -> list[str]:
             *_serving(job),
         ]
     return [
-        "Any program that loads the format: R1 and R2 are part of the weights, nothing has to be rotated online.",
+        f"Any program that loads the format: {MERGED[job.config.rotation.r1]} of the weights, nothing has to be rotated online.",
         *_serving(job),
         "",
         LOAD_EXAMPLE,

@@ -19,7 +19,7 @@ from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.gptq import QuantizedWeight
 from dist_spin.numerics.quantizer import dequantize_weight
 from dist_spin.pipeline.dtype import dtype_name
-from dist_spin.pipeline.embeddings import embeddings_of
+from dist_spin.pipeline.embeddings import embeddings_of, quantized_embedding_bits
 from dist_spin.pipeline.export_limits import QUANTISED
 from dist_spin.pipeline.fingerprints import WEIGHT_SETTINGS, flat, layer_identity
 from dist_spin.pipeline.variants import Variant, calibration_tokens
@@ -216,6 +216,10 @@ class ExportJob:
         embeddings = {
             name: dequantize_weight(*quantized, dtype=dtype) for name, quantized in self.quantised_embeddings().items()
         }
+        final_gain, bits = self.weights.final_gain(), quantized_embedding_bits(self.config) if self.quantised else {}
+        # Engines know some families with tied embeddings alone.
+        tied = final_gain is not None and self.files.config.tie_word_embeddings
+        tied = tied and bits.get("embedding") == bits.get("head")
         write_checkpoint(
             directory,
             self.files,
@@ -223,7 +227,8 @@ class ExportJob:
             device=self.weights.device,
             layer=layer,
             embedding=lambda: embeddings["embedding"] if "embedding" in embeddings else self.weights.embedding(),
-            head=lambda: embeddings["head"] if "head" in embeddings else self.weights.head_weight(),
+            head=None if tied else lambda: embeddings["head"] if "head" in embeddings else self.weights.head_weight(),
+            final_gain=final_gain,
             extra=extra,
             shard_bytes=self.config.export.shard_gb * 1e9,
             before_layer=self.before_layer(),

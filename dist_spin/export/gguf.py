@@ -18,6 +18,7 @@ from pathlib import Path
 
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
+from dist_spin.export.card import MERGED
 from dist_spin.export.export_job import DirectoryWriter, ExportFormat, ExportJob
 from dist_spin.export.sidecar import write_description
 from dist_spin.pipeline.dtype import dtype_name
@@ -138,8 +139,9 @@ def _last_line(text: str) -> str:
 def loading(job: ExportJob) -> list[str]:
     """The lines of README.md on how to load the export."""
     gains = "norm gains are learned scales" if job.weights.scales else "norm gains are ones"
+    gains = gains if job.weights.folds else "norm gains are the model's"
     return [
-        f"Any llama.cpp runtime: R1 and R2 are part of the weights, {gains}, nothing has to be done online.",
+        f"Any llama.cpp runtime: {MERGED[job.config.rotation.r1]} of the weights, {gains}, nothing has to be done online.",
         "Quantising the file rounds it anew; measure the result before you believe it.",
     ]
 

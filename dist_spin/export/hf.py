@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dist_spin.export.card import LOAD_EXAMPLE
+from dist_spin.export.card import LOAD_EXAMPLE, MERGED
 from dist_spin.export.export_job import DirectoryWriter, ExportFormat, ExportJob
 from dist_spin.export.serving import serve_command
 from dist_spin.model.experts import name_in_checkpoints
@@ -60,9 +60,9 @@ def loading(job: ExportJob) -> list[str]:
             LOAD_EXAMPLE,
         ]
     lines = [
-        "Any program that loads the format: R1 and R2 are part of the weights, nothing has to be rotated online.",
+        f"Any program that loads the format: {MERGED[job.config.rotation.r1]} of the weights, nothing has to be rotated online.",
     ]
-    if job.files.config.hidden_act == "silu":  # vLLM's Llama and its like know no other
+    if getattr(job.files.config, "hidden_act", "silu") == "silu":  # vLLM's Llama and its like know no other
         command = serve_command("PATH OF THIS DIRECTORY", {}, Sites())
         lines += ["", f"    {command}", "", "serves it with vLLM."]
     if job.quantisers:

@@ -19,16 +19,27 @@ from dist_spin.export.compressed import PACKED, PLAIN, SCALE, SHAPE, ZERO, bits_
 from dist_spin.export.format_tensors import INPUT_GLOBAL, LAYOUTS, TENSORS, format_weight
 from dist_spin.export.hf import DOWN, FOREIGN_TYPE, ROTATED_DOWN
 from dist_spin.export.sidecar import Sidecar, read_sidecar
-from dist_spin.model.architecture import ATTENTION_NORM, EMBEDDING, HEAD, LAYER_LINEARS, MLP_NORM, Shape, layer_name
+from dist_spin.model.architecture import (
+    ATTENTION_NORM,
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    LAYER_LINEARS,
+    MLP_NORM,
+    Shape,
+    layer_name,
+)
 from dist_spin.model.experts import ROUTERS
+from dist_spin.model.families import FAMILIES
 from dist_spin.model.full_model import build_full_model
+from dist_spin.model.output_norms import OUTPUT_NORMS
 from dist_spin.model.sites_config import INPUT_SCALES, SITE_OF_LINEAR, Sites
 from dist_spin.model.weights import SafetensorsWeights
 from dist_spin.numerics.quantizer import dequantize_weight
 from dist_spin.runtime.prefetch import prefetched
 
 KINDS = ("weight", "bias")
-NORMS = ("self_attn.q_norm", "self_attn.k_norm", ATTENTION_NORM, MLP_NORM)
+NORMS = ("self_attn.q_norm", "self_attn.k_norm", ATTENTION_NORM, MLP_NORM, *OUTPUT_NORMS)
 
 
 def load(path: str | Path, device: str | torch.device = "auto") -> Any:
@@ -66,7 +77,7 @@ def load_with_sites(directory: Path, sidecar: Sidecar, sites: Sites, device: str
         raise UserError(f"{directory}/config.json is of a {model_type}, not of a {sidecar.model_type}", "export again")
     target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     dtype = getattr(torch, sidecar.dtype)
-    source = SafetensorsWeights(directory)
+    source = SafetensorsWeights(directory, FAMILIES[sidecar.model_type].norms)
     config = AutoConfig.for_model(sidecar.model_type, **content)
     shape = Shape.of(config)
     roles = (*shape.linears, *ROUTERS) if shape.experts else shape.linears
@@ -75,12 +86,14 @@ def load_with_sites(directory: Path, sidecar: Sidecar, sites: Sites, device: str
         range(shape.layers),
         target,
     )
+    gain = source.rows(f"{FINAL_NORM}.weight", device=target)
     model = build_full_model(
         config,
         sites,
         layer=lambda index: next(layers),
         embedding=source.rows(f"{EMBEDDING}.weight", device=target),
         head=source.rows(f"{HEAD}.weight", device=target),
+        final_gain=None if (gain == 1).all() else gain,  # ones where it is folded into the head
         rotated=True,
         device=target,
         dtype=dtype,

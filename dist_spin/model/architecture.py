@@ -15,6 +15,10 @@ from transformers import AutoModelForCausalLM
 from dist_spin.model.attention import select_attention
 from dist_spin.model.experts import SHARED, MixtureOfExperts, expert_count, expert_linears, expert_width, shared_width
 from dist_spin.model.families import FAMILIES
+from dist_spin.model.output_norms import ATTENTION_NORM as ATTENTION_NORM
+from dist_spin.model.output_norms import MLP_NORM as MLP_NORM
+from dist_spin.model.output_norms import OutputNormLayer
+from dist_spin.model.scaling import NOT_SCALED, Scaling
 
 LAYER_LINEARS = (
     "self_attn.q_proj",
@@ -25,7 +29,6 @@ LAYER_LINEARS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
-ATTENTION_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
 
@@ -34,6 +37,7 @@ class Shape:
     """The sizes that rotations and quantisers need, all in elements; experts: per layer, each `intermediate` wide, 0 for none.
 
     experts_per_token: how many of them compute a token. shared: width of the expert that all tokens compute, 0 for none.
+    scaling: of embeddings and logits. norm: kind of the norms (`families.Family`).
     """
 
     hidden: int
@@ -46,6 +50,8 @@ class Shape:
     experts: int = 0
     experts_per_token: int = 0
     shared: int = 0
+    scaling: Scaling = NOT_SCALED
+    norm: str = "rms"
 
     @staticmethod
     def of(config: Any) -> "Shape":
@@ -62,6 +68,8 @@ class Shape:
             experts=expert_count(config),
             experts_per_token=config.num_experts_per_tok if expert_count(config) else 0,
             shared=shared_width(config),
+            scaling=Scaling.of(config),
+            norm=FAMILIES[config.model_type].norm if config.model_type in FAMILIES else "rms",
         )
 
     @property
@@ -107,6 +115,11 @@ class Shape:
         return self.experts + self.shared // self.intermediate, self.intermediate
 
 
+def norm_eps(config: Any) -> float:
+    """What the norms of a model add to the mean square, by either of the names that families give it."""
+    return float(config.layer_norm_eps if FAMILIES[config.model_type].norm == "layer" else config.rms_norm_eps)
+
+
 def layer_name(index: int) -> str:
     """Checkpoint name of decoder layer `index`."""
     return f"model.layers.{index}"
@@ -127,6 +140,8 @@ def skeleton(config: Any, *, stacked_experts: bool = False) -> Any:
         if expert_count(config):
             for layer in model.model.layers:
                 layer.mlp = MixtureOfExperts(config, stacked=stacked_experts)
+        if (norms := FAMILIES[config.model_type].norms) != "before":
+            model.model.layers = nn.ModuleList([OutputNormLayer(layer, norms) for layer in model.model.layers])
     return model.requires_grad_(requires_grad=False).eval()
 
 
@@ -136,16 +151,34 @@ def rotary(model: Any, device: torch.device) -> nn.Module:
         return type(model.model.rotary_emb)(config=model.config)
 
 
+def position_kinds(config: Any) -> list[str]:
+    """The kind of each decoder layer whose position embedding it has; "" where one is for all layers."""
+    by_kind = any(isinstance(values, dict) for values in (config.rope_parameters or {}).values())
+    return list(config.layer_types) if by_kind else [""] * config.num_hidden_layers
+
+
+def position_embeddings(rotary: nn.Module, kind: str, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [1, T, d] for hidden states [batch, T, h], of layers of one of `position_kinds`."""
+    positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+    embeddings: tuple[torch.Tensor, torch.Tensor] = rotary(hidden, positions, *((kind,) if kind else ()))
+    return embeddings
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """What each decoder layer attends to: "sliding_attention" or "full_attention" (`families.Family.windows`)."""
+    windows = FAMILIES[config.model_type].windows
+    if windows == "by layer":
+        return list(config.layer_types)
+    # whatever else the config says: transformers does not read it
+    return ["sliding_attention" if windows == "all" else "full_attention"] * config.num_hidden_layers
+
+
 def attention_masks(config: Any, hidden: torch.Tensor) -> list[torch.Tensor | None]:
     """The mask of each decoder layer for `hidden` [batch, T, h] without padding; None where plain causal attention holds.
 
-    Sliding windows differ per family (`families.Family.windows`).
+    Sliding windows differ per family: see `layer_kinds`.
     """
-    windows, window = FAMILIES[config.model_type].windows, getattr(config, "sliding_window", None)
-    if windows == "by layer":
-        kinds = config.layer_types
-    else:  # whatever else the config says: transformers does not read it
-        kinds = ["sliding_attention" if windows == "all" else "full_attention"] * config.num_hidden_layers
+    window, kinds = getattr(config, "sliding_window", None), layer_kinds(config)
     sliding = None
     if window and hidden.shape[1] > window and "sliding_attention" in kinds:
         T = hidden.shape[1]

@@ -7,10 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from dist_spin.model import activation_checkpoint as recompute
-from dist_spin.model.architecture import Shape, attention_masks, rotary, skeleton
+from dist_spin.model.architecture import (
+    FINAL_NORM,
+    Shape,
+    attention_masks,
+    norm_eps,
+    position_embeddings,
+    position_kinds,
+    rotary,
+    skeleton,
+)
 from dist_spin.model.loss import Targets, cross_entropy, distillation, most_probable, sparse_distillation
 from dist_spin.model.rotation import Rotations
 from dist_spin.model.scales_and_clips import ScalesAndClips
+from dist_spin.model.scaling import Scaling
 from dist_spin.model.sites import WideRMSNorm, plain_sites
 from dist_spin.model.sites_config import Sites, attach, widen_norms
 from dist_spin.model.weight_quant import LINEAR_ROLES, FakeQuantLinear, WeightQuantizer, attach_fake_quant, rotate
@@ -42,14 +52,14 @@ class FakeQuantLayer(nn.Module):
 
 
 class LossHead(nn.Module):
-    """Final norm (its gain folded into the head), lm_head and the loss.
+    """Final norm (its gain folded into the head, unless R1 is left out), lm_head and the loss.
 
     teacher_share: of the KL divergence from the teacher; the rest is cross entropy.
     """
 
-    def __init__(self, eps: float, lm_head: nn.Linear, teacher_share: float) -> None:
+    def __init__(self, norm: WideRMSNorm, lm_head: nn.Linear, scaling: Scaling, teacher_share: float) -> None:
         super().__init__()
-        self.norm, self.lm_head, self.teacher_share = WideRMSNorm(eps), lm_head, teacher_share
+        self.norm, self.lm_head, self.scaling, self.teacher_share = norm, lm_head, scaling, teacher_share
 
     def forward(
         self, hidden: Tensor | None, teacher: Tensor | Targets | None, ids: Tensor, top_k: int = 0
@@ -58,29 +68,37 @@ class LossHead(nn.Module):
 
         Without `hidden`: the `top_k` most probable tokens that the teacher predicts, to be handed in later in its place.
         """
-        weight = self.lm_head.weight
+        weight, scaling = self.lm_head.weight, self.scaling
         if hidden is None:
             assert isinstance(teacher, Tensor)
-            return most_probable(self.norm(teacher), weight, top_k)
-        normed = self.norm(hidden)
+            return most_probable(self._normed(teacher), weight, top_k, scaling)
+        normed = self._normed(hidden)
         if isinstance(teacher, Targets):
-            return sparse_distillation(normed, teacher, weight, ids, self.teacher_share)
+            return sparse_distillation(normed, teacher, weight, ids, self.teacher_share, scaling)
         if teacher is None:
-            return cross_entropy(normed, weight, ids)
+            return cross_entropy(normed, weight, ids, scaling)
         with torch.no_grad():
-            teacher_normed: Tensor = self.norm(teacher)
-        return distillation(normed, teacher_normed, weight, ids, self.teacher_share)
+            teacher_normed = self._normed(teacher)
+        return distillation(normed, teacher_normed, weight, ids, self.teacher_share, scaling)
+
+    def _normed(self, hidden: Tensor) -> Tensor:
+        if self.norm.weight is None:
+            plain: Tensor = self.norm(hidden)
+            return plain
+        # A copy of the gain: engines gather the head's parameters in the forward pass alone, and the backward pass reads it.
+        normed: Tensor = torch.func.functional_call(self.norm, {"weight": self.norm.weight.clone()}, (hidden,))
+        return normed
 
 
 class FakeQuantModel(nn.Module):
     """Embedding, layers and loss of a model on the meta device; an engine shards it and gives it weights.
 
-    Weights are expected folded (norm gains, R4) but not rotated: see `merge.folded_rows` for what `parameter_source`
-    names. `rotations` and `transforms` stay outside of the module tree, so that no engine touches them. With scales, R4 must
-    not be folded. The teacher (`teacher_share` above 0) is the same network with its sites off, run along in one pass, unless
-    what it predicts is handed in. With
-    `weight_quantizer`, linears run on the rounded merged weights (model/weight_quant.py), which an engine rounds anew after
-    every step; neither transforms nor a teacher go with it.
+    Weights are expected folded (norm gains, R4) but not rotated: see `merge.folded_rows` for what `parameter_source` names;
+    where R1 is left out, norms are not folded (`folded`). `rotations` and `transforms` stay outside of the module tree, so
+    that no engine touches them. With scales, R4 must not be folded. The teacher (`teacher_share` above 0) is the same network
+    with its sites off, run along in one pass, unless what it predicts is handed in. With `weight_quantizer`, linears run on
+    the rounded merged weights (model/weight_quant.py), which an engine rounds anew after every step; neither transforms nor a
+    teacher go with it.
     """
 
     def __init__(
@@ -102,21 +120,26 @@ class FakeQuantModel(nn.Module):
         base = skeleton(config, stacked_experts=True).to(dtype)
         self.config, self.device = base.config, device
         shape = Shape.of(config)
+        self.folded, self.scaling = rotations.turns_r1, shape.scaling
+        r1 = rotations.r1_param if rotations.turns_r1 else None
         sites = sites.to(device, dtype)
         for i, layer in enumerate(base.model.layers):
-            widen_norms(layer, folded=True)
+            widen_norms(layer, folded=self.folded, kind=shape.norm)
             if weight_quantizer is None:
                 learned = None if transforms is None else transforms.layer(i)
                 unfold = transforms is not None and transforms.scales
-                attach(layer, shape, sites, rotations.r1_param, rotations.r2_params[i], learned, unfold=unfold)
+                attach(layer, shape, sites, r1, rotations.r2_params[i], learned, unfold=unfold)
             else:
+                assert rotations.turns_r1, "weights are rounded in the basis of R1"
                 attach_fake_quant(layer, shape, sites, weight_quantizer, rotations.r1_param, rotations.r2_params[i])
-        self.embed = base.model.embed_tokens
+        self.embed = nn.Embedding(shape.vocab, shape.hidden, _weight=base.model.embed_tokens.weight, _freeze=True)
         self.layers = nn.ModuleList([FakeQuantLayer(layer, compile=compile) for layer in base.model.layers])
-        self.head = LossHead(base.config.rms_norm_eps, base.lm_head, teacher_share)
+        gain = None if self.folded else base.model.norm.weight
+        final_norm = WideRMSNorm(norm_eps(base.config), gain, shape.norm)
+        self.head = LossHead(final_norm, base.lm_head, shape.scaling, teacher_share)
         # In a tuple, because rotary frequencies are no parameters and must not be sharded or cast.
         self._rotary = (rotary(base, device),)
-        self._positions: dict[int, tuple[Tensor, Tensor]] = {}
+        self._positions: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
 
     def forward(self, ids: Tensor, targets: Targets | None = None, top_k: int = 0) -> Tensor | Targets:
         """Token ids [batch, T] to the mean loss per token of each sequence, fp32 [batch].
@@ -124,20 +147,22 @@ class FakeQuantModel(nn.Module):
         targets: what the teacher predicts, where it was stored. top_k: above 0, the teacher alone runs, and its `top_k` most
         probable tokens of each position are returned in place of a loss.
         """
-        hidden = self.embed(ids)
-        cos, sin = self._position_embeddings(hidden)
-        masks = attention_masks(self.config, hidden)
+        hidden = self.scaling.embedded(self.embed(ids))
+        contexts = [
+            (*self._position_embeddings(hidden, kind), mask)
+            for kind, mask in zip(position_kinds(self.config), attention_masks(self.config, hidden), strict=True)
+        ]
         if top_k:
-            for layer, mask in zip(self.layers, masks, strict=True):
-                _, hidden = layer(None, hidden, cos, sin, mask)
+            for layer, context in zip(self.layers, contexts, strict=True):
+                _, hidden = layer(None, hidden, *context)
             return cast(Targets, self.head(None, hidden, ids, top_k))
         teacher = hidden.detach() if self.head.teacher_share and targets is None else None
         if torch.is_grad_enabled():
             hidden.requires_grad_()  # as every later layer's input does, so that all layers share one compiled graph
         if self.rotated is not None:
             hidden = rotate(hidden, self.rotated)
-        for layer, mask in zip(self.layers, masks, strict=True):
-            hidden, teacher = layer(hidden, teacher, cos, sin, mask)
+        for layer, context in zip(self.layers, contexts, strict=True):
+            hidden, teacher = layer(hidden, teacher, *context)
         if self.rotated is not None:
             hidden = rotate(hidden, self.rotated, back=True)  # here, where the norm commutes with it
         return self.head(hidden, teacher if targets is None else targets, ids)
@@ -154,11 +179,11 @@ class FakeQuantModel(nn.Module):
         for layer, level in zip(self.layers, levels, strict=True):
             cast(FakeQuantLayer, layer).level = level
 
-    def _position_embeddings(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _position_embeddings(self, hidden: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         T = hidden.shape[1]
-        if T not in self._positions:
-            self._positions[T] = self._rotary[0](hidden, torch.arange(T, device=hidden.device)[None])
-        return self._positions[T]
+        if (T, kind) not in self._positions:
+            self._positions[T, kind] = position_embeddings(self._rotary[0], kind, hidden)
+        return self._positions[T, kind]
 
 
 def parameter_source(name: str) -> str | None:
@@ -169,8 +194,8 @@ def parameter_source(name: str) -> str | None:
     if name.startswith("embed."):
         return name.replace("embed.", "model.embed_tokens.", 1)
     if name.startswith("head."):
-        return name.removeprefix("head.")
+        return name.removeprefix("head.") if name.startswith("head.lm_head") else f"{FINAL_NORM}.weight"
     _, index, _, rest = name.split(".", 3)
     module, _, kind = rest.rpartition(".")
-    rest = f"{LINEAR_ROLES.get(module, module)}.{kind}"
+    rest = f"{LINEAR_ROLES.get(module, module.removesuffix('.norm'))}.{kind}"
     return f"model.layers.{index}.{rest}"

@@ -17,16 +17,27 @@ class Family:
 
     models: published ones, for docs/models.md. windows: which layers attend to `sliding_window` tokens alone: none, all of
     them, or those that `layer_types` names. read_as: `model_type` of the equal model that the weights are read as, "" for its
-    own. how: what is done for that, for that page.
+    own. how: what is done for that, for that page. norms: where a layer's norms stand (`output_norms.PLACES`). norm: what they
+    are, "rms", "rms from one" (which store w of a gain 1 + w) or "layer" (LayerNorm without bias). without_r1: why R1 cannot
+    turn the residual stream, "" where it can. engines: those that have loaded an export, with what was compared.
     """
 
     models: str
     windows: str = "none"
     read_as: str = ""
     how: str = ""
+    norms: str = "before"
+    norm: str = "rms"
+    without_r1: str = ""
+    engines: str = ""
 
 
-# Families checked to be pre-norm RMSNorm decoders with a gated MLP.
+_OUTPUT_NORMS = (
+    "norms with a gain on the outputs of attention and MLP do not commute with a rotation of the residual stream"
+)
+_LAYER_NORM = "LayerNorm, whose mean does not commute with a rotation of the residual stream"
+
+# Families checked to be RMSNorm decoders with a gated MLP and norms in front of attention and MLP, or what their row says.
 FAMILIES = {
     "llama": Family("Llama 1 to 3.3, Falcon 3, SmolLM2, TinyLlama, Yi"),
     "mistral": Family("Mistral 7B, Nemo, Small 24B (text)", windows="all"),
@@ -54,22 +65,23 @@ FAMILIES = {
         read_as="llama",
         how="gains 1 + w are read as gains, the scale of the embedding goes into it",
     ),
+    "gemma2": Family("Gemma 2", "by layer", norms="around", norm="rms from one", without_r1=_OUTPUT_NORMS),
+    "gemma3_text": Family(
+        "Gemma 3 (270M, 1B; text)", "by layer", norms="around", norm="rms from one", without_r1=_OUTPUT_NORMS
+    ),
+    "olmo2": Family("OLMo 2", norms="after", without_r1=_OUTPUT_NORMS),
+    "olmo3": Family("OLMo 3", "by layer", norms="after", without_r1=_OUTPUT_NORMS),
+    "cohere": Family("Command R, Aya 23 and Expanse", norms="shared", norm="layer", without_r1=_LAYER_NORM),
+    "cohere2": Family("Command R7B, Command A", "by layer", norms="shared", norm="layer", without_r1=_LAYER_NORM),
 }
 
 # Why a family that people ask for is refused; anything else is simply unknown.
 _LATENT = (
     "queries and keys made from latent vectors with norms of their own (MLA), and dense layers among those with experts"
 )
-_OUTPUT_NORMS = "norms on the outputs of attention and MLP, which do not commute with a rotation of the residual stream"
-_LAYER_NORM = "LayerNorm, whose mean does not commute with a rotation of the residual stream"
-_PARALLEL = "LayerNorm, whose mean does not commute with a rotation, and one norm for attention and MLP side by side"
 _WRAPPER = "a vision or audio model around its language model; only the language model alone is read"
 REFUSED = {
-    "gemma2": _OUTPUT_NORMS,
     "gemma3": _WRAPPER,
-    "gemma3_text": _OUTPUT_NORMS,
-    "olmo2": _OUTPUT_NORMS,
-    "olmo3": _OUTPUT_NORMS,
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "glm4_moe": "experts beside dense layers, a router of sigmoids with a correction, and a position embedding of half a head",
@@ -82,8 +94,6 @@ REFUSED = {
     "gpt_neox": _LAYER_NORM,
     "falcon": _LAYER_NORM,
     "olmo": _LAYER_NORM,
-    "cohere": _PARALLEL,
-    "cohere2": _PARALLEL,
     "ministral3": "queries scaled by their position, which the layers here are not told",
     "mistral3": _WRAPPER,
     "mllama": _WRAPPER,
@@ -114,7 +124,10 @@ def check_flags(config: Any) -> None:
         UserError: names the setting.
     """
     rope = getattr(config, "rope_parameters", None) or {}
-    partial = rope.get("partial_rotary_factor") or 1.0
+    ropes = [values for values in rope.values() if isinstance(values, dict)] or [
+        rope
+    ]  # by kind of layer, or one for all
+    partial = next((p for values in ropes if (p := values.get("partial_rotary_factor")) not in (None, 0, 1)), 1.0)
     two_sided = getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True)
     for problem in (
         partial != 1 and f"partial_rotary_factor {partial}: only a position embedding of whole heads is built",

@@ -34,8 +34,8 @@ def compare_predictions(
     step = max(1, loss.LOGITS_AT_ONCE // len(head.weight))
     for lo in range(0, len(q_in), step):
         here = slice(lo, lo + step)
-        log_q = loss.log_softmax(q_in[here], head.weight, wide)  # [chunk, vocab]
-        log_p = loss.log_softmax(p_in[here], teacher_head.weight, wide)
+        log_q = loss.log_softmax(q_in[here], head.weight, wide, head.scaling)  # [chunk, vocab]
+        log_p = loss.log_softmax(p_in[here], teacher_head.weight, wide, teacher_head.scaling)
         losses[here] -= log_q.gather(-1, labels[here])[:, 0]
         same[here] = log_p.argmax(-1) == log_q.argmax(-1)
         kl[here] = torch.linalg.vecdot(log_p.exp(), log_p.sub_(log_q))

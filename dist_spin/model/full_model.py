@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_spin.model.architecture import norm_eps
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.sites import WideRMSNorm
 from dist_spin.model.sites_config import Sites
@@ -38,7 +39,8 @@ def build_full_model(
     Args:
         config: the original transformers config; copied. The model's own says that embedding and lm_head are not tied.
         layer: parameters of decoder layer i by their names within it, any dtype; asked for one after another.
-        embedding, head: [vocab, h]. final_gain: [h], gain of the final norm where it is not folded into the head.
+        embedding, head: [vocab, h], without the factors of `Shape.scaling`, which the family's own modules apply.
+        final_gain: [h], gain of the final norm where it is not folded into the head.
         rotated: whether norm gains are folded into the weights (and R1, R2, R4 merged).
     """
     runner = LayerRunner(config, sites, device=device, dtype=dtype, rotated=rotated)
@@ -50,7 +52,10 @@ def build_full_model(
     for index in range(runner.shape.layers):
         model.model.layers[index] = runner.build(index, layer(index))
     model.model.embed_tokens.weight = frozen(embedding)
-    model.model.norm = WideRMSNorm(model.config.rms_norm_eps, None if final_gain is None else frozen(final_gain))
+    if hasattr(model.model.embed_tokens, "embed_scale"):  # a buffer that no checkpoint stores
+        model.model.embed_tokens.embed_scale = torch.tensor(runner.shape.scaling.embedding, dtype=dtype, device=device)
+    gain = None if final_gain is None else frozen(final_gain)
+    model.model.norm = WideRMSNorm(norm_eps(model.config), gain, runner.shape.norm)
     model.model.rotary_emb = runner.rotary
     model.lm_head.weight = frozen(head)
     # The skeleton asks for no cache, and transformers took its generation settings from there.

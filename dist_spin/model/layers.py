@@ -6,7 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_spin.model.architecture import Shape, attention_masks, rotary, skeleton
+from dist_spin.model.architecture import (
+    Shape,
+    attention_masks,
+    position_embeddings,
+    position_kinds,
+    rotary,
+    skeleton,
+)
 from dist_spin.model.sites_config import INPUT_SCALES, Sites, attach, widen_norms
 
 
@@ -30,7 +37,7 @@ class LayerRunner:
         """
         layer: nn.Module = copy.deepcopy(self.base.model.layers[index])
         layer.load_state_dict({k: w.to(self.device, self.dtype) for k, w in weights.items()}, strict=False, assign=True)
-        widen_norms(layer, folded=self.rotated)
+        widen_norms(layer, folded=self.rotated, kind=self.shape.norm)
         missing = [name for name, p in layer.named_parameters() if p.is_meta]
         assert not missing, f"layer {index} was given no {missing[0]}"
         sites = self.sites if sites is None else sites.to(self.device, self.dtype)
@@ -43,10 +50,9 @@ class LayerRunner:
 
     def context(self, index: int, hidden: Tensor) -> dict[str, Any]:
         """What a layer or its attention takes beside hidden states [batch, T, h]: mask and rotary embeddings."""
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         return {
             "attention_mask": attention_masks(self.config, hidden)[index],
-            "position_embeddings": self.rotary(hidden, positions),
+            "position_embeddings": position_embeddings(self.rotary, position_kinds(self.config)[index], hidden),
         }
 
     @torch.no_grad()

@@ -6,21 +6,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_spin.model.scaling import NOT_SCALED, Scaling
 from dist_spin.numerics.dtypes import accumulation_dtype
 
 LOGITS_AT_ONCE = 1 << 26  # fp32 logits that exist at a time (256 MiB); all of [T, vocab] never does
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+def cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor, scaling: Scaling = NOT_SCALED) -> Tensor:
     """Mean next-token cross entropy of each sequence, computed in max(fp32, dtype).
 
     Args:
         hidden: final hidden states [batch, T, h]; differentiable. weight: frozen lm_head [vocab, h]. ids: [batch, T].
+        scaling: of the logits.
 
     Returns:
         [batch], fp32 (fp64 for fp64 input).
     """
-    return _ChunkedLoss.apply(hidden, weight, ids, None, 0.0, hidden.requires_grad and torch.is_grad_enabled())
+    needs_grad = hidden.requires_grad and torch.is_grad_enabled()
+    return _ChunkedLoss.apply(hidden, weight, ids, None, 0.0, needs_grad, scaling)
 
 
 @dataclass(frozen=True)
@@ -44,18 +47,18 @@ class Targets:
 
 
 @torch.no_grad()
-def most_probable(hidden: Tensor, weight: Tensor, k: int) -> Targets:
+def most_probable(hidden: Tensor, weight: Tensor, k: int, scaling: Scaling = NOT_SCALED) -> Targets:
     """The targets that a teacher gives, of final hidden states [batch, T, h] and lm_head [vocab, h].
 
-    k: of tokens, at most vocab. Log-probabilities come in fp16 where hidden states have 16 bits (their error is below that of
-    the logits then), and else in max(fp32, dtype).
+    k: of tokens, at most vocab. scaling: of the logits. Log-probabilities come in fp16 where hidden states have 16 bits (their
+    error is below that of the logits then), and else in max(fp32, dtype).
     """
     batch, T, h = hidden.shape
     wide = accumulation_dtype(hidden.dtype)
     flat = hidden[:, :-1].reshape(-1, h)
     parts = []
     for part in flat.split(max(1, LOGITS_AT_ONCE // weight.shape[0])):
-        log_p = log_softmax(part, weight, wide)
+        log_p = log_softmax(part, weight, wide, scaling)
         top, index = log_p.topk(k, -1)
         rest = log_p.exp_().scatter_(-1, index, 0.0).sum(-1)  # not 1 minus the others, which would be rounding alone
         parts.append((top.to(torch.float16 if hidden.dtype.itemsize == 2 else wide), index.int(), rest))
@@ -63,7 +66,9 @@ def most_probable(hidden: Tensor, weight: Tensor, k: int) -> Targets:
     return Targets(top, index, rest)
 
 
-def sparse_distillation(hidden: Tensor, targets: Targets, weight: Tensor, ids: Tensor, share: float = 1.0) -> Tensor:
+def sparse_distillation(
+    hidden: Tensor, targets: Targets, weight: Tensor, ids: Tensor, share: float = 1.0, scaling: Scaling = NOT_SCALED
+) -> Tensor:
     """As `distillation`, with a teacher of whom only the most probable tokens are known: no product with its head is needed.
 
     KL(teacher || student) over k + 1 outcomes, the k tokens and "another one", whose probabilities are the sums of all others.
@@ -71,27 +76,31 @@ def sparse_distillation(hidden: Tensor, targets: Targets, weight: Tensor, ids: T
 
     Args:
         hidden: final hidden states [batch, T, h], differentiable. weight: frozen lm_head [vocab, h]. ids: [batch, T].
-        share: from above 0 to 1.
+        share: from above 0 to 1. scaling: of the logits.
 
     Returns:
         [batch], fp32 (fp64 for fp64 input).
     """
-    return _ChunkedLoss.apply(hidden, weight, ids, targets, share, hidden.requires_grad and torch.is_grad_enabled())
+    needs_grad = hidden.requires_grad and torch.is_grad_enabled()
+    return _ChunkedLoss.apply(hidden, weight, ids, targets, share, needs_grad, scaling)
 
 
-def distillation(hidden: Tensor, teacher: Tensor, weight: Tensor, ids: Tensor, share: float = 1.0) -> Tensor:
+def distillation(
+    hidden: Tensor, teacher: Tensor, weight: Tensor, ids: Tensor, share: float = 1.0, scaling: Scaling = NOT_SCALED
+) -> Tensor:
     """share * KL(teacher || student) + (1 - share) * cross entropy of each sequence, means over tokens.
 
     Over the logits of the whole vocabulary (Hinton et al. 2015, at temperature 1); the teacher's head is the student's own.
 
     Args:
         hidden, teacher: final hidden states [batch, T, h], the student's differentiable. weight: frozen lm_head
-            [vocab, h]. ids: [batch, T]. share: from above 0 to 1.
+            [vocab, h]. ids: [batch, T]. share: from above 0 to 1. scaling: of the logits.
 
     Returns:
         [batch], fp32 (fp64 for fp64 input).
     """
-    return _ChunkedLoss.apply(hidden, weight, ids, teacher, share, hidden.requires_grad and torch.is_grad_enabled())
+    needs_grad = hidden.requires_grad and torch.is_grad_enabled()
+    return _ChunkedLoss.apply(hidden, weight, ids, teacher, share, needs_grad, scaling)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -110,6 +119,7 @@ class _ChunkedLoss(torch.autograd.Function):
         teacher: Tensor | Targets | None,
         share: float,
         needs_grad: bool,  # noqa: FBT001 (autograd hands arguments on by position)
+        scaling: Scaling,
     ) -> Tensor:
         batch, T, h = hidden.shape
         wide = accumulation_dtype(hidden.dtype)
@@ -120,7 +130,9 @@ class _ChunkedLoss(torch.autograd.Function):
         step = max(1, LOGITS_AT_ONCE // weight.shape[0])
         for lo in range(0, len(flat), step):
             part, label = flat[lo : lo + step], labels[lo : lo + step, None]
-            log_q = log_softmax(part, weight, wide)  # [chunk, vocab]
+            logits = scaling.logits_of((part @ weight.T).to(wide))  # [chunk, vocab]
+            slope = scaling.slope(logits) if needs_grad else 1.0
+            log_q = _normalised(logits)  # in place
             if share < 1:
                 losses[lo : lo + step] -= (1 - share) * log_q.gather(-1, label)[:, 0]
             if isinstance(teacher, Targets):
@@ -130,11 +142,13 @@ class _ChunkedLoss(torch.autograd.Function):
                 if d_flat is not None:
                     if share < 1:
                         d_logits.scatter_add_(-1, label, torch.full_like(label, share - 1, dtype=wide))
+                    if scaling != NOT_SCALED:
+                        d_logits.mul_(slope)
                     d_flat[lo : lo + step] = d_logits.to(weight.dtype) @ weight
                 continue
             p = None
             if whole is not None:
-                log_p = log_softmax(whole[lo : lo + step], weight, wide)
+                log_p = log_softmax(whole[lo : lo + step], weight, wide, scaling)
                 p = log_p.exp()
                 losses[lo : lo + step] += share * torch.linalg.vecdot(p, log_p.sub_(log_q))
                 del log_p
@@ -144,6 +158,8 @@ class _ChunkedLoss(torch.autograd.Function):
                     d_logits.sub_(p, alpha=share)
                 if share < 1:
                     d_logits.scatter_add_(-1, label, torch.full_like(label, share - 1, dtype=wide))
+                if scaling != NOT_SCALED:
+                    d_logits.mul_(slope)
                 d_flat[lo : lo + step] = d_logits.to(weight.dtype) @ weight
         if d_flat is not None:
             ctx.save_for_backward(d_flat)
@@ -151,12 +167,12 @@ class _ChunkedLoss(torch.autograd.Function):
         return losses.view(batch, T - 1).mean(-1)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
         (d_flat,) = ctx.saved_tensors
         batch, T, h = ctx.shape
         d_hidden = d_flat.new_zeros(batch, T, h)
         d_hidden[:, :-1] = d_flat.view(batch, T - 1, h) * (g / (T - 1)).to(d_flat.dtype)[:, None, None]
-        return d_hidden, None, None, None, None, None
+        return d_hidden, None, None, None, None, None, None
 
 
 LEAST = 1e-30  # of a probability that is divided by
@@ -180,7 +196,11 @@ def _sparse_divergence(
     return divergence, q.scatter_(-1, index, q_top - share * p)
 
 
-def log_softmax(hidden: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
-    """log softmax(hidden W^T) [tokens, vocab] in `wide`, in a buffer that may be overwritten."""
-    logits = (hidden @ weight.T).to(wide)
+def log_softmax(hidden: Tensor, weight: Tensor, wide: torch.dtype, scaling: Scaling = NOT_SCALED) -> Tensor:
+    """log softmax of the logits of hidden W^T [tokens, vocab] in `wide`, in a buffer that may be overwritten."""
+    return _normalised(scaling.logits_of((hidden @ weight.T).to(wide)))
+
+
+def _normalised(logits: Tensor) -> Tensor:
+    """log softmax, in place."""
     return logits.sub_(logits.logsumexp(-1, keepdim=True))

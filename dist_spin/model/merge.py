@@ -7,9 +7,10 @@ from torch import Tensor
 
 from dist_spin.model.architecture import ATTENTION_NORM, FINAL_NORM, HEAD, MLP_NORM, Shape, layer_name
 from dist_spin.model.experts import ROUTERS
+from dist_spin.model.output_norms import OUTPUT_NORMS
 from dist_spin.model.sites import across_heads
 from dist_spin.model.weight_source import WeightSource
-from dist_spin.numerics.block_rotation import apply_rotation, apply_rotation_left
+from dist_spin.numerics.block_rotation import apply_rotation, apply_rotation_left, left_out
 from dist_spin.numerics.hadamard_transform import kronecker_apply
 
 # The norm whose gain folds into each linear.
@@ -56,6 +57,8 @@ def folded_rows(
     start: int = 0,
     r4: tuple[Tensor, ...] = (),
     device: torch.device | None = None,
+    *,
+    gains: bool = True,
 ) -> None:
     """Fill `out` with rows [start, start + len(out)) of a parameter, the norm's gain and R4 folded in.
 
@@ -65,17 +68,17 @@ def folded_rows(
     Args:
         parameter: checkpoint name, or that of all experts' matrices, one below the other (`mlp.experts.up_proj.weight`).
         out: [rows, ...], any floating dtype and device. r4: fp64 Kronecker factors.
-        device: where to compute; None: where `out` lies.
+        device: where to compute; None: where `out` lies. gains: whether norms are folded, which they are not without R1.
     """
     if STACKED.search(parameter):
         each, done = source.row_count(parameter.replace(".experts.", ".experts.0.")), 0
         while done < len(out):
             expert, first = divmod(start + done, each)
-            rows = out[done : done + each - first]
-            folded_rows(source, parameter.replace(".experts.", f".experts.{expert}."), rows, first, r4, device)
+            rows, name = out[done : done + each - first], parameter.replace(".experts.", f".experts.{expert}.")
+            folded_rows(source, name, rows, first, r4, device, gains=gains)
             done += len(rows)
         return
-    gain = _gain_before(source, parameter)
+    gain = _gain_before(source, parameter) if gains else None
     rotate = bool(r4) and parameter.endswith("down_proj.weight")
     for lo in range(0, len(out), ROWS_AT_ONCE):
         hi = min(lo + ROWS_AT_ONCE, len(out))
@@ -107,14 +110,15 @@ def rotated_layer(
     over t, in the gains of their norms where there are any.
 
     Args:
-        r1 [h, h], r2 [d, d]: fp64, or their blocks. r4, heads: fp64 Kronecker factors, empty for none. scales: of this layer,
-            by the names of `scales_and_clips.scale_shapes`.
+        r1 [h, h], r2 [d, d]: fp64, or their blocks; where R1 is left out, no norm is folded. r4, heads: fp64 Kronecker
+            factors, empty for none. scales: of this layer, by the names of `scales_and_clips.scale_shapes`.
 
     Returns:
         name within the layer (`self_attn.q_proj.weight`, ...) to tensor; q/k norms as they are, layer norms left out
-        unless they are scales.
+        unless they are scales or not folded.
     """
     r1, r2 = r1.to(device), r2.to(device)
+    turned = not left_out(r1)
     r4, heads = (tuple(f.to(device) for f in factors) for factors in (r4, heads))
     s = {name: scale.to(device, torch.float64) for name, scale in (scales or {}).items()}
     d = shape.head_dim
@@ -124,7 +128,7 @@ def rotated_layer(
         if not source.has(name):
             return None
         w = source.rows(name, device=device).double()
-        gain = _gain_before(source, name)
+        gain = _gain_before(source, name) if turned else None
         return w if gain is None else w * gain.to(device)
 
     rows: dict[str, Tensor] = {}  # what the rows of a linear are multiplied by
@@ -143,7 +147,8 @@ def rotated_layer(
     for role, before in norms_before(shape).items():
         w, b = read(role, "weight"), read(role, "bias")
         assert w is not None
-        w = apply_rotation(w, r1)
+        if turned:
+            w = apply_rotation(w, r1)
         if before in s:
             w = w / s[before]
             out[f"{before}.weight"] = s[before]
@@ -169,7 +174,12 @@ def rotated_layer(
             if role in over:
                 w = w / over[role]
             w = kronecker_apply(w, r4) if r4 else w
-        _put(out, role, apply_rotation_left(r1, w), None if b is None else apply_rotation(b, r1))
+        if turned:
+            w, b = apply_rotation_left(r1, w), None if b is None else apply_rotation(b, r1)
+        _put(out, role, w, b)
+    for role in () if turned else (ATTENTION_NORM, MLP_NORM, *OUTPUT_NORMS):
+        if (gain := read(role, "weight")) is not None:
+            out[f"{role}.weight"] = gain
     return out
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dist_spin.model.architecture import Shape
 from dist_spin.model.rotate_quantize import RotationParam
-from dist_spin.numerics.block_rotation import all_blocks
+from dist_spin.numerics.block_rotation import all_blocks, left_out
 from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.numerics.hadamard import largest_block
 from dist_spin.numerics.hadamard_transform import hadamard_transform
@@ -23,7 +23,10 @@ from dist_spin.numerics.random_rotations import random_hadamard, random_orthogon
 
 @dataclass(frozen=True)
 class Blocks:
-    """Sizes of the blocks of R1 and R2, 0 for whole matrices; shared: one block stands in every place."""
+    """Sizes of the blocks of R1 and R2, 0 for whole matrices; shared: one block stands in every place.
+
+    An r1 of 1 leaves R1 out: its blocks are ones.
+    """
 
     r1: int = 0
     r2: int = 0
@@ -31,7 +34,9 @@ class Blocks:
 
     @property
     def label(self) -> str:
-        """What tables add to the name of a rotation: "", ", in blocks of 32" or ", in one block of 32"."""
+        """What tables add to the name of a rotation: "", ", in R2 alone", ", in blocks of 32" or ", in one block of 32"."""
+        if self.r1 == 1:
+            return ", in R2 alone"
         return f", in {'one block' if self.shared else 'blocks'} of {self.r1}" if self.r1 else ""
 
 
@@ -48,8 +53,9 @@ def initial(kind: str, shape: Shape, seed: int, blocks: Blocks = WHOLE) -> tuple
             has it and R2 the Hadamard itself, the same in every layer (Ashkboos et al. 2024).
     """
     generator = torch.Generator().manual_seed(seed)
+    no_r1 = torch.ones(shape.hidden, 1, 1, dtype=torch.float64)
     if kind == "quarot":
-        r1, d = random_hadamard(shape.hidden, generator), shape.head_dim
+        r1, d = no_r1 if blocks.r1 == 1 else random_hadamard(shape.hidden, generator), shape.head_dim
         r2 = hadamard_transform(torch.eye(d, dtype=torch.float64), largest_block(d))
         return r1, r2.expand(shape.layers, d, d).clone()
     make: dict[str, Callable[[int], Tensor]] = {
@@ -63,7 +69,7 @@ def initial(kind: str, shape: Shape, seed: int, blocks: Blocks = WHOLE) -> tuple
             return make[kind](block or size)
         return torch.stack([make[kind](block) for _ in range(size // block)])
 
-    r1 = draw(shape.hidden, blocks.r1)
+    r1 = no_r1 if blocks.r1 == 1 else draw(shape.hidden, blocks.r1)
     return r1, torch.stack([draw(shape.head_dim, blocks.r2) for _ in range(shape.layers)])
 
 
@@ -80,7 +86,7 @@ class Rotations:
     """The master copies of R1 and R2 on one device, what the sites see of them, and one packed gradient buffer.
 
     r1 [h, h], r2 [layers, d, d]: fp32 masters (fp64 when compute is fp64), or their blocks (`initial`). r1_param, r2_params:
-        what the sites hold.
+        what the sites hold. turns_r1: whether R1 is not left out.
     gradient: packed, [h*h + layers*d*d] of whole ones, in the masters' dtype; backward accumulates straight into it: the
         gradients of the lie_grads (see `RotationParam`), or with `euclidean` those of R1 and R2 as plain matrices until
         `to_lie_grad` is called.
@@ -109,6 +115,7 @@ class Rotations:
                 leaf = torch.zeros_like(grad).requires_grad_()
                 leaf.grad = grad  # a view: packed as it accumulates
                 lie_grads[i] = leaf
+        self.turns_r1 = not left_out(r1)
         self.r1_param = RotationParam(self._compute_r1, lie_grads[0])
         self.r2_params = [
             RotationParam(r2, lie_grad) for r2, lie_grad in zip(self._compute_r2, lie_grads[1:], strict=True)

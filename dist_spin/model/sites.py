@@ -29,7 +29,7 @@ from dist_spin.model.rotate_quantize import (
 from dist_spin.numerics.block_rotation import apply_rotation
 from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.numerics.hadamard_transform import kronecker_apply, online_transform
-from dist_spin.numerics.quantizer import QuantSpec, fake_quantize
+from dist_spin.numerics.quantizer import QuantSpec
 
 
 class _Mode:
@@ -52,20 +52,28 @@ def plain_sites() -> Iterator[None]:
 
 
 class WideRMSNorm(nn.Module):
-    """RMSNorm in max(fp32, input dtype), as fp64 checks need (transformers' always drops to fp32), with or without a gain."""
+    """RMSNorm in max(fp32, input dtype), as fp64 checks need (transformers' always drops to fp32), with or without a gain.
+
+    kind: as `families.Family.norm`; "layer" is LayerNorm.
+    """
 
     weight: nn.Parameter | None
 
-    def __init__(self, eps: float, weight: nn.Parameter | None = None) -> None:
+    def __init__(self, eps: float, weight: nn.Parameter | None = None, kind: str = "rms") -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.kind = eps, kind
         self.register_parameter("weight", weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n] normalised over its last dimension, in its own dtype."""
         wide = x.to(accumulation_dtype(x.dtype))
-        normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-        return normed if self.weight is None else self.weight * normed
+        if self.kind == "layer":
+            wide = wide - wide.mean(-1, keepdim=True)
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        if self.weight is None or self.kind == "rms":
+            return normed.to(x.dtype) if self.weight is None else self.weight * normed.to(x.dtype)
+        gain = self.weight.to(wide.dtype)  # these families round after it
+        return (normed * (1 + gain if self.kind == "rms from one" else gain)).to(x.dtype)
 
 
 class NormSite(nn.Module):
@@ -86,7 +94,7 @@ class NormSite(nn.Module):
         if not self.spec.enabled or _mode.plain:
             return x  # Q is the identity, so R R^T cancels
         if self.rotation is None:
-            return fake_quantize(x, self.spec)
+            return clipped(x, self.spec, self.learned)
         return rotate_quantize(x, self.rotation, self.spec, self.learned)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_spin.model.architecture import ATTENTION_NORM, LAYER_LINEARS, MLP_NORM, Shape
+from dist_spin.model.output_norms import OUTPUT_NORMS
 from dist_spin.model.rotate_quantize import NO_SCALE_OR_CLIP, RotationParam, ScaleAndClip
 from dist_spin.model.sites import (
     DownProjInputQuant,
@@ -105,7 +106,8 @@ def attach(
 ) -> None:
     """Put the sites into one decoder layer, in place.
 
-    With `r1`, `r2`: for learning, on folded but unrotated weights. Without: on merged (or never rotated) weights.
+    With `r1`, `r2`: for learning, on folded but unrotated weights; with `r2` alone where R1 is left out, on weights that are
+    not folded either. Without: on merged (or never rotated) weights.
     `sites` must lie on the layer's device in its dtype (`Sites.to`) and be this layer's (`Sites.layer`).
 
     Args:
@@ -116,8 +118,11 @@ def attach(
     learned_at = dict.fromkeys(CLIP_SITES, NO_SCALE_OR_CLIP) if learned is None else learned
     d, mlp_spec, down_spec = shape.head_dim, sites.mlp or sites.a, sites.down or sites.a
     norm_spec = QuantSpec() if shape.experts else mlp_spec  # a router reads the norm too, unquantised
+    shared = getattr(layer, MLP_NORM) is getattr(layer, ATTENTION_NORM)  # then both read one site
     for name, spec, site in ((ATTENTION_NORM, sites.a, "attention"), (MLP_NORM, norm_spec, "mlp")):
         setattr(layer, name, NormSite(getattr(layer, name), spec, r1, learned_at[site]))
+    if shared:
+        setattr(layer, MLP_NORM, getattr(layer, ATTENTION_NORM))
     attention.v_proj = ValueSite(attention.v_proj, sites.v, d, r2, learned_at["v"])
     input_quant = OProjInputQuant(sites.o, d, r2, sites.heads, learned_at["o"])
     attention.o_proj = QuantizedInputLinear(input_quant, attention.o_proj, keep=r2 is not None)
@@ -145,18 +150,25 @@ def keeps_bias_apart(attention: Any, sites: Sites) -> bool:
     return not hasattr(attention, "k_norm")  # behind a norm it is no sum any more
 
 
-def widen_norms(layer: nn.Module, *, folded: bool) -> None:
-    """Replace a layer's norms by ours, in place; where gains were folded, the two layer norms lose theirs.
+def widen_norms(layer: nn.Module, *, folded: bool, kind: str = "rms") -> None:
+    """Replace a layer's norms by ours, in place; where gains were folded, the two in front of linears lose theirs.
 
     Unless the merged layer was given new ones, which are learned scales: then they are not on the meta device any more.
+    kind: of the norms (`families.Family.norm`).
     """
+    wide: dict[Any, nn.Module] = {}  # one for both places where they share a norm
     for owner, name in (
         (layer, ATTENTION_NORM),
         (layer, MLP_NORM),
+        *((layer, name) for name in OUTPUT_NORMS),
         (layer.self_attn, "q_norm"),
         (layer.self_attn, "k_norm"),
     ):
-        norm = getattr(owner, name, None)
-        if norm is not None:
-            gainless = folded and owner is layer and norm.weight.is_meta
-            setattr(owner, name, WideRMSNorm(norm.variance_epsilon, None if gainless else norm.weight))
+        norm: Any = getattr(owner, name, None)
+        if norm is None or isinstance(norm, nn.Identity):
+            continue
+        if norm not in wide:
+            gainless = folded and name in (ATTENTION_NORM, MLP_NORM) and norm.weight.is_meta
+            eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+            wide[norm] = WideRMSNorm(eps, None if gainless else norm.weight, kind)
+        setattr(owner, name, wide[norm])

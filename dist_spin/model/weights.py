@@ -29,8 +29,9 @@ from dist_spin.model.checkpoint_headers import (
     read_headers,
 )
 from dist_spin.model.experts import check_experts, expert_parts, name_here
-from dist_spin.model.families import check_flags, check_supported
+from dist_spin.model.families import FAMILIES, check_flags, check_supported
 from dist_spin.model.llama_form import LlamaFormWeights, llama_form
+from dist_spin.model.output_norms import name_here as norm_here
 from dist_spin.model.tensor_bytes import TensorRange, opened, read_header, read_into
 from dist_spin.model.weight_source import WeightSource
 from dist_spin.numerics.finite import all_finite, first_not_finite
@@ -86,20 +87,21 @@ def read_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
 class SafetensorsWeights:
     """The safetensors shards of a directory, opened lazily; only the bytes asked for are read.
 
-    tensors: what the headers say of each, by the names that the architecture gives them.
+    tensors: what the headers say of each, by the names that the architecture gives them. norms: where the norms of the model's
+        family stand (`families.Family.norms`).
 
     Raises:
         UserError: there are none, or the headers and the index do not fit each other.
         DamagedWeights: from `rows`, where they hold NaN or infinity.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, norms: str = "before") -> None:
         self.directory = directory
         headers = read_headers(directory)
         # A model saved without its head, or by its inner class, has names without "model."; transformers takes them too.
         prefix = "" if EMBEDDING.removeprefix(BASE_PREFIX) + ".weight" in headers else BASE_PREFIX
         self._stored_name = {
-            name_here(name if prefix or name.startswith(f"{HEAD}.") else f"{BASE_PREFIX}{name}"): name
+            norm_here(norms, name_here(name if prefix or name.startswith(f"{HEAD}.") else f"{BASE_PREFIX}{name}")): name
             for name in headers
         }
         self.tensors = {name: headers[stored] for name, stored in self._stored_name.items()}
@@ -224,7 +226,7 @@ def open_model(
     if dummy:
         config = config if form is None else form.config
         return ModelFiles(config, DummyWeights(config, dtype), directory, trust_remote_code)
-    weights = SafetensorsWeights(directory)
+    weights = SafetensorsWeights(directory, FAMILIES[config.model_type].norms)
     notes = tuple(check_tensors(config, directory, weights.tensors))
     if form is None:
         return ModelFiles(config, weights, directory, trust_remote_code, notes)

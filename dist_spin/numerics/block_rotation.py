@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 
+def left_out(r: Tensor) -> bool:
+    """Whether a rotation turns nothing: its blocks are single channels, [n, 1, 1], all of them 1."""
+    return r.shape[-1] == 1
+
+
 def matmul_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b for operands [m, k], [k, n] or stacks of them, in `dtype`, without rounding the sum to their dtype on the way."""
     if a.dtype == dtype:

@@ -10,7 +10,9 @@ from typing import Any
 from dist_spin.config.export import ExportConfig
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
-from dist_spin.model.architecture import Shape
+from dist_spin.model.architecture import Shape, layer_kinds
+from dist_spin.model.context import context_length
+from dist_spin.model.families import FAMILIES
 from dist_spin.runtime.progress import say
 
 FORMATS = typing.get_args(ExportConfig.__annotations__["target"])[1:]  # all but "none"
@@ -110,6 +112,8 @@ def conflicts(target: str, config: RunConfig, model: Any, *, starting: bool) -> 
         yield from _of_compressed_tensors(config, shape)
     if target in QUANTISED:
         yield from _of_formats(target, config)
+    if target == "executorch" and not config.rotation.r1:
+        yield UserError("executorch is written with the gains of norms folded, which R1 does", "set rotation.r1=true")
     if target == "executorch":
         try:
             model_params(model, config.quant.w_group_size)
@@ -179,9 +183,14 @@ def _of_compressed_tensors(config: RunConfig, shape: Shape) -> Iterator[UserErro
 
 def _of_gguf(model: Any) -> Iterator[UserError]:
     """What llama.cpp's network of a model read as Llama or Mistral leaves out, without a word."""
+    remedy = "set export.target=hf, for transformers and `dist_spin.load`"
+    if FAMILIES[model.model_type].without_r1:
+        yield UserError(f"what llama.cpp computes of a {model.model_type} was not compared with it", remedy)
+    window, context = getattr(model, "sliding_window", None), context_length(model)
+    if window and (context is None or window < context) and "sliding_attention" in layer_kinds(model):
+        yield UserError(f"llama.cpp gives a {model.model_type} no sliding window, but it has one of {window}", remedy)
     if model.model_type not in ("llama", "mistral"):
         return
-    remedy = "set export.target=hf, for transformers and `dist_spin.load`"
     if model.hidden_act != "silu":
         yield UserError(f"llama.cpp computes silu in a {model.model_type}'s MLP, not {model.hidden_act}", remedy)
     scaling = (model.rope_parameters or {}).get("rope_type", "default")
@@ -246,7 +255,7 @@ def model_params(config: Any, group_size: int) -> dict[str, Any]:
         config.model_type not in ("llama", "mistral") and f"architecture '{config.model_type}'",
         getattr(config, "sliding_window", None) and "a sliding window",
         (getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)) and "biases",
-        config.hidden_act != "silu" and f"the activation {config.hidden_act}",
+        (activation := getattr(config, "hidden_act", "another")) != "silu" and f"the activation {activation}",
     ):
         if problem:
             raise UserError(f"executorch's pre-quantised loader has no place for {problem}", "use a Llama model")

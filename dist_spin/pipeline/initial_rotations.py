@@ -33,7 +33,10 @@ def starting_rotations(config: RunConfig, shape: Shape) -> tuple[Tensor, Tensor]
         path = Path(config.path(config.rotation.load))
         r1, r2 = load_rotations(path, *sizes)
         check_transforms(path, shape)
-        r1 = in_blocks(r1, shape.hidden, blocks.r1, f"{path}: R1", shared=blocks.shared)
+        if blocks.r1 == 1:
+            r1 = without_r1(r1, shape.hidden, f"{path}: R1")
+        else:
+            r1 = in_blocks(r1, shape.hidden, blocks.r1, f"{path}: R1", shared=blocks.shared)
         heads = [in_blocks(r, shape.head_dim, blocks.r2, f"{path}: R2", shared=blocks.shared) for r in r2]
         return r1, torch.stack(heads)
     if fits_start(config):
@@ -62,17 +65,32 @@ def seeded_rotations(kind: str, config: RunConfig, shape: Shape) -> tuple[Tensor
 def rotation_blocks(config: RunConfig, shape: Shape) -> Blocks:
     """The blocks of R1 and R2: `rotation.block`, of R2 no larger than a head; a block of the whole size is the whole matrix.
 
+    Without `rotation.r1` those of R1 are single channels, which leaves it out.
+
     Raises:
         UserError: the block does not divide the hidden size, or neither it nor the head size divides the other.
     """
     block, hidden, head = config.rotation.block, shape.hidden, shape.head_dim
+    r1 = config.rotation.r1
     if not block:
-        return Blocks()
-    if hidden % block or (head % block and block % head):
+        return Blocks() if r1 else Blocks(1)
+    if (r1 and hidden % block) or (head % block and block % head):
         common = math.gcd(hidden, head)
         problem = f"rotation.block={block} does not fit this model's hidden size {hidden} and head size {head}"
         raise UserError(problem, f"use {common & -common} or a divisor of it, or 0 for the whole sizes")
-    return Blocks(block if block < hidden else 0, block if block < head else 0, config.rotation.block_shared)
+    of_r1 = 1 if not r1 else block if block < hidden else 0
+    return Blocks(of_r1, block if block < head else 0, config.rotation.block_shared)
+
+
+def without_r1(r: Tensor, size: int, name: str) -> Tensor:
+    """An R1 of `size` channels that is left out, [size, 1, 1], in place of an identity r, whole or in blocks.
+
+    Raises:
+        UserError: r turns something.
+    """
+    if not torch.equal(r, torch.eye(r.shape[-1], dtype=r.dtype).expand_as(r)):
+        raise UserError(f"{name} is not the identity, but rotation.r1=false leaves R1 out", "set rotation.r1=true")
+    return torch.ones(size, 1, 1, dtype=r.dtype)
 
 
 def in_blocks(r: Tensor, size: int, block: int, name: str, *, shared: bool) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
+from dist_spin.model.families import FAMILIES
 from dist_spin.model.weights import ModelFiles, open_model
 from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.numerics.formats import FORMATS
@@ -57,7 +58,29 @@ def open_configured_model(config: RunConfig) -> ModelFiles:
         # The others only after it is there; one of them may be on a host that does not see the path.
         raise_on_any_failure(lambda: None if files else files.append(find()))
     check_expert_settings(config, files[0].shape)
+    check_r1(config, files[0].config.model_type)
     return files[0]
+
+
+def check_r1(config: RunConfig, model_type: str) -> None:
+    """Refuse R1 for a family whose norms do not commute with it, and what is built with R1 alone where it is left out.
+
+    Raises:
+        UserError: names the settings to change.
+    """
+    why = FAMILIES[model_type].without_r1
+    if config.rotation.r1:
+        if why:
+            remedy = "set rotation.r1=false, which leaves R2 (merged), R3 and R4 (online) and GPTQ"
+            raise UserError(f"R1 cannot rotate a {model_type}: {why}", remedy, shared=True)
+        return
+    for setting, problem, remedy in (
+        ("optimize.scales=true", config.optimize.scales, "optimize.scales=false"),
+        (f"optimize.w_bits={config.optimize.w_bits}", config.optimize.w_bits < 16, "optimize.w_bits=16"),
+        (f"quantize.tune_steps={config.quantize.tune_steps}", config.quantize.tune_steps, "quantize.tune_steps=0"),
+    ):
+        if problem:
+            raise UserError(f"{setting} is built for models that R1 rotates alone", f"set {remedy}", shared=True)
 
 
 def check_expert_settings(config: RunConfig, shape: Shape) -> None:

@@ -91,7 +91,7 @@ def sampled_activations(
 
     def embed() -> None:
         nonlocal hidden
-        hidden = plain.embedding()[tokens[first:last].to(world.device)]
+        hidden = plain.embedded(tokens[first:last])
 
     def pass_layer(index: int) -> None:
         nonlocal hidden

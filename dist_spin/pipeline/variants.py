@@ -20,6 +20,7 @@ from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.rotation import WHOLE, Blocks
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
+from dist_spin.numerics.block_rotation import left_out
 from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.pipeline.initial_rotations import seeded_rotations
 from dist_spin.pipeline.model import check_vocabulary, model_dtype
@@ -96,7 +97,7 @@ def build_variant(config: RunConfig, files: ModelFiles, name: str, device: torch
     name: "none", LEARNED, or a kind of `model.rotation.initial`; "quarot" also has QuaRot's Hadamard across heads.
 
     Raises:
-        UserError: the learned rotations are not there yet, or belong to another model.
+        UserError: the learned rotations are not there yet, belong to another model, or have an R1 where none is asked for.
     """
     shape = files.shape
     transforms: dict[str, Tensor] = {}
@@ -109,6 +110,10 @@ def build_variant(config: RunConfig, files: ModelFiles, name: str, device: torch
         if not path.exists():
             raise UserError(f"{path} does not exist", "run `dist-spin optimize` first")
         rotations = load_rotations(path, shape.hidden, shape.head_dim, shape.layers)
+        if left_out(rotations[0]) == config.rotation.r1:
+            holds = "leaves R1 out" if config.rotation.r1 else "holds an R1"
+            problem = f"{path} {holds}, but rotation.r1={str(config.rotation.r1).lower()}"
+            raise UserError(problem, "set it back, or give a new name=")
         transforms = learned_transforms(path, config)
     else:
         rotations = seeded_rotations(name, config, shape)
@@ -120,7 +125,8 @@ def build_variant(config: RunConfig, files: ModelFiles, name: str, device: torch
     )
     blocks = WHOLE
     if rotations is not None and (block := rotations[0].shape[-1]) < shape.hidden:  # as its file has them
-        blocks = Blocks(block, min(block, shape.head_dim), config.rotation.block_shared)
+        of_r2 = rotations[1].shape[-1]
+        blocks = Blocks(block, of_r2 if of_r2 < shape.head_dim else 0, config.rotation.block_shared)
     return Variant(name, rotations, sites, weights, transforms, blocks=blocks)
 
 

@@ -195,4 +195,4 @@ class CalibrationStates:
         if not sequences:
             return []
         batches = self.tokens[sequences].split(sequences_at_once(self.tokens.shape[1], self.world.device))
-        return [embedding[ids.to(embedding.device)] for ids in batches]
+        return [weights.embedded(ids, embedding) for ids in batches]

@@ -16,6 +16,7 @@ from dist_spin.errors import NumericsError
 from dist_spin.model.architecture import ATTENTION_NORM, MLP_NORM
 from dist_spin.model.experts import SHARED
 from dist_spin.model.layers import LayerRunner
+from dist_spin.model.output_norms import ATTENTION_OUTPUT_NORM, MLP_OUTPUT_NORM
 from dist_spin.model.sites_config import INPUT_SCALES
 from dist_spin.model.stacked_experts import by_expert
 from dist_spin.numerics.coordinate_descent import coordinate_descent
@@ -112,7 +113,8 @@ class LayerQuantizer:
             inputs = self._read(attention.o_proj, lambda h: self._attend(index, attention_norm(h)), hidden, found)
         attention.o_proj = output
         self._solve(["self_attn.o_proj"], inputs, self.options)
-        self._add_to_residual(hidden, inputs, output.linear)
+        aside: list[Tensor] = []  # outputs of attention, where the MLP reads what attention has read
+        self._add_to_residual(hidden, inputs, output.linear, ATTENTION_OUTPUT_NORM, aside)
 
         self._scale_norm(mlp_norm, hidden, found)
         if self.runner.shape.experts:
@@ -124,7 +126,7 @@ class LayerQuantizer:
             inputs = self._read(mlp.down_proj, lambda h: mlp(mlp_norm(h)), hidden, found)
         mlp.down_proj = down
         self._solve(["mlp.down_proj"], inputs, self.down_options)
-        self._add_to_residual(hidden, inputs, down.linear)
+        self._add_to_residual(hidden, inputs, down.linear, MLP_OUTPUT_NORM, aside)
         if found:
             self._result.others[INPUT_SCALES] = torch.tensor(found)
         return self._result
@@ -222,11 +224,22 @@ class LayerQuantizer:
             for i, part in enumerate(torch.cat(written).split(lengths) if hidden else ()):
                 hidden[i] = hidden[i] + part.view_as(hidden[i])
 
-    def _add_to_residual(self, hidden: list[Tensor], inputs: list[Tensor], linear: nn.Module) -> None:
-        """Add the outputs of `linear` to the residual stream, in place; each input is freed once it is used."""
+    def _add_to_residual(
+        self, hidden: list[Tensor], inputs: list[Tensor], linear: nn.Module, norm: str, aside: list[Tensor]
+    ) -> None:
+        """Add the outputs of `linear`, through the norm of that name if there is one, to the residual stream, in place.
+
+        Each input is freed once it is used. Where attention and MLP read the same, the outputs of attention wait in `aside`.
+        """
+        through: Any = getattr(self._layer, norm, nn.Identity())
+        parallel = getattr(self._layer, "parallel", False)
         with self.clock("forward"):
             for i in reversed(range(len(hidden))):
-                hidden[i] = hidden[i] + linear(inputs.pop())
+                output = through(linear(inputs.pop()))
+                if parallel and norm == ATTENTION_OUTPUT_NORM:
+                    aside.insert(0, output)
+                    continue
+                hidden[i] = (hidden[i] + aside.pop() if aside else hidden[i]) + output
 
     def _attend(self, index: int, normed: Tensor) -> Tensor:
         attention: Any = self._layer.self_attn

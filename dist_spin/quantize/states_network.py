@@ -20,7 +20,7 @@ from dist_spin.model.layers import LayerRunner
 from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
-from dist_spin.numerics.block_rotation import apply_rotation
+from dist_spin.numerics.block_rotation import apply_rotation, left_out
 from dist_spin.numerics.dtypes import accumulation_dtype
 from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.fingerprints import network_settings, states_identity
@@ -78,7 +78,9 @@ def original_network(config: RunConfig, files: ModelFiles, variant: Variant, dev
     """The network as it lies on disk, and the variant's R1."""
     dtype = model_dtype(config)
     rotation = None
-    if variant.rotations is not None:  # copied to the device once, not for every sequence
+    if variant.rotations is not None and not left_out(
+        variant.rotations[0]
+    ):  # copied to the device once, not for every sequence
         rotation = variant.rotations[0].to(device, accumulation_dtype(dtype))
     return StatesNetwork(
         LayerRunner(files.config, Sites(), device=device, dtype=dtype, rotated=False),

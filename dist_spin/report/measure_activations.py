@@ -87,7 +87,7 @@ def _measure(
         hidden = [h.to(world.device) for h in statistics.hidden]
     else:
         embedding = variant.weights.embedding()
-        hidden = [embedding[ids.to(embedding.device)][None] for ids in tokens]  # each [1, T, h]
+        hidden = [variant.weights.embedded(ids, embedding)[None] for ids in tokens]  # each [1, T, h]
         del embedding
     progress = Progress(f"measure activations ({variant.name}): layer", layers, statistics.done)
     indices = range(statistics.done, layers)

@@ -140,7 +140,9 @@ def headline(summary: RunSummary) -> list[tuple[str, str]]:
     q, optimize, quantize = config["quant"], config["optimize"], config["quantize"]
     rotation = config["rotation"]
     start = rotation["load"] or f"{rotation['init']}, seed {rotation['seed']}"
-    blocks = Blocks(rotation.get("block", 0), shared=rotation.get("block_shared", False)).label
+    blocks = Blocks(
+        rotation.get("block", 0) if rotation.get("r1", True) else 1, shared=rotation.get("block_shared", False)
+    ).label
     bits = f"{bits_label(q)}, weights by {quantize['method']}"
     if summary.only_compared:
         compared = config["compare"]

@@ -153,7 +153,7 @@ def load_rotations(path: Path, hidden: int, head_dim: int, layers: int) -> tuple
 def _turns(shape: tuple[int, ...], n: int) -> bool:
     """Whether a rotation of this shape, whole [n, n] or in blocks [k, b, b], turns n channels."""
     if len(shape) == 3:
-        return shape[0] * shape[1] == n and shape[1] == shape[2] > 1
+        return shape[0] * shape[1] == n and shape[1] == shape[2]
     return shape == (n, n)
 
 

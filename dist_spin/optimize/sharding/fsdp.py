@@ -91,7 +91,7 @@ class Fsdp:
 
         def fill(stored: str, rows: torch.Tensor, first: int) -> None:
             with torch.no_grad(), torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext():
-                folded_rows(source, stored, rows, first, r4, model.device)
+                folded_rows(source, stored, rows, first, r4, model.device, gains=model.folded)
 
         threads = ThreadPoolExecutor(loading_threads(model.device), "weights")
         try:

@@ -80,7 +80,7 @@ class Zero3:
             if stored is not None and stop > start:
                 row = parameter[:1].numel()
                 first, last = start // row, -(-stop // row)
-                folded_rows(source, stored, parameter.data[first:last], first, r4)
+                folded_rows(source, stored, parameter.data[first:last], first, r4, gains=model.folded)
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, parameter)
             self._partition._convert_to_deepspeed_param(parameter)
