@@ -28,7 +28,8 @@ def test_a_recipe_fits_its_target_and_names_the_command_that_serves_it(path):
     sites, quant = sites_for(config, Shape.of(LLAMA)), config.quant
     assert sites.r3 == sites.r4 == ()
     bits = dict.fromkeys(LAYER_LINEARS, quant.w_bits)
-    entries = config_entries(sites, bits, symmetric=quant.w_symmetric, group_size=quant.w_group_size)
+    grid = {"symmetric": quant.w_symmetric, "group_size": quant.weights_per_scale, "weight_format": quant.w_format}
+    entries = config_entries(sites, bits, **grid)
     command = serve_command(f"runs/{config.name}/export/compressed-tensors", entries, sites)
     assert f"#   {command}\n" in path.read_text()
 
