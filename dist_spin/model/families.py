@@ -39,7 +39,7 @@ _LAYER_NORM = "LayerNorm, whose mean does not commute with a rotation of the res
 
 # Families checked to be RMSNorm decoders with a gated MLP and norms in front of attention and MLP, or what their row says.
 FAMILIES = {
-    "llama": Family("Llama 1 to 3.3, Falcon 3, SmolLM2, TinyLlama, Yi"),
+    "llama": Family("Llama 1 to 3.3, Falcon 3, SmolLM2, TinyLlama, Yi", engines="vLLM"),
     "mistral": Family("Mistral 7B, Nemo, Small 24B (text)", windows="all"),
     "qwen2": Family("Qwen2, Qwen2.5", windows="by layer"),
     "qwen3": Family("Qwen3, dense", windows="by layer"),
