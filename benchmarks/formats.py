@@ -100,10 +100,9 @@ def main_runs(name: str) -> Iterator[Run]:
     yield Run("whole R1, learned", name, [*ADAM, *STEPS], ["GPTQ"])
 
 
-IN_PLACE = ["rotation.init=identity", OFFLINE]
-OURS = {
-    "nvfp4": [*LEARNED, "rotation.block=16", *IN_PLACE],
-    "mxfp4": [*LEARNED, "rotation.block=32", *IN_PLACE],
+OURS = {  # as configs/serve starts them
+    "nvfp4": [*LEARNED, "rotation.block=16", "rotation.init=identity", OFFLINE],
+    "mxfp4": [*LEARNED, "rotation.block=32", "rotation.init=hadamard", OFFLINE],
 }
 
 
@@ -120,6 +119,7 @@ def parts_runs(name: str) -> Iterator[Run]:
     yield changed("no scales", "optimize.scales=false")
     yield changed("R fixed", FIXED)
     yield changed("nothing learned", UNLEARNED, "optimize.warmup_steps=0")
+    yield changed("from no rotation", "rotation.init=identity")
     yield changed("from a Hadamard, R4 online", "rotation.init=hadamard", "rotation.online=true")
     yield changed("from a Hadamard", "rotation.init=hadamard")
     yield changed("from random blocks", "rotation.init=orthogonal")
