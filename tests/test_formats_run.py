@@ -179,6 +179,9 @@ def test_a_cache_is_served_in_fp8_where_keys_and_values_are_both():
     keys, left = QuantSpec(8, symmetric=True, format="fp8"), QuantSpec(16, format="fp8")
     assert kv_cache_dtype(Sites(k=keys, v=keys)) == "fp8"
     assert kv_cache_dtype(Sites(k=keys, v=left)) == "auto"
+    four = QuantSpec(4)
+    assert kv_cache_dtype(Sites(k=four, v=four)) == "int4_per_token_head"
+    assert kv_cache_dtype(Sites(k=four, v=four, k_bias_apart=True)) == "auto"
 
 
 def test_a_column_of_integers_has_the_published_clips_beside_formats(model, tmp_path):

@@ -72,6 +72,9 @@ def test_a_restart_keeps_what_is_stored_and_makes_a_damaged_file_again(tmp_path,
         train(config, world, StopAfter(0))
     assert len(saved) == 8
     files = sorted((tmp_path / "parts" / "teacher").glob("*.safetensors"))
+    tensors = load_file(files[0])
+    positions, itemsize = tensors["rest"].shape[1], tensors["log_p"].dtype.itemsize
+    assert sum(tensor.nbytes for tensor in tensors.values()) == positions * stored_teacher.entry_bytes(5, itemsize)
     damaged = bytearray(files[3].read_bytes())
     damaged[-9] ^= 4
     files[3].write_bytes(bytes(damaged))

@@ -8,6 +8,7 @@ from dist_spin.config.loader import load_config
 from dist_spin.errors import UserError
 from dist_spin.evaluate.stage import evaluate
 from dist_spin.optimize.train import train
+from dist_spin.pipeline.fingerprints import layer_identity
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.pipeline.variants import build_variant, calibration_tokens
 from dist_spin.quantize.job import QuantizeJob
@@ -50,8 +51,21 @@ def test_tuning_keeps_codes_and_lowers_the_divergence_of_text_that_it_does_not_s
     assert not torch.equal(layers["tuned"].others[gain], layers["rounded"].others[gain])
     assert not (tmp_path / "tuned" / "baselines" / "untuned").exists()
     before = (tmp_path / "tuned" / "layers" / "001.safetensors").stat().st_mtime_ns
+    leftover = tmp_path / "tuned" / "baselines" / "untuned" / "layers"
+    leftover.mkdir(parents=True)  # of one that was killed before it removed them
     quantize(config, world)  # a second start finds everything done
+    assert not leftover.parent.exists()
     assert (tmp_path / "tuned" / "layers" / "001.safetensors").stat().st_mtime_ns == before
+
+
+def test_settings_of_tuning_decide_no_layer_that_is_not_tuned(tmp_path, world):
+    identities = []
+    for more in ([], ["quantize.tune_steps=5"], ["quantize.tune_steps=5", "quant.k_bits=8"]):
+        config = load_config(None, settings(tmp_path, "run", *more))
+        files, tokens = open_configured_model(config), calibration_tokens(config, open_configured_model(config))
+        variant = build_variant(config, files, "hadamard", world.device)
+        identities.append(layer_identity(config, files, variant, tokens))
+    assert identities[0] == identities[1] == identities[2]
 
 
 def test_the_tuned_network_starts_as_the_rounded_one_with_its_own_gradient(tmp_path, world):

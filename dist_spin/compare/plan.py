@@ -24,7 +24,8 @@ BUDGET = (
     *("source", "split", "seq_len", "steps", "batch_size", "seed", "a_bits"),
     *("micro_batch_size", "keep_checkpoints", "recompute", "compile"),
 )
-OURS = ("cd_passes", "clip_norm")  # settings of `quantize` for which the published systems take the defaults
+# Settings of `quantize` for which the published systems take the defaults.
+OURS = ("cd_passes", "clip_norm", "tune_steps", "tune_lr", "expert_tokens")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ Nothing is rounded again, so codes and scales come back exactly (`unpack`). They
 Weights in other number formats are stored as `format_tensors` says.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from dist_spin.export.card import LOAD_EXAMPLE, MERGED
 from dist_spin.export.export_job import DirectoryWriter, ExportFormat, ExportJob
 from dist_spin.export.format_tensors import INPUT_GLOBAL, LAYOUTS, format_arguments, format_tensors
 from dist_spin.export.serving import kv_cache_dtype, linear_backend, serve_command
+from dist_spin.model.architecture import layer_name
 from dist_spin.model.experts import name_in_checkpoints
 from dist_spin.model.sites_config import INPUT_SCALES, SITE_OF_LINEAR, Sites
 from dist_spin.numerics.gptq import QuantizedWeight
@@ -268,13 +270,16 @@ ACTIVATIONS = {  # how each `quant.arithmetic` rounds activations
 def _serving(job: ExportJob) -> list[str]:
     config, first = job.config, job.quantised_layer(0)
     entries = entries_of(job.sites, first)
-    command = serve_command("PATH OF THIS DIRECTORY", entries, job.sites)
+    sites = job.sites
+    if not job.files.weights.has(f"{layer_name(0)}.self_attn.k_proj.bias"):
+        sites = dataclasses.replace(sites, k_bias_apart=False)  # nothing to keep apart
+    command = serve_command("PATH OF THIS DIRECTORY", entries, sites)
     tried = config.quant.w_format == config.quant.a_format == config.quant.kv_format == "int"
     serves = "serves it with vLLM." if tried else "is vLLM's command for it, not tried with this number format."
     lines = ["", f"    {command}", "", serves]
     if linear_backend(entries):
         lines.append("Without its `--linear-backend`, vLLM would leave activations in 16 bits, without a word.")
-    if kv_cache_dtype(job.sites) != "auto":
+    if kv_cache_dtype(sites) != "auto":
         lines.append(
             "Its cache of keys and values has the same bits by another rule: measure it (`dist-spin serve-check`)."
         )

@@ -23,7 +23,12 @@ def linear_backend(quantization: dict[str, Any]) -> str:
 
 
 def kv_cache_dtype(sites: Sites) -> str:
-    """The value of --kv-cache-dtype nearest to the run's quantisers of keys and values; "auto" where there is none."""
+    """The value of --kv-cache-dtype nearest to the run's quantisers of keys and values; "auto" where there is none.
+
+    An engine rounds keys together with the bias of k_proj, which `sites.k_bias_apart` says that they do not bear.
+    """
+    if sites.k_bias_apart:
+        return "auto"
     if sites.k.enabled and sites.k.format != "int":
         return "fp8" if sites.k.format == "fp8" and sites.k.bits == sites.v.bits else "auto"
     return KV_CACHE.get(sites.k.bits, "auto") if sites.k.bits == sites.v.bits else "auto"

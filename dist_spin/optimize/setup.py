@@ -228,7 +228,8 @@ def store_teacher(train_state: TrainState, files: ModelFiles, all_tokens: Tensor
     wanted = [*sorted(taken), *range(count, len(all_tokens))]
     train_state.teacher = teacher  # of a finished run too, which may have been stopped before it removed the files
     if train_state.step < settings.steps:
-        make_targets(teacher, train_state.model, train_state.world, all_tokens, wanted, train_state.micro_batch_size)
+        itemsize, micro = model_dtype(config).itemsize, train_state.micro_batch_size
+        make_targets(teacher, train_state.model, train_state.world, all_tokens, wanted, micro, itemsize)
 
 
 def compiles(config: RunConfig, world: World) -> bool:

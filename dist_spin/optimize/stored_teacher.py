@@ -26,9 +26,12 @@ from dist_spin.storage.tensor_file import CorruptFile, load_if_current, load_ten
 FREE_SHARE = 0.95  # of the free disk that may be filled
 
 
-def entry_bytes(top_k: int) -> int:
-    """Of one position: of each token its log-probability in fp16 and its number in int32, and fp32 of all others."""
-    return 6 * top_k + 4
+def entry_bytes(top_k: int, itemsize: int = 2) -> int:
+    """Of one position: of each token its log-probability and its number in int32, and the probability of all others.
+
+    itemsize: bytes of a number of the model. Those of 16 bits keep log-probabilities in fp16, and all others' in fp32.
+    """
+    return (itemsize + 4) * top_k + max(itemsize, 4)
 
 
 class Predicts(Protocol):
@@ -90,13 +93,13 @@ class StoredTeacher:
             out.append(Targets(**tensors))
         return out
 
-    def check_space(self, sequences: int, positions: int) -> None:
-        """Compare what so many more sequences will take with what the disk has.
+    def check_space(self, sequences: int, positions: int, itemsize: int) -> None:
+        """Compare what so many more sequences will take with what the disk has. itemsize: as in `entry_bytes`.
 
         Raises:
             UserError: it does not fit.
         """
-        wanted = sequences * positions * entry_bytes(self.top_k)
+        wanted = sequences * positions * entry_bytes(self.top_k, itemsize)
         parent = next(p for p in (self.directory, *self.directory.parents) if p.exists())
         free = shutil.disk_usage(parent).free
         if wanted > FREE_SHARE * free:
@@ -111,14 +114,21 @@ class StoredTeacher:
 
 
 def make_targets(
-    teacher: StoredTeacher, model: Predicts, world: World, tokens: Tensor, sequences: list[int], micro: int
+    teacher: StoredTeacher,
+    model: Predicts,
+    world: World,
+    tokens: Tensor,
+    sequences: list[int],
+    micro: int,
+    itemsize: int,
 ) -> None:
     """Store what the teacher predicts on those of `sequences` that are not stored yet; called by all ranks together.
 
     Every rank makes the same number of passes, since sharded layers are gathered by all.
 
     Args:
-        tokens: the learning text [n, T] on the CPU. micro: sequences of one pass on one rank.
+        tokens: the learning text [n, T] on the CPU. micro: sequences of one pass on one rank. itemsize: bytes of a
+            number of the model.
 
     Raises:
         UserError: the disk has no room for them.
@@ -126,7 +136,7 @@ def make_targets(
     missing = on_rank0(lambda: teacher.missing(sequences))
     if not missing:
         return
-    on_rank0(lambda: teacher.check_space(len(missing), tokens.shape[1] - 1))
+    on_rank0(lambda: teacher.check_space(len(missing), tokens.shape[1] - 1, itemsize))
     passes = list(_passes(missing, world, micro))
     progress = Progress("store what full precision predicts: pass", len(passes), show=world.is_rank0)
     for batch, fresh in passes:

@@ -19,6 +19,7 @@ from dist_spin.numerics.gptq import GPTQOptions
 from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.model import model_dtype
 from dist_spin.pipeline.variants import Variant
+from dist_spin.storage.run_directory import LEARNED
 
 EMBEDDING_SETTINGS = ("quant.embedding_bits", "quant.head_bits")  # decide nothing about layers
 # Entries of config.json that do not change what a layer computes; the number format is a setting of the run.
@@ -94,12 +95,14 @@ def layer_identity(config: RunConfig, files: ModelFiles, variant: Variant, token
     """Everything that decides the content of a variant's layer files."""
     settings = flat(config.quantize, "quantize")
     del settings["quantize.baselines"], settings["quantize.parallel"]  # decide nothing about layers
-    if not config.quantize.tune_steps:
-        settings.pop("quantize.tune_lr", None)
+    tuned = config.quantize.tune_steps > 0 and variant.name == LEARNED  # no other variant is
+    if not tuned:
+        for name in ("quantize.tune_steps", "quantize.tune_lr"):
+            settings.pop(name, None)
     if settings["quantize.layers_per_job"] >= files.shape.layers:  # one range of layers, however it was said
         settings["quantize.layers_per_job"] = 0
     # No setting of a site decides a weight that was calibrated without it and not tuned afterwards.
-    seen = () if config.quantize.quantize_activations or config.quantize.tune_steps else site_settings(config)
+    seen = () if config.quantize.quantize_activations or tuned else site_settings(config)
     quant = {k: v for k, v in flat(config.quant, "quant").items() if k not in (*EMBEDDING_SETTINGS, *seen)}
     if config.quant.down_bits in (0, config.quant.w_bits):  # the same, however it was said
         del quant["quant.down_bits"]

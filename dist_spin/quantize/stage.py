@@ -21,7 +21,7 @@ from dist_spin.quantize.job import QuantizeJob, ranges_within
 from dist_spin.quantize.layer_range import LayerRange, quantize_range
 from dist_spin.quantize.parallel import MEMORY_SHARE, choose, layer_cost, memory_needed
 from dist_spin.quantize.rank_layers import begun_by, quantize_apart
-from dist_spin.quantize.tune import tune, tunes, untuned
+from dist_spin.quantize.tune import remove_untuned, tune, tunes, untuned
 from dist_spin.runtime.device_memory import device_bytes_free
 from dist_spin.runtime.distributed import World, any_rank, made_on_all, on_rank0
 from dist_spin.runtime.host_memory import host_bytes_free
@@ -53,7 +53,11 @@ def quantize_variants(
     """What `quantize` does, for these variants of one run, which share stored hidden states where they can."""
     if not jobs:
         return
-    tuned = [job for job in jobs if tunes(job) and not hidden_states_only and open_ranges(job)]
+    tuning = [job for job in jobs if tunes(job) and not hidden_states_only]
+    tuned = [job for job in tuning if open_ranges(job)]
+    for job in tuning:
+        if job not in tuned:  # one that was killed between its last layer and this
+            on_rank0(functools.partial(remove_untuned, job))
     if tuned:
         rounded = {id(job): untuned(job) for job in tuned}
         _quantize([rounded.get(id(job), job) for job in jobs], layers)

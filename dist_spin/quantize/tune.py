@@ -49,6 +49,11 @@ def untuned(job: QuantizeJob) -> QuantizeJob:
     return dataclasses.replace(job, config=config, variant=dataclasses.replace(job.variant, name="untuned"))
 
 
+def remove_untuned(job: QuantizeJob) -> None:
+    """Delete the layers as they were rounded, if there are any: the tuned ones have taken their place."""
+    shutil.rmtree(untuned(job).path(0).parent.parent, ignore_errors=True)
+
+
 def tune(job: QuantizeJob, rounded: QuantizeJob) -> None:
     """Tune the layers of `rounded` and keep them as those of `job`; called by all ranks together.
 
@@ -107,7 +112,7 @@ def tune(job: QuantizeJob, rounded: QuantizeJob) -> None:
         for index, layer in enumerate(network.layers):
             save_layer(job.path(index), network.tuned(index) if kept else layer, job.fingerprint)
         job.run.event("tuned", variant=job.variant.name, before=before, after=after, kept=kept)
-        shutil.rmtree(rounded.path(0).parent.parent, ignore_errors=True)
+        remove_untuned(job)
 
     on_rank0(write)
 
