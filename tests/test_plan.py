@@ -138,6 +138,14 @@ def test_a_stored_teacher_takes_disk_and_shortens_steps():
     assert planned[1].seconds > planned[0].seconds - 1000 * (steps[0] - steps[1])  # the pass that stores it
 
 
+def test_tuning_takes_the_whole_model_on_each_gpu():
+    tuned = settings("quantize.tune_steps=100")
+    small, plain = (quantize(c, SHAPES["8b"], machine("h200", 1)) for c in (tuned, settings()))
+    assert plain.seconds < small.seconds
+    assert not small.lacks
+    assert quantize(tuned, SHAPES["70b"], machine("h200", 4, 900)).lacks == "GPU memory"
+
+
 def test_a_plan_is_printed_with_what_to_change(tmp_path, capsys):
     config = tmp_path / "config.yaml"
     shape = ROOT / "configs" / "shapes" / "llama-3-70b"

@@ -27,6 +27,7 @@ from dist_spin.optimize.sharding.memory_planner import (
 from dist_spin.optimize.stored_teacher import entry_bytes
 from dist_spin.pipeline.range_init import STEPS as FIT_STEPS
 from dist_spin.pipeline.range_init import TOKENS as FIT_TOKENS
+from dist_spin.quantize.tune import BATCH as TUNE_BATCH
 
 # Of one H200, fitted to the rows of docs/performance.md.
 LINK, COPY, CONTENTION = 375e9, 4000e9, 0.3  # as `bench scaling` has them
@@ -233,12 +234,21 @@ def quantize(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
             "; GPTQ of many small experts takes longer than this"  # it waits for launches, which the model leaves out
         )
     host = gpus * (PROCESS + 2 * layer_bytes(shape, DTYPE))
+    notes = [note]
+    if q.tune_steps:
+        # The whole model on each GPU, its weights and a byte for each code; forward, recomputation and backward of a step.
+        need = max(need, model_bytes(shape) * (1 + 1 / DTYPE.itemsize) + gptq_bytes(shape, 0))
+        host += gpus * tokens * shape.hidden * DTYPE.itemsize  # what the head is to read
+        passes = 4 * q.tune_steps * TUNE_BATCH / gpus + q.n_sequences
+        tuning = passes * q.seq_len * forward_flop(shape, q.seq_len) / FORWARD / hardware.gpu.speed
+        total += tuning
+        notes.append(f"{tuning:.0f} s of it tune scales, with the whole model on each GPU")
     return Part(
         total,
         need,
         host,
         variants * code_bytes(shape, config) + states,
-        [note],
+        notes,
         hardware.lacks(need, host),
     )
 

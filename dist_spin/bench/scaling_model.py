@@ -57,7 +57,7 @@ class Point:
 
     @property
     def micro_batches(self) -> int:
-        """Forward passes of one rank in a step; a rank with fewer sequences pads, as `optimize.train.micro_batches` does."""
+        """Forward passes of one rank in a step; a rank with fewer sequences pads, as `optimize.train.passes` does."""
         return -(-self.share // self.micro)
 
     @property
