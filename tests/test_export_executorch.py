@@ -15,7 +15,7 @@ from dist_spin.cli import main
 from dist_spin.config.loader import load_config
 from dist_spin.errors import UserError
 from dist_spin.export.executorch import META_NAMES, interleaved
-from dist_spin.model import sites
+from dist_spin.model import rotate_quantize
 from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.pipeline.export_limits import check_target, model_params
 from dist_spin.storage.quantized_layers import layer_path, load_embeddings, load_layer
@@ -115,7 +115,7 @@ def test_executorch_loads_it_and_computes_what_we_compute(words, export, monkeyp
     with torch.no_grad():
         found = [theirs(ids) for ids in IDS[:, None]]
         assert distance(torch.cat(found), ours(IDS).logits) < 0.05
-        monkeypatch.setattr(sites, "fake_quantize", torchaos_rounding)
+        monkeypatch.setattr(rotate_quantize, "fake_quantize", torchaos_rounding)
         # ExecuTorch quantises the input of an 8-bit lm_head as well.
         hidden = torchaos_rounding(ours.model(IDS).last_hidden_state, QuantSpec(8))
         wanted = hidden @ ours.lm_head.weight.T
@@ -129,7 +129,7 @@ def test_without_hadamard_and_with_plain_ends(words, monkeypatch):
     make_stages(words)
     place = exported(words, "executorch")
     model, ours = executorch_runtime.load(place), pipeline_cell(words, "gptq")
-    monkeypatch.setattr(sites, "fake_quantize", torchaos_rounding)
+    monkeypatch.setattr(rotate_quantize, "fake_quantize", torchaos_rounding)
     with torch.no_grad():
         assert distance(model(IDS[:1]), ours(IDS[:1]).logits) < 1e-5
     assert "use_spin_quant" not in (place / "README.md").read_text()
@@ -144,7 +144,7 @@ def test_learned_scales_are_in_the_weights_and_norms(words, monkeypatch):
         if "_norm" in name:
             assert (gain - 1).abs().max() > 0.05
     model, ours = executorch_runtime.load(place), pipeline_cell(words, "gptq")
-    monkeypatch.setattr(sites, "fake_quantize", torchaos_rounding)
+    monkeypatch.setattr(rotate_quantize, "fake_quantize", torchaos_rounding)
     with torch.no_grad():
         found, wanted = model(IDS[:1]), ours(IDS[:1]).logits
     off = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)  # of each token

@@ -12,6 +12,7 @@ so that launches cost what they cost a server. What this machine lacks is skippe
 """
 
 import argparse
+import dataclasses
 import functools
 import gc
 import math
@@ -92,7 +93,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     figures: dict[str, Any] = {
         "device": describe(device),
         "threads": torch.get_num_threads(),
-        "shape": vars(shape),
+        "shape": dataclasses.asdict(shape),
         "layers_with_own_weights": layers,
         "context": options.context,
         "prefill": options.prefill,

@@ -237,8 +237,9 @@ def quantize(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
     notes = [note]
     if q.tune_steps:
         # The whole model on each GPU, its weights and a byte for each code; forward, recomputation and backward of a step.
-        need = max(need, model_bytes(shape) * (1 + 1 / DTYPE.itemsize) + gptq_bytes(shape, 0))
-        host += gpus * tokens * shape.hidden * DTYPE.itemsize  # what the head is to read
+        read = tokens * shape.hidden * DTYPE.itemsize  # by the head, of every calibration token
+        need = max(need, model_bytes(shape) * (1 + 1 / DTYPE.itemsize) + gptq_bytes(shape, 0) + read)
+        host += gpus * read
         passes = 4 * q.tune_steps * TUNE_BATCH / gpus + q.n_sequences
         tuning = passes * q.seq_len * forward_flop(shape, q.seq_len) / FORWARD / hardware.gpu.speed
         total += tuning

@@ -185,12 +185,14 @@ def at_bits(config: RunConfig, weights: str, bits: Widths, formats: Formats = IN
     if formats[1] != "int" and FORMATS[formats[1]].group:
         widths["o_per_head"] = False
     method: Any = weights
+    # Tuned scales would leave the grid of those that a format holds in 8 bits.
+    tuning: dict[str, Any] = {} if formats[0] == "int" or FORMATS[formats[0]].scale == "fp32" else {"tune_steps": 0}
     if w == 16:
         widths |= {"down_bits": 0, "embedding_bits": 16, "head_bits": 16}
     return dataclasses.replace(
         config,
         quant=dataclasses.replace(config.quant, **widths),
-        quantize=dataclasses.replace(config.quantize, method=method),
+        quantize=dataclasses.replace(config.quantize, method=method, **tuning),
     )
 
 

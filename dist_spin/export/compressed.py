@@ -26,6 +26,7 @@ from dist_spin.export.format_tensors import INPUT_GLOBAL, LAYOUTS, format_argume
 from dist_spin.export.serving import kv_cache_dtype, linear_backend, serve_command
 from dist_spin.model.architecture import layer_name
 from dist_spin.model.experts import name_in_checkpoints
+from dist_spin.model.families import FAMILIES
 from dist_spin.model.sites_config import INPUT_SCALES, SITE_OF_LINEAR, Sites
 from dist_spin.numerics.gptq import QuantizedWeight
 from dist_spin.numerics.quantizer import QuantSpec, dequantize_weight
@@ -275,7 +276,8 @@ def _serving(job: ExportJob) -> list[str]:
         sites = dataclasses.replace(sites, k_bias_apart=False)  # nothing to keep apart
     command = serve_command("PATH OF THIS DIRECTORY", entries, sites)
     tried = config.quant.w_format == config.quant.a_format == config.quant.kv_format == "int"
-    serves = "serves it with vLLM." if tried else "is vLLM's command for it, not tried with this number format."
+    tried = tried and "vLLM" in FAMILIES[job.files.config.model_type].engines
+    serves = "serves it with vLLM." if tried else "is vLLM's command for it, not tried with this format or family."
     lines = ["", f"    {command}", "", serves]
     if linear_backend(entries):
         lines.append("Without its `--linear-backend`, vLLM would leave activations in 16 bits, without a word.")

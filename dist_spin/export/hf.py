@@ -12,6 +12,7 @@ from dist_spin.export.card import LOAD_EXAMPLE, MERGED
 from dist_spin.export.export_job import DirectoryWriter, ExportFormat, ExportJob
 from dist_spin.export.serving import serve_command
 from dist_spin.model.experts import name_in_checkpoints
+from dist_spin.model.families import FAMILIES
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
 
@@ -64,7 +65,9 @@ def loading(job: ExportJob) -> list[str]:
     ]
     if getattr(job.files.config, "hidden_act", "silu") == "silu":  # vLLM's Llama and its like know no other
         command = serve_command("PATH OF THIS DIRECTORY", {}, Sites())
-        lines += ["", f"    {command}", "", "serves it with vLLM."]
+        tried = "vLLM" in FAMILIES[job.files.config.model_type].engines
+        how = "serves it with vLLM." if tried else "is vLLM's command for it, not tried with this family."
+        lines += ["", f"    {command}", "", how]
     if job.quantisers:
         lines += [
             "Quantisers of activations, keys and values, as they were learned with, are put back by",

@@ -93,7 +93,8 @@ def load_with_sites(directory: Path, sidecar: Sidecar, sites: Sites, device: str
         layer=lambda index: next(layers),
         embedding=source.rows(f"{EMBEDDING}.weight", device=target),
         head=source.rows(f"{HEAD}.weight", device=target),
-        final_gain=None if (gain == 1).all() else gain,  # ones where it is folded into the head
+        # Ones where it is folded into the head; of norms that store w of a gain 1 + w it never is.
+        final_gain=None if shape.norm != "rms from one" and (gain == 1).all() else gain,
         rotated=True,
         device=target,
         dtype=dtype,

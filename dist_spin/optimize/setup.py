@@ -239,7 +239,9 @@ def compiles(config: RunConfig, world: World) -> bool:
     """
     if config.optimize.compile != "auto" or world.device.type != "cuda":
         return config.optimize.compile == "on"
-    e4m3 = {name for name in (config.quant.a_format, config.quant.kv_format) if name in ("fp8", "mxfp8", "nvfp4")}
+    q = config.quant
+    used = (q.a_format, q.kv_format, q.w_format if config.optimize.w_bits < 16 else "int")
+    e4m3 = {name for name in used if name in ("fp8", "mxfp8", "nvfp4")}
     if e4m3 and torch.cuda.get_device_capability(world.device) < (8, 9):
         if world.is_rank0:
             say(

@@ -13,6 +13,7 @@ from torch import Tensor
 from dist_spin.config.loader import RENAMED
 from dist_spin.config.run import RunConfig
 from dist_spin.data import tokens_fingerprint
+from dist_spin.model.families import FAMILIES
 from dist_spin.model.llama_form import LlamaFormWeights
 from dist_spin.model.weights import ModelFiles
 from dist_spin.numerics.gptq import GPTQOptions
@@ -74,7 +75,9 @@ def model_identity(config: RunConfig, files: ModelFiles, variant: Variant) -> di
         # Runs of the other families were made before this was noted; their files keep their hashes.
         **(
             {"config": network_settings(files)}
-            if files.shape.experts or isinstance(files.weights, LlamaFormWeights)
+            if files.shape.experts
+            or isinstance(files.weights, LlamaFormWeights)
+            or FAMILIES[files.config.model_type].without_r1
             else {}
         ),
     }
