@@ -3,8 +3,12 @@
 Dividing keeps the ratios and, as long as a factor of two is left beside it, the Hadamard core of the real size.
 """
 
+from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+from torch import Tensor
 from transformers import (
     Cohere2Config,
     CohereConfig,
@@ -27,6 +31,9 @@ from transformers import (
     Qwen3MoeConfig,
     SmolLM3Config,
 )
+
+from dist_spin.model.layers import LayerRunner
+from dist_spin.storage.quantized_layers import QuantizedLayer, finished_layer, save_layer
 
 TIED: dict[str, Any] = {"tie_word_embeddings": True}
 LLAMA31_ROPE: dict[str, Any] = {
@@ -186,3 +193,15 @@ WITHOUT_R1: dict[str, PreTrainedConfig] = {
     "command-r-plus (12288, 33792)": _config(CohereConfig, 96, 264, 12, 2, use_qk_norm=True, logit_scale=0.8, **TIED),
     "command-r7b (4096, 14336)": _config(Cohere2Config, 64, 224, 8, 2, **TIED, **WINDOWS),
 }
+
+
+def assert_a_layer_from_disk_computes(
+    place: Path, runner: LayerRunner, index: int, made: QuantizedLayer, entered: list[Tensor], left: list[Tensor]
+) -> None:
+    """A quantised layer, stored below `place` and read again in fp64, turns each of `entered` into its `left`."""
+    save_layer(place / "layer.safetensors", made, "a fingerprint")
+    loaded = finished_layer(place / "layer.safetensors", "a fingerprint", pytest.fail)
+    assert loaded is not None
+    rebuilt = runner.build(index, loaded.weights(torch.float64, torch.device("cpu")))
+    for before, after in zip(entered, left, strict=True):
+        torch.testing.assert_close(runner.run(rebuilt, index, before), after, rtol=1e-12, atol=1e-12)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, assert_a_layer_from_disk_computes
 from safetensors.torch import load_file, save_file
 from test_model import CPU, eager_and_compiled, learning_model, online_sites, reference_logits, relative
 from test_transforms import build, learned_transforms, merged
@@ -35,7 +35,6 @@ from dist_spin.numerics.hadamard_transform import kronecker_factors
 from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.quantize.layer_quantizer import LayerQuantizer
 from dist_spin.runtime import distributed
-from dist_spin.storage.quantized_layers import finished_layer, save_layer
 
 WIDE = torch.float64
 IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -96,12 +95,7 @@ def test_experts_are_rounded_from_their_own_tokens_or_from_all_and_it_is_said(
     assert torch.equal(made.others["mlp.gate.weight"], weights["mlp.gate.weight"])  # the router is not rounded
     assert all(0 < f["error"] < f["rtn_error"] < 1 for f in made.figures.values())
     assert any("experts were chosen by fewer than" in line for line in said) == (20 * sequences < 1000)
-    save_layer(tmp_path / "layer.safetensors", made, "a fingerprint")
-    loaded = finished_layer(tmp_path / "layer.safetensors", "a fingerprint", pytest.fail)
-    assert loaded is not None
-    rebuilt = runner.build(1, loaded.weights(WIDE, CPU))
-    for before, after in zip(entered, hidden, strict=True):
-        torch.testing.assert_close(runner.run(rebuilt, 1, before), after, rtol=1e-12, atol=1e-12)
+    assert_a_layer_from_disk_computes(tmp_path, runner, 1, made, entered, hidden)
 
 
 def test_a_run_quantises_measures_and_exports_what_transformers_loads(files, tmp_path):

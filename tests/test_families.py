@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, assert_a_layer_from_disk_computes
 from test_model import WeightSide, learning_model, merged_logits, online_sites, reference_logits, relative
 from test_states_network import network, rotated_network, states
 from tiny import write_model
@@ -27,7 +27,6 @@ from dist_spin.numerics.hadamard import hadamard_core
 from dist_spin.pipeline.export_limits import conflicts
 from dist_spin.quantize.layer_quantizer import LayerQuantizer
 from dist_spin.runtime import distributed
-from dist_spin.storage.quantized_layers import finished_layer, save_layer
 
 CPU = torch.device("cpu")
 WIDE = torch.float64
@@ -101,12 +100,7 @@ def test_layers_are_quantised_and_reload_as_they_were(files, alone, tmp_path):
     made = quantizer.quantize(last, source.layer(last), hidden)
     assert set(made.quantized_weights) == set(files.shape.linears)
     assert all(0 < f["error"] < f["rtn_error"] < 1 for f in made.figures.values())
-    save_layer(tmp_path / "layer.safetensors", made, "a fingerprint")
-    loaded = finished_layer(tmp_path / "layer.safetensors", "a fingerprint", pytest.fail)
-    assert loaded is not None
-    rebuilt = runner.build(last, loaded.weights(WIDE, CPU))
-    for before, after in zip(entered, hidden, strict=True):
-        torch.testing.assert_close(runner.run(rebuilt, last, before), after, rtol=1e-12, atol=1e-12)
+    assert_a_layer_from_disk_computes(tmp_path, runner, last, made, entered, hidden)
 
 
 def test_generation_reads_its_cache_as_it_would_read_the_text_again(files):

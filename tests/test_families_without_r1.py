@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from families import WITHOUT_R1
+from families import WITHOUT_R1, assert_a_layer_from_disk_computes
 from test_model import CPU, learning_model, merged_logits, online_sites, reference_logits, relative
 from tiny import tiny_run, write_model
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from dist_spin.numerics.cayley import tangent
 from dist_spin.numerics.gptq import GPTQOptions
 from dist_spin.quantize.layer_quantizer import LayerQuantizer
 from dist_spin.runtime import distributed
-from dist_spin.storage.quantized_layers import finished_layer, save_layer
 
 WIDE = torch.float64
 NO_R1 = Blocks(1)
@@ -124,12 +123,7 @@ def test_layers_are_quantised_and_reload_as_they_were(files, alone, tmp_path):
     made = quantizer.quantize(last, weights, hidden)
     assert set(made.quantized_weights) == set(LAYER_LINEARS)
     assert all(0 < f["error"] < f["rtn_error"] < 1 for f in made.figures.values())
-    save_layer(tmp_path / "layer.safetensors", made, "a fingerprint")
-    loaded = finished_layer(tmp_path / "layer.safetensors", "a fingerprint", pytest.fail)
-    assert loaded is not None
-    rebuilt = runner.build(last, loaded.weights(WIDE, CPU))
-    for before, after in zip(entered, hidden, strict=True):
-        torch.testing.assert_close(runner.run(rebuilt, last, before), after, rtol=1e-12, atol=1e-12)
+    assert_a_layer_from_disk_computes(tmp_path, runner, last, made, entered, hidden)
 
 
 def logits_of(model) -> Tensor:

@@ -26,15 +26,21 @@ def test_chunked_cross_entropy_equals_plain_autograd(at_once, monkeypatch):
     assert not chunked.grad[2].any()
 
 
-@pytest.mark.parametrize("share", [1.0, 0.3])
-@pytest.mark.parametrize("at_once", [1, 97 * 5, 1 << 26])
-def test_chunked_distillation_equals_plain_autograd(at_once, share, monkeypatch):
-    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
+def two_models():
+    """Final states of a student and a teacher [3, 11, 16], lm_head [97, 16], tokens [3, 11], a factor for each sequence [3]."""
     g = torch.Generator().manual_seed(0)
     hidden, teacher = torch.randn(2, 3, 11, 16, generator=g, dtype=torch.float64)
     weight = torch.randn(97, 16, generator=g, dtype=torch.float64)
     ids = torch.randint(0, 97, (3, 11), generator=g)
     weights = torch.tensor([0.5, 0.25, 0.0], dtype=torch.float64)
+    return hidden, teacher, weight, ids, weights
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3])
+@pytest.mark.parametrize("at_once", [1, 97 * 5, 1 << 26])
+def test_chunked_distillation_equals_plain_autograd(at_once, share, monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
+    hidden, teacher, weight, ids, weights = two_models()
     chunked, plain = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     ours = loss.distillation(chunked, teacher, weight, ids, share)
     (ours * weights).sum().backward()
@@ -52,11 +58,7 @@ def test_chunked_distillation_equals_plain_autograd(at_once, share, monkeypatch)
 def test_distillation_from_the_most_probable_tokens_equals_plain_autograd(at_once, k, share, monkeypatch):
     """Over k tokens and all others as one; where k is the vocabulary, over the vocabulary."""
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
-    g = torch.Generator().manual_seed(0)
-    hidden, teacher = torch.randn(2, 3, 11, 16, generator=g, dtype=torch.float64)
-    weight = torch.randn(97, 16, generator=g, dtype=torch.float64)
-    ids = torch.randint(0, 97, (3, 11), generator=g)
-    weights = torch.tensor([0.5, 0.25, 0.0], dtype=torch.float64)
+    hidden, teacher, weight, ids, weights = two_models()
     chunked, plain = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     targets = loss.most_probable(teacher, weight, k)
     ours = loss.sparse_distillation(chunked, targets, weight, ids, share)

@@ -12,7 +12,7 @@ from dist_spin.config.presets import resolve_clips
 from dist_spin.config.quantize import QuantizeConfig
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
-from dist_spin.numerics.formats import FORMATS
+from dist_spin.numerics.formats import FORMATS, has_narrow_scales
 from dist_spin.optimize.setup import FREE_SETTINGS
 from dist_spin.pipeline.fingerprints import flat, site_settings
 from dist_spin.storage.run_directory import LEARNED, run_dir
@@ -186,7 +186,7 @@ def at_bits(config: RunConfig, weights: str, bits: Widths, formats: Formats = IN
         widths["o_per_head"] = False
     method: Any = weights
     # Tuned scales would leave the grid of those that a format holds in 8 bits.
-    tuning: dict[str, Any] = {} if formats[0] == "int" or FORMATS[formats[0]].scale == "fp32" else {"tune_steps": 0}
+    tuning: dict[str, Any] = {"tune_steps": 0} if has_narrow_scales(formats[0]) else {}
     if w == 16:
         widths |= {"down_bits": 0, "embedding_bits": 16, "head_bits": 16}
     return dataclasses.replace(

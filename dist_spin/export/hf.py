@@ -10,9 +10,8 @@ from torch import Tensor
 
 from dist_spin.export.card import LOAD_EXAMPLE, MERGED
 from dist_spin.export.export_job import DirectoryWriter, ExportFormat, ExportJob
-from dist_spin.export.serving import serve_command
+from dist_spin.export.serving import serve_command, serves_with_vllm
 from dist_spin.model.experts import name_in_checkpoints
-from dist_spin.model.families import FAMILIES
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
 
@@ -65,7 +64,7 @@ def loading(job: ExportJob) -> list[str]:
     ]
     if getattr(job.files.config, "hidden_act", "silu") == "silu":  # vLLM's Llama and its like know no other
         command = serve_command("PATH OF THIS DIRECTORY", {}, Sites())
-        tried = "vLLM" in FAMILIES[job.files.config.model_type].engines
+        tried = serves_with_vllm(job.files.config.model_type)
         how = "serves it with vLLM." if tried else "is vLLM's command for it, not tried with this family."
         lines += ["", f"    {command}", "", how]
     if job.quantisers:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dist_spin.model.families import FAMILIES
 from dist_spin.model.sites_config import Sites
 
 KV_CACHE = {8: "int8_per_token_head", 4: "int4_per_token_head"}  # by bits; that of 4 rotates by a Hadamard of its own
@@ -32,6 +33,11 @@ def kv_cache_dtype(sites: Sites) -> str:
     if sites.k.enabled and sites.k.format != "int":
         return "fp8" if sites.k.format == "fp8" and sites.k.bits == sites.v.bits else "auto"
     return KV_CACHE.get(sites.k.bits, "auto") if sites.k.bits == sites.v.bits else "auto"
+
+
+def serves_with_vllm(model_type: str) -> bool:
+    """Whether vLLM has loaded an export of the family."""
+    return "vLLM" in FAMILIES[model_type].engines
 
 
 def serve_command(path: str, quantization: dict[str, Any], sites: Sites) -> str:

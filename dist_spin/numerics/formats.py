@@ -29,6 +29,11 @@ FORMATS = {
 }
 
 
+def has_narrow_scales(name: str) -> bool:
+    """Whether weights of the format `name` ("int" too) hold their scales in 8 bits, which no learned factor fits into."""
+    return name != "int" and FORMATS[name].scale != "fp32"
+
+
 def check_format(name: str, bits: int, *, clip: float = 1.0) -> None:
     """Raise ValueError unless the format `name` has `bits` (0: those of any), and nothing clips its range."""
     if name not in FORMATS or bits not in (0, FORMATS[name].bits) or clip != 1:

@@ -9,7 +9,7 @@ from dist_spin.model.architecture import Shape
 from dist_spin.model.families import FAMILIES
 from dist_spin.model.weights import ModelFiles, open_model
 from dist_spin.numerics.dtypes import accumulation_dtype
-from dist_spin.numerics.formats import FORMATS
+from dist_spin.numerics.formats import has_narrow_scales
 from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.runtime.distributed import on_rank0, raise_on_any_failure
 from dist_spin.runtime.progress import long_step, warn
@@ -31,9 +31,8 @@ def open_configured_model(config: RunConfig) -> ModelFiles:
     Raises:
         UserError: it cannot be opened, or scales would be tuned that a number format has no place for.
     """
-    kind = config.quant.w_format
-    if config.quantize.tune_steps and kind != "int" and FORMATS[kind].scale != "fp32":
-        problem = f"quantize.tune_steps gives weights scales that quant.w_format={kind} cannot hold"
+    if config.quantize.tune_steps and has_narrow_scales(config.quant.w_format):
+        problem = f"quantize.tune_steps gives weights scales that quant.w_format={config.quant.w_format} cannot hold"
         raise UserError(problem, "set quantize.tune_steps=0", shared=True)
 
     def find() -> ModelFiles:

@@ -53,10 +53,13 @@ def quantize_variants(
     """What `quantize` does, for these variants of one run, which share stored hidden states where they can."""
     if not jobs:
         return
-    tuning = [job for job in jobs if tunes(job) and not hidden_states_only]
-    tuned = [job for job in tuning if open_ranges(job)]
-    for job in tuning:
-        if job not in tuned:  # one that was killed between its last layer and this
+    tuned = []
+    for job in jobs:
+        if not tunes(job) or hidden_states_only:
+            continue
+        if open_ranges(job):
+            tuned.append(job)
+        else:  # one that was killed between its last layer and this may have left them
             on_rank0(functools.partial(remove_untuned, job))
     if tuned:
         rounded = {id(job): untuned(job) for job in tuned}

@@ -59,10 +59,8 @@ def tune(job: QuantizeJob, rounded: QuantizeJob) -> None:
 
     Raises:
         Interrupted: a signal came; the rounded layers are kept.
-        UserError: the network has experts, which are not tuned.
+        UserError: a rounded layer is not there.
     """
-    if job.files.shape.experts:
-        raise UserError("quantize.tune_steps is for models without experts", "set it to 0")
     settings, world, tokens = job.config.quantize, job.world, job.tokens
     held_out = list(range(0, len(tokens), HELD_OUT)) if len(tokens) > 1 else []
     learned = [index for index in range(len(tokens)) if index not in held_out] or [0]
@@ -123,8 +121,8 @@ def full_precision_states(job: QuantizeJob) -> Tensor:
 
     In the basis of the variant, whose head then serves both models.
     """
-    weights, device = job.variant.weights, job.world.device
-    hidden = list(weights.embedding()[job.tokens.to(device)].split(BATCH))
+    weights = job.variant.weights
+    hidden = list(weights.embedded(job.tokens).split(BATCH))
     with plain_sites():
         for index in range(job.files.shape.layers):
             layer = job.runner.build(index, weights.layer(index))
