@@ -4,6 +4,7 @@ Everything that a verb needs is imported once its settings are read, so that mis
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 import socket
@@ -23,6 +24,7 @@ from dist_spin.config.yaml_text import YAML_ENDINGS
 from dist_spin.errors import EXIT_OK, UserError
 from dist_spin.model.checkpoint_headers import check_model_path
 from dist_spin.runtime.console import Console, quieten_libraries
+from dist_spin.runtime.processes import TURN, wait_for_turn
 from dist_spin.runtime.progress import long_step
 
 
@@ -78,11 +80,12 @@ def call_stage(command: Command, config: RunConfig | None = None, part: str = ""
     # Several ranks agree on it when they open the model, and a report without it tells the rest.
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and command.verb != "report":
         check_model_path(config.model_path, dummy=config.model.dummy_weights)
-    with long_step("import torch and transformers"):
+    with contextlib.nullcontext() if TURN in os.environ else long_step("import torch and transformers"):
         command.quieten()
         from dist_spin.pipeline.stage_context import joined
 
         stage = load(command.function)
+    wait_for_turn()
     alone = command.verb == "compare" and config.compare.parallel == "rows"
     part = f"{socket.gethostname()}-{os.getpid()}" if alone else part
     with joined(config, command.console, command.verb, part, alone=alone) as (config, world):

@@ -1,17 +1,21 @@
 """Run stages on this machine, each in processes of its own, one after the other."""
 
+import functools
+import itertools
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import EXIT_HANG, EXIT_INTERRUPTED
-from dist_spin.runtime.processes import LISTENING_SOCKET, dependent_environment
+from dist_spin.launch.next_stage import NextStage
+from dist_spin.runtime.processes import LISTENING_SOCKET, TURN, dependent_environment
 from dist_spin.runtime.signals import forwarded_to, leave_terminal
 from dist_spin.storage.locks import Lock
 
@@ -30,23 +34,10 @@ class StageRanks:
         self.sent: list[int] = []
         self._starting = False
 
-    def start(self, command: list[str], nproc: int) -> None:
-        """Start `nproc` processes; a signal that comes meanwhile reaches them all."""
+    def start(self, begin: Callable[[], list[subprocess.Popen[bytes]]]) -> None:
+        """Have the processes that `begin` starts do the stage; a signal that comes meanwhile reaches them all."""
         self._starting = True
-        self.processes = []
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))  # nobody but this machine has a part in it
-            listener.listen()
-            for rank, environment in enumerate(environments(nproc, listener)):
-                # A session of its own, so that ctrl-C reaches the stage once, through us.
-                self.processes.append(
-                    subprocess.Popen(
-                        command,
-                        env=os.environ | environment | dependent_environment(),
-                        start_new_session=True,
-                        pass_fds=[] if rank else [listener.fileno()],
-                    )
-                )
+        self.processes = begin()
         self._starting = False
         self._send()
 
@@ -76,7 +67,8 @@ def stages_of(config: RunConfig) -> tuple[str, ...]:
 def run_stages(arguments: list[str], nproc: int, run: Path, stages: tuple[str, ...]) -> int:
     """Run `stages` in order with the same configuration arguments; returns the first exit code that is not 0.
 
-    Each stage starts `nproc` ranks, those of SINGLE_PROCESS one. A stopping signal is passed on to all of them, so that the
+    Each stage starts `nproc` ranks, those of SINGLE_PROCESS one; those of the next stage import what they need meanwhile
+    (launch/next_stage.py). A stopping signal is passed on to all of them, so that the
     stage at work saves and leaves; they do not outlive this process. torchrun is not used here: it turns every failure into
     exit code 1 and a long report, and SIGUSR1 to it would leave the ranks behind.
 
@@ -86,16 +78,41 @@ def run_stages(arguments: list[str], nproc: int, run: Path, stages: tuple[str, .
         Held: another process runs these stages already.
     """
     ranks = StageRanks()
-    with Lock(run / "locks" / "run.lock", "run"), forwarded_to(ranks.forward):
-        for stage in stages:
+    wanted = {stage: 1 if stage in SINGLE_PROCESS else nproc for stage in stages}
+    start = {
+        stage: functools.partial(start_ranks, [sys.executable, "-m", "dist_spin", stage, *arguments], count)
+        for stage, count in wanted.items()
+    }
+    with Lock(run / "locks" / "run.lock", "run"), forwarded_to(ranks.forward), NextStage() as following:
+        for stage, after in itertools.zip_longest(stages, stages[1:]):
             if ranks.received:
                 return EXIT_INTERRUPTED
-            command = [sys.executable, "-m", "dist_spin", stage, *arguments]
-            ranks.start(command, 1 if stage in SINGLE_PROCESS else nproc)
-            code = exit_code(wait(ranks.processes), ranks.sent)
+            ranks.start(functools.partial(following.begin, start[stage]))
+            if after:
+                following.prepare(start[after], wanted[after])
+            code = exit_code(wait(ranks.processes, following.start_when_due), ranks.sent)
             if code:
                 return code
     return 0
+
+
+def start_ranks(command: list[str], nproc: int, turn: int | None = None) -> list[subprocess.Popen[bytes]]:
+    """Start `nproc` processes of one stage. turn: a descriptor from which they learn that they may begin; None: at once."""
+    more, inherited = ({}, []) if turn is None else ({TURN: str(turn)}, [turn])
+    started = []
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))  # nobody but this machine has a part in it
+        listener.listen()
+        for rank, environment in enumerate(environments(nproc, listener)):
+            # A session of its own, so that ctrl-C reaches the stage once, through us.
+            process = subprocess.Popen(
+                command,
+                env=os.environ | environment | dependent_environment() | more,
+                start_new_session=True,
+                pass_fds=inherited if rank else [listener.fileno(), *inherited],
+            )
+            started.append(process)
+    return started
 
 
 def environments(nproc: int, listener: socket.socket) -> list[dict[str, str]]:
@@ -121,8 +138,8 @@ def environments(nproc: int, listener: socket.socket) -> list[dict[str, str]]:
     ]
 
 
-def wait(ranks: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Exit codes of all ranks, EXIT_HANG for those that were stopped here.
+def wait(ranks: list[subprocess.Popen[bytes]], meanwhile: Callable[[], None] = lambda: None) -> list[int]:
+    """Exit codes of all ranks, EXIT_HANG for those that were stopped here. meanwhile: called now and then.
 
     Once one has failed, those that have not left NOTICE_S seconds later get SIGTERM, and GRACE_S seconds later SIGKILL.
     """
@@ -138,6 +155,7 @@ def wait(ranks: list[subprocess.Popen[bytes]]) -> list[int]:
         if failed and time.monotonic() - failed > NOTICE_S + GRACE_S:
             for rank in running:
                 rank.kill()
+        meanwhile()
         time.sleep(0.1)
     by_us = (-signal.SIGTERM, -signal.SIGKILL, EXIT_INTERRUPTED)
     return [EXIT_HANG if rank in stopped and rank.wait() in by_us else rank.wait() for rank in ranks]

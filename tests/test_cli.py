@@ -18,6 +18,7 @@ from dist_spin.cli import VERBS, main
 from dist_spin.config.loader import load_config
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import EXIT_MEMORY, out_of_memory
+from dist_spin.launch import local_pipeline, next_stage
 from dist_spin.launch.fanout import NON_RETRYABLE
 from dist_spin.model.architecture import LAYER_LINEARS
 from dist_spin.storage.checkpoints import checkpoints
@@ -226,10 +227,22 @@ def files(run: Path) -> dict[str, tuple[int, bytes]]:
 
 
 @pytest.mark.slow
-def test_run_does_everything_once(capfd, tmp_path, words):
+def test_run_does_everything_once(capfd, tmp_path, words, monkeypatch):
     run = RunDir(tmp_path / "tiny")
     words = [*words, "export.target=hf", "export.profile=r4-block"]
+    # Every stage but the first is started while the one before it is at work, and waits.
+    monkeypatch.setattr(next_stage, "AFTER_S", 0.0)
+    monkeypatch.setattr(next_stage, "PROCESS_BYTES", 0)
+    started, start_ranks = [], local_pipeline.start_ranks
+
+    def noting(command, nproc, turn):
+        started.append((command[3], turn is not None))
+        return start_ranks(command, nproc, turn)
+
+    monkeypatch.setattr(local_pipeline, "start_ranks", noting)
     assert main(["run", *words]) == 0
+    stages = ("optimize", "quantize", "evaluate", "report", "export")
+    assert started == [(stage, stage != "optimize") for stage in stages]
     table = capfd.readouterr().out
     results = json.loads((run.path / "results.json").read_text())
     assert [(r["method"], r["rotation"], r["weights"], r["w_bits"], r["a_bits"]) for r in results] == [
@@ -264,7 +277,7 @@ def test_run_does_everything_once(capfd, tmp_path, words):
 
     before, seconds = files(run.path), [row["seconds"] for row in results]
     assert f"{run.export / 'hf' / 'config.json'}" in {str(run.path / name) for name in before}
-    for stage in ("optimize", "quantize", "evaluate", "report", "export"):  # what `run` starts
+    for stage in stages:
         assert main([stage, *words]) == 0
     assert files(run.path) == before
     assert [row["seconds"] for row in json.loads((run.path / "results.json").read_text())] == seconds

@@ -1,5 +1,6 @@
 """Signals end a process in order: one line, a documented exit code, no traceback, also while native code runs."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dist_spin.errors import EXIT_HANG
-from dist_spin.launch import local_pipeline
+from dist_spin.launch import local_pipeline, next_stage
 
 # A main thread in C, as in a collective: Python's own handlers would wait for it.
 NATIVE = "import ctypes; print('ready', flush=True); ctypes.CDLL(None).sleep(30); ctypes.CDLL(None).sleep(30)"
@@ -204,3 +205,45 @@ def test_ranks_that_wait_for_one_that_failed_are_stopped_and_its_exit_code_count
     assert time.monotonic() - began < 5
     assert sorted(codes) == [3, EXIT_HANG]
     assert local_pipeline.exit_code(codes, []) == 3
+
+
+WAITING = "from dist_spin.runtime.processes import wait_for_turn; wait_for_turn(); print('begun', flush=True)"
+
+
+def test_a_stage_that_was_prepared_begins_when_its_turn_comes(monkeypatch, capfd):
+    monkeypatch.setattr(next_stage, "AFTER_S", 0.0)
+    start = functools.partial(local_pipeline.start_ranks, [sys.executable, "-c", WAITING], 2)
+    with next_stage.NextStage() as following:
+        following.prepare(start, 2)
+        following.start_when_due()
+        time.sleep(0.5)
+        assert capfd.readouterr().out == ""
+        ranks = following.begin(start)
+        assert local_pipeline.wait(ranks) == [0, 0]
+        assert capfd.readouterr().out == "begun\n" * 2
+
+        following.prepare(start, 2)  # one that is gone by then is started again, and so is the other
+        following.start_when_due()
+        lost, left = following._processes
+        lost.kill()
+        lost.wait()
+        assert local_pipeline.wait(following.begin(start)) == [0, 0]
+        assert left.poll() is not None
+
+        following.prepare(start, 2)
+        following.start_when_due()
+        waiting = following._processes
+        assert [process.poll() for process in waiting] == [None, None]
+    assert [process.poll() for process in waiting] == [-signal.SIGKILL] * 2
+    assert capfd.readouterr().out == "begun\n" * 2
+
+
+def test_little_memory_is_left_to_the_stage_at_work(monkeypatch):
+    monkeypatch.setattr(next_stage, "AFTER_S", 0.0)
+    monkeypatch.setattr(next_stage, "host_bytes_free", lambda: next_stage.MEMORY_SHARE * next_stage.PROCESS_BYTES)
+    start = functools.partial(local_pipeline.start_ranks, ["true"])
+    with next_stage.NextStage() as following:
+        for nproc, started in ((2, 0), (1, 1)):
+            following.prepare(functools.partial(start, nproc), nproc)
+            following.start_when_due()
+            assert len(following._processes) == started

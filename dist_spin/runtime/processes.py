@@ -58,6 +58,18 @@ PARENT = "DIST_SPIN_PARENT"  # in the environment of a process: its launcher's p
 PR_SET_PDEATHSIG = 1  # prctl(2)
 LISTENING_SOCKET = "DIST_SPIN_LISTENING_SOCKET"  # where ranks meet: the descriptor that rank 0 inherits; -1 for others
 
+TURN = "DIST_SPIN_TURN"  # of a process that is started before its turn: the descriptor that has a byte for it when it may begin
+
+
+def wait_for_turn() -> None:
+    """Return when the launcher lets this process begin, at once if it was not started before its turn; may end the process."""
+    descriptor = os.environ.pop(TURN, "")
+    if descriptor:
+        may_begin = os.read(int(descriptor), 1)
+        os.close(int(descriptor))
+        if not may_begin:  # the launcher has left
+            os._exit(EXIT_HANG)
+
 
 def dependent_environment() -> dict[str, str]:
     """What a launcher adds to the environment of the processes that are not to outlive it (see `die_with_parent`)."""
