@@ -207,11 +207,12 @@ def test_ranks_that_wait_for_one_that_failed_are_stopped_and_its_exit_code_count
     assert local_pipeline.exit_code(codes, []) == 3
 
 
-WAITING = "from dist_spin.runtime.processes import wait_for_turn; wait_for_turn(); print('begun', flush=True)"
+WAITING = "import os; from dist_spin.runtime.processes import wait_for_turn; wait_for_turn(); os.write(1, b'begun\\n')"
 
 
 def test_a_stage_that_was_prepared_begins_when_its_turn_comes(monkeypatch, capfd):
     monkeypatch.setattr(next_stage, "AFTER_S", 0.0)
+    monkeypatch.setattr(next_stage, "PROCESS_BYTES", 0)
     start = functools.partial(local_pipeline.start_ranks, [sys.executable, "-c", WAITING], 2)
     with next_stage.NextStage() as following:
         following.prepare(start, 2)
