@@ -133,7 +133,7 @@ def test_int_mm_takes_any_number_of_rows():
         torch.testing.assert_close(kernel(x).double(), exact, rtol=5e-3, atol=1e-6)  # the result is bfloat16
 
 
-@pytest.mark.parametrize("name", ["fp8", "int4", "humming-w4a8"])
+@pytest.mark.parametrize("name", ["fp8", "int4", "humming-w4a8", "humming-nvfp4a16"])
 def test_kernels_for_other_devices_say_so(name):
     with pytest.raises(Unavailable, match="GPU"):
         make(name, random_weight((32, 128), 0, CPU), same, [64])
@@ -236,6 +236,9 @@ def test_a_shape_that_is_not_there(tmp_path, capsys):
         ("humming-w4a16", 0.15),
         ("humming-w4a8", 0.15),
         ("humming-w4afp8", 0.15),
+        ("humming-nvfp4a16", 0.15),
+        ("humming-mxfp4a16", 0.15),
+        ("humming-mxfp4afp8", 0.15),
     ],
 )
 def test_gpu_kernels_compute_the_product_to_their_bits(name, worst):

@@ -8,6 +8,8 @@
     humming-w4a16, humming-w4a8, humming-w4afp8, humming-w4a4
            int4 weights in groups, activations in 16 bits, or int8, e4m3, int4 per token: the package humming-kernels (GPU), which
            vLLM serves integer activations with; it can apply a Hadamard in blocks where it rounds activations
+    humming-nvfp4a16, humming-mxfp4a16, humming-mxfp4afp8
+           likewise with weights in NVFP4 or MXFP4, activations in 16 bits or e4m3 per token; 4-bit ones need a Blackwell GPU
 
 torchao's int8 linear is not used on a GPU because, outside a compiled graph, it copies the transposed weight at every call.
 Weights are rounded to nearest: a benchmark asks how long the product takes, not how good the model is.
@@ -25,7 +27,13 @@ from dist_spin.runtime.cpu_features import INT8_SATURATES, int8_is_exact
 
 GROUP = {"int4": 128, "w4a8": 32, "humming": 128}  # input channels that share a scale: the libraries' usual choices
 HUMMING = "humming-"
-HUMMING_INPUTS = {"w4a16": "", "w4a8": "int8", "w4afp8": "float8e4m3", "w4a4": "int4"}  # its names of number formats
+HUMMING_INPUTS = {"a16": "", "a8": "int8", "afp8": "float8e4m3", "a4": "int4"}  # its names of number formats
+# As it calls them; a scale without a number format is held in bfloat16.
+HUMMING_WEIGHTS: dict[str, dict[str, Any]] = {
+    "w4": {"dtype": "int4", "group_size": GROUP["humming"]},
+    "nvfp4": {"dtype": "float4e2m1", "group_size": 16, "scale_dtype": "float8e4m3", "scale_2_type": "tensor"},
+    "mxfp4": {"dtype": "float4e2m1", "group_size": 32, "scale_dtype": "float8e8m0"},
+}
 INT_MM_ROWS = 32  # the least number of rows given to torch._int_mm, which refuses 16 and fewer on CUDA
 
 
@@ -156,7 +164,7 @@ class Xnnpack:
 class Humming:
     """A linear of humming-kernels, which compiles its kernels here: one for each number of rows that will come."""
 
-    def __init__(self, weight: Tensor, inputs: str, rows: Sequence[int]) -> None:
+    def __init__(self, weight: Tensor, weights: dict[str, Any], inputs: str, rows: Sequence[int]) -> None:
         if weight.device.type != "cuda":
             raise Unavailable("humming-kernels computes on a GPU")
         try:
@@ -166,18 +174,19 @@ class Humming:
             raise Unavailable(f"needs the package humming-kernels ({error})") from error
         if inputs == "int4" and not get_heuristics_class(weight.device).b4_allowed_dtypes:
             raise Unavailable("humming-kernels has no product of 4-bit integer activations for this GPU")
-        group = _group("humming", weight)
         out, width = weight.shape
+        group = weights["group_size"]
+        _check_group(group, width)
         self.layer = HummingLayer(
             shape_n=out,
             shape_k=width,
-            weight_config={"dtype": "int4", "group_size": group},
+            weight_config=dict(weights),
             input_config={"dtype": inputs} if inputs else None,
             torch_dtype=torch.bfloat16,
         ).to(weight.device)
         self.layer.load_from_unquantized(weight)
         self.layer.transform()
-        self.weight_bytes = weight.numel() // 2 + weight.numel() // group * 2
+        self.weight_bytes = weight.numel() // 2 + weight.numel() // group * (1 if "scale_dtype" in weights else 2)
         # Left to itself it compiles kernels for every number of rows up to 8192.
         ends = sorted(set(rows))
         tuned = [get_heuristics_config(self.layer.humming_config, shape_m=end) for end in ends]
@@ -223,7 +232,8 @@ def make(name: str, weight: Tensor, fuse: Callable[[Any], Any], rows: Sequence[i
     if name == "int4":
         raise Unavailable("tinygemm computes on a GPU")
     if name.startswith(HUMMING):
-        return Humming(weight, HUMMING_INPUTS[name.removeprefix(HUMMING)], rows)
+        weights, _, inputs = name.removeprefix(HUMMING).partition("a")
+        return Humming(weight, HUMMING_WEIGHTS[weights], HUMMING_INPUTS[f"a{inputs}"], rows)
     return Xnnpack(weight, max(rows))
 
 
@@ -247,9 +257,13 @@ def relative_error(
 
 
 def _group(name: str, weight: Tensor) -> int:
-    if weight.shape[1] % GROUP[name]:
-        raise Unavailable(f"groups of {GROUP[name]} do not divide {weight.shape[1]} input channels")
+    _check_group(GROUP[name], weight.shape[1])
     return GROUP[name]
+
+
+def _check_group(group: int, width: int) -> None:
+    if width % group:
+        raise Unavailable(f"groups of {group} do not divide {width} input channels")
 
 
 def _torchao() -> Any:

@@ -16,7 +16,11 @@ BENCHES = {
     "scaling": "step times on several numbers of GPUs, beside a formula that predicts others",
 }
 PARTS = ("optimize", "quantize", "evaluate", "compressed-tensors", "hf")  # of `bench pipeline`, in their order
-KERNELS = ("bf16", "fp8", "int8", "int4", "w4a8", "humming-w4a16", "humming-w4a8", "humming-w4afp8", "humming-w4a4")
+KERNELS = (
+    *("bf16", "fp8", "int8", "int4", "w4a8"),
+    *("humming-w4a16", "humming-w4a8", "humming-w4afp8", "humming-w4a4"),
+    *("humming-nvfp4a16", "humming-mxfp4a16", "humming-mxfp4afp8"),
+)
 SHAPES = {  # hidden size, intermediate size, heads, key and value heads
     "tiny": (64, 96, 4, 2),
     "135m": (576, 1536, 9, 3),

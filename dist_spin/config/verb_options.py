@@ -88,6 +88,8 @@ def serve_check_options(parser: Parser) -> None:
     parser.add_argument("--tokens", metavar="N", type=_count, help="tokens written after half a window (default: 16)")
     parser.add_argument("--tensor-parallel", metavar="N", type=_count, help="GPUs of the engine (default: 1)")
     parser.add_argument("--kv-cache-dtype", metavar="DTYPE", help="as the engine's own option (default: auto)")
+    meaning = "on a CPU: let the engine compute NVFP4 by its emulation, which it takes on GPUs alone"
+    parser.add_argument("--emulate", action="store_true", help=meaning)
     parser.add_argument("--json", dest="as_json", action="store_true", help="the same as JSON, for programs")
 
 

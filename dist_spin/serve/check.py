@@ -68,6 +68,7 @@ def serve_check(
     tokens: int = 16,
     tensor_parallel: int = 1,
     kv_cache_dtype: str = "auto",
+    emulate: bool = False,
     as_json: bool = False,
     shown: bool = False,
 ) -> None:
@@ -78,6 +79,7 @@ def serve_check(
         text: a source as of evaluate.sources, its test part, of which `sequences` windows of `seq_len` tokens are read.
         tokens: how many are written greedily after the first half of each window.
         tensor_parallel, kv_cache_dtype: as vLLM's options. as_json: print a list of `Comparison`s.
+        emulate: on a CPU, where vLLM has no kernel for NVFP4, let it use its emulation.
         shown: let the engine print what it does.
 
     Raises:
@@ -99,6 +101,7 @@ def serve_check(
         new_tokens=tokens,
         tensor_parallel=tensor_parallel,
         kv_cache_dtype=kv_cache_dtype,
+        emulate=emulate,
         shown=shown,
     )
     found = []

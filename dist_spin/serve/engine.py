@@ -78,12 +78,20 @@ def find_python(given: Path | None) -> Path:
 
 
 def ask(
-    python: Path, questions: list[Question], *, new_tokens: int, tensor_parallel: int, kv_cache_dtype: str, shown: bool
+    python: Path,
+    questions: list[Question],
+    *,
+    new_tokens: int,
+    tensor_parallel: int,
+    kv_cache_dtype: str,
+    emulate: bool = False,
+    shown: bool,
 ) -> tuple[str, list[Answer]]:
     """Engine and version, and its answers in the order of `questions`.
 
     Args:
-        new_tokens: how many are written greedily. shown: let the engine print what it does, instead of keeping it in a file.
+        new_tokens: how many are written greedily. emulate: see `serve_check`.
+        shown: let the engine print what it does, instead of keeping it in a file.
 
     Raises:
         NotServed: the process ended before it answered.
@@ -96,6 +104,7 @@ def ask(
             "new_tokens": new_tokens,
             "tensor_parallel": tensor_parallel,
             "kv_cache_dtype": kv_cache_dtype,
+            "emulate": emulate,
         }
         (place / "request.json").write_text(json.dumps(request))
         shutil.copy(WORKER, place)  # beside nothing else, so that it cannot take our modules for others of that name

@@ -17,6 +17,8 @@ def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text())
     import vllm
 
+    if request["emulate"]:
+        _emulate_on_cpus()
     answers: dict[str, Any] = {"engine": f"vLLM {vllm.__version__}", "exports": []}
     for export in request["exports"]:
         try:
@@ -29,6 +31,14 @@ def main() -> None:
         unfinished = Path(f"{sys.argv[2]}.unfinished")
         unfinished.write_text(json.dumps(answers))
         unfinished.replace(sys.argv[2])
+
+
+def _emulate_on_cpus() -> None:
+    """Let the engine's emulation of NVFP4, which is plain torch there, be chosen on CPUs, for which it names no kernel."""
+    from vllm.model_executor.kernels import linear
+    from vllm.platforms import PlatformEnum
+
+    linear._POSSIBLE_NVFP4_KERNELS.setdefault(PlatformEnum.CPU, [linear.EmulationNvFp4LinearKernel])
 
 
 def _served(export: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +92,7 @@ def _kernels(model: Any) -> list[str]:
         method = scheme if scheme is not None else getattr(module, "quant_method", None)
         if method is None or not hasattr(module, "weight_loader"):
             continue
-        inner = getattr(method, "kernel", None)
+        inner = getattr(method, "kernel", None) or getattr(method, "fp8_linear", None)
         kernel = f" ({type(inner).__name__})" if inner is not None else ""
         found[f"{name.rpartition('.')[2]}: {type(method).__name__}{kernel}"] = None
     return list(found)
