@@ -188,6 +188,7 @@ def test_bench_times_the_parts_of_a_layer(tmp_path, capsys):
     figures = json.loads(out.read_text())
     parts = sum(figures["seconds"][part] for part in (bench.MERGE, *bench.PARTS))
     assert 0.5 * figures["seconds"]["layer"] < parts <= figures["seconds"]["layer"]
+    assert 0 < figures["floor_s"] < figures["seconds"]["layer"]
     assert figures["solver"]["codes_equal"] > 0.999
     assert figures["solver"]["error"] == pytest.approx(figures["solver"]["plain_error"], rel=1e-3)
     assert "times as fast" in capsys.readouterr().out

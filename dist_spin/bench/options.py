@@ -31,6 +31,7 @@ SHAPES = {  # hidden size, intermediate size, heads, key and value heads
 EXPERT_SHAPES = {  # hidden size, one expert's intermediate size, heads, key and value heads, experts, of which a token takes
     "tiny-moe": (64, 96, 4, 2, 8, 2),
     "30b-a3b": (2048, 768, 32, 4, 128, 8),
+    "235b-a22b": (4096, 1536, 64, 4, 128, 8),
 }
 
 

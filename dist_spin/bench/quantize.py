@@ -3,7 +3,8 @@
     dist-spin bench quantize --shape 70b --sequences 128 --seq-len 2048 --out layer70b.json
     dist-spin bench quantize --shape 8b --baseline           beside a plain column loop in PyTorch
 
-Parts are timed apart: merging the rotations, forward passes, Hessians, factorisation, solve and error figures.
+Parts are timed apart: merging the rotations, forward passes, Hessians, factorisation, solve and error figures. Beside their sum
+stands a floor: the products of forward passes and Hessians alone, at the rate of a large product.
 """
 
 import argparse
@@ -18,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_spin.bench.device import describe, synchronize
+from dist_spin.bench.device import describe, matmul_ceiling, synchronize
 from dist_spin.bench.options import EXPERT_SHAPES, SHAPES
 from dist_spin.bench.plain_gptq import plain_gptq
+from dist_spin.bench.stage_costs import forward_flop, hessian_flop
 from dist_spin.model.architecture import Shape
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.rotated_weights import RotatedWeights
@@ -110,6 +112,7 @@ def measure(args: argparse.Namespace, world: distributed.World) -> dict[str, Any
         if repeat:
             runs.append(watch.seconds())
     seconds = {part: statistics.median(run[part] for run in runs) for part in (MERGE, *PARTS, LAYER)}
+    flop = args.sequences * args.seq_len * (forward_flop(shape, args.seq_len) + hessian_flop(shape))
     figures: dict[str, Any] = {
         "shape": args.shape,
         "sequences": args.sequences,
@@ -122,6 +125,7 @@ def measure(args: argparse.Namespace, world: distributed.World) -> dict[str, Any
         "seconds": seconds,
         "runs": runs,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+        "floor_s": flop / matmul_ceiling(device)[0],
     }
     del quantizer, hidden, merged
     if args.baseline:
@@ -209,6 +213,7 @@ def table(figures: dict[str, Any]) -> str:
         f"one {f['shape']} decoder layer, {f['sequences']} x {f['seq_len']} tokens, {f['device']}",
         *(f"  {part:8} {seconds[part]:8.3f} s" for part in (MERGE, *PARTS, LAYER)),
     ]
+    lines.append(f"  floor    {f['floor_s']:8.3f} s, {100 * f['floor_s'] / seconds[LAYER]:.0f} % of the layer's")
     if f["peak_gib"] is not None:
         lines.append(f"  peak     {f['peak_gib']:8.1f} GiB")
     if "solver" in f:
