@@ -6,8 +6,10 @@ Dividing keeps the ratios and, as long as a factor of two is left beside it, the
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from test_gptq import oracle
 from torch import Tensor
 from transformers import (
     Cohere2Config,
@@ -33,6 +35,7 @@ from transformers import (
 )
 
 from dist_spin.model.layers import LayerRunner
+from dist_spin.numerics.gptq import GPTQOptions
 from dist_spin.storage.quantized_layers import QuantizedLayer, finished_layer, save_layer
 
 TIED: dict[str, Any] = {"tie_word_embeddings": True}
@@ -193,6 +196,44 @@ WITHOUT_R1: dict[str, PreTrainedConfig] = {
     "command-r-plus (12288, 33792)": _config(CohereConfig, 96, 264, 12, 2, use_qk_norm=True, logit_scale=0.8, **TIED),
     "command-r7b (4096, 14336)": _config(Cohere2Config, 64, 224, 8, 2, **TIED, **WINDOWS),
 }
+
+# One size of each family, where more would show nothing else.
+ONE_OF_EACH = {config.model_type: name for name, config in reversed((FAMILIES | WITHOUT_R1).items())}
+
+
+def assert_codes_are_the_oracles(
+    runner: LayerRunner, index: int, made: QuantizedLayer, weights: dict[str, Tensor], entered: list[Tensor]
+) -> None:
+    """A layer's codes are those of a plain GPTQ, one column at a time, of the Hessians of what its linears read.
+
+    In the quantised layer every linear reads what it read while it was quantised: that of the rounded linears before it.
+    weights: of the layer, not rounded; entered: the hidden states [batch, T, h] that it was quantised with.
+    """
+    layer: Any = runner.build(index, made.weights(torch.float64, torch.device("cpu")))
+    read: dict[str, list[Tensor]] = {role: [] for role in (*made.quantized_weights, "mlp.gate")}
+
+    def listen(role: str) -> None:
+        module = layer.get_submodule(role)
+        linear = getattr(module, "linear", module)
+        linear.register_forward_pre_hook(lambda module, inputs: read[role].append(inputs[0].flatten(0, -2)))
+
+    for role in made.quantized_weights:
+        listen(role)
+    if runner.shape.experts:
+        listen("mlp.gate")
+    for hidden in entered:
+        runner.run(layer, index, hidden)
+    for e in range(runner.shape.experts):
+        name = f"mlp.experts.{e}"
+        counts = made.figures[f"{name}.up_proj"]
+        if counts["calibrated"] > counts["tokens"]:  # too few tokens chose it: its Hessian is of all
+            for linear in ("gate_proj", "up_proj", "down_proj"):
+                read[f"{name}.{linear}"].clear()
+            layer.mlp.experts[e](torch.cat(read["mlp.gate"]))
+    for role, quantized in made.quantized_weights.items():
+        x = torch.cat(read[role])
+        wanted = oracle(weights[f"{role}.weight"], x.T @ x, GPTQOptions())
+        assert np.array_equal(quantized.codes.numpy(), wanted), role
 
 
 def assert_a_layer_from_disk_computes(

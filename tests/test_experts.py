@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from families import FAMILIES, assert_a_layer_from_disk_computes
+from families import FAMILIES, assert_a_layer_from_disk_computes, assert_codes_are_the_oracles
 from safetensors.torch import load_file, save_file
 from test_model import CPU, eager_and_compiled, learning_model, online_sites, reference_logits, relative
 from test_transforms import build, learned_transforms, merged
@@ -96,6 +96,7 @@ def test_experts_are_rounded_from_their_own_tokens_or_from_all_and_it_is_said(
     assert all(0 < f["error"] < f["rtn_error"] < 1 for f in made.figures.values())
     assert any("experts were chosen by fewer than" in line for line in said) == (20 * sequences < 1000)
     assert_a_layer_from_disk_computes(tmp_path, runner, 1, made, entered, hidden)
+    assert_codes_are_the_oracles(runner, 1, made, weights, entered)
 
 
 def test_a_run_quantises_measures_and_exports_what_transformers_loads(files, tmp_path):

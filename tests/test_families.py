@@ -6,15 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, assert_a_layer_from_disk_computes
+from exported import NO_HAD, W4A16, exported, logits, make_run
+from families import FAMILIES, ONE_OF_EACH, WITHOUT_R1, assert_a_layer_from_disk_computes, assert_codes_are_the_oracles
 from test_model import WeightSide, learning_model, merged_logits, online_sites, reference_logits, relative
 from test_states_network import network, rotated_network, states
-from tiny import write_model
+from tiny import tiny_run, write_model
 from torch import nn
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+import dist_spin
 from dist_spin.config.loader import load_config
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
+from dist_spin.model.experts import EXPERT_FAMILIES
 from dist_spin.model.families import REFUSED
 from dist_spin.model.full_model import build_full_model
 from dist_spin.model.layers import LayerRunner
@@ -30,6 +34,7 @@ from dist_spin.runtime import distributed
 
 CPU = torch.device("cpu")
 WIDE = torch.float64
+CACHE16 = ["quant.k_bits=16", "quant.v_bits=16"]
 IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(1))
 
 
@@ -87,7 +92,7 @@ def test_attached_rotations_are_the_merged_ones_and_so_are_their_gradients(files
     assert float(tangent(rotations.lie_grad1).norm()) > 1e-3
 
 
-def test_layers_are_quantised_and_reload_as_they_were(files, alone, tmp_path):
+def test_layers_are_quantised_and_reload_as_they_were(files, alone, tmp_path, request):
     sites = online_sites(files, 16)
     rotations = initial("hadamard", files.shape, 0)
     source = RotatedWeights(files.weights, files.shape, rotations, sites.r4, CPU, WIDE)
@@ -96,11 +101,13 @@ def test_layers_are_quantised_and_reload_as_they_were(files, alone, tmp_path):
     generator = torch.Generator().manual_seed(0)
     last = files.shape.layers - 1
     hidden = [torch.randn(1, 20, files.shape.hidden, generator=generator, dtype=WIDE) for _ in range(6)]
-    entered = list(hidden)
-    made = quantizer.quantize(last, source.layer(last), hidden)
+    entered, weights = list(hidden), source.layer(last)
+    made = quantizer.quantize(last, weights, hidden)
     assert set(made.quantized_weights) == set(files.shape.linears)
     assert all(0 < f["error"] < f["rtn_error"] < 1 for f in made.figures.values())
     assert_a_layer_from_disk_computes(tmp_path, runner, last, made, entered, hidden)
+    if request.node.callspec.params["files"] in ONE_OF_EACH.values():
+        assert_codes_are_the_oracles(runner, last, made, weights, entered)
 
 
 def test_generation_reads_its_cache_as_it_would_read_the_text_again(files):
@@ -119,6 +126,27 @@ def test_generation_reads_its_cache_as_it_would_read_the_text_again(files):
     cached, again = (model.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=use) for use in (True, False))
     assert cached.shape == (2, 26)
     assert torch.equal(cached, again)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    # The others are exported by tests of their own: test_export.py, test_experts.py.
+    [kind for kind in ONE_OF_EACH if kind not in ("llama", "mistral", "qwen2", "qwen3", *EXPERT_FAMILIES)],
+)
+def test_exports_load_elsewhere(kind, tmp_path):
+    config = (FAMILIES | WITHOUT_R1)[ONE_OF_EACH[kind]]
+    model = write_model(config, tmp_path / "model", layers=config.num_hidden_layers, dtype=torch.float32)
+    r1 = ["rotation.r1=false"] if ONE_OF_EACH[kind] in WITHOUT_R1 else []
+    words = tiny_run(tmp_path, "optimize.steps=0", "model.dtype=float32", *NO_HAD, *W4A16, *CACHE16, *r1, model=model)
+    make_run(words, "quantize")
+    original = logits(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32))
+    whole = AutoModelForCausalLM.from_pretrained(exported(words, "hf"), dtype=torch.float32)
+    assert relative(logits(whole), original) < 1e-4
+    packed = exported(words, "compressed-tensors")
+    ours = logits(dist_spin.load(packed, "cpu"))
+    how = {"quantization_config": CompressedTensorsConfig(dequantize=True), "dtype": torch.float32}
+    assert relative(logits(AutoModelForCausalLM.from_pretrained(packed, **how)), ours) < 1e-5
+    assert 1e-2 < relative(ours, original) < 1.5
 
 
 def refusal(place: Path, config: dict[str, object]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from families import WITHOUT_R1, assert_a_layer_from_disk_computes
+from families import ONE_OF_EACH, WITHOUT_R1, assert_a_layer_from_disk_computes, assert_codes_are_the_oracles
 from test_model import CPU, learning_model, merged_logits, online_sites, reference_logits, relative
 from tiny import tiny_run, write_model
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ def test_a_teacher_and_the_gradient_of_its_divergence(files):
         assert float(turn.grad) == pytest.approx(float(up - down) / (2 * step), rel=1e-5, abs=1e-7)
 
 
-def test_layers_are_quantised_and_reload_as_they_were(files, alone, tmp_path):
+def test_layers_are_quantised_and_reload_as_they_were(files, alone, tmp_path, request):
     sites = online_sites(files, 16)
     source = RotatedWeights(files.weights, files.shape, initial("hadamard", files.shape, 0, NO_R1), sites.r4, CPU, WIDE)
     runner = LayerRunner(files.config, sites, device=CPU, dtype=WIDE, rotated=True)
@@ -124,6 +124,8 @@ def test_layers_are_quantised_and_reload_as_they_were(files, alone, tmp_path):
     assert set(made.quantized_weights) == set(LAYER_LINEARS)
     assert all(0 < f["error"] < f["rtn_error"] < 1 for f in made.figures.values())
     assert_a_layer_from_disk_computes(tmp_path, runner, last, made, entered, hidden)
+    if request.node.callspec.params["files"] in ONE_OF_EACH.values():
+        assert_codes_are_the_oracles(runner, last, made, weights, entered)
 
 
 def logits_of(model) -> Tensor:

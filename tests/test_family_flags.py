@@ -1,6 +1,8 @@
 """Settings in the config of a supported family: each does what it does in transformers, or is refused."""
 
+import random
 from dataclasses import fields
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ def by_kind_of_layer(parameters: dict[str, Any]) -> dict[str, Any]:
     return {"full_attention": dict(parameters), "sliding_attention": {"rope_type": "default", "rope_theta": 30.0}}
 
 
+PAIRS = 4
 NEED_WINDOW = ("gemma2", "gemma3_text", "olmo3", "cohere2")
 FACTORS = {"short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [1.0, 2.0, 4.0, 9.0]}
 WINDOW = {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}
@@ -75,7 +78,9 @@ FLAGS: dict[str, dict[str, Any]] = {
     "parallel": {"parallel_attn": True, "use_parallel_residual": True},
     "bidirectional": {"use_bidirectional_attention": True},
     "not causal": {"is_causal": False},
-    "dropout": {"attention_dropout": 0.5},
+    "no bias of queries, keys and values": {"qkv_bias": False},
+    "every other layer without rope": {"no_rope_layers": None, "no_rope_layer_interval": 2},
+    "dropout": {"attention_dropout": 0.5, "embd_pdrop": 0.5, "resid_pdrop": 0.5},
     "pretraining_tp": {"pretraining_tp": 2},
     "shares as they are": {"norm_topk_prob": False},
     "shares normalised": {"norm_topk_prob": True},
@@ -88,6 +93,11 @@ FLAGS: dict[str, dict[str, Any]] = {
     "router noise": {"router_jitter_noise": 0.5},
     "a shared expert": {"shared_expert_intermediate_size": 24, "n_shared_experts": 1},
     "groups of experts": {"n_group": 2, "topk_group": 1, "scoring_func": "sigmoid", "routed_scaling_factor": 2.0},
+}
+# What is left: sizes, which every test here has others of, ids of tokens, and what training and caches read.
+NOT_OF_THE_FUNCTION = {
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache"),
 }
 
 
@@ -112,6 +122,13 @@ def base(kind: str) -> PreTrainedConfig:
 
 
 def flags_of(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
+    """The flags of a family, and a few pairs of them, other ones for each family."""
+    flags = single_flags_of(config)
+    pairs = random.Random(config.model_type).sample(list(combinations(flags, 2)), PAIRS)
+    return flags | {f"{one}, {other}": flags[one] | flags[other] for one, other in pairs}
+
+
+def single_flags_of(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
     """FLAGS, for a family without R1 with all entries that its config has no field for in one: they must all be ignored."""
     if config.model_type not in {model.model_type for model in WITHOUT_R1.values()}:
         return FLAGS
@@ -152,6 +169,13 @@ def ours(directory: Path) -> Tensor | None:
     for i in range(files.shape.layers):
         hidden = runner.run(runner.build(i, weights.layer(i)), i, hidden)
     return weights.head(norm_eps(files.config)).logits(hidden)
+
+
+def test_no_setting_of_a_family_is_left_out():
+    changed = {name for change in FLAGS.values() for name in change} | NOT_OF_THE_FUNCTION
+    of_every_model = {field.name for field in fields(PreTrainedConfig)}
+    for config in MODELS.values():
+        assert {field.name for field in fields(config)} <= changed | of_every_model, config.model_type
 
 
 @pytest.mark.parametrize("kind", dict.fromkeys(config.model_type for config in MODELS.values()))
