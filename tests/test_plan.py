@@ -18,6 +18,7 @@ from dist_spin.bench.plan_model import (
     optimize,
     parts,
     quantize,
+    run_seconds,
     step_seconds,
 )
 from dist_spin.bench.scaling_model import GIB
@@ -125,6 +126,9 @@ def test_more_of_anything_takes_no_less():
     }.items():
         more = parts(settings(*words), SHAPES["8b"], machine("h100", 1), 2048)
         assert more[name].seconds > base[name].seconds
+    apart = sum(part.seconds for part in base.values())
+    assert run_seconds(base) < apart
+    assert run_seconds({"optimize": base["optimize"]}) == base["optimize"].seconds
 
 
 def test_a_stored_teacher_takes_disk_and_shortens_steps():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dist_spin.bench.plan_model import GPUS, Gpu, Hardware, Part, learning_point, parts, quantize
+from dist_spin.bench.plan_model import GPUS, Gpu, Hardware, Part, learning_point, parts, quantize, run_seconds
 from dist_spin.bench.scaling_model import GIB
 from dist_spin.bench.stage_costs import model_bytes
 from dist_spin.config.run import RunConfig
@@ -113,7 +113,7 @@ def page(shape: Shape, hardware: Hardware, planned: dict[str, Part], advice: lis
         note = "; ".join([*part.notes, *([f"DOES NOT FIT into {part.lacks}"] if part.lacks else [])])
         numbers = (f"{part.seconds:.0f}", f"{part.gpu / GIB:.0f}", f"{part.host / GIB:.0f}", f"{part.disk / GB:.1f}")
         rows.append((name, *numbers, note))
-    seconds, disk = (sum(getattr(part, figure) for part in planned.values()) for figure in ("seconds", "disk"))
+    seconds, disk = run_seconds(planned), sum(part.disk for part in planned.values())
     most = (
         f"{max((getattr(p, figure) for p in planned.values()), default=0.0) / GIB:.0f}" for figure in ("gpu", "host")
     )

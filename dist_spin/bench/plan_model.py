@@ -40,6 +40,7 @@ FORWARD, HESSIAN, FACTOR, SOLVE, ERRORS, MERGE = 563e12, 510e12, 52e12, 20e12, 5
 FP32, TF32 = 50e12, 350e12  # FLOP/s of large products, of which the fitted start is made
 # Not of the GPU.
 START = 10.0  # seconds before a process starts its work and after it: imports, CUDA, NCCL
+IMPORTS = 6.0  # of them are over before the turn of a stage of `run` that follows another (launch/next_stage.py)
 COMPILE = 24.0  # seconds of the first step beyond the others
 READ = 8e9  # bytes/s at which one process reads weights from the page cache
 DRAWING, PROBES = 15.0, 0.1  # seconds of all figures of a report, and of what is found of the activations of a layer
@@ -325,3 +326,8 @@ def parts(config: RunConfig, shape: Shape, hardware: Hardware, tokens: int) -> d
     if config.export.target != "none":
         planned["export"] = export(config, shape, hardware)
     return planned
+
+
+def run_seconds(planned: dict[str, Part]) -> float:
+    """Of all parts, one after the other by `run`, which lets those after the first import ahead of their turn."""
+    return sum(part.seconds for part in planned.values()) - IMPORTS * max(0, len(planned) - 1)
