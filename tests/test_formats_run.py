@@ -134,10 +134,26 @@ def test_global_scales_of_inputs_are_those_of_the_largest_and_go_with_the_layer(
     assert all(torch.equal(runner.run(rebuilt, 0, h), left) for h, left in zip(entered, hidden, strict=True))
 
 
-def test_tuned_scales_have_no_place_where_scales_are_of_8_bits(model, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["nvfp4", "fp8"])
+def test_tuning_leaves_scales_of_8_bits(model, tmp_path, name):
+    words = tiny_run(tmp_path, "optimize.steps=2", *PLAIN, *(NVFP4 if name == "nvfp4" else FP8), model=model)
+    words += ["quantize.n_sequences=1", "quantize.tune_lr=0.01", "optimize.scales=true"]
+    layers = []
+    for steps in (0, 3):
+        more = (f"name=tuned{steps}", f"quantize.tune_steps={steps}")
+        assert main(["optimize", *words, *more]) == main(["quantize", *words, *more]) == 0
+        layers.append(load_layer(tmp_path / f"tuned{steps}" / "layers" / "000.safetensors")[0])
+    for role, before in layers[0].quantized_weights.items():
+        after = layers[1].quantized_weights[role]
+        assert torch.equal(after.codes.float(), before.codes.float())
+        assert torch.equal(after.scale, before.scale) == (name == "nvfp4")
+    assert not torch.equal(*(layer.others["input_layernorm.weight"] for layer in layers))
+
+
+def test_nothing_to_tune_is_said(model, tmp_path, capsys):
     words = tiny_run(tmp_path, "optimize.steps=0", *PLAIN, *NVFP4, "quantize.tune_steps=2", model=model)
     assert main(["quantize", *words]) == 2
-    assert "quantize.tune_steps gives weights scales that quant.w_format=nvfp4 cannot hold" in capsys.readouterr().err
+    assert "quantize.tune_steps finds nothing to tune: quant.w_format=nvfp4 holds scales" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("group_of_one")

@@ -185,8 +185,8 @@ def at_bits(config: RunConfig, weights: str, bits: Widths, formats: Formats = IN
     if formats[1] != "int" and FORMATS[formats[1]].group:
         widths["o_per_head"] = False
     method: Any = weights
-    # Tuned scales would leave the grid of those that a format holds in 8 bits.
-    tuning: dict[str, Any] = {"tune_steps": 0} if has_narrow_scales(formats[0]) else {}
+    # Gains alone are tuned where a format holds scales in 8 bits, and there are none unless scales are learned.
+    tuning: dict[str, Any] = {"tune_steps": 0} if has_narrow_scales(formats[0]) and not config.optimize.scales else {}
     if w == 16:
         widths |= {"down_bits": 0, "embedding_bits": 16, "head_bits": 16}
     return dataclasses.replace(

@@ -46,8 +46,9 @@ class QuantizeConfig:
     cd_passes: int = 0
     """Passes of coordinate descent over GPTQ's codes, which lower the error of each layer's output; 0: none, as published."""
     tune_steps: int = 0
-    """Steps in which the scales of the codes and the gains of norms then learn to predict as full precision does; codes stay.
-    Four calibration sequences a step; the whole model is on each rank's device. 0: none, as published."""
+    """Steps in which the scales of the codes and the gains of norms then learn to predict as full precision does; codes stay,
+    and so do scales that a format holds in 8 bits. Four calibration sequences a step; the whole model is on each rank's device.
+    0: none, as published."""
     tune_lr: float = 1e-3
     """Learning rate of these scales' logarithms (Adam), falling along a cosine."""
     quantize_activations: bool = False

@@ -29,11 +29,14 @@ def open_configured_model(config: RunConfig) -> ModelFiles:
     """Open the model on every rank; what has to be downloaded or converted is so once, by rank 0.
 
     Raises:
-        UserError: it cannot be opened, or scales would be tuned that a number format has no place for.
+        UserError: it cannot be opened, or `quantize.tune_steps` would find nothing to tune.
     """
-    if config.quantize.tune_steps and has_narrow_scales(config.quant.w_format):
-        problem = f"quantize.tune_steps gives weights scales that quant.w_format={config.quant.w_format} cannot hold"
-        raise UserError(problem, "set quantize.tune_steps=0", shared=True)
+    if config.quantize.tune_steps and has_narrow_scales(config.quant.w_format) and not config.optimize.scales:
+        problem = (
+            f"quantize.tune_steps finds nothing to tune: quant.w_format={config.quant.w_format} holds scales in 8 bits"
+        )
+        remedy = "set optimize.scales=true, so that norms have gains to tune, or quantize.tune_steps=0"
+        raise UserError(problem, remedy, shared=True)
 
     def find() -> ModelFiles:
         return open_model(

@@ -2,10 +2,10 @@
 
     dist-spin quantize CONFIG.yaml quantize.tune_steps=200
 
-Codes stay as GPTQ left them, so nothing is added to the model. Step sizes alone were trained so by EfficientQAT (Chen et al.
-2024, its second phase), on the text; here towards the predictions of full precision, with activations quantised. The whole
-model is on one device, one layer's activations at a time; ranks share the sequences of a step. A start that is interrupted
-begins again from the rounded layers.
+Codes stay as GPTQ left them, and so do scales that a format holds in 8 bits: nothing is added to the model. Step sizes alone were
+trained so by EfficientQAT (Chen et al. 2024, its second phase), on the text; here towards the predictions of full precision, with
+activations quantised. The whole model is on one device, one layer's activations at a time; ranks share the sequences of a step. A
+start that is interrupted begins again from the rounded layers.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from dist_spin.errors import Interrupted, UserError
 from dist_spin.model.loss import distillation
 from dist_spin.model.sites import plain_sites
 from dist_spin.numerics.dtypes import accumulation_dtype
+from dist_spin.numerics.formats import has_narrow_scales
 from dist_spin.numerics.quantizer import dequantize_weight
 from dist_spin.pipeline.fingerprints import gptq_options
 from dist_spin.pipeline.model import model_dtype
@@ -135,10 +136,11 @@ class TunedNetwork:
     """The quantised network as a function of multipliers of its scales and gains.
 
     parameters: logarithms of the multipliers, by (layer, tensor): [out, groups] of a linear, [h] of a norm; fp32 or wider.
+    Linears have none where their format holds scales in 8 bits: there gains alone learn.
     """
 
     def __init__(self, job: QuantizeJob, rounded: QuantizeJob) -> None:
-        """Raises UserError if a rounded layer is not there."""
+        """Raises UserError if a rounded layer is not there, or there is nothing to tune."""
         self.job, self.device, self.dtype = job, job.world.device, model_dtype(job.config)
         self.runner = job.variant.runner(job.files.config, job.variant.sites, self.device, self.dtype)
         self.embedding, self.head = job.variant.weights.embedding(), job.variant.weights.head_weight()
@@ -146,6 +148,7 @@ class TunedNetwork:
         self.layers: list[QuantizedLayer] = []
         self.modules: list[nn.Module] = []
         self.parameters: dict[tuple[int, str], nn.Parameter] = {}
+        scales_learn = not has_narrow_scales(job.config.quant.w_format)
 
         def load() -> None:
             for index in range(job.files.shape.layers):
@@ -155,12 +158,14 @@ class TunedNetwork:
                 self.layers.append(layer)
                 self.modules.append(self.runner.build(index, layer.weights(self.dtype, self.device)))
                 wide = accumulation_dtype(self.dtype)
-                sizes = {f"{role}.weight": q.scale.shape for role, q in layer.quantized_weights.items()}
+                sizes = {f"{role}.weight": q.scale.shape for role, q in layer.quantized_weights.items() if scales_learn}
                 sizes |= {name: layer.others[name].shape for name in NORM_GAINS if name in layer.others}
                 for name, size in sizes.items():
                     self.parameters[index, name] = nn.Parameter(torch.zeros(size, dtype=wide, device=self.device))
 
         raise_on_any_failure(load)
+        if not self.parameters:  # scales were to be learned, but no step was taken
+            raise UserError("quantize.tune_steps finds neither scales nor gains", "set it to 0", shared=True)
 
     def reduce_gradients(self) -> None:
         """Sum the gradients over ranks."""
@@ -200,13 +205,15 @@ class TunedNetwork:
         layer, stored = self.layers[index], gptq_options(self.job.config).scale_dtype
         quantized, others = {}, dict(layer.others)
         for role, weight in layer.quantized_weights.items():
-            scale = weight.scale * self.parameters[index, f"{role}.weight"].exp().to(weight.scale)
-            scale = scale if stored is None else scale.to(stored).to(scale.dtype)
+            scale = weight.scale
+            if (index, f"{role}.weight") in self.parameters:
+                scale = scale * self.parameters[index, f"{role}.weight"].exp().to(scale)
+                scale = scale if stored is None else scale.to(stored).to(scale.dtype)
             quantized[role] = weight._replace(scale=scale)
         for name in NORM_GAINS:
             if (index, name) in self.parameters:
-                factor = self.parameters[index, name].exp()
-                others[name] = (others[name].to(factor) * factor).to(others[name].dtype)
+                gain = self.parameters[index, name].exp()
+                others[name] = (others[name].to(gain) * gain).to(others[name].dtype)
         return dataclasses.replace(layer, quantized_weights=quantized, others=others)
 
 
