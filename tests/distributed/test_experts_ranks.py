@@ -1,4 +1,4 @@
-"""Mixtures of experts on several ranks: sharded experts give the gradients of one process, shared GPTQ its codes."""
+"""Mixtures of experts on several ranks, or in jobs: sharded experts give the gradients of one process, shared GPTQ its codes."""
 
 import pytest
 import torch
@@ -7,6 +7,8 @@ from ranks import Job, command
 from safetensors.torch import load_file
 from test_engines import steps
 from tiny import tiny_run, write_model
+
+from dist_spin.storage.atomic import read_lines
 
 pytestmark = pytest.mark.distributed
 
@@ -32,17 +34,26 @@ def test_sharded_experts_give_the_gradients_of_one_process(words, single, tmp_pa
         assert seen["losses"] == pytest.approx(single["losses"], rel=1e-14)
 
 
+JOBS = ("--cluster", "local", "--workers", "2")
+
+
 @pytest.mark.parametrize("ranges", [[], ["quantize.layers_per_job=1"]], ids=["each layer shared", "a layer each"])
-def test_two_ranks_quantise_experts_as_one_does(words, tmp_path, ranges):
+def test_two_ranks_or_jobs_quantise_experts_as_one_does(words, tmp_path, ranges):
     found = []
-    for size in (1, 2):
-        more = (f"output_dir={tmp_path}", f"name=ranks-{size}", "optimize.steps=0", "optimize.scales=false", *ranges)
-        job = Job(size, command, "quantize", *words, *more, "optimize.clips=false", log=tmp_path / "log")
-        assert job.wait() == [0] * size, job.log.read_text()
-        assert ("2 ranks take whole ranges of layers" in job.log.read_text()) == (size == 2 and bool(ranges))
-        (*_, last) = sorted((tmp_path / f"ranks-{size}" / "layers").rglob("*.safetensors"))
+    for name, size, flags in [("one", 1, ()), ("ranks", 2, ()), *([("jobs", 1, JOBS)] if ranges else [])]:
+        more = (f"output_dir={tmp_path}", f"name={name}", "optimize.steps=0", "optimize.scales=false", *ranges)
+        log = tmp_path / f"{name}.log"
+        job = Job(size, command, "quantize", *flags, *words, *more, "optimize.clips=false", log=log)
+        assert job.wait() == [0] * size, log.read_text()
+        assert ("2 ranks take whole ranges of layers" in log.read_text()) == (size == 2 and bool(ranges))
+        events = read_lines(tmp_path / name / "events.jsonl")
+        assert len({event["pid"] for event in events if event["event"] == "layer"}) == (
+            2 if ranges and name != "one" else 1
+        )
+        (*_, last) = sorted((tmp_path / name / "layers").rglob("*.safetensors"))
         found.append(load_file(last))
-    assert found[0].keys() == found[1].keys()
-    for name, tensor in found[0].items():
-        if name.endswith("codes"):
-            assert torch.equal(tensor, found[1][name]), name
+    for other in found[1:]:
+        assert found[0].keys() == other.keys()
+        for name, tensor in found[0].items():
+            if name.endswith("codes"):
+                assert torch.equal(tensor, other[name]), name

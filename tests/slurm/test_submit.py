@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 
 from dist_spin import cli
 from dist_spin.runtime.signals import STOPPING
+from tests.families import FAMILIES
 from tests.slurm.harness import ROOT, Cluster, Run
+from tests.tiny import write_model
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(500)]
 
@@ -110,9 +112,13 @@ def test_whole_pipeline_survives_preemption_cancelled_tasks_and_a_dead_node(
 
 
 def test_ranks_of_two_nodes_each_quantise_a_range_of_layers(
-    cluster: Cluster, terminal: Terminal, make_run: Callable[..., Run]
+    cluster: Cluster, terminal: Terminal, tmp_path: Path
 ) -> None:
-    run = make_run(
+    experts = write_model(FAMILIES["qwen3-30b-a3b (2048, 768)"], tmp_path / "model", layers=4)
+    run = Run(
+        tmp_path,
+        experts,
+        rotation__r4_block=8,
         optimize__steps=0,
         quantize__layers_per_job=1,
         quantize__parallel="layers",
