@@ -213,7 +213,7 @@ def table(figures: dict[str, Any]) -> str:
         f"one {f['shape']} decoder layer, {f['sequences']} x {f['seq_len']} tokens, {f['device']}",
         *(f"  {part:8} {seconds[part]:8.3f} s" for part in (MERGE, *PARTS, LAYER)),
     ]
-    lines.append(f"  floor    {f['floor_s']:8.3f} s, {100 * f['floor_s'] / seconds[LAYER]:.0f} % of the layer's")
+    lines.append(f"  floor    {f['floor_s']:8.3f} s, {100 * f['floor_s'] / seconds[LAYER]:.1f} % of the layer's")
     if f["peak_gib"] is not None:
         lines.append(f"  peak     {f['peak_gib']:8.1f} GiB")
     if "solver" in f:
