@@ -275,7 +275,7 @@ def _serving(job: ExportJob) -> list[str]:
         sites = dataclasses.replace(sites, k_bias_apart=False)  # nothing to keep apart
     command = serve_command("PATH OF THIS DIRECTORY", entries, sites)
     tried = config.quant.w_format == config.quant.a_format == config.quant.kv_format == "int"
-    tried = tried and serves_with_vllm(job.files.config.model_type)
+    tried = tried and serves_with_vllm(job.files.config) and not job.files.shape.experts
     serves = "serves it with vLLM." if tried else "is vLLM's command for it, not tried with this format or family."
     lines = ["", f"    {command}", "", serves]
     if linear_backend(entries):

@@ -35,9 +35,14 @@ def kv_cache_dtype(sites: Sites) -> str:
     return KV_CACHE.get(sites.k.bits, "auto") if sites.k.bits == sites.v.bits else "auto"
 
 
-def serves_with_vllm(model_type: str) -> bool:
-    """Whether vLLM has loaded an export of the family."""
-    return "vLLM" in FAMILIES[model_type].engines
+def takes_activation(config: Any) -> bool:
+    """Whether vLLM computes the activation of a model: its Llama and its like know SiLU alone. config: from transformers."""
+    return getattr(config, "hidden_act", "silu") == "silu"
+
+
+def serves_with_vllm(config: Any) -> bool:
+    """Whether vLLM has loaded a merged export of the family."""
+    return "vLLM" in FAMILIES[config.model_type].engines and takes_activation(config)
 
 
 def serve_command(path: str, quantization: dict[str, Any], sites: Sites) -> str:

@@ -35,44 +35,64 @@ class Family:
 _OUTPUT_NORMS = (
     "norms with a gain on the outputs of attention and MLP do not commute with a rotation of the residual stream"
 )
+_GELU = "none: theirs compute a Llama with SiLU alone"
 _LAYER_NORM = "LayerNorm, whose mean does not commute with a rotation of the residual stream"
 
 # Families checked to be RMSNorm decoders with a gated MLP and norms in front of attention and MLP, or what their row says.
 FAMILIES = {
     "llama": Family("Llama 1 to 3.3, Falcon 3, SmolLM2, TinyLlama, Yi", engines="vLLM"),
-    "mistral": Family("Mistral 7B, Nemo, Small 24B (text)", windows="all"),
-    "qwen2": Family("Qwen2, Qwen2.5", windows="by layer"),
-    "qwen3": Family("Qwen3, dense", windows="by layer"),
-    "smollm3": Family("SmolLM3", windows="by layer"),
-    "ministral": Family("Ministral 8B (2410)", windows="by layer"),
-    "qwen3_moe": Family("Qwen3-MoE (30B-A3B, 235B-A22B)", windows="all"),
-    "qwen2_moe": Family("Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B", windows="by layer"),
-    "olmoe": Family("OLMoE-1B-7B"),
-    "mixtral": Family("Mixtral 8x7B, 8x22B", windows="all"),
+    "mistral": Family("Mistral 7B, Nemo, Small 24B (text)", windows="all", engines="vLLM"),
+    "qwen2": Family("Qwen2, Qwen2.5", windows="by layer", engines="vLLM"),
+    "qwen3": Family("Qwen3, dense", windows="by layer", engines="vLLM"),
+    "smollm3": Family("SmolLM3", windows="by layer", engines="vLLM"),
+    "ministral": Family("Ministral 8B (2410)", windows="by layer", engines="vLLM"),
+    "qwen3_moe": Family("Qwen3-MoE (30B-A3B, 235B-A22B)", windows="all", engines="vLLM"),
+    "qwen2_moe": Family("Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B", windows="by layer", engines="vLLM"),
+    "olmoe": Family("OLMoE-1B-7B", engines="vLLM"),
+    "mixtral": Family("Mixtral 8x7B, 8x22B", windows="all", engines="vLLM"),
     "phi3": Family(
         "Phi-3 and 3.5 mini, Phi-3 medium, Phi-4 14B",
         windows="all",
         read_as="mistral",
         how="fused q, k, v and gate, up are read apart",
+        engines="vLLM",
     ),
     "granite": Family(
         "Granite 3, dense",
         read_as="llama",
         how="multipliers go into the weights: embedding, q_proj (attention), o_proj and down_proj (residual), lm_head",
+        engines="vLLM",
     ),
     "gemma": Family(
         "Gemma 1",
         read_as="llama",
         how="gains 1 + w are read as gains, the scale of the embedding goes into it",
+        engines=_GELU,
     ),
-    "gemma2": Family("Gemma 2", "by layer", norms="around", norm="rms from one", without_r1=_OUTPUT_NORMS),
+    "gemma2": Family(
+        "Gemma 2", "by layer", norms="around", norm="rms from one", without_r1=_OUTPUT_NORMS, engines="vLLM"
+    ),
     "gemma3_text": Family(
-        "Gemma 3 (270M, 1B; text)", "by layer", norms="around", norm="rms from one", without_r1=_OUTPUT_NORMS
+        "Gemma 3 (270M, 1B; text)",
+        "by layer",
+        norms="around",
+        norm="rms from one",
+        without_r1=_OUTPUT_NORMS,
+        engines="vLLM",
     ),
-    "olmo2": Family("OLMo 2", norms="after", without_r1=_OUTPUT_NORMS),
-    "olmo3": Family("OLMo 3", "by layer", norms="after", without_r1=_OUTPUT_NORMS),
-    "cohere": Family("Command R, Aya 23 and Expanse", norms="shared", norm="layer", without_r1=_LAYER_NORM),
-    "cohere2": Family("Command R7B, Command A", "by layer", norms="shared", norm="layer", without_r1=_LAYER_NORM),
+    "olmo2": Family("OLMo 2", norms="after", without_r1=_OUTPUT_NORMS, engines="vLLM"),
+    "olmo3": Family("OLMo 3", "by layer", norms="after", without_r1=_OUTPUT_NORMS, engines="vLLM"),
+    "cohere": Family(
+        "Command R, Aya 23 and Expanse", norms="shared", norm="layer", without_r1=_LAYER_NORM, engines="vLLM"
+    ),
+    "cohere2": Family(
+        "Command R7B, Command A",
+        "by layer",
+        norms="shared",
+        norm="layer",
+        without_r1=_LAYER_NORM,
+        engines="vLLM, up to the length of a window",
+    ),
 }
 
 # Why a family that people ask for is refused; anything else is simply unknown.
