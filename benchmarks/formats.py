@@ -5,8 +5,9 @@
 Takes the arguments of accuracy.py's study. Every row is a way to rotate and a way to round; rows that share what is learned share
 its run. Each is measured with keys and values in 16 bits and in fp8: perplexity and mean divergence from full precision (nats per
 token) on every text. --study parts measures instead what each part of our recipes contributes, with 16-bit keys and values.
-Several processes share the device and the rows; no run starts that --minutes may not see through. Rows are also kept in
-OUT/rows.jsonl, and `--table` prints the means of what is there.
+A rounding that ends in "; tuned" is the one before the semicolon, whose norms (and scales, where they are of 32 bits) then learn
+(quantize.tune_steps). Several processes share the device and the rows; no run starts that --minutes may not see through. Rows are
+also kept in OUT/rows.jsonl, and `--table` prints the means of what is there.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import ADAM, FIXED, SCALES, STRUCTURE, study_parser
+from accuracy import ADAM, FIXED, MIXED, SCALES, STRUCTURE, study_parser
 
 from dist_spin.cli import report_mistakes
 from dist_spin.config.loader import load_config
@@ -37,31 +38,31 @@ from dist_spin.evaluate.targets import EvalTarget, full_precision
 from dist_spin.evaluate.teacher import Teacher
 from dist_spin.numerics.formats import FORMATS
 from dist_spin.optimize.train import train
-from dist_spin.pipeline.fingerprints import layer_identity
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.pipeline.quant_sites import sites_for
 from dist_spin.pipeline.variants import build_variant, calibration_tokens
 from dist_spin.quantize.job import QuantizeJob
 from dist_spin.quantize.layer_range import quantize_range
+from dist_spin.quantize.tune import tune
 from dist_spin.runtime.console import Console, quieten_libraries, shown_on
 from dist_spin.runtime.distributed import start, stop
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.run_directory import LEARNED as LEARNED_NAME
 from dist_spin.storage.run_directory import run_dir
-from dist_spin.storage.tensor_file import identity_hash
 
 KV = {
     "16": ["quant.k_bits=16", "quant.v_bits=16"],
     "fp8": ["quant.kv_format=fp8", "quant.k_bits=8", "quant.v_bits=8"],
 }
 UNLEARNED, OFFLINE = "optimize.steps=0", "rotation.online=false"
-STEPS = ["optimize.steps=200", "optimize.batch_size=4", "optimize.guard_every=50", "optimize.guard_sequences=4"]
-LEARNED = [*ADAM, *SCALES, *STEPS]
+STEPS = ["optimize.steps=150", "optimize.batch_size=4", "optimize.guard_every=30", "optimize.guard_sequences=4"]
+LEARNED = [*ADAM, *SCALES, *MIXED, *STEPS]
 GROUP = {name: number_format.group for name, number_format in FORMATS.items()}
 
-BY_ACTIVATION, OURS_ROUNDED = "GPTQ, columns by activation", "GPTQ, passes"
+BY_ACTIVATION, PASSES, BOTH = "GPTQ, columns by activation", "GPTQ, passes", "GPTQ, passes, columns by activation"
 ROUNDINGS = {
-    OURS_ROUNDED: ["quantize.cd_passes=4", "quantize.clip_norm=2"],
+    PASSES: ["quantize.cd_passes=4", "quantize.clip_norm=2"],
+    BOTH: ["quantize.cd_passes=4", "quantize.clip_norm=2", "quantize.act_order=true"],
     BY_ACTIVATION: ["quantize.act_order=true"],
     "GPTQ": [],
     "GPTQ, passes, plain scales": ["quantize.cd_passes=4", "quant.w_mse_clip=false"],
@@ -69,6 +70,12 @@ ROUNDINGS = {
     "RTN, scales searched": ["quantize.method=rtn", "quantize.clip_norm=2"],
     "RTN": ["quantize.method=rtn", "quant.w_mse_clip=false"],
 }
+TUNE = ["quantize.tune_steps=60"]
+TUNINGS = {
+    "tuned": [*TUNE, "quantize.tune_lr=3e-3"],
+    "scales tuned": [*TUNE, "quantize.tune_lr=3e-4"],
+}  # the latter for fp8
+TUNED, SCALES_TUNED = f"{PASSES}; tuned", f"{PASSES}; scales tuned"
 
 
 @dataclass(frozen=True)
@@ -90,19 +97,22 @@ class Run:
 
 def main_runs(name: str) -> Iterator[Run]:
     """The rows that are compared in the format `name`."""
-    yield Run("no rotation", name, [OFFLINE, UNLEARNED], ["RTN", "GPTQ", OURS_ROUNDED])
+    yield Run("no rotation", name, [OFFLINE, UNLEARNED], ["RTN", "GPTQ", PASSES])
     if name == "fp8":
+        yield Run("no rotation", name, [OFFLINE, UNLEARNED], [SCALES_TUNED])
+        yield Run("no rotation, 16-bit activations", name, [OFFLINE, UNLEARNED, "quant.a_bits=16"], ["RTN", PASSES])
+        yield Run("global Hadamard, int8", name, [UNLEARNED, "quant.w_format=int", "quant.a_format=int"], [PASSES])
         return
     blocks = f"rotation.block={GROUP[name]}"
-    yield Run("ours", name, OURS[name], [OURS_ROUNDED])
-    yield Run(f"Hadamard in blocks of {GROUP[name]}", name, [blocks, UNLEARNED], ["GPTQ", BY_ACTIVATION])
+    yield Run("ours", name, OURS[name], [PASSES, BOTH])
+    yield Run(f"Hadamard in blocks of {GROUP[name]}", name, [blocks, UNLEARNED], ["GPTQ", BY_ACTIVATION, BOTH])
     yield Run("global Hadamard", name, [UNLEARNED], ["GPTQ"])
     yield Run("whole R1, learned", name, [*ADAM, *STEPS], ["GPTQ"])
 
 
-OURS = {  # as configs/serve starts them
+OURS = {  # configs/serve starts them likewise, mxfp4 without R4
     "nvfp4": [*LEARNED, "rotation.block=16", "rotation.init=identity", OFFLINE],
-    "mxfp4": [*LEARNED, "rotation.block=32", "rotation.init=hadamard", OFFLINE],
+    "mxfp4": [*LEARNED, "rotation.block=32", "rotation.init=hadamard", "optimize.lr=0.002", "optimize.scale_lr=0.01"],
 }
 
 
@@ -113,17 +123,23 @@ def parts_runs(name: str) -> Iterator[Run]:
     recipe, caches = OURS[name], ["16"]
 
     def changed(what: str, *settings: str) -> Run:
-        return Run(f"ours, {what}", name, [*recipe, *settings], [OURS_ROUNDED], caches)
+        return Run(f"ours, {what}", name, [*recipe, *settings], [PASSES], caches)
 
-    yield Run("ours", name, recipe, list(ROUNDINGS), caches)
+    def unlearned(what: str, *settings: str) -> Run:
+        return Run(f"unlearned, {what}", name, [UNLEARNED, *settings], [PASSES], caches)
+
+    yield Run("ours", name, recipe, [*ROUNDINGS, TUNED], caches)
+    for size in (16, 32, 64, 192, 0):  # 128 divides neither 576 nor what SmolLM2's heads make
+        yield unlearned(f"Hadamard in blocks of {size}" if size else "global Hadamard", f"rotation.block={size}")
     yield changed("no scales", "optimize.scales=false")
     yield changed("R fixed", FIXED)
-    yield changed("nothing learned", UNLEARNED, "optimize.warmup_steps=0")
-    yield changed("from no rotation", "rotation.init=identity")
+    yield changed("cross entropy", "optimize.objective=cross_entropy")
+    yield changed("KL", "optimize.objective=kl")
+    yield changed("from no rotation, R4 online", "rotation.init=identity", "rotation.online=true")
     yield changed("from a Hadamard, R4 online", "rotation.init=hadamard", "rotation.online=true")
-    yield changed("from a Hadamard", "rotation.init=hadamard")
+    yield changed("from a Hadamard", "rotation.init=hadamard", OFFLINE)
     yield changed("from random blocks", "rotation.init=orthogonal")
-    for size in (16, 32, 64, 192):  # 128 divides neither 576 nor what SmolLM2's heads make
+    for size in (16, 32, 64, 192):
         yield changed(f"blocks of {size}", f"rotation.block={size}")
     yield changed("whole R1", "rotation.block=0")
 
@@ -174,14 +190,22 @@ class Measuring:
 
     def measured(self, run: Run, rounding: str) -> list[tuple[float, float]]:
         """Perplexity and divergence of what was learned, rounded one way, for each cache and text."""
-        config = self.config(run.name, run.format, run.seed, [*run.settings, *ROUNDINGS[rounding]])
+        plain, _, tuning = rounding.partition("; ")
+        config = self.config(run.name, run.format, run.seed, [*run.settings, *ROUNDINGS[plain]])
         rotation, layers = "none" if run.unrotated else LEARNED_NAME, self.files.shape.layers
         variant = build_variant(config, self.files, rotation, self.world.device)
-        variant = dataclasses.replace(variant, name=rounding.replace(" ", "-").replace(",", ""))
+        variant = dataclasses.replace(variant, name=plain.replace(" ", "-").replace(",", ""))
         tokens = calibration_tokens(config, self.files)
-        quantize_range(QuantizeJob(config, self.world, self.files, variant, tokens, StopRequest()), 0, layers)
-        fingerprint = identity_hash(layer_identity(config, self.files, variant, tokens))
-        target = EvalTarget(variant, config.quantize.method, fingerprint=fingerprint)
+        job = QuantizeJob(config, self.world, self.files, variant, tokens, StopRequest())
+        quantize_range(job, 0, layers)  # what was rounded so before is there still
+        if tuning:
+            rounded, variant = job, dataclasses.replace(variant, name=LEARNED_NAME)  # no other is tuned
+            words = [*run.settings, *ROUNDINGS[plain], *TUNINGS[tuning]]
+            config = self.config(run.name, run.format, run.seed, words)
+            job = QuantizeJob(config, self.world, self.files, variant, tokens, StopRequest())
+            job.make_embeddings()
+            tune(job, rounded)
+        target = EvalTarget(variant, config.quantize.method, fingerprint=job.fingerprint)
         jobs = []
         for cache in run.caches:
             cached = self.config(run.name, run.format, run.seed, [*run.settings, *KV[cache]])
