@@ -30,6 +30,7 @@ SIZES = {
     "intermediate_size": 256,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
     "head_dim": 32,
     "max_position_embeddings": 128,
     "bos_token_id": 1,
@@ -44,11 +45,15 @@ EXPERTS = Qwen3MoeConfig(
 WITHOUT_R1 = Gemma3TextConfig(
     **SIZES, query_pre_attn_scalar=20, sliding_window=16, layer_types=["sliding_attention", "full_attention"]
 )
+W8A8_FP8 = ["quant.w_format=fp8", "quant.a_format=fp8", "quant.w_bits=8", "quant.a_bits=8"]
 FP32 = "quant.arithmetic=fp32"  # activations from 127 down, as vLLM's kernels round them
 ROWS = {  # dtype, format, settings
     "merged": ("float32", "hf", [*NO_HAD, *W8A8, FP32]),
     "W8A8": ("float32", "compressed-tensors", [*NO_HAD, *W8A8, FP32]),
     "W8A8, R4 in blocks": ("float32", "compressed-tensors", [*R4_BLOCK, *W8A8, FP32]),
+    "FP8": ("float32", "compressed-tensors", [*NO_HAD, *W8A8_FP8]),
+    "NVFP4": ("float32", "compressed-tensors", [*NO_HAD, "quant.w_format=nvfp4", "quant.a_format=nvfp4"]),
+    "MXFP4": ("float32", "compressed-tensors", [*NO_HAD, "quant.w_format=mxfp4", "quant.a_format=mxfp4"]),
     "W8A8, 127.5": ("float32", "compressed-tensors", [*NO_HAD, *W8A8, "quant.arithmetic=compressed-tensors"]),
     "experts": ("float32", "hf", [*NO_HAD, *W8A8]),
     "without R1": ("float32", "hf", [*NO_HAD, *W8A8, "rotation.r1=false"]),
@@ -109,7 +114,8 @@ def checked(exports, place):
         f"tokens:{place / 'float32' / 'tokens.npy'}",
     ]
     with contextlib.redirect_stdout(printed):
-        code = main(["serve-check", *words, "--seq-len", "20", "--sequences", "24", "--tokens", "8", "--json"])
+        more = ["--seq-len", "20", "--sequences", "24", "--tokens", "8", "--emulate", "--json"]
+        code = main(["serve-check", *words, *more])
     return code, dict(zip(exports, json.loads(printed.getvalue()), strict=True))
 
 
@@ -124,7 +130,7 @@ class TestVllm:
         assert code == EXIT_SERVED_OTHERWISE
 
     @pytest.mark.parametrize("name", ["merged", *OTHER_MODELS])
-    def test_the_merged_model_is_the_same_to_the_order_of_sums(self, checked, name):
+    def test_a_merged_model_is_the_same_to_the_order_of_sums(self, checked, name):
         row = checked[1][name]
         assert row["problem"] == ""
         assert row["difference"] < 1e-4
@@ -155,6 +161,25 @@ class TestVllm:
         """Its build for CPUs lacks the Hadamard that it applies online."""
         assert checked[1]["W8A8, R4 in blocks"]["problem"].startswith("does not load: ")
         assert "hadacore_transform" in checked[1]["W8A8, R4 in blocks"]["problem"]
+
+    @pytest.mark.parametrize(
+        ("name", "kernel"),
+        [
+            ("FP8", "CompressedTensorsW8A8Fp8 (ChannelWiseTorchFP8ScaledMMLinearKernel)"),
+            ("NVFP4", "CompressedTensorsW4A4Fp4 (EmulationNvFp4LinearKernel)"),
+        ],
+    )
+    def test_floating_point_formats_follow_the_oracle(self, checked, name, kernel):
+        row = checked[1][name]
+        assert row["problem"] == ""
+        assert {found.partition(": ")[2] for found in row["kernels"] if "Unquantized" not in found} == {kernel}
+        assert row["difference"] < row["rounding"] / 4
+        assert row["same"] >= 0.9 * row["tokens"]
+
+    def test_a_format_without_a_kernel_is_reported_as_the_engine_says_it(self, checked):
+        problem = checked[1]["MXFP4"]["problem"]
+        assert problem.startswith("does not load: ")
+        assert "Failed to find a kernel that can implement the MXFP4 linear layer" in problem
 
     @needs_avx512
     @pytest.mark.parametrize("name", ["W4A16", "W4A16, asymmetric"])
