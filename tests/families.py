@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import (
     Cohere2Config,
     CohereConfig,
+    CwmConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -31,6 +32,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
     SmolLM3Config,
 )
 
@@ -123,6 +125,10 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         head_dim=8,
         sliding_window=7,
         layer_types=["full_attention", "sliding_attention"],
+    ),
+    "seed-oss-36b (5120, 27648)": _config(SeedOssConfig, 40, 216, 10, 1, head_dim=8),
+    "cwm-32b (6144, 21504)": _config(
+        CwmConfig, 96, 336, 12, 2, head_dim=8, sliding_window=7, layer_types=["full_attention", "sliding_attention"]
     ),
     "phi-3-mini-4k (3072, 8192)": _config(Phi3Config, 48, 128, 4, 4, sliding_window=7),
     "phi-3.5-mini (3072, 8192)": _config(Phi3Config, 48, 128, 4, 4, **LONG_ROPE),

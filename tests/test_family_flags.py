@@ -33,12 +33,13 @@ def by_kind_of_layer(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 PAIRS = 4
-NEED_WINDOW = ("gemma2", "gemma3_text", "olmo3", "cohere2")
+NEED_WINDOW = ("cwm", "gemma2", "gemma3_text", "olmo3", "cohere2")
 FACTORS = {"short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [1.0, 2.0, 4.0, 9.0]}
 WINDOW = {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}
 # What a config may say; families that do not know an entry must ignore it, as transformers does.
 FLAGS: dict[str, dict[str, Any]] = {
     "attention_bias": {"attention_bias": True},
+    "a bias after attention": {"attention_out_bias": True},
     "mlp_bias": {"mlp_bias": True},
     "hidden_act": {"hidden_act": "gelu_pytorch_tanh"},
     "rms_norm_eps": {"rms_norm_eps": 0.3},
@@ -80,7 +81,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "not causal": {"is_causal": False},
     "no bias of queries, keys and values": {"qkv_bias": False},
     "every other layer without rope": {"no_rope_layers": None, "no_rope_layer_interval": 2},
-    "dropout": {"attention_dropout": 0.5, "embd_pdrop": 0.5, "resid_pdrop": 0.5},
+    "dropout": {"attention_dropout": 0.5, "embd_pdrop": 0.5, "resid_pdrop": 0.5, "residual_dropout": 0.5},
     "pretraining_tp": {"pretraining_tp": 2},
     "shares as they are": {"norm_topk_prob": False},
     "shares normalised": {"norm_topk_prob": True},
