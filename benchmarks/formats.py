@@ -110,7 +110,7 @@ def main_runs(name: str) -> Iterator[Run]:
     yield Run("whole R1, learned", name, [*ADAM, *STEPS], ["GPTQ"])
 
 
-OURS = {  # configs/serve starts them likewise, mxfp4 without R4
+OURS = {  # configs/serve has the same, but for MXFP4, where nothing is learned and R4 is left out
     "nvfp4": [*LEARNED, "rotation.block=16", "rotation.init=identity", OFFLINE],
     "mxfp4": [*LEARNED, "rotation.block=32", "rotation.init=hadamard", "optimize.lr=0.002", "optimize.scale_lr=0.01"],
 }
