@@ -1,4 +1,4 @@
-"""`plan` predicts what was measured: every row of docs/performance.md on learning and GPTQ, within 15 %."""
+"""`plan` predicts what was measured: every row of docs/performance.md on learning, GPTQ and stages from disk, within 15 %."""
 
 import dataclasses
 import json
@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from dist_spin.bench.plan import evaluated_tokens
 from dist_spin.bench.plan_model import (
     GPUS,
+    START,
     Hardware,
     gptq_bytes,
     gptq_layer_seconds,
@@ -63,15 +64,29 @@ PREDICTED = [
     (4, 8, 3.05),
     (4, 16, 4.89),
 ]  # 70B on 8 GPUs: bits, sequences, by `bench scaling`
-GPTQ = [("70b", "h200", 3.0, 33)]  # a layer with 128 sequences, on one GPU
+GPTQ = [
+    ("70b", "h200", 3.0, 33),
+    ("70b", "h200", 2.88, 34.8),
+    ("8b", "h200", 0.68, 13.3),
+]  # a layer, 128 sequences, one GPU
+# Part, settings, seconds of its command from start to end; files in memory.
+COMMANDS_70B_5_LAYERS = [
+    ("quantize", "quantize.layers_per_job=3", 37.2),
+    ("evaluate", "evaluate.max_sequences=8", 11.3),
+    ("export", "export.target=compressed-tensors", 16.3),
+    ("export", "export.target=hf", 18.0),
+]
+# Seconds of each stage of the 8B shape within one command, without starting and ending its processes.
+RUN_8B = {"optimize": 114.8, "quantize": 25.6, "evaluate": 4.8, "report": 17.4, "export": 8.6}
+WHOLE_RUN_8B = 185  # seconds of all that
 
 
 def settings(*words: str) -> RunConfig:
     return load_config(None, ["model.path=nothing", "quant.w_bits=4", *words])
 
 
-def machine(kind: str, gpus: int, host: float = 128.0) -> Hardware:
-    return Hardware(gpus, GPUS[kind], host * GIB, 2e9)
+def machine(kind: str, gpus: int, host: float = 128.0, disk: float = 2e9) -> Hardware:
+    return Hardware(gpus, GPUS[kind], host * GIB, disk)
 
 
 @pytest.mark.parametrize(("shape", "kind", "gpus", "sequences", "bits", "seconds", "peak"), LEARNING)
@@ -106,6 +121,30 @@ def test_gptq_takes_what_was_measured(shape, kind, seconds, peak):
     predicted = gptq_layer_seconds(SHAPES[shape], tokens, 2048, GPUS[kind].speed)
     assert sum(predicted.values()) == pytest.approx(seconds, rel=0.15)
     assert gptq_bytes(SHAPES[shape], tokens) / GIB == pytest.approx(peak, rel=0.15)
+
+
+def as_measured(width: int, *words: str) -> RunConfig:
+    """The settings of `bench pipeline`."""
+    return settings(
+        *("quant.a_symmetric=true", "export.profile=r4-block", f"rotation.r4_block={width & -width}"),
+        *("evaluate.sources=[tokens:x.npy]", *words),
+    )
+
+
+@pytest.mark.parametrize(("part", "words", "seconds"), COMMANDS_70B_5_LAYERS)
+def test_a_command_takes_what_was_measured(part, words, seconds):
+    shape = dataclasses.replace(SHAPES["70b"], layers=5)
+    planned = parts(as_measured(shape.intermediate, words), shape, machine("h200", 1, disk=3e9), 8 * 2048)
+    assert planned[part].seconds == pytest.approx(seconds, rel=0.15)
+    assert f"{seconds} s" in PAGE
+
+
+def test_a_whole_run_takes_what_was_measured():
+    config = as_measured(SHAPES["8b"].intermediate, "export.target=compressed-tensors")
+    planned = parts(config, SHAPES["8b"], machine("h200", 1, disk=1.4e9), 8 * 2048)
+    assert {name: part.seconds - START for name, part in planned.items()} == pytest.approx(RUN_8B, rel=0.15)
+    assert run_seconds(planned) == pytest.approx(WHOLE_RUN_8B, rel=0.15)
+    assert all(f"{seconds} s" in PAGE for seconds in [*RUN_8B.values(), WHOLE_RUN_8B])
 
 
 def test_jobs_on_several_gpus_are_faster_than_all_of_them_on_one_layer():

@@ -2,8 +2,9 @@
 
 Learning follows `scaling_model`, GPTQ its products and factorisations at measured rates, the rest bytes over the rate at which
 they are read, merged or written. Rates were measured on H200s (docs/performance.md); `Gpu.speed` scales them. tests/test_plan.py
-holds the model against every row measured of learning and GPTQ: seconds and memory are within 15 %, but for the memory of
-learning with quantised weights, of which up to a fifth less was used than is planned for.
+holds the model against every row measured: steps, GPTQ of a layer, stages as commands of their own and a whole run on one GPU.
+Seconds and memory are within 15 %, but for the memory of learning with quantised weights, of which up to a fifth less was used
+than is planned for, and that of learning with symmetric activations, of which about half was.
 """
 
 import math
@@ -34,17 +35,23 @@ LINK, COPY, CONTENTION = 375e9, 4000e9, 0.3  # as `bench scaling` has them
 RATE, ROUNDED_RATE = 625e12, 559e12  # FLOP/s of learning with 16-bit weights, and with fewer bits
 OVERHEAD = 3.9e-7  # seconds per layer and pass, times the hidden size
 REQUANTIZE = 7.9e-11  # seconds per weight on one GPU, in each step that learns with fewer weight bits
+SYMMETRIC = 0.88  # times that a step takes with symmetric activations; measured together with R4 in blocks of 2048
 OTHER_SHARE = 0.0065  # of a step: all-reduce, Cayley step, checkpoint
 SCALES, KL = 1.2, 1.3  # times that a step takes with scales or clips; besides with the divergence from the original
 FORWARD, HESSIAN, FACTOR, SOLVE, ERRORS, MERGE = 563e12, 510e12, 52e12, 20e12, 52e12, 43e12  # FLOP/s of parts of GPTQ
 FP32, TF32 = 50e12, 350e12  # FLOP/s of large products, of which the fitted start is made
 # Not of the GPU.
-START = 10.0  # seconds before a process starts its work and after it: imports, CUDA, NCCL
-IMPORTS = 6.0  # of them are over before the turn of a stage of `run` that follows another (launch/next_stage.py)
-COMPILE = 24.0  # seconds of the first step beyond the others
-READ = 8e9  # bytes/s at which one process reads weights from the page cache
-DRAWING, PROBES = 15.0, 0.1  # seconds of all figures of a report, and of what is found of the activations of a layer
-WRITER = 1e9  # bytes/s at which one thread writes a file
+START = 7.6  # seconds before a process starts its work and after it: imports, CUDA, NCCL
+IMPORTS = 6.6  # of them are over before the turn of a stage of `run` that follows another (launch/next_stage.py)
+OPENING = 1.5  # seconds from there to its first layer: headers, rotations and their checksums
+KERNELS = 2.0  # seconds of the first layer of GPTQ beyond the others
+COMPILE, MEETING = 10.5, 13.5  # seconds of the first step beyond the others; besides on several GPUs
+LOAD = 3.7e9  # bytes/s at which one process fills the weights of learning from the page cache
+READ = 7e9  # bytes/s at which one process passes weights of layer after layer from the page cache to its GPU
+WAITING = 0.1  # seconds of GPTQ of a layer in which the GPU waits for Python
+DRAWING, PROBES = 9.5, 0.05  # seconds of all figures of a report, and of what is found of the activations of a layer
+WRITER = 1.2e9  # bytes/s at which one thread writes a file, or several into memory that was not used before
+STATES = 2e9  # bytes/s at which stored hidden states are read, checked and rotated
 PROCESS = 3 * GIB  # bytes of host memory that a process takes before it holds anything
 HOST_LINK = 50e9  # bytes/s from pinned memory to one GPU
 
@@ -130,6 +137,7 @@ def step_seconds(config: RunConfig, shape: Shape, point: scaling.Point, offloade
     seconds = max(seconds, copied) if point.shards == 1 else seconds + copied
     if o.w_bits < 16:
         seconds += REQUANTIZE * shape.layers * layer_bytes(shape, DTYPE) / DTYPE.itemsize / point.shards / speed
+    seconds *= SYMMETRIC if config.quant.a_symmetric and config.quant.a_bits < 16 else 1.0
     seconds *= SCALES if o.scales or o.clips else 1.0
     seconds *= KL if o.objective != "cross_entropy" and not o.teacher_top_k else 1.0
     return seconds / (1 - OTHER_SHARE)
@@ -162,8 +170,10 @@ def optimize(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
         stored, storing = tokens * entry_bytes(o.teacher_top_k), tokens * forward_flop(shape, o.seq_len)
         storing = storing / FORWARD / hardware.gpu.speed / ranks + stored / hardware.disk
         notes.append(f"up to {stored / 1e9:.1f} GB of full precision's predictions are stored meanwhile")
+    loading = model_bytes(shape) / (ranks * LOAD)
+    compiling = COMPILE + (MEETING if ranks > 1 else 0.0)
     return Part(
-        START + model_bytes(shape) / (ranks * READ) + COMPILE + storing + o.steps * step + start + guard,
+        START + loading + compiling + storing + o.steps * step + start + guard,
         gpu,
         ranks * PROCESS + pinned,
         stored + (o.keep_checkpoints + 3) * rotations,  # the final ones in fp32 and as R.bin, and what is being written
@@ -192,6 +202,7 @@ def gptq_layer_seconds(shape: Shape, tokens: float, seq_len: int, speed: float, 
         "factor": sum(count * columns**3 for columns, _, count, _ in products) / FACTOR / speed,
         "solve": (1 + cd_passes) * squares / SOLVE / speed,
         "errors": squares / ERRORS / speed,
+        "waiting": WAITING,
     }
 
 
@@ -221,12 +232,15 @@ def quantize(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
     shares_layers = jobs == 1 or (gpus > 1 and q.parallel == "ranks")
     if not shares_layers:
         before = (jobs - 1) * q.layers_per_job * max(seconds["forward"] / gpus, reading)
-        total = START + before + math.ceil(jobs / gpus) * q.layers_per_job * alone * variants
+        stored = states / max(1, jobs - 1)  # at one layer, of which the last are waited for
+        rounds = math.ceil(jobs / gpus)  # after the first, states are read back
+        before += stored / min(gpus, 4) / WRITER + (rounds - 1) * variants * stored / STATES
+        total = START + OPENING + KERNELS + before + min(rounds * q.layers_per_job, layers) * alone * variants
         note = f"{alone:.2f} s a layer and GPU, {jobs} ranges of up to {q.layers_per_job} layers"
     else:
-        whole = computing["merge"] + computing.get("factor", 0.0)
+        whole = sum(computing.get(part, 0.0) for part in ("merge", "factor", "waiting"))
         each = max((sum(computing.values()) - whole) / gpus + whole, reading)
-        total = START + layers * each * variants
+        total = START + OPENING + KERNELS + layers * each * variants
         note = f"{each:.2f} s a layer"
         note += f", on which {gpus} GPUs work together" if gpus > 1 else ""
     need = gptq_bytes(shape, tokens / gpus if shares_layers else tokens)
@@ -284,7 +298,7 @@ def evaluate(config: RunConfig, shape: Shape, hardware: Hardware, tokens: int) -
     seconds += heads * tokens * 2 * shape.vocab * shape.hidden / FORWARD / hardware.gpu.speed / gpus
     ends = (2 if config.evaluate.fidelity else 1) * vocab_bytes(shape)  # the teacher's lm_head beside a model's own
     gpu = 4 * layer_bytes(shape, DTYPE) + ends + states + hardware.gpu.memory / 8
-    return Part(START + seconds + disk / hardware.disk, gpu, host, disk, notes, hardware.lacks(gpu, host))
+    return Part(START + OPENING + seconds + disk / hardware.disk, gpu, host, disk, notes, hardware.lacks(gpu, host))
 
 
 def report(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
@@ -297,7 +311,7 @@ def report(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
     states = config.report.sequences * config.quantize.seq_len * shape.hidden * DTYPE.itemsize
     gpu = measured * (6 * layer_bytes(shape, DTYPE) + vocab_bytes(shape) / 2 + 2 * states)
     notes = [f"activations of {1 + rotated} models"] if measured else []
-    return Part(START + DRAWING + measured * shape.layers * each, gpu, PROCESS, notes=notes)
+    return Part(START + OPENING + DRAWING + measured * shape.layers * each, gpu, PROCESS, notes=notes)
 
 
 def export(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
@@ -309,7 +323,7 @@ def export(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
     last = (
         min(size, config.export.shard_gb * 1e9) / WRITER
     )  # of the files, which is written when there is nothing else to do
-    seconds = START + max(size / READ, merging, size / hardware.disk) + last
+    seconds = START + OPENING + max(size / READ, merging, size / hardware.disk) + last
     return Part(seconds, 6 * layer_bytes(shape, DTYPE), min(host, hardware.host / 2), size, [config.export.target])
 
 
