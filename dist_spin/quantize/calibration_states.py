@@ -60,6 +60,7 @@ class CalibrationStates:
         """
         self.stored, self.network, self.weights, self.tokens = stored, network, weights, tokens
         self.world, self.stop, self.note, self.handed = world, stop, note, handed
+        self._unfinished: tuple[BackgroundWriter, int] | None = None
 
     def entering(self, layer: int) -> list[Tensor]:
         """What enters `layer` on the device: every size-th sequence, from this rank's number on, in batches [b, T, h].
@@ -80,10 +81,16 @@ class CalibrationStates:
             raise UserError(f"{self.stored.directory} does not give back what was written", "check the disk")
         return [self.network.rotated(h) for h in hidden]
 
-    def make(self, layers: list[int], begins: Mapping[int, int] | None = None) -> None:
+    def make(
+        self,
+        layers: list[int],
+        begins: Mapping[int, int] | None = None,
+        writers: contextlib.ExitStack | None = None,
+    ) -> None:
         """Store what enters each of `layers`, except where it is there; chunks are shared out over ranks.
 
         begins: of a layer, the rank that will go on from it alone: it is handed all sequences as soon as they are made.
+        writers: given, the last of `layers` is still being written on return; `finish` waits for it, before the stack is closed.
 
         Raises:
             Interrupted: a signal came; finished layers are kept.
@@ -101,7 +108,8 @@ class CalibrationStates:
             return network.runner.build(index, network.weights.layer(index))
 
         modules = prefetched(build, range(start, end), self.world.device)
-        with BackgroundWriter(self.world.device) as writer, contextlib.closing(modules):
+        with contextlib.ExitStack() as own, contextlib.closing(modules):
+            writer = (own if writers is None else writers).enter_context(BackgroundWriter(self.world.device))
             written = 0
             for index, module in enumerate(taken_together(modules), start):
                 hidden = made_on_all(functools.partial(self._through, module, index, hidden))
@@ -116,7 +124,15 @@ class CalibrationStates:
                 if index + 1 < end and any_rank(bool(self.stop)):
                     self._finish(writer, written)
                     raise Interrupted(f"stopped by a signal before layer {index + 1}", "the same command continues")
-            self._finish(writer, written)
+            self._unfinished = writer, written
+            if writers is None:
+                self.finish()
+
+    def finish(self) -> None:
+        """Wait until every rank has written what `make` has made; every rank calls it."""
+        if self._unfinished is not None:
+            (writer, layer), self._unfinished = self._unfinished, None
+            self._finish(writer, layer)
 
     def _hand_over(self, layer: int, rank: int, hidden: dict[int, list[Tensor]]) -> None:
         """Put all sequences that enter `layer` into `handed` of one rank; `hidden`: this rank's chunks of them."""
@@ -157,7 +173,6 @@ class CalibrationStates:
             with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):  # a thread has its own
                 self.stored.save(layer, chunk, torch.cat(hidden[chunk]))
 
-        # All ranks wait for the last of them before they begin to quantise.
         with ThreadPoolExecutor(SAVED_AT_ONCE, "states") as threads:
             list(threads.map(save, hidden))
 

@@ -10,6 +10,7 @@ Layers are cut into ranges of `quantize.layers_per_job`. A range starts from the
 rounding errors of its own layers only, so ranges may be done at any time, on any machine, in any order, with the same files.
 """
 
+import contextlib
 import functools
 from collections.abc import Mapping
 
@@ -74,21 +75,28 @@ def quantize_variants(
 def _quantize(jobs: list[QuantizeJob], layers: tuple[int, int] | None, *, hidden_states_only: bool = False) -> None:
     ranges = [layer_range for job in jobs for layer_range in open_ranges(job, layers)]
     share_layers = hidden_states_only or not _takes_ranges(ranges, jobs[0])
-    if hidden_states_only or layers is None or not share_layers:
-        begins = {} if share_layers else begun_by(ranges, jobs[0].world.size)
-        for job in jobs:
-            starts = [each.start for each in ranges if each.job is job]
-            make_states(job, starts, {each.start: rank for rank, each in begins.items() if each.job is job})
-    if hidden_states_only:
-        return
-    if layers is None or layers[0] == 0:  # the job of the first layer makes embedding and lm_head too
-        for job in jobs:
-            on_rank0(job.make_embeddings)
-    if share_layers:
-        for each in ranges:
-            quantize_range(each.job, each.start, each.stop)
-    else:
-        quantize_apart(ranges, jobs[0].world)
+    with contextlib.ExitStack() as writers:
+        if hidden_states_only or layers is None or not share_layers:
+            begins = {} if share_layers else begun_by(ranges, jobs[0].world.size)
+            # A rank that was handed its states begins while the last are written; a further variant needs them written.
+            later = writers if begins and len(jobs) == 1 else None
+            for job in jobs:
+                starts = [each.start for each in ranges if each.job is job]
+                handed = {each.start: rank for rank, each in begins.items() if each.job is job}
+                make_states(job, starts, handed, later)
+        if hidden_states_only:
+            return
+        if layers is None or layers[0] == 0:  # the job of the first layer makes embedding and lm_head too
+            for job in jobs:
+                on_rank0(job.make_embeddings)
+        if share_layers:
+            for each in ranges:
+                quantize_range(each.job, each.start, each.stop)
+        else:
+            quantize_apart(ranges, jobs[0].world)
+            if any(each.start for each in ranges):
+                for job in jobs:
+                    job.hidden_states.finish()
     if layers is None:
         for job in jobs:
             on_rank0(job.remove_states)
@@ -101,13 +109,18 @@ def open_ranges(job: QuantizeJob, layers: tuple[int, int] | None = None) -> list
     return [layer_range for layer_range in ranges if layer_range.missing]
 
 
-def make_states(job: QuantizeJob, starts: list[int], begins: Mapping[int, int] | None = None) -> None:
-    """Store what enters the layers `starts`; all ranks share the pass. begins: as in `CalibrationStates.make`."""
+def make_states(
+    job: QuantizeJob,
+    starts: list[int],
+    begins: Mapping[int, int] | None = None,
+    writers: contextlib.ExitStack | None = None,
+) -> None:
+    """Store what enters the layers `starts`; all ranks share the pass. begins, writers: as in `CalibrationStates.make`."""
     if not any(starts):
         return
     if job.own_network_reason and job.world.is_rank0:
         say(f"hidden states of {job.variant.name} are those of its own layers: {job.own_network_reason}")
-    job.hidden_states.make(starts, begins)
+    job.hidden_states.make(starts, begins, writers)
 
 
 def _takes_ranges(ranges: list[LayerRange], job: QuantizeJob) -> bool:

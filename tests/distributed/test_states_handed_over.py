@@ -1,6 +1,8 @@
 """Hidden states go straight to the rank that works on from them: those that it would otherwise read from disk."""
 
+import contextlib
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -16,12 +18,25 @@ def hand_over(words: list[str]) -> None:
     from dist_spin.quantize.stage import make_states, prepare_jobs
     from dist_spin.runtime import distributed
     from dist_spin.runtime.distributed import World
+    from dist_spin.storage.hidden_states import HiddenStateFiles
 
     world = distributed.start("cpu", 30, 1)
     (job,) = prepare_jobs(load_config(None, words), world)
-    make_states(job, [0, 2, 4], {2: 0, 4: 1})
-    layer = 4 if world.rank else 2
-    assert list(job.handed) == [layer]
+    layer, may_write, save = 4 if world.rank else 2, threading.Event(), HiddenStateFiles.save
+
+    def slow(self: HiddenStateFiles, layer: int, chunk: int, hidden: torch.Tensor) -> None:
+        assert layer < 4 or may_write.wait(60)
+        save(self, layer, chunk, hidden)
+
+    HiddenStateFiles.save = slow
+    with contextlib.ExitStack() as writers:
+        make_states(job, [0, 2, 4], {2: 0, 4: 1}, writers)
+        assert list(job.handed) == [layer]  # at once, while the last are written
+        assert job.stored.present(2)
+        assert not job.stored.present(4)
+        may_write.set()
+        job.hidden_states.finish()
+        assert job.stored.present(4)
     alone = dataclasses.replace(job, world=World(0, 1, world.local_rank, world.local_size, world.device))
     with distributed.apart():
         handed = alone.hidden_states.entering(layer)
