@@ -150,9 +150,11 @@ def test_tuning_leaves_scales_of_8_bits(model, tmp_path, name):
     assert not torch.equal(*(layer.others["input_layernorm.weight"] for layer in layers))
 
 
-def test_nothing_to_tune_is_said(model, tmp_path, capsys):
+@pytest.mark.parametrize("scales", [False, True])
+def test_nothing_to_tune_is_said(model, tmp_path, capsys, scales):
+    """With scales too, where no step learns them: before the layers are rounded."""
     words = tiny_run(tmp_path, "optimize.steps=0", *PLAIN, *NVFP4, "quantize.tune_steps=2", model=model)
-    assert main(["quantize", *words]) == 2
+    assert main(["quantize", *words, f"optimize.scales={scales}"]) == 2
     assert "quantize.tune_steps finds nothing to tune: quant.w_format=nvfp4 holds scales" in capsys.readouterr().err
 
 
@@ -204,6 +206,15 @@ def test_a_column_of_integers_has_the_published_clips_beside_formats(model, tmp_
     words = tiny_run(tmp_path, "quant.a_format=mxfp4", model=model)
     config = at_bits(settings_of(load_config(None, words), "quarot", 0, "gptq"), "gptq", (4, 4, 4))
     assert clips_text(config) == "quarot"
+
+
+def test_a_column_is_tuned_where_something_is_left_to_tune(model, tmp_path):
+    for steps, of_narrow_scales in ((2, 7), (0, 0)):
+        words = ["quantize.tune_steps=7", "optimize.scales=true", f"optimize.steps={steps}"]
+        config = load_config(None, tiny_run(tmp_path, *words, model=model))
+        for name, bits, wanted in (("int", 4, 7), ("fp8", 8, 7), ("nvfp4", 4, of_narrow_scales)):
+            column = at_bits(config, "gptq", (bits, 16, 16), (name, "int", "int"))
+            assert column.quantize.tune_steps == wanted, name
 
 
 def test_a_table_has_columns_of_formats(model, tmp_path, capfd):

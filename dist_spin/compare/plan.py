@@ -12,9 +12,10 @@ from dist_spin.config.presets import resolve_clips
 from dist_spin.config.quantize import QuantizeConfig
 from dist_spin.config.run import RunConfig
 from dist_spin.errors import UserError
-from dist_spin.numerics.formats import FORMATS, has_narrow_scales
+from dist_spin.numerics.formats import FORMATS
 from dist_spin.optimize.setup import FREE_SETTINGS
 from dist_spin.pipeline.fingerprints import flat, site_settings
+from dist_spin.pipeline.model import nothing_to_tune
 from dist_spin.storage.run_directory import LEARNED, run_dir
 from dist_spin.storage.tensor_file import identity_hash
 
@@ -185,15 +186,16 @@ def at_bits(config: RunConfig, weights: str, bits: Widths, formats: Formats = IN
     if formats[1] != "int" and FORMATS[formats[1]].group:
         widths["o_per_head"] = False
     method: Any = weights
-    # Gains alone are tuned where a format holds scales in 8 bits, and there are none unless scales are learned.
-    tuning: dict[str, Any] = {"tune_steps": 0} if has_narrow_scales(formats[0]) and not config.optimize.scales else {}
     if w == 16:
         widths |= {"down_bits": 0, "embedding_bits": 16, "head_bits": 16}
-    return dataclasses.replace(
+    rounded = dataclasses.replace(
         config,
         quant=dataclasses.replace(config.quant, **widths),
-        quantize=dataclasses.replace(config.quantize, method=method, **tuning),
+        quantize=dataclasses.replace(config.quantize, method=method),
     )
+    if nothing_to_tune(rounded):
+        return dataclasses.replace(rounded, quantize=dataclasses.replace(rounded.quantize, tune_steps=0))
+    return rounded
 
 
 def clips_text(config: RunConfig) -> str:

@@ -25,17 +25,26 @@ def wide_dtype(config: RunConfig) -> torch.dtype:
     return accumulation_dtype(model_dtype(config))
 
 
+def nothing_to_tune(config: RunConfig) -> bool:
+    """Whether `quantize.tune_steps` would find neither scales of codes wider than 8 bits, nor gains, which scales give norms.
+
+    With optimize.steps=0 there are the scales of `rotation.load` alone.
+    """
+    gains = config.optimize.scales if config.optimize.steps else config.rotation.load is not None
+    return has_narrow_scales(config.quant.w_format) and not gains
+
+
 def open_configured_model(config: RunConfig) -> ModelFiles:
     """Open the model on every rank; what has to be downloaded or converted is so once, by rank 0.
 
     Raises:
         UserError: it cannot be opened, or `quantize.tune_steps` would find nothing to tune.
     """
-    if config.quantize.tune_steps and has_narrow_scales(config.quant.w_format) and not config.optimize.scales:
+    if config.quantize.tune_steps and nothing_to_tune(config):
         problem = (
             f"quantize.tune_steps finds nothing to tune: quant.w_format={config.quant.w_format} holds scales in 8 bits"
         )
-        remedy = "set optimize.scales=true, so that norms have gains to tune, or quantize.tune_steps=0"
+        remedy = "let steps learn scales (optimize.scales=true), which give norms gains, or set quantize.tune_steps=0"
         raise UserError(problem, remedy, shared=True)
 
     def find() -> ModelFiles:

@@ -164,7 +164,7 @@ class TunedNetwork:
                     self.parameters[index, name] = nn.Parameter(torch.zeros(size, dtype=wide, device=self.device))
 
         raise_on_any_failure(load)
-        if not self.parameters:  # scales were to be learned, but no step was taken
+        if not self.parameters:  # `rotation.load` holds no scales
             raise UserError("quantize.tune_steps finds neither scales nor gains", "set it to 0", shared=True)
 
     def reduce_gradients(self) -> None:
