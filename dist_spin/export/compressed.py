@@ -23,7 +23,7 @@ from dist_spin.errors import UserError
 from dist_spin.export.card import LOAD_EXAMPLE, MERGED
 from dist_spin.export.export_job import DirectoryWriter, ExportFormat, ExportJob
 from dist_spin.export.format_tensors import INPUT_GLOBAL, LAYOUTS, format_arguments, format_tensors
-from dist_spin.export.serving import kv_cache_dtype, linear_backend, serve_command, serves_with_vllm
+from dist_spin.export.serving import kv_cache_dtype, linear_backend, serve_command, tried_engine
 from dist_spin.model.architecture import layer_name
 from dist_spin.model.experts import name_in_checkpoints
 from dist_spin.model.sites_config import INPUT_SCALES, SITE_OF_LINEAR, Sites
@@ -275,8 +275,10 @@ def _serving(job: ExportJob) -> list[str]:
         sites = dataclasses.replace(sites, k_bias_apart=False)  # nothing to keep apart
     command = serve_command("PATH OF THIS DIRECTORY", entries, sites)
     tried = config.quant.w_format == config.quant.a_format == config.quant.kv_format == "int"
-    tried = tried and serves_with_vllm(job.files.config) and not job.files.shape.experts
-    serves = "serves it with vLLM." if tried else "is vLLM's command for it, not tried with this format or family."
+    engine = tried_engine(job.files.config) if tried and not job.files.shape.experts else ""
+    serves = (
+        f"serves it with {engine}." if engine else "is vLLM's command for it, not tried with this format or family."
+    )
     lines = ["", f"    {command}", "", serves]
     if linear_backend(entries):
         lines.append("Without its `--linear-backend`, vLLM would leave activations in 16 bits, without a word.")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dist_spin.export.card import LOAD_EXAMPLE, MERGED
 from dist_spin.export.export_job import DirectoryWriter, ExportFormat, ExportJob
-from dist_spin.export.serving import serve_command, serves_with_vllm, takes_activation
+from dist_spin.export.serving import serve_command, takes_activation, tried_engine
 from dist_spin.model.experts import name_in_checkpoints
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
@@ -64,8 +64,8 @@ def loading(job: ExportJob) -> list[str]:
     ]
     if takes_activation(job.files.config):
         command = serve_command("PATH OF THIS DIRECTORY", {}, Sites())
-        tried = serves_with_vllm(job.files.config)
-        how = "serves it with vLLM." if tried else "is vLLM's command for it, not tried with this family."
+        engine = tried_engine(job.files.config)
+        how = f"serves it with {engine}." if engine else "is vLLM's command for it, not tried with this family."
         lines += ["", f"    {command}", "", how]
     if job.quantisers:
         lines += [

@@ -40,9 +40,10 @@ def takes_activation(config: Any) -> bool:
     return getattr(config, "hidden_act", "silu") == "silu"
 
 
-def serves_with_vllm(config: Any) -> bool:
-    """Whether vLLM has loaded a merged export of the family."""
-    return "vLLM" in FAMILIES[config.model_type].engines and takes_activation(config)
+def tried_engine(config: Any) -> str:
+    """The engine that has loaded a merged export of the family, and how far it computes the same; empty where none has."""
+    engine = FAMILIES[config.model_type].engines
+    return engine if engine.startswith("vLLM") and takes_activation(config) else ""
 
 
 def serve_command(path: str, quantization: dict[str, Any], sites: Sites) -> str:
