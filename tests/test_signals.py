@@ -207,17 +207,31 @@ def test_ranks_that_wait_for_one_that_failed_are_stopped_and_its_exit_code_count
     assert local_pipeline.exit_code(codes, []) == 3
 
 
-WAITING = "import os; from dist_spin.runtime.processes import wait_for_turn; wait_for_turn(); os.write(1, b'begun\\n')"
+WAITING = """import os
+from dist_spin.runtime.processes import wait_for_turn
+os.write(1, b'ready\\n')
+wait_for_turn()
+os.write(1, b'begun\\n')
+"""
 
 
 def test_a_stage_that_was_prepared_begins_when_its_turn_comes(monkeypatch, capfd):
     monkeypatch.setattr(next_stage, "AFTER_S", 0.0)
     monkeypatch.setattr(next_stage, "PROCESS_BYTES", 0)
     start = functools.partial(local_pipeline.start_ranks, [sys.executable, "-c", WAITING], 2)
+
+    def until_ready(said: str = "") -> None:
+        end = time.monotonic() + 60
+        while said != "ready\n" * 2:
+            assert time.monotonic() < end, said
+            time.sleep(0.05)
+            said += capfd.readouterr().out
+
     with next_stage.NextStage() as following:
         following.prepare(start, 2)
         following.start_when_due()
-        time.sleep(0.5)
+        until_ready()
+        time.sleep(0.2)
         assert capfd.readouterr().out == ""
         ranks = following.begin(start)
         assert local_pipeline.wait(ranks) == [0, 0]
@@ -226,17 +240,20 @@ def test_a_stage_that_was_prepared_begins_when_its_turn_comes(monkeypatch, capfd
         following.prepare(start, 2)  # one that is gone by then is started again, and so is the other
         following.start_when_due()
         lost, left = following._processes
+        until_ready()
         lost.kill()
         lost.wait()
         assert local_pipeline.wait(following.begin(start)) == [0, 0]
         assert left.poll() is not None
+        assert sorted(capfd.readouterr().out.splitlines()) == ["begun"] * 2 + ["ready"] * 2
 
         following.prepare(start, 2)
         following.start_when_due()
         waiting = following._processes
+        until_ready()
         assert [process.poll() for process in waiting] == [None, None]
     assert [process.poll() for process in waiting] == [-signal.SIGKILL] * 2
-    assert capfd.readouterr().out == "begun\n" * 2
+    assert capfd.readouterr().out == ""
 
 
 def test_little_memory_is_left_to_the_stage_at_work(monkeypatch):
