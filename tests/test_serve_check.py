@@ -203,13 +203,15 @@ class TestVllm:
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("restored_process")
 def test_two_processes_share_a_model_out(exports, place, capfd):
-    words = [str(exports["W8A8"]), "--python", str(PYTHON), "--text", f"tokens:{place / 'float32' / 'tokens.npy'}"]
-    more = ["--tensor-parallel", "2", "--seq-len", "20", "--sequences", "24", "--tokens", "2"]
+    words = [str(exports["W8A8"]), str(exports["NVFP4"]), "--python", str(PYTHON), "--emulate"]
+    more = ["--text", f"tokens:{place / 'float32' / 'tokens.npy'}", "--tensor-parallel", "2"]
+    more += ["--seq-len", "20", "--sequences", "24", "--tokens", "2"]
     assert main(["serve-check", *words, *more]) == 0
     said = capfd.readouterr().out
-    assert said.startswith("pass  ")
+    assert said.count("pass  ") == 2
     # Each names what multiplies in it, so that activations left in 16 bits are noticed there too.
     assert "o_proj: CompressedTensorsW8A8Int8 (CPUInt8ScaledMMLinearKernel)" in said
+    assert "o_proj: CompressedTensorsW4A4Fp4 (EmulationNvFp4LinearKernel)" in said
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from typing import Any
 from dist_spin.errors import Interrupted, NotServed, UserError
 from dist_spin.runtime.progress import say
 from dist_spin.runtime.signals import forwarded_to
+from dist_spin.serve.vllm_worker import EMULATE
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 STDERR = 2  # the descriptor
@@ -104,7 +105,6 @@ def ask(
             "new_tokens": new_tokens,
             "tensor_parallel": tensor_parallel,
             "kv_cache_dtype": kv_cache_dtype,
-            "emulate": emulate,
         }
         (place / "request.json").write_text(json.dumps(request))
         shutil.copy(WORKER, place)  # beside nothing else, so that it cannot take our modules for others of that name
@@ -117,7 +117,7 @@ def ask(
                 str(place / "request.json"),
                 str(place / "answer.json"),
             ]
-            code = _run(words, place, _environment(tensor_parallel), out)
+            code = _run(words, place, _environment(tensor_parallel) | ({EMULATE: "1"} if emulate else {}), out)
             log.seek(0)
             last = next((line.strip() for line in reversed(log.readlines()) if line.strip()), "")
         found = json.loads((place / "answer.json").read_text()) if (place / "answer.json").exists() else {"exports": []}

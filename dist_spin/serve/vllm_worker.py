@@ -7,9 +7,12 @@ One process loads export after export, since starting the engine takes longer th
 
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
+
+EMULATE = "DIST_SPIN_EMULATE"  # in the environment, so that every process that vLLM starts finds it
 
 
 def main() -> None:
@@ -17,8 +20,6 @@ def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text())
     import vllm
 
-    if request["emulate"]:
-        _emulate_on_cpus()
     answers: dict[str, Any] = {"engine": f"vLLM {vllm.__version__}", "exports": []}
     for export in request["exports"]:
         try:
@@ -108,3 +109,5 @@ def _forget_engine() -> None:
 
 if __name__ == "__main__":
     main()
+elif __name__ == Path(__file__).stem and os.environ.get(EMULATE):  # as vLLM imports it in each of its worker processes
+    _emulate_on_cpus()
