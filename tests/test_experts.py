@@ -120,6 +120,8 @@ def test_a_run_quantises_measures_and_exports_what_transformers_loads(files, tmp
     page = (tmp_path / "run" / "report.md").read_text()
     assert "## Calibration tokens of the experts" in page
     assert f"| 1 | {files.shape.experts} |" in " ".join(page.split())
+    assert "those of a mixture of experts are not measured" in page
+    assert "measured yet" not in page
     (export,) = {path.parent for path in tmp_path.rglob("dist_spin*.json")} - {tmp_path}
     exported = reference_logits(open_model(str(export)), IDS, WIDE)
     assert relative(exported, reference_logits(files, IDS, WIDE)) < 1e-9
@@ -256,6 +258,8 @@ def test_what_is_not_built_for_experts_is_refused_in_one_line(files, tmp_path, c
     said = capsys.readouterr()
     assert "optimize.w_bits=4, but with experts rotations are learned from 16-bit weights; set" in said.out + said.err
     assert "Traceback" not in said.out + said.err
+    assert main(["plan", f"model.path={files.directory}", "optimize.w_bits=16", "quantize.tune_steps=2"]) == 2
+    assert "quantize.tune_steps is for models without experts; set it to 0" in capsys.readouterr().err
 
 
 def test_dense_layers_among_the_experts_are_refused(files, tmp_path):

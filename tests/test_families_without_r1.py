@@ -165,8 +165,14 @@ def test_a_run_learns_r2_and_its_exports_load_elsewhere(name, tmp_path, capsys):
     ("changes", "line"),
     [
         ([], "R1 cannot rotate a gemma3_text: norms with a gain"),
-        (["rotation.r1=false", "optimize.scales=true"], "optimize.scales=true is built for models that R1 rotates"),
-        (["rotation.r1=false", "optimize.w_bits=4"], "optimize.w_bits=4 is built for models that R1 rotates"),
+        (
+            ["rotation.r1=false", "optimize.scales=true"],
+            "optimize.scales=true needs R1, which rotation.r1=false leaves out; set",
+        ),
+        (
+            ["rotation.r1=false", "optimize.w_bits=4"],
+            "optimize.w_bits=4 needs R1, which rotation.r1=false leaves out; set",
+        ),
         (["rotation.r1=false", "rotation.init=range"], "rotation.init=range fits R1"),
         (
             ["rotation.r1=false", "rotation.online=false", "export.target=gguf"],
@@ -181,3 +187,6 @@ def test_what_needs_r1_is_refused_in_one_line(changes, line, tmp_path, capsys):
     said = "".join(capsys.readouterr())
     assert line in said
     assert "Traceback" not in said
+    if "export.target=gguf" not in changes:  # which plan does not look at
+        assert main(["plan", *tiny_run(tmp_path, *changes, model=model)]) == 2
+        assert line in capsys.readouterr().err

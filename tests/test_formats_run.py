@@ -154,8 +154,10 @@ def test_tuning_leaves_scales_of_8_bits(model, tmp_path, name):
 def test_nothing_to_tune_is_said(model, tmp_path, capsys, scales):
     """With scales too, where no step learns them: before the layers are rounded."""
     words = tiny_run(tmp_path, "optimize.steps=0", *PLAIN, *NVFP4, "quantize.tune_steps=2", model=model)
-    assert main(["quantize", *words, f"optimize.scales={scales}"]) == 2
-    assert "quantize.tune_steps finds nothing to tune: quant.w_format=nvfp4 holds scales" in capsys.readouterr().err
+    for verb in ("quantize", "plan"):
+        assert main([verb, *words, f"optimize.scales={scales}"]) == 2
+        said = capsys.readouterr().err
+        assert "quantize.tune_steps finds nothing to tune: quant.w_format=nvfp4 holds scales" in said, verb
 
 
 @pytest.mark.usefixtures("group_of_one")

@@ -17,6 +17,8 @@ from dist_spin.config.run import RunConfig
 from dist_spin.data import token_rows
 from dist_spin.model.architecture import Shape
 from dist_spin.model.weights import open_model
+from dist_spin.pipeline.model import check_expert_settings, check_r1, check_tuning
+from dist_spin.pipeline.quant_sites import check_format_groups
 from dist_spin.runtime.host_memory import host_bytes_free
 from dist_spin.runtime.text_table import aligned
 
@@ -39,14 +41,19 @@ def plan(
         disk: GB/s at which files are written.
 
     Raises:
-        UserError: the model's config cannot be read.
+        UserError: the model's config cannot be read, or a run would be refused with these settings.
     """
     here = torch.cuda.device_count()
     gpu = GPUS[kind or kind_here() or "h200"]
     memory = gpu_memory * GIB or (gpu.memory if kind or not here else torch.cuda.mem_get_info(0)[1])
     host = host_memory * GIB or (float(host_bytes_free()) if here else HOST_MEMORY)
     hardware = Hardware(gpus or here or config.distributed.nproc, Gpu(memory, gpu.speed), host, disk * GB)
-    shape = Shape.of(open_model(config.model_path, revision=config.model.revision, dummy=True).config)
+    model = open_model(config.model_path, revision=config.model.revision, dummy=True).config
+    shape = Shape.of(model)
+    check_tuning(config)
+    check_expert_settings(config, shape)
+    check_r1(config, model.model_type)
+    check_format_groups(config, shape)
     planned = parts(config, shape, hardware, evaluated_tokens(config))
     advice = changes(config, shape, hardware, planned)
     fits = not any(part.lacks for part in planned.values())

@@ -103,7 +103,7 @@ class OptimizeConfig:
         require(0 <= self.micro_batch_size <= self.batch_size, "optimize.micro_batch_size", self.micro_batch_size, size)
         check_positive("optimize.lr", self.lr, "use a number above 0")
         last = max(0, self.steps - 1)
-        left = f"optimize.steps is {self.steps}, so use 0 to {last}"
+        left = f"optimize.steps is {self.steps}, so use {f'0 to {last}' if last else '0'}"
         require(0 <= self.warmup_steps <= last, "optimize.warmup_steps", self.warmup_steps, left)
         require(0 <= self.momentum < 1, "optimize.momentum", self.momentum, "use 0 up to but not including 1")
         require(self.w_bits in BITS, "optimize.w_bits", self.w_bits, "use 2 to 8 bits, or 16 = off")

@@ -38,14 +38,9 @@ def open_configured_model(config: RunConfig) -> ModelFiles:
     """Open the model on every rank; what has to be downloaded or converted is so once, by rank 0.
 
     Raises:
-        UserError: it cannot be opened, or `quantize.tune_steps` would find nothing to tune.
+        UserError: it cannot be opened, or settings are not for it.
     """
-    if config.quantize.tune_steps and nothing_to_tune(config):
-        problem = (
-            f"quantize.tune_steps finds nothing to tune: quant.w_format={config.quant.w_format} holds scales in 8 bits"
-        )
-        remedy = "let steps learn scales (optimize.scales=true), which give norms gains, or set quantize.tune_steps=0"
-        raise UserError(problem, remedy, shared=True)
+    check_tuning(config)
 
     def find() -> ModelFiles:
         return open_model(
@@ -73,6 +68,20 @@ def open_configured_model(config: RunConfig) -> ModelFiles:
     return files[0]
 
 
+def check_tuning(config: RunConfig) -> None:
+    """Refuse `quantize.tune_steps` that would find nothing to tune.
+
+    Raises:
+        UserError: names the settings to change.
+    """
+    if config.quantize.tune_steps and nothing_to_tune(config):
+        problem = (
+            f"quantize.tune_steps finds nothing to tune: quant.w_format={config.quant.w_format} holds scales in 8 bits"
+        )
+        remedy = "let steps learn scales (optimize.scales=true), which give norms gains, or set quantize.tune_steps=0"
+        raise UserError(problem, remedy, shared=True)
+
+
 def check_r1(config: RunConfig, model_type: str) -> None:
     """Refuse R1 for a family whose norms do not commute with it, and what is built with R1 alone where it is left out.
 
@@ -91,7 +100,7 @@ def check_r1(config: RunConfig, model_type: str) -> None:
         (f"quantize.tune_steps={config.quantize.tune_steps}", config.quantize.tune_steps, "quantize.tune_steps=0"),
     ):
         if problem:
-            raise UserError(f"{setting} is built for models that R1 rotates alone", f"set {remedy}", shared=True)
+            raise UserError(f"{setting} needs R1, which rotation.r1=false leaves out", f"set {remedy}", shared=True)
 
 
 def check_expert_settings(config: RunConfig, shape: Shape) -> None:

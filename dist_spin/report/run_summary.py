@@ -176,6 +176,15 @@ def _rounding_figures(path: Path) -> dict[str, dict[str, float]] | None:
     }
 
 
+def _has_experts(summary: RunSummary) -> bool:
+    """Whether layers that were quantised are those of a mixture of experts."""
+    first = min(summary.run.layers().glob("[0-9]*.safetensors"), default=None)
+    try:
+        return first is not None and ".experts." in (read_metadata(first) or {})["layer"]
+    except (ValueError, KeyError, TypeError):  # damaged
+        return False
+
+
 def _activations(summary: RunSummary) -> None:
     for path in sorted((summary.run.path / "statistics").glob("*.safetensors")):
         try:
@@ -193,7 +202,9 @@ def _activations(summary: RunSummary) -> None:
         if metadata["complete"] != "true":
             summary.missing.append(f"activations ({path.stem}): {statistics.done} layers are measured")
     command = f"dist-spin report {shlex.quote(f'{summary.run.path}/config.yaml')}"
-    if not summary.activations:
+    if not summary.activations and _has_experts(summary):
+        summary.missing.append("activation statistics: those of a mixture of experts are not measured")
+    elif not summary.activations:
         summary.missing.append(f"activation statistics: not measured yet ({command})")
     elif LEARNED not in summary.activations:
         when = "now" if summary.learned else "once the rotations are finished"
