@@ -243,6 +243,9 @@ def test_a_mixture_of_experts_is_planned_by_all_its_weights_and_the_work_of_thos
     assert main(["plan", f"model.path={place}", "--gpus", "2", "--gpu", "h200", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert planned["fits"]
+    for name, measured in (("qwen3-30b-a3b", 2.53), ("qwen3-235b-a22b", 8.15)):  # docs/models.md
+        of_shape = Shape.of(AutoConfig.from_pretrained(ROOT / "configs" / "shapes" / name))
+        assert sum(gptq_layer_seconds(of_shape, 64 * 2048, 2048, 1.0).values()) == pytest.approx(measured, rel=0.15)
     dense = dataclasses.replace(shape, experts_per_token=128)
     seconds = [gptq_layer_seconds(s, 128 * 2048, 2048, 1.0) for s in (shape, dense)]
     assert seconds[0]["solve"] == seconds[1]["solve"]

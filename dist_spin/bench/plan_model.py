@@ -39,6 +39,7 @@ SYMMETRIC = 0.88  # times that a step takes with symmetric activations; measured
 OTHER_SHARE = 0.0065  # of a step: all-reduce, Cayley step, checkpoint
 SCALES, KL = 1.2, 1.3  # times that a step takes with scales or clips; besides with the divergence from the original
 FORWARD, HESSIAN, FACTOR, SOLVE, ERRORS, MERGE = 563e12, 510e12, 52e12, 20e12, 52e12, 43e12  # FLOP/s of parts of GPTQ
+EXPERT = 1.58e-7  # seconds of each expert's matrices times inputs ** 1.5: they are too small to keep a GPU busy
 FP32, TF32 = 50e12, 350e12  # FLOP/s of large products, of which the fitted start is made
 # Not of the GPU.
 START = 7.6  # seconds before a process starts its work and after it: imports, CUDA, NCCL
@@ -195,6 +196,7 @@ def gptq_layer_seconds(shape: Shape, tokens: float, seq_len: int, speed: float, 
     """Parts of quantising one layer on one GPU with `tokens` tokens of calibration text, seconds."""
     layers, products = shape.layers, shape.products
     squares = sum(count * rows * columns**2 for columns, rows, count, _ in products)
+    experts = sum(count * columns**1.5 for columns, _, count, _ in products if count > 1)
     return {
         "merge": 2 * shape.weights * shape.hidden / MERGE / speed,
         "forward": tokens * forward_flop(shape, seq_len) / layers / FORWARD / speed,
@@ -203,6 +205,7 @@ def gptq_layer_seconds(shape: Shape, tokens: float, seq_len: int, speed: float, 
         "solve": (1 + cd_passes) * squares / SOLVE / speed,
         "errors": squares / ERRORS / speed,
         "waiting": WAITING,
+        "experts": EXPERT * experts / speed,  # beside their share of the parts above
     }
 
 
@@ -238,16 +241,12 @@ def quantize(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
         total = START + OPENING + KERNELS + before + min(rounds * q.layers_per_job, layers) * alone * variants
         note = f"{alone:.2f} s a layer and GPU, {jobs} ranges of up to {q.layers_per_job} layers"
     else:
-        whole = sum(computing.get(part, 0.0) for part in ("merge", "factor", "waiting"))
+        whole = sum(computing.get(part, 0.0) for part in ("merge", "factor", "waiting", "experts"))
         each = max((sum(computing.values()) - whole) / gpus + whole, reading)
         total = START + OPENING + KERNELS + layers * each * variants
         note = f"{each:.2f} s a layer"
         note += f", on which {gpus} GPUs work together" if gpus > 1 else ""
     need = gptq_bytes(shape, tokens / gpus if shares_layers else tokens)
-    if shape.experts:
-        note += (
-            "; GPTQ of many small experts takes longer than this"  # it waits for launches, which the model leaves out
-        )
     host = gpus * (PROCESS + 2 * layer_bytes(shape, DTYPE))
     notes = [note]
     if q.tune_steps:
