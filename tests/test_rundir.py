@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dist_spin.errors import UserError
-from dist_spin.storage.atomic import append_line, atomic, read_lines, remove_leftovers, write_json, write_text
+from dist_spin.storage.atomic import _umask, append_line, atomic, read_lines, remove_leftovers, write_json, write_text
 from dist_spin.storage.checkpoints import checkpoint_path, checkpoints, newest_checkpoint, prune_checkpoints
 from dist_spin.storage.metrics import append_metrics, drop_metrics_after, read_metrics
 from dist_spin.storage.rotations import save_final
@@ -56,6 +57,18 @@ def test_directories_are_made_and_the_umask_is_respected(tmp_path):
         os.umask(before)
     assert (tmp_path / "a" / "b" / "c.txt").read_text() == "text"
     assert (tmp_path / "a" / "b" / "c.txt").stat().st_mode & 0o777 == 0o640
+
+
+def test_the_umask_is_read_by_several_threads_at_once():
+    before, interval = os.umask(0o027), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            seen = set().union(*threads.map(lambda _: {_umask() for _ in range(60000)}, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+        left = os.umask(before)
+    assert seen == {left} == {0o027}
 
 
 def test_a_killed_writer_leaves_the_old_file(tmp_path):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from dist_spin.runtime.processes import began, machine
 SUFFIX = ".tmp"
 TEMPORARY = re.compile(r"\..+\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<began>\d+)-[0-9a-f]{8}" + re.escape(SUFFIX))
 FOREIGN_AGE_S = 3600.0
+_UMASK_READ = threading.Lock()  # by setting it: a second thread would read 0, and leave that behind
 
 
 @contextlib.contextmanager
@@ -84,8 +86,9 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
+    with _UMASK_READ:
+        value = os.umask(0)
+        os.umask(value)
     return value
 
 
