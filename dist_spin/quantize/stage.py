@@ -78,8 +78,8 @@ def _quantize(jobs: list[QuantizeJob], layers: tuple[int, int] | None, *, hidden
     with contextlib.ExitStack() as writers:
         if hidden_states_only or layers is None or not share_layers:
             begins = {} if share_layers else begun_by(ranges, jobs[0].world.size)
-            # A rank that was handed its states begins while the last are written; a further variant needs them written.
-            later = writers if begins and len(jobs) == 1 else None
+            # Ranks that were all handed their states begin while the last are written; further ranges and variants read them.
+            later = writers if begins and len(begins) == len(ranges) and len(jobs) == 1 else None
             for job in jobs:
                 starts = [each.start for each in ranges if each.job is job]
                 handed = {each.start: rank for rank, each in begins.items() if each.job is job}
