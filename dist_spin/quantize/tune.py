@@ -71,7 +71,7 @@ def tune(job: QuantizeJob, rounded: QuantizeJob) -> None:
     targets = made[0]
     optimizer = torch.optim.Adam(list(network.parameters.values()), settings.tune_lr)
     at_once = max(1, TOKENS_AT_ONCE // tokens.shape[1])
-    progress = Progress("tune scales: step", settings.tune_steps, show=world.is_rank0)
+    progress = Progress("tune: step", settings.tune_steps, show=world.is_rank0)
 
     def mean_loss(indices: list[int], *, learn: bool) -> float:
         total = torch.zeros((), dtype=torch.float64, device=world.device)
