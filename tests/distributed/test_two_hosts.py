@@ -14,7 +14,7 @@ from tests.tiny import write_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(240)]
 ROOT = Path(__file__).parent.parent.parent
-TIMEOUT = 8  # seconds that a rank waits for another
+TIMEOUT = 12  # seconds that a rank waits for another
 
 
 def ip(*words: str) -> None:
@@ -43,13 +43,13 @@ def hosts() -> Iterator[dict[str, str]]:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
-def start(hosts: dict[str, str], run: Run, logs: Path) -> list["subprocess.Popen[bytes]"]:
+def start(hosts: dict[str, str], run: Run, logs: Path, *more: str) -> list["subprocess.Popen[bytes]"]:
     processes = []
     for name, link in hosts.items():
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": link, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
         environment |= {"PYTHONPATH": str(ROOT), "TORCH_CPP_LOG_LEVEL": "ERROR"}
         with (logs / name).open("ab") as log:
-            words = ["launch/torchrun.sh", "10.77.0.1", "2", "1", "optimize", str(run.config)]
+            words = ["launch/torchrun.sh", "10.77.0.1", "2", "1", "optimize", str(run.config), *more]
             command = ["ip", "netns", "exec", name, *words]
             processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
     return processes
@@ -82,6 +82,8 @@ def test_cable_cut_while_learning(hosts: dict[str, str], tmp_path: Path) -> None
     assert "Traceback" not in say()
 
     ip("-n", last, "link", "set", link, "up")
-    assert [process.wait(120) for process in start(hosts, run, tmp_path)] == [0, 0], say()
+    # On a busy machine one rank may have imported everything long before the other.
+    again = start(hosts, run, tmp_path, "distributed.timeout_s=60")
+    assert [process.wait(120) for process in again] == [0, 0], say()
     assert [(event["step"], event["ranks"]) for event in run.events("resume")] == [(reached, 2)]
     assert (run.path / "rotations" / "final.safetensors").exists()
