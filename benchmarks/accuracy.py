@@ -32,7 +32,7 @@ from dist_spin.evaluate.stage import evaluate
 from dist_spin.evaluate.targets import EvalTarget, eval_targets, full_precision
 from dist_spin.model.weights import ModelFiles
 from dist_spin.optimize.train import train
-from dist_spin.pipeline.fingerprints import layer_identity
+from dist_spin.pipeline.fingerprints import layer_fingerprint
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.pipeline.variants import calibration_tokens
 from dist_spin.quantize.stage import quantize
@@ -40,7 +40,6 @@ from dist_spin.runtime.console import Console, quieten_libraries, shown_on
 from dist_spin.runtime.distributed import World, start, stop
 from dist_spin.storage.atomic import read_lines, write_json
 from dist_spin.storage.run_directory import run_dir
-from dist_spin.storage.tensor_file import identity_hash
 
 RELEASE = ["optimize.optimizer=cayley_sgd", "optimize.lr=1.5", "optimize.seed=-1"]
 ADAM = ["optimize.optimizer=cayley_adam", "optimize.lr=0.004", "optimize.warmup_steps=5"]
@@ -205,7 +204,7 @@ def agreements(options: argparse.Namespace, config: RunConfig, world: World) -> 
     found = {}
     for target in eval_targets(config, files, world.device):
         if target.weights != "none":
-            target.fingerprint = identity_hash(layer_identity(config, files, target.variant, calibration))
+            target.fingerprint = layer_fingerprint(config, files, target.variant, calibration)
         kind = target.label if target.full_precision else target.weights
         found[kind] = written.agreement(config, world, files, target)
     return found

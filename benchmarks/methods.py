@@ -27,7 +27,7 @@ from dist_spin.evaluate.targets import EvalTarget
 from dist_spin.evaluate.teacher import Teacher
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
-from dist_spin.pipeline.fingerprints import layer_identity
+from dist_spin.pipeline.fingerprints import layer_fingerprint
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.pipeline.variants import Variant, build_variant, calibration_tokens
 from dist_spin.quantize.job import QuantizeJob
@@ -35,7 +35,6 @@ from dist_spin.quantize.layer_range import quantize_range
 from dist_spin.runtime.console import Console, quieten_libraries, shown_on
 from dist_spin.runtime.distributed import World, start, stop
 from dist_spin.runtime.signals import StopRequest
-from dist_spin.storage.tensor_file import identity_hash
 
 
 def main() -> None:
@@ -108,9 +107,7 @@ def rounded(
     config = dataclasses.replace(config, quantize=dataclasses.replace(config.quantize, method=weights))
     variant = dataclasses.replace(variant, name=f"{variant.name}-{weights}")
     quantize_range(QuantizeJob(config, world, files, variant, tokens, StopRequest()), 0, files.shape.layers)
-    return config, EvalTarget(
-        variant, weights, fingerprint=identity_hash(layer_identity(config, files, variant, tokens))
-    )
+    return config, EvalTarget(variant, weights, fingerprint=layer_fingerprint(config, files, variant, tokens))
 
 
 def cells(

@@ -60,9 +60,7 @@ class NextStage:
     def begin(self, start: Starting) -> list[subprocess.Popen[bytes]]:
         """The processes of the stage whose turn has come: the prepared ones, if all are alive, or new ones from `start`."""
         self._start = None
-        self._began_prepared = bool(self._processes) and not any(
-            process.poll() is not None for process in self._processes
-        )
+        self._began_prepared = bool(self._processes) and all(process.poll() is None for process in self._processes)
         if not self._began_prepared:
             self._end()
             return start(None)

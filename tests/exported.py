@@ -14,12 +14,11 @@ from dist_spin.config.run import RunConfig
 from dist_spin.evaluate.layerwise_model import load_full_model
 from dist_spin.evaluate.targets import EvalTarget
 from dist_spin.numerics.quantizer import QuantSpec
-from dist_spin.pipeline.fingerprints import layer_identity
+from dist_spin.pipeline.fingerprints import layer_fingerprint
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.pipeline.variants import build_variant, calibration_tokens
 from dist_spin.runtime.distributed import start, stop
 from dist_spin.storage.run_directory import run_dir
-from dist_spin.storage.tensor_file import identity_hash
 
 IDS = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(1))
 NO_HAD = ["rotation.online=false"]
@@ -58,7 +57,7 @@ def pipeline_cell(words: list[str], weights: str, off: str = "", config: RunConf
         cell.variant.sites = replace(cell.variant.sites, **{site: QuantSpec() for site in off})
         if weights != "none":
             tokens = calibration_tokens(config, files)
-            cell.fingerprint = identity_hash(layer_identity(config, files, cell.variant, tokens))
+            cell.fingerprint = layer_fingerprint(config, files, cell.variant, tokens)
         return load_full_model(config, world, files, run_dir(config), cell)
     finally:
         stop()

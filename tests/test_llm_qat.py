@@ -19,7 +19,7 @@ from dist_spin.evaluate.targets import EvalTarget
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.sites_config import Sites
-from dist_spin.pipeline.fingerprints import layer_identity
+from dist_spin.pipeline.fingerprints import layer_fingerprint
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.pipeline.quant_sites import sites_for
 from dist_spin.pipeline.self_generated_text import self_text
@@ -31,7 +31,7 @@ from dist_spin.runtime.distributed import World
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.quantized_layers import load_layer
 from dist_spin.storage.run_directory import run_dir
-from dist_spin.storage.tensor_file import identity_hash, load_tensors
+from dist_spin.storage.tensor_file import load_tensors
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, 1, CPU)
@@ -127,7 +127,7 @@ def test_what_is_rounded_and_measured_is_what_training_saw(tmp_path):
         for name, w in layer.weights(torch.float64, CPU).items():
             assert torch.equal(w, student.parameters[f"{index}.{name}"]), name
         assert len(student.parameters[f"{index}.self_attn.q_proj.weight"][0].unique()) <= 15
-    target = EvalTarget(variant, "rtn", fingerprint=identity_hash(layer_identity(config, files, variant, tokens)))
+    target = EvalTarget(variant, "rtn", fingerprint=layer_fingerprint(config, files, variant, tokens))
     (losses,) = window_losses(config, ALONE, files, target, [(variant.sites, tokens)], "text")
     with torch.no_grad():
         hidden = torch.nn.functional.embedding(tokens, student.parameters["embedding"])

@@ -32,7 +32,7 @@ from dist_spin.numerics.kronecker import apply_pair, kronecker_sizes, orthogonal
 from dist_spin.numerics.learned_clipping import clipped_quantize
 from dist_spin.numerics.outlier_columns import condense
 from dist_spin.numerics.quantizer import QuantSpec, dequantize_weight, fake_quantize, quantize_weight, weight_scales
-from dist_spin.pipeline.fingerprints import layer_identity
+from dist_spin.pipeline.fingerprints import layer_fingerprint
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.pipeline.quant_sites import sites_for
 from dist_spin.pipeline.variants import build_variant, calibration_tokens
@@ -43,7 +43,6 @@ from dist_spin.runtime.distributed import World
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.results import results
 from dist_spin.storage.run_directory import run_dir
-from dist_spin.storage.tensor_file import identity_hash
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, 1, CPU)
@@ -357,7 +356,7 @@ def error_after(config, files, tokens, variant, exact):
     """How far the window losses are from those of the full-precision model after rounding as the configuration says."""
     quantize_range(QuantizeJob(config, ALONE, files, variant, tokens, StopRequest()), 0, files.shape.layers)
     target = EvalTarget(variant, config.quantize.method)
-    target.fingerprint = identity_hash(layer_identity(config, files, variant, tokens))
+    target.fingerprint = layer_fingerprint(config, files, variant, tokens)
     losses = measured_losses(config, files, target, tokens)
     return float((losses - exact).abs().mean())
 

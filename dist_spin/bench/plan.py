@@ -17,7 +17,7 @@ from dist_spin.config.run import RunConfig
 from dist_spin.data import token_rows
 from dist_spin.model.architecture import Shape
 from dist_spin.model.weights import open_model
-from dist_spin.pipeline.model import check_expert_settings, check_r1, check_tuning
+from dist_spin.pipeline.model import check_model_settings, check_tuning
 from dist_spin.pipeline.quant_sites import check_format_groups
 from dist_spin.runtime.host_memory import host_bytes_free
 from dist_spin.runtime.text_table import aligned
@@ -51,8 +51,7 @@ def plan(
     model = open_model(config.model_path, revision=config.model.revision, dummy=True).config
     shape = Shape.of(model)
     check_tuning(config)
-    check_expert_settings(config, shape)
-    check_r1(config, model.model_type)
+    check_model_settings(config, shape, model.model_type)
     check_format_groups(config, shape)
     planned = parts(config, shape, hardware, evaluated_tokens(config))
     advice = changes(config, shape, hardware, planned)

@@ -35,7 +35,7 @@ from dist_spin.model.weights import ModelFiles
 from dist_spin.optimize.train import train
 from dist_spin.pipeline.embeddings import embeddings_of
 from dist_spin.pipeline.export_limits import check_export_target
-from dist_spin.pipeline.fingerprints import layer_identity
+from dist_spin.pipeline.fingerprints import layer_fingerprint
 from dist_spin.pipeline.model import model_dtype, open_configured_model
 from dist_spin.pipeline.quant_sites import check_format_groups, clips_at, site_bits, sites_for
 from dist_spin.pipeline.stage_context import writing
@@ -51,7 +51,7 @@ from dist_spin.storage.results import merge_results, public, update_results
 from dist_spin.storage.rotations import finished_rotations
 from dist_spin.storage.run_directory import RunDir, run_dir
 from dist_spin.storage.run_records import keep_settings
-from dist_spin.storage.tensor_file import identity_hash, read_metadata
+from dist_spin.storage.tensor_file import read_metadata
 
 HIDDEN_STATES_BYTES = 1 << 33  # of all measurements that go through the layers of a model together
 
@@ -160,7 +160,7 @@ class Comparison:
                 variant = self.at_sites(shared_variant, config, base)
             target = EvalTarget(variant, weights, full_precision=trial.method == FULL)
             if weights != "none":
-                target.fingerprint = identity_hash(layer_identity(config, self.files, variant, self.calibration))
+                target.fingerprint = layer_fingerprint(config, self.files, variant, self.calibration)
             online = config.rotation.online and variant.rotations is not None
             target.about = {
                 "system": system.label + variant.blocks.label,

@@ -22,7 +22,7 @@ from dist_spin.evaluate.layerwise_model import load_full_model
 from dist_spin.evaluate.targets import EvalTarget, eval_targets
 from dist_spin.model.context import context_length
 from dist_spin.model.weights import ModelFiles
-from dist_spin.pipeline.fingerprints import layer_identity
+from dist_spin.pipeline.fingerprints import layer_fingerprint
 from dist_spin.pipeline.model import check_vocabulary, open_configured_model
 from dist_spin.pipeline.variants import calibration_tokens
 from dist_spin.runtime import distributed
@@ -31,7 +31,6 @@ from dist_spin.runtime.progress import say
 from dist_spin.storage.results import bits_label
 from dist_spin.storage.run_directory import RunDir
 from dist_spin.storage.run_records import read_settings
-from dist_spin.storage.tensor_file import identity_hash
 
 TOKENS = 64  # of one answer, unless asked for otherwise
 
@@ -71,7 +70,7 @@ class Speaker:
         self.name = target.label if target.full_precision else f"{target.label}, {bits}, weights by {target.weights}"
         if target.weights != "none":
             tokens = calibration_tokens(config, files)
-            target.fingerprint = identity_hash(layer_identity(config, files, target.variant, tokens))
+            target.fingerprint = layer_fingerprint(config, files, target.variant, tokens)
         self.model = load_full_model(config, world, files, run, target)
         self.device, self.shape, self.tokenizer = world.device, files.shape, files.tokenizer()
         self.conversation: list[dict[str, str]] = []

@@ -20,7 +20,7 @@ from dist_spin.evaluate.tables import perplexity_table, prompt_table, task_table
 from dist_spin.evaluate.targets import eval_targets, target_layer
 from dist_spin.evaluate.teacher import Teacher
 from dist_spin.pipeline.export_limits import check_export_target
-from dist_spin.pipeline.fingerprints import layer_identity
+from dist_spin.pipeline.fingerprints import layer_fingerprint
 from dist_spin.pipeline.model import open_configured_model
 from dist_spin.pipeline.variants import calibration_tokens
 from dist_spin.runtime.distributed import World, any_rank, on_rank0
@@ -28,7 +28,6 @@ from dist_spin.runtime.progress import say
 from dist_spin.runtime.signals import StopRequest
 from dist_spin.storage.results import public, update_results
 from dist_spin.storage.run_directory import run_dir
-from dist_spin.storage.tensor_file import identity_hash
 
 
 def evaluate(config: RunConfig, world: World) -> list[dict[str, Any]]:
@@ -49,7 +48,7 @@ def evaluate(config: RunConfig, world: World) -> list[dict[str, Any]]:
         if missing:
             problem = f"layer {missing[0]} of '{target.variant.name}' is not quantised"
             raise UserError(problem, "run `dist-spin quantize` first")
-        target.fingerprint = identity_hash(layer_identity(config, files, target.variant, calibration))
+        target.fingerprint = layer_fingerprint(config, files, target.variant, calibration)
     teacher = Teacher(config, world, files, measured[0], stop) if config.evaluate.fidelity else None
     rows = []
     for source in config.evaluate.sources:

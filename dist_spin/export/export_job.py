@@ -21,7 +21,7 @@ from dist_spin.numerics.quantizer import dequantize_weight
 from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.embeddings import embeddings_of, quantized_embedding_bits
 from dist_spin.pipeline.export_limits import QUANTISED
-from dist_spin.pipeline.fingerprints import WEIGHT_SETTINGS, flat, layer_identity
+from dist_spin.pipeline.fingerprints import WEIGHT_SETTINGS, flat, layer_fingerprint, layer_identity
 from dist_spin.pipeline.variants import Variant, calibration_tokens
 from dist_spin.runtime.progress import Progress, warn
 from dist_spin.runtime.signals import StopRequest
@@ -119,7 +119,7 @@ class ExportJob:
     def layers_fingerprint(self) -> str:
         """The fingerprint that every quantised layer must carry."""
         tokens = calibration_tokens(self.config, self.files)
-        return identity_hash(layer_identity(self.config, self.files, self.variant, tokens))
+        return layer_fingerprint(self.config, self.files, self.variant, tokens)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -21,6 +21,7 @@ from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.model import model_dtype
 from dist_spin.pipeline.variants import Variant
 from dist_spin.storage.run_directory import LEARNED
+from dist_spin.storage.tensor_file import identity_hash
 
 EMBEDDING_SETTINGS = ("quant.embedding_bits", "quant.head_bits")  # decide nothing about layers
 # Entries of config.json that do not change what a layer computes; the number format is a setting of the run.
@@ -113,6 +114,11 @@ def layer_identity(config: RunConfig, files: ModelFiles, variant: Variant, token
     scales = {} if rounded is None else {"scales": str(rounded)}
     inputs = {"input_scales": True} if keeps_input_scales(config, variant) else {}
     return {**states_identity(config, files, variant, tokens), **quant, **settings, **scales, **inputs}
+
+
+def layer_fingerprint(config: RunConfig, files: ModelFiles, variant: Variant, tokens: Tensor) -> str:
+    """The fingerprint of a variant's layer files."""
+    return identity_hash(layer_identity(config, files, variant, tokens))
 
 
 def keeps_input_scales(config: RunConfig, variant: Variant) -> bool:

@@ -63,9 +63,18 @@ def open_configured_model(config: RunConfig) -> ModelFiles:
         on_rank0(find_and_tell)
         # The others only after it is there; one of them may be on a host that does not see the path.
         raise_on_any_failure(lambda: None if files else files.append(find()))
-    check_expert_settings(config, files[0].shape)
-    check_r1(config, files[0].config.model_type)
+    check_model_settings(config, files[0].shape, files[0].config.model_type)
     return files[0]
+
+
+def check_model_settings(config: RunConfig, shape: Shape, model_type: str) -> None:
+    """Refuse settings that are not for a model, as `check_expert_settings` and `check_r1` do.
+
+    Raises:
+        UserError: names the settings to change.
+    """
+    check_expert_settings(config, shape)
+    check_r1(config, model_type)
 
 
 def check_tuning(config: RunConfig) -> None:

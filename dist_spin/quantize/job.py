@@ -15,7 +15,7 @@ from dist_spin.errors import UserError
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.weights import ModelFiles
 from dist_spin.pipeline.embeddings import embeddings_of
-from dist_spin.pipeline.fingerprints import gptq_options, keeps_input_scales, layer_identity
+from dist_spin.pipeline.fingerprints import gptq_options, keeps_input_scales, layer_fingerprint
 from dist_spin.pipeline.model import model_dtype, wide_dtype
 from dist_spin.pipeline.variants import Variant, unquantized
 from dist_spin.quantize.calibration_states import CalibrationStates
@@ -81,7 +81,7 @@ class QuantizeJob:
     @cached_property
     def fingerprint(self) -> str:
         """The fingerprint of the variant's layer files."""
-        return identity_hash(layer_identity(self.config, self.files, self.variant, self.tokens))
+        return layer_fingerprint(self.config, self.files, self.variant, self.tokens)
 
     def path(self, index: int) -> Path:
         """Where layer `index` is kept."""
