@@ -27,6 +27,7 @@ from dist_spin.model.layers import LayerRunner
 from dist_spin.model.rotated_weights import RotatedWeights
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import open_model
+from dist_spin.numerics import learned_clipping
 from dist_spin.numerics.gptq import GPTQOptions, prepare, solve
 from dist_spin.numerics.kronecker import apply_pair, kronecker_sizes, orthogonal
 from dist_spin.numerics.learned_clipping import clipped_quantize
@@ -118,6 +119,36 @@ def test_gradients_are_those_of_straight_through_autograd(symmetric):
         grads.append((out.detach(), *(t.grad for t in inputs)))
     for ours, theirs in zip(grads[1], grads[0], strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_fused_clipping_is_the_torch_path(symmetric, dtype, monkeypatch):
+    """The result is the same to the bit; gradients but for the order of sums over a group."""
+    for shape, group in (((3, 1000, 576), 0), ((7, 96), 16), ((2, 3, 500, 64), 0)):
+        generator = torch.Generator("cuda").manual_seed(0)
+        x, weight = torch.randn(2, *shape, generator=generator, device="cuda").to(dtype)
+        x[0, 0], x[0, 1] = 0, x[0, 1].abs()
+        per_group = (*shape[:-1], shape[-1] // (group or shape[-1]), 1)
+        for sizes in ((), per_group):
+            shares = [torch.rand(sizes, generator=generator, device="cuda") / 2 + 0.5 for _ in range(2)]
+            found = []
+            for fused in (True, False):
+                inputs = [t.clone().requires_grad_() for t in (x, *shares)]
+                with monkeypatch.context() as patch:
+                    if fused:
+                        assert learned_clipping.fused_kernels(x) is not None, "Triton or its C compiler is missing"
+                    else:
+                        patch.setattr(learned_clipping, "fused_kernels", lambda x: None)
+                    shrink = (inputs[1], inputs[2])
+                    out = clipped_quantize(inputs[0], shrink, 4, symmetric=symmetric, group_size=group, even=True)
+                    (out * weight).sum().backward()
+                found.append((out.detach(), *(t.grad for t in inputs)))
+            assert torch.equal(found[0][0], found[1][0])
+            assert (found[0][1] == found[1][1]).float().mean() > 0.9  # all but the extremes, which get what is summed
+            for ours, theirs in zip(found[0][1:], found[1][1:], strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -96,7 +96,7 @@ def test_it_works_away_from_the_tree_and_without_what_extras_install(installed: 
 import importlib, sys
 sys.modules |= dict.fromkeys({extras.split()})
 for name in {modules}:
-    if name not in ("dist_spin.__main__", "dist_spin.numerics.triton_kernels"):  # runs; needs triton, which CPU builds lack
+    if name != "dist_spin.__main__" and ".triton_" not in name:  # runs; need triton, which CPU builds lack
         try:
             print(importlib.import_module(name).__file__)
         except Exception as error:
@@ -110,7 +110,7 @@ print(*examples().values())"""
     (refused,) = [line for line in imported.stderr.splitlines() if line.startswith("dist_spin.")]
     assert refused.startswith("dist_spin.evaluate.zero_shot evaluate.tasks needs lm-evaluation-harness")
     assert refused.endswith("pip install 'dist-spin[lm-eval]'")
-    assert len(imported.stdout.split()) == len(modules) - 3 + len(examples())
+    assert len(imported.stdout.split()) == len(modules) - 4 + len(examples())
     assert all(path.startswith(str(installed)) for path in imported.stdout.split())
     command = [sys.executable, "-m", "dist_spin", "status", str(tmp_path / "none")]
     refusal = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

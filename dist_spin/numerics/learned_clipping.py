@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from dist_spin.numerics.dtypes import accumulation_dtype
-from dist_spin.numerics.quantizer import code_range, scale_and_zero, value_range
+from dist_spin.numerics.quantizer import code_range, scale_and_zero, triton_works, value_range
+
+
+def fused_kernels(x: Tensor) -> Any | None:
+    """The module of fused kernels where it serves groups like x [..., d] (on CUDA where Triton works); None elsewhere."""
+    if not x.is_cuda or accumulation_dtype(x.dtype) != torch.float32 or not triton_works():
+        return None
+    from dist_spin.numerics import triton_clipping
+
+    return triton_clipping if x.shape[-1] <= triton_clipping.MAX_WIDTH else None
 
 
 class _ClippedQuantize(torch.autograd.Function):
@@ -26,21 +35,31 @@ class _ClippedQuantize(torch.autograd.Function):
         symmetric: bool,  # noqa: FBT001 (autograd hands arguments on by position)
         even: bool,  # noqa: FBT001
     ) -> Tensor:
+        lowest, highest = code_range(bits, symmetric=symmetric)
+        ctx.code_range = -highest if even else lowest, highest, symmetric
+        ctx.kernels = fused_kernels(x)
+        if ctx.kernels is not None:
+            ctx.save_for_backward(x, shrink_low, shrink_high)
+            result: Tensor = ctx.kernels.forward(x, shrink_low, shrink_high, ctx.code_range[:2], symmetric=symmetric)
+            return result
         wide = accumulation_dtype(x.dtype)
         low, high = (end.unsqueeze(-1) for end in value_range(x))
         clipped = low.to(wide) * shrink_low, high.to(wide) * shrink_high
         scale, zero = scale_and_zero(*clipped, bits, symmetric=symmetric)
         ctx.save_for_backward(x, low, high, shrink_low, shrink_high, scale, zero)
-        lowest, highest = code_range(bits, symmetric=symmetric)
-        ctx.code_range = -highest if even else lowest, highest, symmetric
         codes = (x / scale).round_().add_(zero).clamp_(*ctx.code_range[:2])
         return codes.sub_(zero).mul_(scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        x, low, high, shrink_low, shrink_high, scale, zero = ctx.saved_tensors
         lowest, highest, symmetric = ctx.code_range
         g = grad_outputs[0]
+        if ctx.kernels is not None:
+            x, *shrinks = ctx.saved_tensors
+            d_x, *d_shrinks = ctx.kernels.backward(x, g, *shrinks, (lowest, highest), symmetric=symmetric)
+            sums = [d.sum_to_size(s.shape).to(s.dtype) for d, s in zip(d_shrinks, shrinks, strict=True)]
+            return d_x, *sums, None, None, None
+        x, low, high, shrink_low, shrink_high, scale, zero = ctx.saved_tensors
         steps = x / scale
         rounded = torch.round(steps)
         codes = rounded + zero

@@ -29,7 +29,7 @@ GPU_SEARCH_ELEMENTS = 2**25  # the same, where few launches count for more
 
 
 @functools.cache
-def _triton_works() -> bool:
+def triton_works() -> bool:
     """Whether Triton is installed, and a C compiler, with which it builds its launchers."""
     compilers = (os.environ.get("CC", ""), "gcc", "clang")
     return importlib.util.find_spec("triton") is not None and any(shutil.which(name) for name in compilers if name)
@@ -37,7 +37,7 @@ def _triton_works() -> bool:
 
 def fused_kernels(x: Tensor) -> Any | None:
     """The module of fused kernels where it serves tensors like x (fp32 on CUDA where Triton works); None elsewhere."""
-    if not x.is_cuda or x.dtype != torch.float32 or not _triton_works():
+    if not x.is_cuda or x.dtype != torch.float32 or not triton_works():
         return None
     from dist_spin.numerics import triton_kernels
 

@@ -70,10 +70,11 @@ class FlatParameters(nn.Module):
         values = self.log_values.exp()[:, None]
         matrices, inverses = (u * values) @ v.mT, (u / values) @ v.mT
         state: State = {f"{site}.scale": log.exp() for site, log in self.log_scales.items()}
-        for i, (name, n) in enumerate(self.sizes.items()):
-            state[name], state[name + INVERSE] = matrices[i, :n, :n], inverses[i, :n, :n]
-        shrink = torch.sigmoid(self.site_logits)
-        state |= {f"{site}.shrink": shrink[i] for i, site in enumerate(CLIPPED)}
+        # Unbound, not indexed: the gradient of each index would be a stack of zeros with one entry, and all of them a sum.
+        for (name, n), matrix, inverse in zip(self.sizes.items(), matrices.unbind(), inverses.unbind(), strict=True):
+            state[name], state[name + INVERSE] = matrix[:n, :n], inverse[:n, :n]
+        shrinks = torch.sigmoid(self.site_logits).unbind()
+        state |= {f"{site}.shrink": shrink for site, shrink in zip(CLIPPED, shrinks, strict=True)}
         return state | self.weight_clips.state()
 
     def transforms(self) -> list[nn.Parameter]:

@@ -191,9 +191,8 @@ class FakeQuantLayer:
         if (shrink := state.get(f"{role}.shrink")) is None:
             one = torch.ones((), dtype=w.dtype, device=w.device)
             return clipped_quantize(w, (one, one), o.bits, symmetric=o.symmetric, group_size=o.group_size)
-        return clipped_quantize(
-            w, (shrink[0], shrink[1]), o.bits, symmetric=o.symmetric, group_size=o.group_size, even=True
-        )
+        low, high = shrink.unbind()
+        return clipped_quantize(w, (low, high), o.bits, symmetric=o.symmetric, group_size=o.group_size, even=True)
 
 
 class Stepper:

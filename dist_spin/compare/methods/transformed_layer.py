@@ -77,8 +77,8 @@ class TransformedInputQuant(nn.Module):
             return x
         if self.shrink is None:
             return fake_quantize(x, s)
-        shrink = self.shrink.to(accumulation_dtype(x.dtype))
-        return clipped_quantize(x, (shrink[0], shrink[1]), s.bits, symmetric=s.symmetric, group_size=s.group_size)
+        low, high = self.shrink.to(accumulation_dtype(x.dtype)).unbind()
+        return clipped_quantize(x, (low, high), s.bits, symmetric=s.symmetric, group_size=s.group_size)
 
 
 class TransformedNorm(nn.Module):
