@@ -123,8 +123,10 @@ def fit(
     for epoch in range(schedule.epochs):
         parameters.start_epoch(epoch / schedule.epochs)
         total = torch.zeros((), dtype=task.hidden.dtype, device=task.hidden.device)
-        for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
-            indices = batch_indices(step, schedule.batch_size, n, schedule.seed)
+        of_epoch = range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)
+        batches = [batch_indices(step, schedule.batch_size, n, schedule.seed) for step in of_epoch]
+        # On the device at once: the host would wait for each batch to be handed over, and the device for the host after it.
+        for step, indices in zip(of_epoch, torch.tensor(batches, device=outputs.device), strict=True):
             lr = schedule.lr * (1 + math.cos(math.pi * step / steps)) / 2
             total += stepper.step(task.hidden[indices], outputs[indices], lr)
         losses.append(float(total) / steps_per_epoch)
