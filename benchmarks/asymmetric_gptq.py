@@ -25,11 +25,12 @@ from dist_spin.cli import report_mistakes
 from dist_spin.config.loader import load_config
 from dist_spin.evaluate.stage import evaluate
 from dist_spin.model.architecture import ATTENTION_NORM, MLP_NORM
-from dist_spin.numerics.coordinate_descent import coordinate_descent
-from dist_spin.numerics.gptq import Factor, GPTQOptions, QuantizedWeight, added_diagonal, exact_products, prepare, solve
+from dist_spin.numerics.batched_factor import prepare_all
+from dist_spin.numerics.coordinate_descent import refine_all
+from dist_spin.numerics.gptq import Factor, GPTQOptions, QuantizedWeight, added_diagonal, exact_products, solve_all
 from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.optimize.train import train
-from dist_spin.quantize import layer_quantizer
+from dist_spin.quantize import site_solver
 from dist_spin.quantize.layer_quantizer import LayerQuantizer
 from dist_spin.quantize.stage import prepare_jobs, quantize_variants
 from dist_spin.runtime.console import Console, quieten_libraries, shown_on
@@ -79,13 +80,13 @@ class AsymmetricQuantizer(LayerQuantizer):
     def _solve(self, roles: list[str], inputs: Iterable[Tensor], options: GPTQOptions) -> None:
         wanted = self.clean_inputs.pop(roles[0].rpartition(".")[2])
         self.owed: Tensor | None = None  # D, [in, in]
-        layer_quantizer.prepare, layer_quantizer.solve = self.prepare_asymmetric, self.solve_asymmetric
-        layer_quantizer.coordinate_descent = self.refine_asymmetric
+        site_solver.prepare_all, site_solver.solve_all = self.prepare_asymmetric, self.solve_asymmetric
+        site_solver.refine_all = self.refine_asymmetric
         try:
             super()._solve(roles, self._watched(inputs, wanted), options)
         finally:
-            layer_quantizer.prepare, layer_quantizer.solve = prepare, solve
-            layer_quantizer.coordinate_descent = coordinate_descent
+            site_solver.prepare_all, site_solver.solve_all = prepare_all, solve_all
+            site_solver.refine_all = refine_all
 
     def _watched(self, inputs: Iterable[Tensor], wanted: list[Tensor]) -> Iterator[Tensor]:
         """The inputs, summed up into D on their way."""
@@ -97,10 +98,13 @@ class AsymmetricQuantizer(LayerQuantizer):
             self.owed = part if self.owed is None else self.owed + part
             yield x
 
-    def prepare_asymmetric(self, hessian: Tensor, options: GPTQOptions) -> Factor:
-        """The factor of GPTAQ's updates, and what the weights are multiplied by before them and before coordinate descent."""
+    def prepare_asymmetric(self, hessians: Tensor, options: GPTQOptions) -> list[Factor]:
+        """The factor of GPTAQ's updates, and what the weights are multiplied by before them and before coordinate descent.
+
+        hessians: of the one site, [1, in, in].
+        """
         assert self.owed is not None
-        factor = prepare(hessian, options)
+        (hessian,), (factor,) = hessians, prepare_all(hessians, options)
         f, ones = factor.feedback, torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
         with exact_products():
             damped = hessian + torch.diag(added_diagonal(hessian, factor.dead, factor.damping))
@@ -108,17 +112,17 @@ class AsymmetricQuantizer(LayerQuantizer):
             unsolved = ones - scaled.triu(1) @ f  # 1 - P
             self.moved = torch.linalg.solve_triangular(unsolved, ones, upper=True, unitriangular=True)  # M
             self.optimum = ones + scaled @ f  # 1 + D H^-1
-            return factor._replace(feedback=ones + (f - ones) @ self.moved)
+            return [factor._replace(feedback=ones + (f - ones) @ self.moved)]
 
-    def solve_asymmetric(self, w: Tensor, factor: Factor, options: GPTQOptions) -> QuantizedWeight:
-        """`solve` by GPTAQ's updates."""
+    def solve_asymmetric(self, w: Tensor, factors: list[Factor], options: list[GPTQOptions]) -> QuantizedWeight:
+        """`solve_all` by GPTAQ's updates."""
         with exact_products():
-            return solve(w.to(self.moved.dtype) @ self.moved, factor, options)
+            return solve_all(w.to(self.moved.dtype) @ self.moved, factors, options)
 
     def refine_asymmetric(self, w: Tensor, quantized: QuantizedWeight, *more: Any) -> QuantizedWeight:
-        """`coordinate_descent` towards what the full-precision network has."""
+        """`refine_all` towards what the full-precision network has."""
         with exact_products():
-            return coordinate_descent(w.to(self.optimum.dtype) @ self.optimum, quantized, *more)
+            return refine_all(w.to(self.optimum.dtype) @ self.optimum, quantized, *more)
 
 
 def main() -> None:

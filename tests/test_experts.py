@@ -34,6 +34,7 @@ from dist_spin.numerics.gptq import GPTQOptions
 from dist_spin.numerics.hadamard_transform import kronecker_factors
 from dist_spin.numerics.quantizer import QuantSpec
 from dist_spin.quantize.layer_quantizer import LayerQuantizer
+from dist_spin.quantize.site_solver import SiteSolver
 from dist_spin.runtime import distributed
 
 WIDE = torch.float64
@@ -97,6 +98,42 @@ def test_experts_are_rounded_from_their_own_tokens_or_from_all_and_it_is_said(
     assert any("experts were chosen by fewer than" in line for line in said) == (20 * sequences < 1000)
     assert_a_layer_from_disk_computes(tmp_path, runner, 1, made, entered, hidden)
     assert_codes_are_the_oracles(runner, 1, made, weights, entered)
+
+
+def test_experts_solved_together_are_those_solved_one_by_one(files, alone, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr("dist_spin.quantize.site_solver.warn", said.append)
+    sites = online_sites(files, 16)
+    source = RotatedWeights(files.weights, files.shape, initial("hadamard", files.shape, 0), sites.r4, CPU, WIDE)
+    runner = LayerRunner(files.config, sites, device=CPU, dtype=WIDE, rotated=True)
+    quantizer = LayerQuantizer(runner, alone, "gptq", GPTQOptions(group_size=4, mse_clip=True), WIDE, cd_passes=1)
+    solve, groups = SiteSolver.solve, []
+    monkeypatch.setattr(
+        SiteSolver, "solve", lambda self, sites, *more: (groups.append(len(sites)), solve(self, sites, *more))
+    )
+    generator = torch.Generator().manual_seed(0)
+    entered = [torch.randn(1, 20, 64, generator=generator, dtype=WIDE) for _ in range(10)]
+    made, left = [], []
+    for memory in (1, 2**20, 2**28):
+        monkeypatch.setattr("dist_spin.quantize.site_solver.CPU_BYTES", memory)
+        weights = source.layer(1)
+        weights["mlp.experts.1.up_proj.weight"] = torch.zeros_like(weights["mlp.experts.1.up_proj.weight"])
+        hidden = list(entered)
+        made.append(quantizer.quantize(1, weights, hidden))
+        left.append(torch.cat(hidden))
+    assert max(groups) == files.shape.experts  # all of them at once in the end, and before that one by one, or some
+    assert {1, files.shape.experts} <= set(groups)
+    for other, states in zip(made[1:], left[1:], strict=True):
+        assert torch.equal(states, left[0])
+        assert set(other.quantized_weights) == set(files.shape.linears)
+        for role, quantized in made[0].quantized_weights.items():
+            for part, same in zip(quantized, other.quantized_weights[role], strict=True):
+                assert torch.equal(part, same), role
+            assert other.figures[role] == pytest.approx(made[0].figures[role], rel=1e-9), role
+    # What one expert's down_proj reads is always 0: its codes are rounded to nearest, the others' are not.
+    assert sum("the input of down_proj is always zero" in line for line in said) == len(said) == 3
+    assert made[2].figures["mlp.experts.1.down_proj"]["damping"] == 0
+    assert made[2].figures["mlp.experts.0.down_proj"]["damping"] == 0.01
 
 
 def test_a_run_quantises_measures_and_exports_what_transformers_loads(files, tmp_path):

@@ -15,9 +15,10 @@ from dist_spin.numerics.coordinate_descent import coordinate_descent
 from dist_spin.numerics.format_rounding import global_scale, group_scales, round_elements
 from dist_spin.numerics.format_weights import format_codes, format_scales, pack_e2m1, tensor_scale_of, unpack_e2m1
 from dist_spin.numerics.formats import FORMATS
-from dist_spin.numerics.gptq import GPTQOptions, output_errors, prepare, solve, split_rows
+from dist_spin.numerics.gptq import GPTQOptions, output_errors, prepare, solve
 from dist_spin.numerics.hessian import Hessian
 from dist_spin.numerics.quantizer import QuantSpec, dequantize_weight, fake_quantize, range_quantize
+from dist_spin.numerics.row_tiles import split_rows
 
 # Element, scale and group of compressed-tensors' own presets; for fp8 those of its W8A8 per channel and per token.
 REFERENCE = {

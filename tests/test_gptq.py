@@ -17,10 +17,10 @@ from dist_spin.numerics.gptq import (
     output_errors,
     prepare,
     solve,
-    split_rows,
 )
 from dist_spin.numerics.hessian import Hessian
 from dist_spin.numerics.quantizer import ROW_TILE, dequantize_weight, quantize_weight, weight_scales
+from dist_spin.numerics.row_tiles import split_rows
 
 
 def correlated_inputs(tokens: int, features: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

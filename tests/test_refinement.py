@@ -12,9 +12,10 @@ from torch import Tensor
 
 from dist_spin.numerics import coordinate_descent as refinement
 from dist_spin.numerics.coordinate_descent import coordinate_descent
-from dist_spin.numerics.gptq import Factor, GPTQOptions, QuantizedWeight, output_errors, prepare, solve, split_rows
+from dist_spin.numerics.gptq import Factor, GPTQOptions, QuantizedWeight, output_errors, prepare, solve
 from dist_spin.numerics.hessian import Hessian
 from dist_spin.numerics.quantizer import ROW_TILE, code_range, dequantize_weight
+from dist_spin.numerics.row_tiles import split_rows
 
 unhurried = settings(deadline=None, max_examples=40)
 

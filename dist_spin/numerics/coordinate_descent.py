@@ -9,6 +9,8 @@ Gauss-Seidel), and a rounding error met on the way goes to later columns by diag
 GPTQ's feedback is. Rows are worked on in tiles as in `gptq`, with the same promise: split rows give the same bits.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,12 +20,9 @@ from dist_spin.numerics.gptq import (
     QuantizedWeight,
     added_diagonal,
     exact_products,
-    propagate_error,
     solve_block,
-    tiled,
-    untiled,
-    whole_batches,
 )
+from dist_spin.numerics.row_tiles import propagate_error, tiled, untiled, whole_batches
 
 PANEL = 2048  # columns of E H made at once: the product is large, and little of it is lost to updates inside the panel
 
@@ -37,60 +36,95 @@ def coordinate_descent(
     hessian: [in, in] in the solution's dtype, and factor: what `prepare` made of it under the same options. A pass
     takes rows · in² multiply-adds, GPTQ's own products half of that. Raises ValueError where the three do not fit together.
     """
-    rows, columns = w.shape
-    if quantized.codes.shape != w.shape or len(hessian) != columns or len(factor.dead) != columns:
-        shapes = f"{list(w.shape)}, codes {list(quantized.codes.shape)}, Hessian {list(hessian.shape)}"
+    with_experts = QuantizedWeight(*(part[None] for part in quantized))
+    refined = refine_all(w[None], with_experts, hessian[None], [factor], options, cd_passes)
+    return QuantizedWeight(refined.codes[0], quantized.scale, quantized.zero)
+
+
+@torch.no_grad()
+def refine_all(
+    w: Tensor,
+    quantized: QuantizedWeight,
+    hessians: Tensor,
+    factors: Sequence[Factor],
+    options: GPTQOptions,
+    cd_passes: int,
+) -> QuantizedWeight:
+    """`coordinate_descent` of weights of one shape, w [experts, rows, in]: its codes, bit for bit on a CPU.
+
+    A GPU rounds the triangular solves of more than eight experts otherwise than those of few.
+    quantized: as `gptq.solve_all` returns it; hessians: [experts, in, in]; factors: of each expert.
+    """
+    rows, columns = w.shape[1:]
+    if (
+        quantized.codes.shape != w.shape
+        or hessians.shape[-1] != columns
+        or any(len(factor.dead) != columns for factor in factors)
+    ):
+        shapes = f"{list(w.shape[1:])}, codes {list(quantized.codes.shape[1:])}, Hessian {list(hessians.shape[1:])}"
         raise ValueError(f"weight, codes and Hessian do not fit: {shapes}")
-    codes, scale, zero = quantized
-    live = whole_batches(torch.where(factor.dead, 0, w.to(hessian.dtype)))
-    codes = tiled(whole_batches(codes.clone()))
-    scale, zero = tiled(whole_batches(scale, 1.0)), tiled(whole_batches(zero))
+    dead = torch.stack([factor.dead for factor in factors])[:, None]
+    live = whole_batches(torch.where(dead, 0, w.to(hessians.dtype)))
+    codes = tiled(whole_batches(quantized.codes.clone()))
+    scale, zero = tiled(whole_batches(quantized.scale, 1.0)), tiled(whole_batches(quantized.zero))
     with exact_products():
-        refined = _refine_tiles(tiled(live), QuantizedWeight(codes, scale, zero), hessian, factor, options, cd_passes)
-    return QuantizedWeight(untiled(refined)[:rows], quantized.scale, quantized.zero)
+        refined = _refine_tiles(tiled(live), QuantizedWeight(codes, scale, zero), hessians, factors, options, cd_passes)
+    return QuantizedWeight(untiled(refined)[:, :rows], quantized.scale, quantized.zero)
 
 
 def _refine_tiles(
-    w: Tensor, quantized: QuantizedWeight, hessian: Tensor, factor: Factor, options: GPTQOptions, cd_passes: int
+    w: Tensor,
+    quantized: QuantizedWeight,
+    hessians: Tensor,
+    factors: Sequence[Factor],
+    options: GPTQOptions,
+    cd_passes: int,
 ) -> Tensor:
-    """Codes [T, in, R] better than those of `quantized` [T, …, R]; w [T, in, R] is overwritten.
+    """Codes [E, T, in, R] better than those of `quantized` [E, T, …, R]; w [E, T, in, R] is overwritten.
 
     Nothing in here waits for the device: no tensor value decides a branch.
     """
     codes, scale, zero = quantized
-    columns = w.shape[1]
-    group_of = torch.arange(columns, device=w.device) // (columns // scale.shape[1])
-    added = added_diagonal(hessian, factor.dead, factor.damping)
+    columns = w.shape[2]
+    group_of = torch.arange(columns, device=w.device) // (columns // scale.shape[2])
+    added = torch.stack(
+        [added_diagonal(h, f.dead, f.damping) for h, f in zip(hessians, factors, strict=True)]
+    )  # [E, in]
 
     def values(start: int, stop: int) -> Tensor:
-        """Dequantised columns [T, B, R]."""
+        """Dequantised columns [E, T, B, R]."""
         groups = group_of[start:stop]
-        return (codes[:, start:stop].to(w.dtype) - zero.index_select(1, groups)) * scale.index_select(1, groups)
+        return (codes[:, :, start:stop].to(w.dtype) - zero.index_select(2, groups)) * scale.index_select(2, groups)
+
+    def subtract_products(tiles: Tensor, matrices: Tensor, others: Tensor) -> None:
+        """`propagate_error` of each expert: tiles [E, T, n, R], matrices [E, n, B], others [E, T, B, R]."""
+        for own_tiles, matrix, own_others in zip(tiles, matrices, others, strict=True):
+            propagate_error(own_tiles, matrix, own_others)
 
     for start in range(0, columns, options.block_size):
         stop = min(start + options.block_size, columns)
-        w[:, start:stop] -= values(start, stop)
+        w[:, :, start:stop] -= values(start, stop)
     error = w
     for _ in range(cd_passes):
         for first in range(0, columns, PANEL):
             last = min(first + PANEL, columns)
-            damped = hessian[first:last].clone()
-            damped[:, first:last].diagonal().add_(added[first:last])
-            pull = torch.zeros_like(error[:, first:last])  # -(E H) of the panel's columns
-            propagate_error(pull, damped, error)
+            damped = hessians[:, first:last].clone()
+            damped[..., first:last].diagonal(dim1=1, dim2=2).add_(added[:, first:last])
+            pull = torch.zeros_like(error[:, :, first:last])  # -(E H) of the panel's columns
+            subtract_products(pull, damped, error)
             for start in range(first, last, options.block_size):
                 stop = min(start + options.block_size, last)
                 a, b = start - first, stop - first  # the block within the panel
-                triangle = damped[a:b, start:stop].triu()
-                inverse = torch.linalg.solve_triangular(
-                    triangle, torch.eye(b - a, dtype=w.dtype, device=w.device), upper=True
-                )
+                triangle = damped[:, a:b, start:stop].triu()
+                identity = torch.eye(b - a, dtype=w.dtype, device=w.device)
+                inverse = torch.linalg.solve_triangular(triangle, identity.expand_as(triangle), upper=True)
                 before = values(start, stop)
                 optimum = before.clone()
-                propagate_error(optimum, inverse.T, pull[:, a:b])
-                feedback = triangle.diagonal()[:, None] * inverse
-                codes[:, start:stop], _ = solve_block(optimum, feedback, scale, zero, group_of[start:stop], options)
+                subtract_products(optimum, inverse.mT, pull[:, :, a:b])
+                feedback = triangle.diagonal(dim1=1, dim2=2)[..., None] * inverse
+                groups = group_of[start:stop].expand(len(w), -1)
+                codes[:, :, start:stop], _ = solve_block(optimum, feedback, scale, zero, groups, options)
                 moved = before - values(start, stop)
-                error[:, start:stop] += moved
-                propagate_error(pull[:, b:], damped[b:, start:stop], moved)
+                error[:, :, start:stop] += moved
+                subtract_products(pull[:, :, b:], damped[:, b:, start:stop], moved)
     return codes

@@ -67,9 +67,9 @@ def _error(groups: Tensor, scale: Tensor, number_format: NumberFormat, norm: flo
 
 
 def format_codes(w: Tensor, scale: Tensor, name: str) -> Tensor:
-    """Codes [out, in] of w [out, in], rounded to nearest under scales [out, n]: values in E4M3."""
-    groups = w.to(scale.dtype).unflatten(1, (scale.shape[1], -1))
-    return round_elements(groups / scale.unsqueeze(-1), FORMATS[name]).flatten(1).to(E4M3)
+    """Codes [..., out, in] of w [..., out, in], rounded to nearest under scales [..., out, n]: values in E4M3."""
+    groups = w.to(scale.dtype).unflatten(-1, (scale.shape[-1], -1))
+    return round_elements(groups / scale.unsqueeze(-1), FORMATS[name]).flatten(-2).to(E4M3)
 
 
 def pack_e2m1(values: Tensor) -> Tensor:

@@ -4,14 +4,14 @@ For a linear y = W x with W [out, in] and H = (2/n) Σ x xᵀ, the loss of a rou
 W sees the same H, so one `prepare` (the Cholesky part) serves all linears with the same input, and `solve` may be given
 any rows. Rows are worked on in tiles of `ROW_TILE`, every operation either elementwise or on exactly one tile: rows
 split at multiples of it (`split_rows`) give the codes of the whole matrix bit for bit, on the same kind of device with
-the same number of threads. Products are IEEE fp32 (or fp64) whatever the process has set for its other matmuls.
+the same number of threads, and so do weights of one shape, such as experts, that are solved together (`solve_all`).
+Products are IEEE fp32 (or fp64) whatever the process has set for its other matmuls.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +30,8 @@ from dist_spin.numerics.quantizer import (
     quantize_weight,
     weight_scales,
 )
+from dist_spin.numerics.row_tiles import propagate_error, tiled, untiled, whole_batches
 
-GPU_TILES = 8  # tiles in one batched product; the last batch is filled up, so that the same kernel does every batch
 ERROR_PANEL = 4096  # columns of a Hessian multiplied at once where errors are measured
 TRIANGLE_PANELS = 8  # in which a product with a triangular matrix leaves out its zeros: 9/16 of the work
 INVERTED_AT_ONCE = 4096  # columns of a triangular matrix that are inverted by one solve
@@ -90,7 +90,7 @@ def fitted_scales(w: Tensor, options: GPTQOptions, group_size: int) -> tuple[Ten
 
 
 def nearest_codes(w: Tensor, scale: Tensor, zero: Tensor, options: GPTQOptions) -> Tensor:
-    """Codes [rows, in] of w [rows, in] on its grid, rounded to nearest."""
+    """Codes [..., rows, in] of w [..., rows, in] on its grid, rounded to nearest."""
     if options.format != "int":
         return format_codes(w, scale, options.format)
     return quantize_weight(w, scale, zero, options.bits, symmetric=options.symmetric, group_size=options.group_size)
@@ -233,110 +233,93 @@ def solve(w: Tensor, factor: Factor, options: GPTQOptions) -> QuantizedWeight:
     `act_order` (whose columns mix groups) and for whole rows, from the original weight. Columns of dead inputs are 0.
     Raises ValueError for a weight that is not finite, does not fit the factor, or is not divisible into groups.
     """
-    rows, columns = w.shape
-    if columns != len(factor.feedback):
-        raise ValueError(f"the weight has {columns} input columns, its Hessian {len(factor.feedback)}")
-    group_size = options.group_size or columns
+    return QuantizedWeight(*(part[0] for part in solve_all(w[None], [factor], [options])))
+
+
+@torch.no_grad()
+def solve_all(w: Tensor, factors: Sequence[Factor], options: Sequence[GPTQOptions]) -> QuantizedWeight:
+    """`solve` of weights of one shape, w [experts, rows, in], each with its own factor: its codes, bit for bit.
+
+    options: of each; they may differ in `tensor_scale` alone. Returns codes and scales with the experts in front.
+    """
+    rows, columns = w.shape[1:]
+    if any(columns != len(factor.feedback) for factor in factors):
+        raise ValueError(f"the weight has {columns} input columns, its Hessian {len(factors[0].feedback)}")
+    group_size = options[0].group_size or columns
     if columns % group_size:
         raise ValueError(f"group_size {group_size} does not divide the weight's {columns} input columns")
     if not torch.isfinite(w).all():
         raise ValueError("the weight holds NaN or infinity")
-    live = whole_batches(torch.where(factor.dead, 0, w.to(factor.feedback.dtype)))
-    options = with_tensor_scale(options, live)
-    if factor.order is None and group_size < columns:
+    dead = torch.stack([factor.dead for factor in factors])[:, None]
+    live = whole_batches(torch.where(dead, 0, w.to(factors[0].feedback.dtype)))
+    options = [with_tensor_scale(own, weight) for own, weight in zip(options, live, strict=True)]
+    if factors[0].order is None and group_size < columns:
         scales = None
     else:
-        scales = fitted_scales(live, options, options.group_size)
+        scales = scales_of_all(live, options, options[0].group_size)
     with exact_products():
-        codes, scale, zero = _solve_tiles(live, scales, group_size, factor, options)
-    return QuantizedWeight(codes[:rows], scale[:rows], zero[:rows])
+        solved = _solve_tiles(live, scales, group_size, factors, options)
+    return QuantizedWeight(*(part[:, :rows] for part in solved))
 
 
-def split_rows(rows: int, parts: int) -> list[tuple[int, int]]:
-    """Ranges (start, stop) that share `rows` among `parts` at multiples of `ROW_TILE`; empty ones if rows are few."""
-    tiles = -(-rows // ROW_TILE)
-    bounds = [min(rows, ROW_TILE * (tiles * part // parts)) for part in range(parts + 1)]
-    return list(pairwise(bounds))
-
-
-def whole_batches(x: Tensor, value: float = 0.0) -> Tensor:
-    """x [rows, n] with rows of `value` up to a multiple of what one (batched) product takes."""
-    batch = ROW_TILE * GPU_TILES if x.is_cuda else ROW_TILE
-    return torch.nn.functional.pad(x, (0, 0, 0, -len(x) % batch), value=value)
-
-
-def tiled(x: Tensor) -> Tensor:
-    """[tiles * ROW_TILE, n] to [tiles, n, ROW_TILE]: a column of a tile lies together in memory."""
-    return x.unflatten(0, (-1, ROW_TILE)).transpose(1, 2).contiguous()
-
-
-def untiled(x: Tensor) -> Tensor:
-    """Inverse of `tiled`."""
-    return x.transpose(1, 2).flatten(0, 1)
+def scales_of_all(w: Tensor, options: Sequence[GPTQOptions], group_size: int) -> tuple[Tensor, Tensor]:
+    """`fitted_scales` of w [experts, rows, in], each expert's under its own options; all at once where those are the same."""
+    if all(own == options[0] for own in options):
+        scale, zero = fitted_scales(w.flatten(0, 1), options[0], group_size)
+        return scale.unflatten(0, w.shape[:2]), zero.unflatten(0, w.shape[:2])
+    scales, zeros = zip(
+        *(fitted_scales(one, own, group_size) for one, own in zip(w, options, strict=True)), strict=True
+    )
+    return torch.stack(scales), torch.stack(zeros)
 
 
 def _solve_tiles(
-    w: Tensor, scales: tuple[Tensor, Tensor] | None, group_size: int, factor: Factor, options: GPTQOptions
+    w: Tensor,
+    scales: tuple[Tensor, Tensor] | None,
+    group_size: int,
+    factors: Sequence[Factor],
+    options: Sequence[GPTQOptions],
 ) -> QuantizedWeight:
-    """Solve w [tiles * ROW_TILE, in]; `scales`: scale and zero, or None to fit each group when it is reached.
+    """Solve w [experts, tiles * ROW_TILE, in]; `scales`: scale and zero, or None to fit each group when it is reached.
 
     Nothing in here waits for the device: no tensor value decides a branch.
     """
-    columns, group_count = w.shape[1], w.shape[1] // group_size
-    tiles = tiled(w if factor.order is None else w[:, factor.order])  # [T, in, R]
+    columns, group_count = w.shape[-1], w.shape[-1] // group_size
+    orders = [factor.order for factor in factors if factor.order is not None]  # of each expert, or of none
+    position = torch.stack(orders) if orders else torch.arange(columns, device=w.device).expand(len(w), -1)
+    tiles = tiled(torch.take_along_dim(w, position[:, None], 2) if orders else w)  # [E, T, in, R]
     if scales is None:
-        scale = tiles.new_ones(len(tiles), group_count, ROW_TILE)  # [T, n, R]
+        scale = tiles.new_ones(*tiles.shape[:2], group_count, ROW_TILE)  # [E, T, n, R]
         zero = torch.zeros_like(scale)
     else:
         scale, zero = tiled(scales[0]), tiled(scales[1])
-    position = torch.arange(columns, device=w.device) if factor.order is None else factor.order
-    group_of = position // group_size  # [in] group of each solved column
-    codes = torch.empty(tiles.shape, dtype=_dtype_of_codes(options), device=w.device)
+    group_of = position // group_size  # [E, in] group of each solved column
+    codes = torch.empty(tiles.shape, dtype=_dtype_of_codes(options[0]), device=w.device)
 
     # A group's fit needs its columns fully updated, so no block reaches past a group that waits to be fitted.
     span = columns if scales is not None else group_size
     for first in range(0, columns, span):
         if scales is None:
-            fitted = _fit_group(tiles[:, first : first + span], options)
-            scale[:, first // span], zero[:, first // span] = fitted
-        for start in range(first, first + span, options.block_size):
-            stop = min(start + options.block_size, first + span)
-            codes[:, start:stop], residual = solve_block(
-                tiles[:, start:stop],
-                factor.feedback[start:stop, start:stop],
+            fitted = scales_of_all(untiled(tiles[:, :, first : first + span]), options, 0)
+            for whole, part in zip((scale, zero), fitted, strict=True):
+                whole[:, :, first // span] = part.view(*tiles.shape[:2], ROW_TILE)
+        for start in range(first, first + span, options[0].block_size):
+            stop = min(start + options[0].block_size, first + span)
+            codes[:, :, start:stop], residual = solve_block(
+                tiles[:, :, start:stop],
+                torch.stack([factor.feedback[start:stop, start:stop] for factor in factors]),
                 scale,
                 zero,
-                group_of[start:stop],
-                options,
+                group_of[:, start:stop],
+                options[0],
             )
-            propagate_error(tiles[:, stop:], factor.feedback[start:stop, stop:].T, residual)
+            for later, factor, error in zip(tiles[:, :, stop:], factors, residual, strict=True):
+                propagate_error(later, factor.feedback[start:stop, stop:].T, error)
 
     solved = untiled(codes)
-    if factor.order is not None:
-        solved = solved[:, factor.order.argsort()]
+    for expert, order in zip(solved, orders, strict=False):
+        expert.copy_(expert[:, order.argsort()])
     return QuantizedWeight(solved, untiled(scale), untiled(zero))
-
-
-def _fit_group(tiles: Tensor, options: GPTQOptions) -> tuple[Tensor, Tensor]:
-    """Scale and zero [T, R] of one group's columns [T, group, R]."""
-    scale, zero = fitted_scales(untiled(tiles), options, 0)
-    return scale.view(-1, ROW_TILE), zero.view(-1, ROW_TILE)
-
-
-def propagate_error(tiles: Tensor, feedback: Tensor, residual: Tensor) -> None:
-    """Subtract products, such as a block's errors from later columns: tiles [T, n, R] -= feedback [n, B] @ residual [T, B, R].
-
-    Every tile meets a product of one shape, whichever tiles come with it, so its rounding does not depend on the others.
-    """
-    if not tiles.is_cuda:
-        for tile, error in zip(tiles, residual, strict=True):
-            tile.addmm_(feedback, error, alpha=-1)
-        return
-    if not tiles.numel():
-        return
-    shared = feedback.expand(GPU_TILES, -1, -1)
-    for batch, batch_residual in zip(tiles.split(GPU_TILES), residual.split(GPU_TILES), strict=True):
-        batch.baddbmm_(shared, batch_residual, alpha=-1)
 
 
 def solve_block(
@@ -344,8 +327,9 @@ def solve_block(
 ) -> tuple[Tensor, Tensor]:
     """Round the columns of one block in turn, each error fed to the block's later columns.
 
-    w: [T, B, R], overwritten; feedback: [B, B], unit upper triangular; scale, zero: [T, n, R]; groups: [B], which of the
-    n each column uses. Returns codes and residuals w - q at the time of rounding, both [T, B, R]. Elementwise in T, R.
+    w: [..., T, B, R], overwritten; feedback: [..., B, B], unit upper triangular; scale, zero: [..., T, n, R]; groups: [..., B],
+    which of the n each column uses. Leading dimensions are experts, if any. Returns codes and residuals w - q at the time of
+    rounding, both [..., T, B, R]. Elementwise in T, R.
     """
     lowest, highest = code_range(options.bits, symmetric=options.symmetric)
     number_format = FORMATS.get(options.format)
@@ -356,39 +340,42 @@ def solve_block(
             return codes, kernels.solve_block(*block, -most, most, number_format.bits)
         codes = torch.empty(w.shape, dtype=code_dtype(options.bits, symmetric=options.symmetric), device=w.device)
         return codes, kernels.solve_block(w, feedback, scale, zero, groups, codes, lowest, highest)
-    scale, zero = scale.index_select(1, groups), zero.index_select(1, groups)  # [T, B, R]
+    at = groups[..., None, :, None].expand(w.shape)
+    scale, zero = scale.gather(-2, at), zero.gather(-2, at)  # [..., T, B, R]
     low, high = lowest - zero, highest - zero  # bounds of round(w / scale), which saves adding zero in the loop
     steps, residual = torch.empty_like(scale), torch.empty_like(scale)
-    for j in range(w.shape[1]):
-        column, step, error, unit = w[:, j], steps[:, j], residual[:, j], scale[:, j]  # [T, R]
+    for j in range(w.shape[-2]):
+        column, step, error, unit = (x[..., j, :] for x in (w, steps, residual, scale))  # [..., T, R]
         torch.div(column, unit, out=step)
         if number_format is None:
-            step.round_().clamp_(low[:, j], high[:, j])
+            step.round_().clamp_(low[..., j, :], high[..., j, :])
         else:
             step.copy_(round_elements(step, number_format))
         torch.mul(step, unit, out=error)
         torch.sub(column, error, out=error)
-        w[:, j + 1 :].addcmul_(feedback[j, j + 1 :, None], error[:, None], value=-1)
+        later = feedback[..., None, j, j + 1 :, None]
+        w[..., j + 1 :, :].addcmul_(later, error[..., None, :], value=-1)
     return steps.add_(zero), residual
 
 
 @torch.no_grad()
 def output_errors(w: Tensor, quantized: QuantizedWeight, hessian: Tensor, options: GPTQOptions) -> Tensor:
-    """Of each row of w [rows, in]: e H eᵀ of the solution, the same of RTN on its scales, w H wᵀ; fp64 [rows, 3].
+    """Of each row of w [..., rows, in]: e H eᵀ of the solution, the same of RTN on its scales, w H wᵀ; fp64 [..., rows, 3].
 
-    Sums over rows are tr(E H Eᵀ) and so on. H is symmetric, so only its upper block triangle is multiplied. They are for
-    people to read and decide nothing, so a GPU multiplies fp32 in TF32, which leaves three of their digits or more.
+    hessian: [..., in, in]; leading dimensions are experts, if any. Sums over rows are tr(E H Eᵀ) and so on. H is symmetric,
+    so only its upper block triangle is multiplied. They are for people to read and decide nothing, so a GPU multiplies fp32
+    in TF32, which leaves three of their digits or more.
     """
     codes, scale, zero = quantized
     w = w.to(hessian.dtype)
     nearest = nearest_codes(w, scale, zero, options)
-    figures = torch.zeros(len(w), 3, dtype=torch.float64, device=w.device)
+    figures = torch.zeros(*w.shape[:-1], 3, dtype=torch.float64, device=w.device)
     with _product_precision("high" if w.is_cuda else "highest"):
-        for q, figure in zip((codes, nearest, None), figures.unbind(1), strict=True):
+        for q, figure in zip((codes, nearest, None), figures.unbind(-1), strict=True):
             error = w if q is None else w - dequantize_weight(q, scale, zero, options.group_size, w.dtype)
-            for start in range(0, len(hessian), ERROR_PANEL):
-                stop = min(start + ERROR_PANEL, len(hessian))
-                product = error[:, start:stop] @ hessian[start:stop, start:]
-                product[:, stop - start :] *= 2
-                figure += product.mul_(error[:, start:]).sum(1, dtype=torch.float64)
+            for start in range(0, w.shape[-1], ERROR_PANEL):
+                stop = min(start + ERROR_PANEL, w.shape[-1])
+                product = error[..., start:stop] @ hessian[..., start:stop, start:]
+                product[..., stop - start :] *= 2
+                figure += product.mul_(error[..., start:]).sum(-1, dtype=torch.float64)
     return figures

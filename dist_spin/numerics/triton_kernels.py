@@ -37,8 +37,8 @@ def _solve_block_kernel(
     codes_ptr,
     residual_ptr,
     w_stride,
-    feedback_stride,
     scale_stride,
+    expert_tiles,
     columns,
     lowest,
     highest,
@@ -49,6 +49,8 @@ def _solve_block_kernel(
 ):
     program = tl.program_id(0)
     tile = (program // (TILE // ROWS)).to(tl.int64)
+    feedback_ptr += tile // expert_tiles * columns * columns
+    group_ptr += tile // expert_tiles * columns
     rows = (program % (TILE // ROWS)) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = column < columns
@@ -59,7 +61,7 @@ def _solve_block_kernel(
         spot = tile * scale_stride + tl.load(group_ptr + j) * TILE + rows
         scale = tl.load(scale_ptr + spot)
         zero = tl.load(zero_ptr + spot)
-        feedback = tl.load(feedback_ptr + j * feedback_stride + column, mask=inside & (column > j), other=0.0)
+        feedback = tl.load(feedback_ptr + j * columns + column, mask=inside & (column > j), other=0.0)
         now = tl.sum(tl.where(column[:, None] == j, w, 0.0), axis=0)  # [ROWS]: a selection, so the sum is exact
         # Clamping to whole numbers before rounding gives what clamping after it does.
         step = tl.minimum(tl.maximum(tl.div_rn(now, scale), lowest - zero), highest - zero)
@@ -86,25 +88,26 @@ def solve_block(
 ) -> Tensor:
     """`gptq.solve_block` in one launch; w is left alone.
 
-    w: [T, B, R] fp32, a column range of [T, in, R]; feedback: [B, B]; scale, zero: [T, n, R];
-    groups: int64 [B], which of the n each column uses; codes: [T, B, R] contiguous, filled. float_bits: of the elements of a
-    number format, 0 for int; its lowest and highest are elements. Returns residuals [T, B, R].
+    w: [..., T, B, R] fp32, a column range of [..., T, in, R]; feedback: [..., B, B]; scale, zero: [..., T, n, R] contiguous;
+    groups: int64 [..., B], which of the n each column uses; codes: [..., T, B, R] contiguous, filled. Leading dimensions are
+    experts, if any. float_bits: of the elements of a number format, 0 for int; its lowest and highest are elements. Returns
+    residuals [..., T, B, R].
     """
-    count, columns, rows = w.shape
-    feedback = feedback.contiguous()
+    expert_tiles, columns, rows = w.shape[-3:]
+    count = w.shape[:-2].numel()
     residual = torch.empty(w.shape, dtype=w.dtype, device=w.device)
     if count:
         _solve_block_kernel[(count * (rows // ROWS_PER_PROGRAM),)](
             w,
-            feedback,
+            feedback.contiguous(),
             scale,
             zero,
-            groups,
+            groups.contiguous(),
             codes,
             residual,
-            w.stride(0),
-            feedback.stride(0),
-            scale.stride(0),
+            w.stride(-3),
+            scale.stride(-3),
+            expert_tiles,
             columns,
             float(lowest),
             float(highest),

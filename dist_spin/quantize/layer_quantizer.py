@@ -7,37 +7,24 @@ already quantised (Frantar et al. 2022). Each part of the layer runs once per ba
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dist_spin.errors import NumericsError
 from dist_spin.model.architecture import ATTENTION_NORM, MLP_NORM
 from dist_spin.model.experts import SHARED
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.output_norms import ATTENTION_OUTPUT_NORM, MLP_OUTPUT_NORM
 from dist_spin.model.sites_config import INPUT_SCALES
 from dist_spin.model.stacked_experts import by_expert
-from dist_spin.numerics.coordinate_descent import coordinate_descent
-from dist_spin.numerics.finite import all_finite, dtype_remedy
-from dist_spin.numerics.format_rounding import E4M3, SATURATES_BEYOND, global_scale, grouped
+from dist_spin.numerics.format_rounding import SATURATES_BEYOND, global_scale, grouped
 from dist_spin.numerics.formats import FORMATS
-from dist_spin.numerics.gptq import (
-    GPTQOptions,
-    QuantizedWeight,
-    fitted_scales,
-    nearest_codes,
-    output_errors,
-    prepare,
-    solve,
-    split_rows,
-    with_tensor_scale,
-)
-from dist_spin.numerics.hessian import TOKEN_CHUNK, Hessian
-from dist_spin.numerics.outlier_columns import condense
-from dist_spin.numerics.quantizer import ROW_TILE, QuantSpec, dequantize_weight, fake_quantize
-from dist_spin.runtime.distributed import World, gather_parts, max_over_ranks, sum_over_ranks_
+from dist_spin.numerics.gptq import GPTQOptions
+from dist_spin.numerics.hessian import TOKEN_CHUNK
+from dist_spin.numerics.quantizer import QuantSpec, fake_quantize
+from dist_spin.quantize.site_solver import SiteSolver, equal_parts, experts_at_once
+from dist_spin.runtime.distributed import World, max_over_ranks, sum_over_ranks_
 from dist_spin.runtime.progress import warn
 from dist_spin.storage.quantized_layers import QuantizedLayer
 
@@ -86,7 +73,6 @@ class LayerQuantizer:
             NumericsError: the hidden states, or what a linear reads, are not finite.
         """
         self._index, self._layer = index, self.runner.build(index, weights)
-        self._exact_columns = self.exact_columns(index)
         self._result = QuantizedLayer(
             {},
             {
@@ -99,6 +85,17 @@ class LayerQuantizer:
             self.options.symmetric,
             self.options.group_size,
             self.options.format,
+        )
+        self._solver = SiteSolver(
+            self._layer,
+            index,
+            self._result,
+            self.world,
+            self.method,
+            self.hessian_dtype,
+            self.clock,
+            self.exact_columns(index),
+            self.cd_passes,
         )
         attention: Any = self._layer.self_attn
         mlp: Any = self._layer.mlp
@@ -205,19 +202,28 @@ class LayerQuantizer:
                 part = slice(lo, lo + TOKEN_CHUNK)
                 yield mlp.input_site(read[part] if own is None else read[own[part]])
 
-        def solve_expert(name: str, expert: Any, index: int) -> None:
-            self._solve([f"{name}.gate_proj", f"{name}.up_proj"], read_by(index), self.options)
-            site = expert.down_proj.input_quant
-            self._solve([f"{name}.down_proj"], (site(expert.inner(x)) for x in read_by(index)), self.down_options)
+        def read_by_down(expert: Any, index: int) -> Iterator[Tensor]:
+            """What its down_proj reads, once gate_proj and up_proj are rounded."""
+            return (expert.down_proj.input_quant(expert.inner(x)) for x in read_by(index))
 
-        for index, expert in enumerate(mlp.experts):
-            name = f"mlp.experts.{index}"
-            solve_expert(name, expert, index)
+        def solve_experts(experts: dict[int, Any]) -> None:
+            """Experts by index, all of one width."""
+            names = [SHARED if index < 0 else f"mlp.experts.{index}" for index in experts]
+            first = [[f"{name}.gate_proj", f"{name}.up_proj"] for name in names]
+            self._solver.solve(first, map(read_by, experts), self.options)
+            read_by_all = (read_by_down(expert, index) for index, expert in experts.items())
+            self._solver.solve([[f"{name}.down_proj"] for name in names], read_by_all, self.down_options)
+
+        shape, numbered = self.runner.shape, list(enumerate(mlp.experts))
+        at_once = experts_at_once(shape.hidden, shape.intermediate, self.hessian_dtype, self.runner.device)
+        for lo, hi in equal_parts(len(numbered), at_once):
+            solve_experts(dict(numbered[lo:hi]))
+        for index in range(len(numbered)):
             seen = {"tokens": tokens[index], "calibrated": every if sees_all[index] else tokens[index]}
             for linear in ("gate_proj", "up_proj", "down_proj"):
-                self._result.figures[f"{name}.{linear}"] |= seen
+                self._result.figures[f"mlp.experts.{index}.{linear}"] |= seen
         if mlp.has_shared:
-            solve_expert(SHARED, mlp.shared_expert, -1)
+            solve_experts({-1: mlp.shared_expert})
         with self.clock("forward"):
             written = [mlp(part[None])[0] for part in read.split(TOKEN_CHUNK)] if hidden else []
             lengths = [h[..., 0].numel() for h in hidden]  # several sequences to a tensor on GPUs
@@ -246,138 +252,5 @@ class LayerQuantizer:
         return attention(hidden_states=normed, **self.runner.context(index, normed))[0]
 
     def _solve(self, roles: list[str], inputs: Iterable[Tensor], options: GPTQOptions) -> None:
-        """Quantise the linears of one site and put their dequantised weights into the layer."""
-        linears = {role: _linear(self._layer, role) for role in roles}
-        mean = self._mean_hessian(inputs, next(iter(linears.values())).weight)
-        diagonal = mean.diagonal()
-        if not all_finite(diagonal):
-            dtype = self.runner.dtype
-            problem = (
-                f"what enters {roles[0]} of layer {self._index} is not finite in {str(dtype).removeprefix('torch.')}"
-            )
-            raise NumericsError(problem, dtype_remedy(dtype))
-        method = self.method
-        if method == "gptq" and not diagonal.any():  # every rank has the same sums
-            method = "rtn"
-            if self.world.is_rank0:
-                names = ", ".join(role.rpartition(".")[2] for role in roles)
-                warn(
-                    f"layer {self._index}: the input of {names} is always zero, so that its codes are rounded to nearest"
-                )
-        exact, carry = self._exact_columns.get(roles[0]), None
-        if exact is not None:
-            exact = exact.to(mean.device)
-            if method == "gptq":
-                with self.clock("factor"):
-                    mean, carry = condense(mean, exact, options.percdamp)
-        with self.clock("factor"):
-            factor = prepare(mean, options) if method == "gptq" else None
-        # Rows are independent of each other, so all linears of the site are solved as one; tiles belong to one linear each.
-        tiled = [_whole_tiles(linear.weight) for linear in linears.values()]
-        stacked = torch.cat(tiled)
-        options = with_tensor_scale(
-            options, stacked
-        )  # linears that engines fuse, those of a site, share a global scale
-        start, stop = split_rows(len(stacked), self.world.size)[self.world.rank]
-        rows = whole_rows = stacked[start:stop]
-        if exact is not None:
-            rows = rows.index_fill(1, exact, 0)
-        with self.clock("solve"):
-            mine = self._round(rows, options) if factor is None else solve(rows, factor, options)
-            if factor is not None and self.cd_passes:
-                mine = coordinate_descent(rows, mine, mean, factor, options, self.cd_passes)
-        damping = factor.damping if factor is not None else 0.0
-        del factor
-        with self.clock("errors"):
-            errors = output_errors(rows, mine, mean, options)  # [rows, 3]
-        columns = None
-        if exact is not None:
-            columns = whole_rows[:, exact]
-            if carry is not None:
-                moved = rows.to(carry.dtype) - dequantize_weight(*mine, options.group_size, carry.dtype)
-                columns = (columns + moved @ carry).to(columns.dtype)
-            columns = _gather(columns, len(stacked), self.world)
-        whole = QuantizedWeight(*(_gather(part, len(stacked), self.world) for part in mine))
-        errors = _gather(errors, len(stacked), self.world)
-        first = 0
-        for (role, linear), tiles in zip(linears.items(), tiled, strict=True):
-            rows_of_role = slice(first, first + len(linear.weight))
-            first += len(tiles)
-            quantized = QuantizedWeight(*(part[rows_of_role] for part in whole))
-            error, rtn_error, size = errors[rows_of_role].sum(0).tolist()
-            self._result.quantized_weights[role] = quantized
-            self._result.bits[role] = options.bits
-            if options.tensor_scale is not None:
-                self._result.tensor_scales[role] = options.tensor_scale
-            self._result.figures[role] = {
-                "error": error / size if size else 0.0,
-                "rtn_error": rtn_error / size if size else 0.0,
-                "damping": damping,
-            }
-            dtype = linear.weight.dtype
-            dequantized = dequantize_weight(*quantized, options.group_size, dtype)
-            if exact is not None and columns is not None:
-                self._result.others |= {f"{role}.kept": exact.clone(), f"{role}.columns": columns[rows_of_role]}
-                dequantized[:, exact] = columns[rows_of_role]
-            linear.weight = nn.Parameter(dequantized, requires_grad=False)
-
-    def _mean_hessian(self, inputs: Iterable[Tensor], weight: Tensor) -> Tensor:
-        """H over the sequences of all ranks, [in, in]."""
-        hessian = Hessian(weight.shape[1], self.hessian_dtype, weight.device)
-        for x in _joined(self._timed(inputs), TOKEN_CHUNK if weight.is_cuda else 1):
-            with self.clock("hessian"):
-                hessian.add(x)
-        sum_over_ranks_(hessian.total)
-        hessian.count = int(sum_over_ranks_(torch.tensor([float(hessian.count)], dtype=torch.float64)))
-        with self.clock("hessian"):
-            return hessian.mean()
-
-    def _timed(self, inputs: Iterable[Tensor]) -> Iterator[Tensor]:
-        source = iter(inputs)
-        while True:
-            with self.clock("forward"):
-                x = next(source, None)
-            if x is None:
-                return
-            yield x
-
-    def _round(self, rows: Tensor, o: GPTQOptions) -> QuantizedWeight:
-        wide = rows.to(self.hessian_dtype)
-        scale, zero = fitted_scales(wide, o, o.group_size)
-        return QuantizedWeight(nearest_codes(wide, scale, zero, o), scale, zero)
-
-
-def _linear(layer: nn.Module, role: str) -> nn.Linear:
-    module = layer.get_submodule(role)
-    return cast(nn.Linear, getattr(module, "linear", module))
-
-
-def _whole_tiles(weight: Tensor) -> Tensor:
-    """weight [rows, in] with rows of zeros up to a multiple of ROW_TILE."""
-    return nn.functional.pad(weight, (0, 0, 0, -len(weight) % ROW_TILE))
-
-
-def _joined(inputs: Iterator[Tensor], tokens: int) -> Iterator[Tensor]:
-    """Inputs [..., h] put together until there are `tokens` of them: large products keep a GPU busy."""
-    waiting: list[Tensor] = []
-    for x in inputs:
-        waiting.append(x.flatten(0, -2))
-        if sum(len(w) for w in waiting) >= tokens:
-            yield torch.cat(waiting)
-            waiting = []
-    if waiting:
-        yield torch.cat(waiting)
-
-
-def _gather(part: Tensor, rows: int, world: World) -> Tensor:
-    """The rows of all ranks, in order, on every rank."""
-    if world.size == 1:
-        return part
-    if part.dtype == E4M3:  # which no backend sends
-        return _gather(part.view(torch.uint8), rows, world).view(E4M3)
-    row_ranges = split_rows(rows, world.size)
-    longest = max(stop - start for start, stop in row_ranges)
-    padded = part.new_zeros(longest, *part.shape[1:])
-    padded[: len(part)] = part
-    parts = gather_parts(padded)
-    return torch.cat([part[: stop - start] for part, (start, stop) in zip(parts, row_ranges, strict=True)])
+        """Quantise the linears of one site."""
+        self._solver.solve([roles], [inputs], options)
