@@ -24,6 +24,24 @@ from dist_spin.quantize.stage import quantize
 from dist_spin.runtime.console import Console, quieten_libraries, shown_on
 from dist_spin.runtime.distributed import start, stop
 
+Losses = dict[tuple[str, str], list[torch.Tensor]]
+
+
+def add_losses(losses_of: Losses, run: Path) -> None:
+    """Add the window losses [n] of a run's measurements, by rotation ("full" where activations have 16 bits) and weights."""
+    for path in sorted((run / "evaluations").glob("*.json")):
+        row = json.loads(path.read_text())
+        key = ("full" if row["a_bits"] == 16 else row["rotation"], row["weights"])
+        losses_of.setdefault(key, []).append(torch.tensor(row["losses"], dtype=torch.float64))
+
+
+def difference(losses: list[torch.Tensor], others: list[torch.Tensor]) -> str:
+    """What losses [n] of some seeds are above those of others, mean over seeds with the standard error over windows."""
+    pairs = [a - b for a, b in zip(losses, others, strict=True)]
+    gap = torch.stack(pairs).mean(0)  # [windows]
+    by_seed = " ".join(f"{pair.mean():.4f}" for pair in pairs)
+    return f"{gap.mean():.4f} ± {gap.std() / math.sqrt(len(gap)):.4f} nats; by seed {by_seed}"
+
 
 def main() -> None:
     """Run the study."""
@@ -37,7 +55,7 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     world = start()
     quieten_libraries()
-    losses_of: dict[tuple[str, str], list[torch.Tensor]] = {}
+    losses_of: Losses = {}
     for seed in options.seeds:
         baselines = "[none, hadamard]" if options.unrotated and seed == options.seeds[0] else "[hadamard]"
         words = [
@@ -54,20 +72,14 @@ def main() -> None:
         train(config, world)
         quantize(config, world)
         evaluate(config, world)
-        for path in sorted((Path(options.out) / f"seed{seed}" / "evaluations").glob("*.json")):
-            row = json.loads(path.read_text())
-            key = ("full" if row["a_bits"] == 16 else row["rotation"], row["weights"])
-            losses_of.setdefault(key, []).append(torch.tensor(row["losses"]))
+        add_losses(losses_of, Path(options.out) / f"seed{seed}")
     stop()
     for key, losses in sorted(losses_of.items()):
         print(key, "ppl per seed:", " ".join(f"{math.exp(x.mean()):.3f}" for x in losses))
     for weights in sorted({w for _, w in losses_of}):
         if ("learned", weights) in losses_of and ("hadamard", weights) in losses_of:
-            pairs = [a - b for a, b in zip(losses_of["learned", weights], losses_of["hadamard", weights], strict=True)]
-            gain = torch.stack(pairs).mean(0)  # [windows], mean over seeds
-            error = gain.std() / math.sqrt(len(gain))
-            per_seed = " ".join(f"{p.mean():.4f}" for p in pairs)
-            print(f"{weights} weights: learned - Hadamard = {gain.mean():.4f} ± {error:.4f} nats; by seed {per_seed}")
+            gain = difference(losses_of["learned", weights], losses_of["hadamard", weights])
+            print(f"{weights} weights: learned - Hadamard = {gain}")
 
 
 if __name__ == "__main__":

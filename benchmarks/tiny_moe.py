@@ -1,6 +1,7 @@
 """A small mixture of experts, trained here on real text, then rotated and quantised: none, Hadamard and learned at W4A4KV4.
 
     python benchmarks/tiny_moe.py OUT --minutes 5 --balance
+    python benchmarks/tiny_moe.py OUT --seeds 0 1 2 --sequences 2000
     python benchmarks/tiny_moe.py OUT --steps 400 quantize.expert_tokens=all
 
 The model is a Qwen3-MoE of random weights over bytes, trained for --minutes on the sources and documentation of Python's
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from seeds import Losses, add_losses, difference
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3MoeConfig
 
@@ -131,22 +133,33 @@ def study(args: argparse.Namespace, world: World) -> int:
         trained(rows, args.minutes, world.device).save_pretrained(model)
     learn_on, test = (f"tokens:{args.out / name}.npy#all" for name in ("learn", "test"))
     settings = [
-        *(f"model.path={model}", "model.dtype=float32", f"output_dir={args.out}", "name=run"),
+        *(f"model.path={model}", "model.dtype=float32", f"output_dir={args.out}"),
         *("quant.w_bits=4", "quant.a_bits=4", "quant.k_bits=4", "quant.v_bits=4"),
         *(f"{stage}.seq_len={LENGTH}" for stage in ("optimize", "quantize", "evaluate")),
         *(f"{stage}.source={learn_on}" for stage in ("optimize", "quantize")),
         *(f"evaluate.sources=[{test}]", f"evaluate.max_sequences={args.sequences}", f"optimize.steps={args.steps}"),
         *(*RECIPE, *args.settings),
     ]
-    config = load_config(None, settings)
-    for stage in (learn, quantize, evaluate):
-        stage(config, world)
-    run = run_dir(config)
-    print(f"{'W/A/K/V':<12} {'rotation':<16} {'weights':<8} perplexity per byte, divergence from full precision")
-    for row in json.loads((run.path / "results.json").read_text()):
-        bits = "/".join(str(row[f"{site}_bits"]) for site in "wakv")
-        figures = f"{row['ppl']:.4f}" + (f"  {row['kl']:.5f}" if "kl" in row else "")
-        print(f"{bits:<12} {row['method']:<16} {row['weights']:<8} {figures}", flush=True)
+    losses_of: Losses = {}
+    for seed in args.seeds:
+        drawn = [f"name=seed{seed}", *(f"{part}.seed={seed}" for part in ("rotation", "optimize", "quantize"))]
+        if seed != args.seeds[0]:  # without rotations there is little to draw
+            drawn.append("quantize.baselines=[hadamard]")
+        config = load_config(None, [*settings, *drawn])
+        for stage in (learn, quantize, evaluate):
+            stage(config, world)
+        run = run_dir(config)
+        add_losses(losses_of, run.path)
+        print(f"{'W/A/K/V':<12} {'rotation':<16} {'weights':<8} perplexity per byte, divergence from full precision")
+        for row in json.loads((run.path / "results.json").read_text()):
+            bits = "/".join(str(row[f"{site}_bits"]) for site in "wakv")
+            figures = f"{row['ppl']:.4f}" + (f"  {row['kl']:.5f}" if "kl" in row else "")
+            print(f"{bits:<12} {row['method']:<16} {row['weights']:<8} {figures}", flush=True)
+        for name, other in (("learned", "hadamard"), ("learned", "none"), ("hadamard", "none")):
+            losses, others = (losses_of.get((rotation, "gptq"), []) for rotation in (name, other))
+            if losses and others:  # without rotations, one stands for all seeds
+                gap = difference(losses, others * (len(losses) // len(others)))
+                print(f"{name} - {other} = {gap}", flush=True)
     print("\n".join(routing(run.layers())), flush=True)
     for sequences, tokens in itertools.product((1, 4, 16) if args.balance else (), ("auto", "routed", "all")):
         calibrated = [f"quantize.n_sequences={sequences}", f"quantize.expert_tokens={tokens}", "quantize.baselines=[]"]
@@ -168,6 +181,7 @@ def main() -> int:
     parser.add_argument("out", type=Path, help="directory of the model, its texts and the run")
     parser.add_argument("--minutes", type=float, default=5, help="of training (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=200, help="of learning rotations (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of rotations and texts (default: 0)")
     parser.add_argument("--sequences", type=int, default=400, help="that are measured (default: %(default)s)")
     parser.add_argument(
         "--balance", action="store_true", help="also calibrate on less, with each quantize.expert_tokens"
