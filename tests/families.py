@@ -18,6 +18,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MinistralConfig,
@@ -59,6 +60,17 @@ LONG_ROPE: dict[str, Any] = {
         "long_factor": [1.0, 1.3, 2.0, 5.0, 9.0, 20.0],
     },
     "original_max_position_embeddings": 16,  # below the length of the tests' sequences
+}
+YARN_ROPE: dict[str, Any] = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 150000.0,
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 16,
+    }
 }
 
 
@@ -162,6 +174,19 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     ),
     "olmoe-1b-7b (2048, 1024)": _config(OlmoeConfig, 64, 32, 4, 4, num_experts=8, num_experts_per_tok=3),
     "mixtral-8x7b (4096, 14336)": _config(MixtralConfig, 64, 224, 8, 2, num_local_experts=4, num_experts_per_tok=2),
+    "gpt-oss-20b (2880, 2880)": _config(
+        GptOssConfig,
+        180,
+        180,
+        8,
+        1,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=7,
+        swiglu_limit=1.0,  # which these small numbers reach
+        **YARN_ROPE,
+    ),
 }
 
 WINDOWS: dict[str, Any] = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}

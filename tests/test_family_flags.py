@@ -33,7 +33,7 @@ def by_kind_of_layer(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 PAIRS = 4
-NEED_WINDOW = ("cwm", "gemma2", "gemma3_text", "olmo3", "cohere2")
+NEED_WINDOW = ("cwm", "gemma2", "gemma3_text", "olmo3", "cohere2", "gpt_oss")
 FACTORS = {"short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [1.0, 2.0, 4.0, 9.0]}
 WINDOW = {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}
 # What a config may say; families that do not know an entry must ignore it, as transformers does.
@@ -92,6 +92,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "one layer dense": {"mlp_only_layers": [0]},
     "router's logits": {"output_router_logits": True, "router_aux_loss_coef": 0.1},
     "router noise": {"router_jitter_noise": 0.5},
+    "limit of the experts": {"swiglu_limit": 0.5, "swiglu_alpha": 1.0},
     "a shared expert": {"shared_expert_intermediate_size": 24, "n_shared_experts": 1},
     "groups of experts": {"n_group": 2, "topk_group": 1, "scoring_func": "sigmoid", "routed_scaling_factor": 2.0},
 }

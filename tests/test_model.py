@@ -46,7 +46,7 @@ def reference_logits(files: ModelFiles, ids: Tensor, dtype: torch.dtype) -> Tens
     model = AutoModelForCausalLM.from_pretrained(files.directory, dtype=dtype, experts_implementation="eager")
 
     def route(router: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = nn.functional.linear(x.flatten(0, -2), router.weight)
+        logits = nn.functional.linear(x.flatten(0, -2), router.weight, getattr(router, "bias", None))
         shares, experts = logits.softmax(-1).topk(router.top_k, -1)
         if getattr(files.config, "norm_topk_prob", True):  # Mixtral's always sum to 1
             shares = shares / shares.sum(-1, keepdim=True)
@@ -171,6 +171,8 @@ class WeightSide(nn.Module):
         for norm in ("self_attn.q_norm", "self_attn.k_norm"):
             if source.has(f"{prefix}{norm}.weight"):
                 out[f"{norm}.weight"] = raw(f"{norm}.weight")
+        if source.has(f"{prefix}self_attn.sinks"):
+            out["self_attn.sinks"] = raw("self_attn.sinks")
         return out
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from dist_spin.export.export_job import DirectoryWriter, ExportFormat, ExportJob
 from dist_spin.export.format_tensors import INPUT_GLOBAL, LAYOUTS, format_arguments, format_tensors
 from dist_spin.export.serving import kv_cache_dtype, linear_backend, serve_command, tried_engine
 from dist_spin.model.architecture import layer_name
-from dist_spin.model.experts import name_in_checkpoints
+from dist_spin.model.expert_storage import name_in_checkpoints
 from dist_spin.model.sites_config import INPUT_SCALES, SITE_OF_LINEAR, Sites
 from dist_spin.numerics.gptq import QuantizedWeight
 from dist_spin.numerics.quantizer import QuantSpec, dequantize_weight

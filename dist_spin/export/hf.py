@@ -11,7 +11,7 @@ from torch import Tensor
 from dist_spin.export.card import LOAD_EXAMPLE, MERGED
 from dist_spin.export.export_job import DirectoryWriter, ExportFormat, ExportJob
 from dist_spin.export.serving import serve_command, takes_activation, tried_engine
-from dist_spin.model.experts import name_in_checkpoints
+from dist_spin.model.expert_storage import layer_in_checkpoints
 from dist_spin.model.sites_config import Sites
 from dist_spin.model.weights import ModelFiles
 
@@ -26,7 +26,7 @@ def prepare(job: ExportJob) -> DirectoryWriter:
         weights = job.weights.layer(index)
         if job.r4:
             return rename_down(weights)
-        return {name_in_checkpoints(job.files.config.model_type, name): w for name, w in weights.items()}
+        return layer_in_checkpoints(job.files.config.model_type, weights)
 
     def write(directory: Path) -> None:
         job.write_checkpoint(directory, layer, hide_from_others(job.files) if job.r4 else {})

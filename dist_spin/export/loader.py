@@ -29,6 +29,7 @@ from dist_spin.model.architecture import (
     Shape,
     layer_name,
 )
+from dist_spin.model.attention import SINKS
 from dist_spin.model.experts import ROUTERS
 from dist_spin.model.families import FAMILIES
 from dist_spin.model.full_model import build_full_model
@@ -122,7 +123,7 @@ def _layer(
 
     of_linears = KINDS if sidecar.format == "hf" else ("bias",)  # elsewhere `weight` holds codes
     names = [f"{role}.{kind}" for role in roles for kind in (KINDS if role in ROUTERS else of_linears)]
-    out = read([*names, *(f"{norm}.{kind}" for norm in NORMS for kind in KINDS)])
+    out = read([*names, *(f"{norm}.{kind}" for norm in NORMS for kind in KINDS), SINKS])
     if sidecar.format == "hf":
         renamed = read([ROTATED_DOWN])
         return out | ({DOWN: renamed[ROTATED_DOWN]} if renamed else {})

@@ -13,7 +13,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from dist_spin.model.attention import select_attention
-from dist_spin.model.experts import SHARED, MixtureOfExperts, expert_count, expert_linears, expert_width, shared_width
+from dist_spin.model.experts import (
+    SHARED,
+    MixtureOfExperts,
+    expert_count,
+    expert_form,
+    expert_linears,
+    expert_width,
+    shared_width,
+)
 from dist_spin.model.families import FAMILIES
 from dist_spin.model.output_norms import ATTENTION_NORM as ATTENTION_NORM
 from dist_spin.model.output_norms import MLP_NORM as MLP_NORM
@@ -37,7 +45,8 @@ class Shape:
     """The sizes that rotations and quantisers need, all in elements; experts: per layer, each `intermediate` wide, 0 for none.
 
     experts_per_token: how many of them compute a token. shared: width of the expert that all tokens compute, 0 for none.
-    scaling: of embeddings and logits. norm: kind of the norms (`families.Family`).
+    scaling: of embeddings and logits. norm: kind of the norms (`families.Family`). scales_up: whether up_proj's rows can be
+    scaled against down_proj's columns, which a limit between them (gpt-oss) rules out.
     """
 
     hidden: int
@@ -52,6 +61,7 @@ class Shape:
     shared: int = 0
     scaling: Scaling = NOT_SCALED
     norm: str = "rms"
+    scales_up: bool = True
 
     @staticmethod
     def of(config: Any) -> "Shape":
@@ -70,6 +80,7 @@ class Shape:
             shared=shared_width(config),
             scaling=Scaling.of(config),
             norm=FAMILIES[config.model_type].norm if config.model_type in FAMILIES else "rms",
+            scales_up=not expert_count(config) or expert_form(config).limit is None,
         )
 
     @property
@@ -140,7 +151,8 @@ def skeleton(config: Any, *, stacked_experts: bool = False) -> Any:
         if expert_count(config):
             for layer in model.model.layers:
                 layer.mlp = MixtureOfExperts(config, stacked=stacked_experts)
-        if (norms := FAMILIES[config.model_type].norms) != "before":
+        # gpt-oss's layers expect an MLP that also returns the shares of its experts.
+        if (norms := FAMILIES[config.model_type].norms) != "before" or config.model_type == "gpt_oss":
             model.model.layers = nn.ModuleList([OutputNormLayer(layer, norms) for layer in model.model.layers])
     return model.requires_grad_(requires_grad=False).eval()
 

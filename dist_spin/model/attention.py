@@ -11,6 +11,9 @@ from transformers.masking_utils import sdpa_mask
 from dist_spin.numerics.dtypes import accumulation_dtype
 
 NAME = "dist_spin"
+SINKS = (
+    "self_attn.sinks"  # name within a layer of the logits [heads] that take their share of attention without a value
+)
 
 
 def select_attention(config: Any) -> None:
@@ -27,22 +30,35 @@ def _attention(
     site = getattr(module, "key_site", None)
     if site is not None:
         query, key = site(query, key)
-    if cap := kwargs.get("softcap"):
-        return _capped(query, key, value, attention_mask, kwargs["scaling"], cap), None
+    cap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    if cap or sinks is not None:
+        return _by_scores(query, key, value, attention_mask, kwargs["scaling"], cap, sinks), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, cap: float) -> Tensor:
-    """Attention whose scores are cap tanh(scores / cap), as Gemma 2 has it and SDPA has not.
+def _by_scores(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    cap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention with what SDPA has not: scores cap tanh(scores / cap), as in Gemma 2, or sinks, as in gpt-oss.
 
     query [batch, heads, T, d], key and value [batch, kv_heads, S, d], mask [batch or 1, 1, T, S], bool or added to the scores,
-    None for causal. Returns [batch, T, heads, d].
+    None for causal. sinks [heads]: the score of one more key, whose value is zero. Returns [batch, T, heads, d].
     """
     groups, (T, S) = query.shape[1] // key.shape[1], (query.shape[2], key.shape[2])
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     scores = (query @ key.mT).to(accumulation_dtype(query.dtype)) * scaling
-    scores = cap * torch.tanh(scores / cap)
+    if cap:
+        scores = cap * torch.tanh(scores / cap)
     if mask is None:
         mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2).contiguous()
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)), -1)
+    shares = scores.softmax(-1)[..., :S]
+    return (shares.to(value.dtype) @ value).transpose(1, 2).contiguous()

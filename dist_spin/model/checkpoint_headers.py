@@ -22,6 +22,11 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors writes them; anyt
 POINTER = b"version https://git-lfs"
 DOWNLOAD_AGAIN = "download the model again"
 GIVE_16_BIT = "give the 16-bit model that it was made from"
+# gpt-oss was published in no other form. In its original format transformers would give 16-bit tensors the names of codes.
+DEQUANTISE = (
+    "let transformers write it in 16 bits: from_pretrained with quantization_config=Mxfp4Config(dequantize=True), then "
+    "save_pretrained with save_original_format=False"
+)
 
 # Tensors that quantisers write beside or in place of `NAME.weight`, and who writes them.
 CODE_TENSORS = {
@@ -131,7 +136,8 @@ def check_config(directory: Path, *, dummy: bool = False) -> dict[str, Any]:
     quantization = content.get("quantization_config")
     if quantization and not dummy:
         method = quantization_method(quantization)
-        raise UserError(f"{directory} is already quantised ({method}, says its config.json)", GIVE_16_BIT)
+        remedy = DEQUANTISE if method == "mxfp4" else GIVE_16_BIT
+        raise UserError(f"{directory} is already quantised ({method}, says its config.json)", remedy)
     return content
 
 

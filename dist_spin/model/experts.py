@@ -4,38 +4,45 @@ Transformers holds the experts of a layer as two three-dimensional parameters. H
 under the names that published checkpoints store (`mlp.experts.3.gate_proj`), so that merging, GPTQ and exports see linears.
 """
 
-import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from dist_spin.errors import UserError
-from dist_spin.model.stacked_experts import StackedExperts, by_expert, chosen_experts
+from dist_spin.model.stacked_experts import ExpertForm, GatedActivation, StackedExperts, by_expert, chosen_experts
 from dist_spin.numerics.dtypes import accumulation_dtype
 
-EXPERT_FAMILIES = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral")
+EXPERT_FAMILIES = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "gpt_oss")
 SHARED = "mlp.shared_expert"  # which every token computes, times a share of its own (Qwen2-MoE)
 ROUTERS = ("mlp.gate", f"{SHARED}_gate")  # never rounded; where there is no shared expert, the first alone
-MIXTRAL_LINEARS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}  # as its checkpoints name them
+SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0  # of gpt-oss, where config.json does not say
 
 
 def expert_count(config: Any) -> int:
     """Experts per layer of a transformers config; 0 for a dense model."""
     if config.model_type not in EXPERT_FAMILIES:
         return 0
-    return config.num_local_experts if config.model_type == "mixtral" else config.num_experts
+    return config.num_local_experts if config.model_type in ("mixtral", "gpt_oss") else config.num_experts
 
 
 def expert_width(config: Any) -> int:
     """Intermediate size of one expert."""
-    return config.intermediate_size if config.model_type in ("mixtral", "olmoe") else config.moe_intermediate_size
+    of_all = config.model_type in ("mixtral", "olmoe", "gpt_oss")
+    return config.intermediate_size if of_all else config.moe_intermediate_size
 
 
 def shared_width(config: Any) -> int:
     """Intermediate size of the shared expert, a multiple of `expert_width`; 0 where there is none."""
     return config.shared_expert_intermediate_size if config.model_type == "qwen2_moe" else 0
+
+
+def expert_form(config: Any) -> ExpertForm:
+    """What an expert of a transformers config computes."""
+    if config.model_type != "gpt_oss":
+        return ExpertForm(config.hidden_act)
+    alpha, limit = getattr(config, "swiglu_alpha", SWIGLU_ALPHA), getattr(config, "swiglu_limit", SWIGLU_LIMIT)
+    return ExpertForm("", biases=True, limit=limit, alpha=alpha)
 
 
 def expert_linears(experts: int, shared: int) -> tuple[str, ...]:
@@ -65,54 +72,20 @@ def check_experts(config: Any) -> None:
         raise UserError(problem, "use another model")
 
 
-def name_here(stored: str) -> str:
-    """The name within our modules of a tensor as a Mixtral checkpoint stores it; other names as they are."""
-    name = stored.replace(".block_sparse_moe.", ".mlp.")
-    return re.sub(r"(\.experts\.\d+)\.(w[123])\.", lambda m: f"{m[1]}.{MIXTRAL_LINEARS[m[2]]}.", name)
-
-
-def expert_parts(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, int]]:
-    """The weights that a stack of all experts holds, as newer checkpoints have it: name to first row and number of rows.
-
-    Args:
-        name: of the stored tensor, `...mlp.experts.gate_up_proj` [experts, 2 w, h] or `...mlp.experts.down_proj` [experts, h, w].
-        shape: its shape; rows are those of the stack with its first two dimensions joined.
-
-    Returns:
-        Nothing for any other tensor.
-    """
-    layer, _, linear = name.rpartition(".mlp.experts.")
-    names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(linear, ())
-    if not layer or len(shape) != 3 or not names:
-        return {}
-    rows = shape[1] // len(names)
-    return {
-        f"{layer}.mlp.experts.{e}.{one}.weight": (e * shape[1] + i * rows, rows)
-        for e in range(shape[0])
-        for i, one in enumerate(names)
-    }
-
-
-def name_in_checkpoints(model_type: str, name: str) -> str:
-    """The reverse of `name_here`, for a name within a layer."""
-    if model_type != "mixtral" or not name.startswith("mlp."):
-        return name
-    stored = {linear: w for w, linear in MIXTRAL_LINEARS.items()}
-    name = re.sub(r"(experts\.\d+)\.(\w+)\.", lambda m: f"{m[1]}.{stored[m[2]]}.", name)
-    return name.replace("mlp.", "block_sparse_moe.", 1)
-
-
 class Router(nn.Module):
     """The linear that scores experts. Softmax in max(fp32, input dtype); its weight is never rounded."""
 
-    def __init__(self, hidden: int, experts: int, chosen: int, *, normalised: bool) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(self, hidden: int, experts: int, chosen: int, *, normalised: bool, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, hidden))
+        self.register_parameter("bias", nn.Parameter(torch.empty(experts)) if bias else None)
         self.chosen, self.normalised = chosen, normalised
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [n, h] to the shares of the chosen experts [n, chosen], in x's dtype, and which they are, int64."""
-        logits = x @ self.weight.T
+        logits = x @ self.weight.T if self.bias is None else torch.addmm(self.bias, x, self.weight.T)
         experts = chosen_experts(logits.detach(), self.chosen)
         shares = logits.to(accumulation_dtype(x.dtype)).softmax(-1).gather(-1, experts)
         if self.normalised:
@@ -121,18 +94,19 @@ class Router(nn.Module):
 
 
 class Expert(nn.Module):
-    """One gated MLP without biases."""
+    """One gated MLP."""
 
-    def __init__(self, hidden: int, width: int, activation: str) -> None:
+    def __init__(self, hidden: int, width: int, form: ExpertForm) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, width, bias=False)
-        self.up_proj = nn.Linear(hidden, width, bias=False)
-        self.down_proj: nn.Module = nn.Linear(width, hidden, bias=False)
-        self.act_fn = ACT2FN[activation]
+        self.gate_proj = nn.Linear(hidden, width, bias=form.biases)
+        self.up_proj = nn.Linear(hidden, width, bias=form.biases)
+        self.down_proj: nn.Module = nn.Linear(width, hidden, bias=form.biases)
+        self.gated = GatedActivation(form)
 
     def inner(self, x: Tensor) -> Tensor:
         """x [n, h] to what the site in front of down_proj reads, [n, width]."""
-        return self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        inner: Tensor = self.gated(self.gate_proj(x), self.up_proj(x))
+        return inner
 
     def forward(self, x: Tensor) -> Tensor:
         """x [n, h] to the same."""
@@ -167,18 +141,19 @@ class MixtureOfExperts(nn.Module):
         The shared expert is a module by itself either way.
         """
         super().__init__()
-        normalised = config.model_type == "mixtral" or config.norm_topk_prob
-        count, hidden, width = expert_count(config), config.hidden_size, expert_width(config)
-        self.gate = Router(hidden, count, config.num_experts_per_tok, normalised=normalised)
+        # gpt-oss takes the softmax of the chosen logits alone, which is the same.
+        normalised = config.model_type in ("mixtral", "gpt_oss") or config.norm_topk_prob
+        count, hidden, width, form = expert_count(config), config.hidden_size, expert_width(config), expert_form(config)
+        self.gate = Router(hidden, count, config.num_experts_per_tok, normalised=normalised, bias=form.biases)
         self.input_site: nn.Module = nn.Identity()
         self.experts: Any
         if stacked:
-            self.experts = StackedExperts(count, hidden, width, config.hidden_act)
+            self.experts = StackedExperts(count, hidden, width, form)
         else:
-            self.experts = ExpertList([Expert(hidden, width, config.hidden_act) for _ in range(count)])
+            self.experts = ExpertList([Expert(hidden, width, form) for _ in range(count)])
         self.has_shared = shared_width(config) > 0
         if self.has_shared:
-            self.shared_expert = Expert(hidden, shared_width(config), config.hidden_act)
+            self.shared_expert = Expert(hidden, shared_width(config), form)
             self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -52,6 +52,11 @@ FAMILIES = {
     "qwen2_moe": Family("Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B", windows="by layer", engines="vLLM"),
     "olmoe": Family("OLMoE-1B-7B", engines="vLLM"),
     "mixtral": Family("Mixtral 8x7B, 8x22B", windows="all", engines="vLLM"),
+    "gpt_oss": Family(
+        "gpt-oss 20B, 120B",
+        windows="by layer",
+        how="gate and up of the experts are read apart; dequantised first, see below",
+    ),
     "phi3": Family(
         "Phi-3 and 3.5 mini, Phi-3 medium, Phi-4 14B",
         windows="all",
@@ -107,7 +112,6 @@ REFUSED = {
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "glm4_moe": "experts beside dense layers, a router of sigmoids with a correction, and a position embedding of half a head",
-    "gpt_oss": "experts with biases and a clamped activation, and attention sinks",
     "granitemoe": "multipliers of embedding, attention, residual and logits around its experts",
     "qwen3_next": "linear attention in most layers, whose state R2 and R3 do not go through",
     "llama4": "a router that scales what experts read, shared experts, and attention in chunks",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dist_spin.model.architecture import ATTENTION_NORM, FINAL_NORM, HEAD, MLP_NORM, Shape, layer_name
+from dist_spin.model.attention import SINKS
 from dist_spin.model.experts import ROUTERS
 from dist_spin.model.output_norms import OUTPUT_NORMS
 from dist_spin.model.sites import across_heads
@@ -32,7 +33,7 @@ def norms_before(shape: Shape) -> dict[str, str]:
     return attention | dict.fromkeys((*ROUTERS[: 2 if shape.shared else 1], *reading), MLP_NORM)
 
 
-STACKED = re.compile(r"\.mlp\.experts\.\w+_proj\.weight$")
+STACKED = re.compile(r"\.mlp\.experts\.\w+_proj\.(weight|bias)$")
 VOCAB_ROWS_AT_ONCE = 8192
 ROWS_AT_ONCE = 512  # rows widened to fp64 at a time, which bounds the memory of folding
 
@@ -114,7 +115,7 @@ def rotated_layer(
             factors, empty for none. scales: of this layer, by the names of `scales_and_clips.scale_shapes`.
 
     Returns:
-        name within the layer (`self_attn.q_proj.weight`, ...) to tensor; q/k norms as they are, layer norms left out
+        name within the layer (`self_attn.q_proj.weight`, ...) to tensor; q/k norms and sinks as they are, layer norms left out
         unless they are scales or not folded.
     """
     r1, r2 = r1.to(device), r2.to(device)
@@ -144,6 +145,8 @@ def rotated_layer(
         if norm is not None:
             scale = rows.pop(role.replace("norm", "proj"), None)
             out[f"{role}.weight"] = norm if scale is None else norm * scale[: len(norm)]
+    if source.has(sinks := f"{layer_name(index)}.{SINKS}"):
+        out[SINKS] = source.rows(sinks, device=device).double()
     for role, before in norms_before(shape).items():
         w, b = read(role, "weight"), read(role, "bias")
         assert w is not None

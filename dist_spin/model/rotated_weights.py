@@ -12,6 +12,7 @@ from dist_spin.model.architecture import (
     Shape,
     layer_name,
 )
+from dist_spin.model.attention import SINKS
 from dist_spin.model.experts import ROUTERS
 from dist_spin.model.loss import cross_entropy
 from dist_spin.model.merge import rotated_embedding, rotated_layer
@@ -55,7 +56,7 @@ class RotatedWeights:
             return {name: w.to(self.dtype) for name, w in merged.items()}
         norms = (ATTENTION_NORM, MLP_NORM, *OUTPUT_NORMS, "self_attn.q_norm", "self_attn.k_norm")
         roles = (*self.shape.linears, *ROUTERS, *norms)
-        names = [f"{role}.{kind}" for role in roles for kind in ("weight", "bias")]
+        names = [*(f"{role}.{kind}" for role in roles for kind in ("weight", "bias")), SINKS]
         prefix = layer_name(index)
         stored = [name for name in names if self.source.has(f"{prefix}.{name}")]
         return {n: self.source.rows(f"{prefix}.{n}", device=self.device).to(self.dtype) for n in stored}

@@ -4,6 +4,7 @@ Tokens are sorted by the expert that they chose, so that every shape is known be
 each expert computes its own tokens and no others, and three matrices are sharded and gathered instead of hundreds.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -86,19 +87,50 @@ class _Repeated(torch.autograd.Function):
         return g[inverse].unflatten(0, (-1, ctx.k)).sum(1), None, None, None
 
 
+@dataclass(frozen=True)
+class ExpertForm:
+    """What an expert computes with its linears.
+
+    activation: of gate_proj's output, as transformers names it. biases: whether its linears have them. limit: where both
+    outputs are cut off, which are then joined as gpt-oss does it, with `alpha`; None: they are not.
+    """
+
+    activation: str
+    biases: bool = False
+    limit: float | None = None
+    alpha: float = 1.0
+
+
+class GatedActivation(nn.Module):
+    """activation(gate) up; with a limit gate sigmoid(alpha gate) (up + 1), gate at most the limit, up between its two signs."""
+
+    def __init__(self, form: ExpertForm) -> None:
+        super().__init__()
+        self.limit, self.alpha = form.limit, form.alpha
+        if form.limit is None:
+            self.act_fn = ACT2FN[form.activation]
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The outputs of gate_proj and up_proj [..., w] to what down_proj reads, [..., w]."""
+        if self.limit is None:
+            return self.act_fn(gate) * up
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return gate * torch.sigmoid(gate * self.alpha) * (up + 1)
+
+
 class StackedExperts(nn.Module):
-    """Gated MLPs without biases. Expert e has rows [e w, (e + 1) w) of gate_proj and up_proj, [e h, (e + 1) h) of down_proj.
+    """Gated MLPs. Expert e has rows [e w, (e + 1) w) of gate_proj and up_proj, [e h, (e + 1) h) of down_proj; biases likewise.
 
     down_site: what prepares the input of down_proj; it is called with rows [n k, w] and the expert of each row [n k].
     """
 
-    def __init__(self, count: int, hidden: int, width: int, activation: str) -> None:
+    def __init__(self, count: int, hidden: int, width: int, form: ExpertForm) -> None:
         super().__init__()
         self.count = count
-        self.gate_proj = nn.Linear(hidden, count * width, bias=False)
-        self.up_proj = nn.Linear(hidden, count * width, bias=False)
-        self.down_proj = nn.Linear(width, count * hidden, bias=False)
-        self.act_fn = ACT2FN[activation]
+        self.gate_proj = nn.Linear(hidden, count * width, bias=form.biases)
+        self.up_proj = nn.Linear(hidden, count * width, bias=form.biases)
+        self.down_proj = nn.Linear(width, count * hidden, bias=form.biases)
+        self.gated = GatedActivation(form)
         self.down_site: nn.Module
 
     def forward(self, x: Tensor, shares: Tensor, chosen: Tensor) -> Tensor:
@@ -109,11 +141,20 @@ class StackedExperts(nn.Module):
         experts = torch.arange(self.count, device=order.device)
         stops = torch.searchsorted(expert, experts, right=True, out_int32=True)
         rows = _Repeated.apply(x, order, inverse, k)
-        m = self.act_fn(self._product(rows, self.gate_proj, stops)) * self._product(rows, self.up_proj, stops)
+        gate, up = (self._product(rows, linear, stops) for linear in (self.gate_proj, self.up_proj))
+        if self.gate_proj.bias is not None:
+            gate, up = gate + self._bias(self.gate_proj, expert), up + self._bias(self.up_proj, expert)
         # A share times the input instead of the output: the gradient of the share then needs no output of down_proj.
-        m = self.down_site(m, expert) * shares.flatten()[order, None]
+        share = shares.flatten()[order, None]
+        m = self.down_site(self.gated(gate, up), expert) * share
         y = self._product(m, self.down_proj, stops)
+        if self.down_proj.bias is not None:
+            y = y + self._bias(self.down_proj, expert) * share
         return _Repeated.apply(y, inverse, order, 1).unflatten(0, (-1, k)).sum(1)
 
     def _product(self, rows: Tensor, linear: nn.Linear, stops: Tensor) -> Tensor:
         return grouped_product(rows, linear.weight.unflatten(0, (self.count, -1)).mT, stops)
+
+    def _bias(self, linear: nn.Linear, expert: Tensor) -> Tensor:
+        """The bias of each row's expert [n k], [n k, out]."""
+        return linear.bias.unflatten(0, (self.count, -1))[expert]

@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from dist_spin.model.checkpoint_headers import (
     local_directory,
     read_headers,
 )
-from dist_spin.model.experts import check_experts, expert_parts, name_here
+from dist_spin.model.expert_storage import ExpertPart, expert_parts, name_here, stores_interleaved
+from dist_spin.model.experts import check_experts
 from dist_spin.model.families import FAMILIES, check_flags, check_supported
 from dist_spin.model.llama_form import LlamaFormWeights, llama_form
 from dist_spin.model.output_norms import name_here as norm_here
@@ -105,12 +107,16 @@ class SafetensorsWeights:
             for name in headers
         }
         self.tensors = {name: headers[stored] for name, stored in self._stored_name.items()}
-        self._first_row: dict[str, int] = {}  # of weights that are stored in one tensor with those of other experts
+        self._parts: dict[str, ExpertPart] = {}  # of tensors that are stored in one with those of other experts
+        self._of_thread = (
+            threading.local()
+        )  # whose `last` is the last expert's part of such a stack that was read as a whole
+        interleaved = stores_interleaved(list(headers))
         for stack, tensor in list(self.tensors.items()):
-            parts = expert_parts(stack, tensor.shape)
-            for name, (first, rows) in parts.items():
-                self._first_row[name], self._stored_name[name] = first, self._stored_name[stack]
-                self.tensors[name] = dataclasses.replace(tensor, shape=(rows, tensor.shape[-1]))
+            parts = expert_parts(stack, tensor.shape, interleaved=interleaved)
+            for name, part in parts.items():
+                self._parts[name], self._stored_name[name] = part, self._stored_name[stack]
+                self.tensors[name] = dataclasses.replace(tensor, shape=part.shape)
             if parts:
                 del self.tensors[stack]
         self._ranges: dict[str, dict[str, TensorRange]] = {}  # by file, once it was read from
@@ -143,13 +149,33 @@ class SafetensorsWeights:
         with opened(path) as descriptor:
             if path.name not in self._ranges:
                 self._ranges[path.name] = read_header(descriptor)[1]
-            dtype, _, offset = self._ranges[path.name][self._stored_name[name]]
-            shape = self.tensors[name].shape
+            stored = self._ranges[path.name][self._stored_name[name]]
+            shape, part, first = self.tensors[name].shape, self._parts.get(name), 0
             start, stop, _ = rows.indices(shape[0])
-            out = torch.empty(max(0, stop - start), *shape[1:], dtype=dtype, device=device)
-            row_bytes = math.prod(shape[1:]) * dtype.itemsize
-            read_into(descriptor, [(offset + (self._first_row.get(name, 0) + start) * row_bytes, out)])
+            if part is not None:
+                if not part.is_block:
+                    expert = self._whole_expert(descriptor, stored, part, name, device)
+                    return part.of(expert)[start:stop].clone(memory_format=torch.contiguous_format)
+                first = part.expert * stored.shape[1] + part.start
+            out = torch.empty(max(0, stop - start), *shape[1:], dtype=stored.dtype, device=device)
+            row_bytes = math.prod(shape[1:]) * stored.dtype.itemsize
+            read_into(descriptor, [(stored.offset + (first + start) * row_bytes, out)])
         return out
+
+    def _whole_expert(
+        self, descriptor: int, stored: TensorRange, part: ExpertPart, name: str, device: torch.device | str
+    ) -> Tensor:
+        """An expert's part of a stack. The last one is kept: its gate, its up and ranges of their rows are asked for in turn.
+
+        By each thread its own, since a copy to a GPU is awaited by the stream of the thread that asked for it alone.
+        """
+        key = (self._stored_name[name], part.expert, str(device))
+        last, read = getattr(self._of_thread, "last", (None, None))
+        if last != key or read is None:
+            read = torch.empty(stored.shape[1:], dtype=stored.dtype, device=device)
+            read_into(descriptor, [(stored.offset + part.expert * read.nbytes, read)])
+            self._of_thread.last = key, read
+        return read
 
     def fingerprint(self) -> str:
         return files_fingerprint(self.directory, {tensor.file for tensor in self.tensors.values()})

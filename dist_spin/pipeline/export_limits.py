@@ -93,6 +93,9 @@ def conflicts(target: str, config: RunConfig, model: Any, *, starting: bool) -> 
         yield UserError(
             f"a mixture of experts is not exported as {target}", "set export.target=hf or compressed-tensors"
         )
+    if model.model_type == "gpt_oss" and target == "compressed-tensors":
+        problem = "packed experts of gpt-oss are read by no loader: theirs take its own MXFP4 or 16 bits"
+        yield UserError(problem, "set export.target=hf, whose weights are not rounded")
     if shape.experts and profile != "no-had":
         yield UserError(
             "a mixture of experts is exported without online Hadamards alone, which engines do not apply to experts",

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dist_spin.model.attention import SINKS
 from dist_spin.model.sites_config import INPUT_SCALES
 from dist_spin.numerics.format_weights import pack_e2m1, unpack_e2m1
 from dist_spin.numerics.gptq import QuantizedWeight
@@ -102,7 +103,7 @@ def load_layer(path: Path, device: torch.device | str = "cpu") -> tuple[Quantize
             quantized_weights[role] = QuantizedWeight(
                 codes, scale, tensors.get(f"{role}.zero", torch.zeros_like(scale))
             )
-        elif kind in ("weight", "bias", "kept", "columns") or name == INPUT_SCALES:
+        elif kind in ("weight", "bias", "kept", "columns") or name in (INPUT_SCALES, SINKS):
             others[name] = tensor
     return QuantizedLayer(
         quantized_weights, others, **{f.name: header[f.name] for f in fields(QuantizedLayer) if f.name in header}
