@@ -18,6 +18,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4MoeConfig,
     GptOssConfig,
     GraniteConfig,
     LlamaConfig,
@@ -186,6 +187,24 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         sliding_window=7,
         swiglu_limit=1.0,  # which these small numbers reach
         **YARN_ROPE,
+    ),
+    "glm-4.5 (5120, 1536)": _config(
+        Glm4MoeConfig,
+        80,
+        192,
+        12,
+        1,
+        head_dim=8,
+        attention_bias=True,
+        use_qk_norm=True,
+        moe_intermediate_size=24,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=2.5,
+        first_k_dense_replace=1,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     ),
 }
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,10 +19,12 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, Mxfp4Con
 
 import dist_spin
 from dist_spin.cli import main
+from dist_spin.config.loader import load_config
 from dist_spin.errors import UserError
 from dist_spin.model.activation_checkpoint import LEVELS
+from dist_spin.model.architecture import Shape
 from dist_spin.model.expert_storage import layer_in_checkpoints
-from dist_spin.model.experts import EXPERT_FAMILIES, Expert, ExpertList
+from dist_spin.model.experts import CORRECTION, EXPERT_FAMILIES, Expert, ExpertList
 from dist_spin.model.fake_quant_model import FakeQuantModel
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.rotate_quantize import ScaleAndClip
@@ -35,13 +38,14 @@ from dist_spin.numerics.cayley import tangent
 from dist_spin.numerics.gptq import GPTQOptions
 from dist_spin.numerics.hadamard_transform import kronecker_factors
 from dist_spin.numerics.quantizer import QuantSpec
+from dist_spin.pipeline.quant_sites import sites_for
 from dist_spin.quantize.layer_quantizer import LayerQuantizer
 from dist_spin.quantize.site_solver import SiteSolver
 from dist_spin.runtime import distributed
 
 WIDE = torch.float64
 IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(1))
-GPT_OSS = "gpt-oss-20b (2880, 2880)"
+GPT_OSS, GLM = "gpt-oss-20b (2880, 2880)", "glm-4.5 (5120, 1536)"
 MODELS = [name for name, config in FAMILIES.items() if config.model_type in EXPERT_FAMILIES]
 
 
@@ -63,6 +67,9 @@ def run_layers(files: ModelFiles, rotations, sites: Sites) -> tuple[torch.Tensor
     hidden, routers = weights.embedding()[IDS], []
     for i in range(files.shape.layers):
         layer = runner.build(i, weights.layer(i))
+        if i < files.shape.dense:
+            hidden = runner.run(layer, i, hidden)
+            continue
         gate = layer.mlp.gate
         gate.register_forward_pre_hook(lambda module, inputs: routers.append(inputs[0] @ module.weight.T))
         hidden = runner.run(layer, i, hidden)
@@ -78,7 +85,7 @@ def test_function_and_routing_are_preserved_by_fold_and_rotate(files):
         assert relative(ours, original) < 1e-9
     quantised, first = run_layers(files, initial("hadamard", files.shape, 3), online_sites(files, 4))
     assert 1e-3 < relative(quantised, plain) < 1.5
-    assert len(first) == files.shape.layers
+    assert len(first) == files.shape.layers - files.shape.dense
 
 
 @pytest.mark.parametrize(("sequences", "together"), [(4, 1), (80, 4)])
@@ -193,7 +200,7 @@ def test_experts_stored_in_one_tensor_are_the_same_model(files, tmp_path):
     count, layers = files.shape.experts, files.shape.layers
     names = ("w1", "w3", "w2") if files.config.model_type == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     inner = "block_sparse_moe" if files.config.model_type == "mixtral" else "mlp"
-    for i in range(layers):
+    for i in range(files.shape.dense, layers):
         prefix = f"model.layers.{i}.{inner}.experts"
         gate, up, down = (
             torch.stack([tensors.pop(f"{prefix}.{e}.{name}.weight") for e in range(count)]) for name in names
@@ -211,9 +218,12 @@ def test_experts_stored_in_one_tensor_are_the_same_model(files, tmp_path):
     assert relative(reference_logits(stacked, IDS, WIDE), reference_logits(files, IDS, WIDE)) < 1e-12
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(
-        json.dumps(config | {"num_experts": count + 1, "num_local_experts": count + 1})
+        json.dumps(
+            config | dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), count + 1) | {"n_group": 1}
+        )
     )
-    with pytest.raises(UserError, match=f"is {count} x 64, its config.json says {count + 1} x 64"):
+    h = files.shape.hidden
+    with pytest.raises(UserError, match=f"is {count} x {h}, its config.json says {count + 1} x {h}"):
         open_model(str(tmp_path))
 
 
@@ -278,6 +288,27 @@ def test_a_published_gpt_oss_is_dequantised_as_its_refusal_says(tmp_path):
         files.weights.rows("model.layers.1.mlp.experts.3.up_proj.weight"), expert.gate_up_proj[3].T[1::2]
     )
     assert torch.equal(files.weights.rows("model.layers.1.mlp.experts.3.down_proj.weight"), expert.down_proj[3].T)
+
+
+def test_what_corrects_a_router_is_not_rounded_to_16_bits(tmp_path):
+    files = open_model(str(write_model(FAMILIES[GLM], tmp_path, dtype=torch.bfloat16)))
+    stored, rotations = files.weights.rows(f"model.layers.1.{CORRECTION}"), initial("hadamard", files.shape, 0)
+    assert stored.dtype == torch.float32
+    for merged_with in (None, rotations):
+        weights = RotatedWeights(files.weights, files.shape, merged_with, (), CPU, torch.bfloat16).layer(1)
+        runner = LayerRunner(files.config, Sites(), device=CPU, dtype=torch.bfloat16, rotated=merged_with is not None)
+        assert torch.equal(runner.build(1, weights).get_parameter(CORRECTION), stored)
+    model = learning_model(files, Rotations(*rotations, CPU, torch.bfloat16), Sites(), torch.bfloat16)
+    assert torch.equal(model.layers[1].layer.get_parameter(CORRECTION), stored)
+
+
+def test_an_r4_that_dense_layers_cannot_have_is_refused_with_a_block_that_they_can():
+    sizes = {"hidden": 4096, "intermediate": 1408, "heads": 96, "kv_heads": 8, "head_dim": 128, "layers": 46}
+    air = Shape(**sizes, vocab=151552, experts=128, experts_per_token=8, shared=1408, dense=1, dense_width=10944)
+    with pytest.raises(UserError, match=r"R4 of 1408 channels.* the 10944 of .*set rotation\.r4_block=64, or"):
+        sites_for(load_config(None, ["model.path=any"]), air)
+    sites = sites_for(load_config(None, ["model.path=any", "rotation.r4_block=64"]), air)
+    assert math.prod(map(len, sites.r4)) == 64
 
 
 @pytest.mark.parametrize("form", [ExpertForm("silu"), ExpertForm("", biases=True, limit=1.0, alpha=1.702)])
@@ -373,7 +404,7 @@ def test_what_is_not_built_for_experts_is_refused_in_one_line(files, tmp_path, c
 
 def test_dense_layers_among_the_experts_are_refused(files, tmp_path):
     config = json.loads((files.directory / "config.json").read_text())
-    if config["model_type"] in ("mixtral", "olmoe", "gpt_oss"):
+    if config["model_type"] in ("mixtral", "olmoe", "gpt_oss", "glm4_moe"):
         return
     (tmp_path / "config.json").write_text(json.dumps(config | {"mlp_only_layers": [0]}))
     with pytest.raises(UserError, match="mlp_only_layers"):

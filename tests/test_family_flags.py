@@ -86,9 +86,9 @@ FLAGS: dict[str, dict[str, Any]] = {
     "shares as they are": {"norm_topk_prob": False},
     "shares normalised": {"norm_topk_prob": True},
     "one expert a token": {"num_experts_per_tok": 1},
-    "three experts": {"num_experts": 3, "num_local_experts": 3},
+    "three experts": {"num_experts": 3, "num_local_experts": 3, "n_routed_experts": 3},
     "wider experts": {"moe_intermediate_size": 48},
-    "every other layer dense": {"decoder_sparse_step": 2},
+    "every other layer dense": {"decoder_sparse_step": 2, "first_k_dense_replace": 0},
     "one layer dense": {"mlp_only_layers": [0]},
     "router's logits": {"output_router_logits": True, "router_aux_loss_coef": 0.1},
     "router noise": {"router_jitter_noise": 0.5},
@@ -99,7 +99,7 @@ FLAGS: dict[str, dict[str, Any]] = {
 # What is left: sizes, which every test here has others of, ids of tokens, and what training and caches read.
 NOT_OF_THE_FUNCTION = {
     *("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache", "num_mtp_layers"),
 }
 
 

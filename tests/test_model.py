@@ -52,7 +52,20 @@ def reference_logits(files: ModelFiles, ids: Tensor, dtype: torch.dtype) -> Tens
             shares = shares / shares.sum(-1, keepdim=True)
         return logits, shares, experts
 
+    def route_by_sigmoid(router: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scores = nn.functional.linear(x.flatten(0, -2), router.weight).sigmoid()
+        ranks = (scores + router.e_score_correction_bias).unflatten(-1, (router.num_group, -1))
+        group = ranks.topk(2, -1).values.sum(-1)
+        out_of_reach = group < group.topk(router.topk_group, -1).values[:, -1:]
+        experts = ranks.masked_fill(out_of_reach[..., None], -torch.inf).flatten(1).topk(router.top_k, -1).indices
+        shares = scores.gather(-1, experts)
+        if router.norm_topk_prob:
+            shares = shares / (shares.sum(-1, keepdim=True) + 1e-20)
+        return scores, router.routed_scaling_factor * shares, experts
+
     for module in list(model.modules()):
+        if type(module).__name__ == "Glm4MoeTopkRouter":
+            module.forward = route_by_sigmoid.__get__(module)
         if type(module).__name__.endswith("TopKRouter"):
             module.forward = route.__get__(module)
         for name, child in list(module.named_children()):
@@ -142,8 +155,8 @@ class WeightSide(nn.Module):
         def blocks(n: int) -> Tensor:  # R2 once per head
             return torch.block_diag(*[self.r2[i]] * n)
 
-        shape = self.files.shape
-        routers = ["mlp.gate", "mlp.shared_expert_gate"][: bool(shape.experts) + bool(shape.shared)]
+        shape = self.files.shape.layer(i)
+        routers = [role for role in ("mlp.gate", "mlp.shared_expert_gate") if source.has(f"{prefix}{role}.weight")]
         for role, norm in (
             ("self_attn.q_proj", "input_layernorm"),
             ("self_attn.k_proj", "input_layernorm"),
@@ -171,8 +184,9 @@ class WeightSide(nn.Module):
         for norm in ("self_attn.q_norm", "self_attn.k_norm"):
             if source.has(f"{prefix}{norm}.weight"):
                 out[f"{norm}.weight"] = raw(f"{norm}.weight")
-        if source.has(f"{prefix}self_attn.sinks"):
-            out["self_attn.sinks"] = raw("self_attn.sinks")
+        for name in ("self_attn.sinks", "mlp.gate.e_score_correction_bias"):
+            if source.has(prefix + name):
+                out[name] = raw(name)
         return out
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -61,6 +61,9 @@ def write_model(
                 parameter.normal_(0, 0.3)
             else:
                 parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0, 0.3)
     model.save_pretrained(directory)
     return directory
 

@@ -26,6 +26,7 @@ from dist_spin.export.format_tensors import INPUT_GLOBAL, LAYOUTS, format_argume
 from dist_spin.export.serving import kv_cache_dtype, linear_backend, serve_command, tried_engine
 from dist_spin.model.architecture import layer_name
 from dist_spin.model.expert_storage import name_in_checkpoints
+from dist_spin.model.experts import kept_dtype
 from dist_spin.model.sites_config import INPUT_SCALES, SITE_OF_LINEAR, Sites
 from dist_spin.numerics.gptq import QuantizedWeight
 from dist_spin.numerics.quantizer import QuantSpec, dequantize_weight
@@ -47,7 +48,7 @@ def prepare(job: ExportJob) -> DirectoryWriter:
     Raises:
         UserError: the first layer cannot be used.
     """
-    first = job.quantised_layer(0)
+    first = job.quantised_layer(job.files.shape.dense)  # with experts, where some layers have them
     entries = entries_of(job.sites, first)
     shared, kind = online_tensors(job.sites), job.files.config.model_type
 
@@ -84,7 +85,8 @@ def packed_layer(layer: QuantizedLayer, dtype: torch.dtype, activations: QuantSp
     Raises:
         UserError: a weight is more than codes and scales, so that the format would lose a part of it.
     """
-    out = {name: tensor.to(dtype) for name, tensor in layer.others.items() if name != INPUT_SCALES}
+    others = {name: tensor for name, tensor in layer.others.items() if name != INPUT_SCALES}
+    out = {name: tensor.to(kept_dtype(name, dtype)) for name, tensor in others.items()}
     weights = layer.weights(torch.float32, next(iter(layer.quantized_weights.values())).codes.device)
     inputs = weights.pop(INPUT_SCALES, torch.empty(0)).tolist()
     for role, quantized in layer.quantized_weights.items():
@@ -268,7 +270,7 @@ ACTIVATIONS = {  # how each `quant.arithmetic` rounds activations
 
 
 def _serving(job: ExportJob) -> list[str]:
-    config, first = job.config, job.quantised_layer(0)
+    config, first = job.config, job.quantised_layer(job.files.shape.dense)
     entries = entries_of(job.sites, first)
     sites = job.sites
     if not job.files.weights.has(f"{layer_name(0)}.self_attn.k_proj.bias"):

@@ -30,7 +30,7 @@ from dist_spin.model.architecture import (
     layer_name,
 )
 from dist_spin.model.attention import SINKS
-from dist_spin.model.experts import ROUTERS
+from dist_spin.model.experts import CORRECTION, ROUTERS
 from dist_spin.model.families import FAMILIES
 from dist_spin.model.full_model import build_full_model
 from dist_spin.model.output_norms import OUTPUT_NORMS
@@ -81,9 +81,13 @@ def load_with_sites(directory: Path, sidecar: Sidecar, sites: Sites, device: str
     source = SafetensorsWeights(directory, FAMILIES[sidecar.model_type].norms)
     config = AutoConfig.for_model(sidecar.model_type, **content)
     shape = Shape.of(config)
-    roles = (*shape.linears, *ROUTERS) if shape.experts else shape.linears
+
+    def roles(index: int) -> tuple[str, ...]:
+        own = shape.layer(index)
+        return (*own.linears, *ROUTERS) if own.experts else own.linears
+
     layers = prefetched(
-        lambda index: _layer(source, index, roles, sidecar, quantization, dtype, target),
+        lambda index: _layer(source, index, roles(index), sidecar, quantization, dtype, target),
         range(shape.layers),
         target,
     )
@@ -123,7 +127,7 @@ def _layer(
 
     of_linears = KINDS if sidecar.format == "hf" else ("bias",)  # elsewhere `weight` holds codes
     names = [f"{role}.{kind}" for role in roles for kind in (KINDS if role in ROUTERS else of_linears)]
-    out = read([*names, *(f"{norm}.{kind}" for norm in NORMS for kind in KINDS), SINKS])
+    out = read([*names, *(f"{norm}.{kind}" for norm in NORMS for kind in KINDS), SINKS, CORRECTION])
     if sidecar.format == "hf":
         renamed = read([ROTATED_DOWN])
         return out | ({DOWN: renamed[ROTATED_DOWN]} if renamed else {})

@@ -5,6 +5,7 @@ size) is read from the modules and the config where it is needed.
 """
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,8 @@ from dist_spin.model.attention import select_attention
 from dist_spin.model.experts import (
     SHARED,
     MixtureOfExperts,
+    dense_layers,
     expert_count,
-    expert_form,
     expert_linears,
     expert_width,
     shared_width,
@@ -45,8 +46,10 @@ class Shape:
     """The sizes that rotations and quantisers need, all in elements; experts: per layer, each `intermediate` wide, 0 for none.
 
     experts_per_token: how many of them compute a token. shared: width of the expert that all tokens compute, 0 for none.
-    scaling: of embeddings and logits. norm: kind of the norms (`families.Family`). scales_up: whether up_proj's rows can be
-    scaled against down_proj's columns, which a limit between them (gpt-oss) rules out.
+    dense: how many layers, the first ones, have in place of experts an MLP `dense_width` wide; what is said of a layer
+    otherwise is said of the others (see `layer`). scaling: of embeddings and logits. norm: kind of the norms
+    (`families.Family`). unscaled: names of `scales_and_clips.scale_shapes` that cannot be merged: "up" where a limit stands
+    between up_proj and down_proj (gpt-oss), or where the layers differ, and "key" where half of a head is turned.
     """
 
     hidden: int
@@ -61,7 +64,9 @@ class Shape:
     shared: int = 0
     scaling: Scaling = NOT_SCALED
     norm: str = "rms"
-    scales_up: bool = True
+    dense: int = 0
+    dense_width: int = 0
+    unscaled: tuple[str, ...] = ()
 
     @staticmethod
     def of(config: Any) -> "Shape":
@@ -80,7 +85,18 @@ class Shape:
             shared=shared_width(config),
             scaling=Scaling.of(config),
             norm=FAMILIES[config.model_type].norm if config.model_type in FAMILIES else "rms",
-            scales_up=not expert_count(config) or expert_form(config).limit is None,
+            dense=dense_layers(config),
+            dense_width=config.intermediate_size if dense_layers(config) else 0,
+            unscaled={"gpt_oss": ("up",), "glm4_moe": ("up", "key")}.get(config.model_type, ()),
+        )
+
+    def layer(self, index: int) -> "Shape":
+        """The sizes of decoder layer `index`, which differ where the first layers have no experts."""
+        if index >= self.dense:
+            return self
+        wide = self.dense_width
+        return dataclasses.replace(
+            self, intermediate=wide, experts=0, experts_per_token=0, shared=0, dense=0, dense_width=0
         )
 
     @property
@@ -149,7 +165,7 @@ def skeleton(config: Any, *, stacked_experts: bool = False) -> Any:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         if expert_count(config):
-            for layer in model.model.layers:
+            for layer in model.model.layers[dense_layers(config) :]:
                 layer.mlp = MixtureOfExperts(config, stacked=stacked_experts)
         # gpt-oss's layers expect an MLP that also returns the shares of its experts.
         if (norms := FAMILIES[config.model_type].norms) != "before" or config.model_type == "gpt_oss":

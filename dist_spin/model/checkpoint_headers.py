@@ -131,12 +131,13 @@ def check_config(directory: Path, *, dummy: bool = False) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read ({first_line(error)})", DOWNLOAD_AGAIN) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object", DOWNLOAD_AGAIN)
-    if isinstance(model_type := content.get("model_type"), str):
+    model_type = content.get("model_type")
+    if isinstance(model_type, str):
         check_supported(model_type)
     quantization = content.get("quantization_config")
     if quantization and not dummy:
         method = quantization_method(quantization)
-        remedy = DEQUANTISE if method == "mxfp4" else GIVE_16_BIT
+        remedy = DEQUANTISE if (model_type, method) == ("gpt_oss", "mxfp4") else GIVE_16_BIT
         raise UserError(f"{directory} is already quantised ({method}, says its config.json)", remedy)
     return content
 

@@ -74,8 +74,9 @@ def expert_parts(name: str, shape: tuple[int, ...], *, interleaved: bool = False
 
 
 def name_here(stored: str) -> str:
-    """The name within our modules of a tensor as a checkpoint of Mixtral or gpt-oss stores it; other names as they are."""
+    """The name within our modules of a tensor as a checkpoint of Mixtral, gpt-oss or GLM stores it; others as they are."""
     name = stored.replace(".block_sparse_moe.", ".mlp.").replace(".mlp.router.", ".mlp.gate.")
+    name = name.replace(".mlp.shared_experts.", ".mlp.shared_expert.")
     return re.sub(r"(\.experts\.\d+)\.(w[123])\.", lambda m: f"{m[1]}.{MIXTRAL_LINEARS[m[2]]}.", name)
 
 
@@ -83,6 +84,8 @@ def name_in_checkpoints(model_type: str, name: str) -> str:
     """The reverse of `name_here`, for a name within a layer."""
     if model_type == "gpt_oss":
         return name.replace("mlp.gate.", "mlp.router.", 1)
+    if model_type == "glm4_moe":
+        return name.replace("mlp.shared_expert.", "mlp.shared_experts.", 1)
     if model_type != "mixtral" or not name.startswith("mlp."):
         return name
     stored = {linear: w for w, linear in MIXTRAL_LINEARS.items()}

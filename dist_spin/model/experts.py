@@ -13,9 +13,10 @@ from dist_spin.errors import UserError
 from dist_spin.model.stacked_experts import ExpertForm, GatedActivation, StackedExperts, by_expert, chosen_experts
 from dist_spin.numerics.dtypes import accumulation_dtype
 
-EXPERT_FAMILIES = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "gpt_oss")
-SHARED = "mlp.shared_expert"  # which every token computes, times a share of its own (Qwen2-MoE)
-ROUTERS = ("mlp.gate", f"{SHARED}_gate")  # never rounded; where there is no shared expert, the first alone
+EXPERT_FAMILIES = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "gpt_oss", "glm4_moe")
+SHARED = "mlp.shared_expert"  # which every token computes, in Qwen2-MoE times a share of its own
+ROUTERS = ("mlp.gate", f"{SHARED}_gate")  # never rounded; the second where a shared expert has a share of its own
+CORRECTION = "mlp.gate.e_score_correction_bias"  # added to scores to choose experts by; in fp32 or wider
 SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0  # of gpt-oss, where config.json does not say
 
 
@@ -23,7 +24,13 @@ def expert_count(config: Any) -> int:
     """Experts per layer of a transformers config; 0 for a dense model."""
     if config.model_type not in EXPERT_FAMILIES:
         return 0
-    return config.num_local_experts if config.model_type in ("mixtral", "gpt_oss") else config.num_experts
+    name = {"mixtral": "num_local_experts", "gpt_oss": "num_local_experts", "glm4_moe": "n_routed_experts"}
+    return int(getattr(config, name.get(config.model_type, "num_experts")))
+
+
+def dense_layers(config: Any) -> int:
+    """How many layers, the first ones, have a dense MLP in place of experts."""
+    return config.first_k_dense_replace if config.model_type == "glm4_moe" else 0
 
 
 def expert_width(config: Any) -> int:
@@ -34,7 +41,14 @@ def expert_width(config: Any) -> int:
 
 def shared_width(config: Any) -> int:
     """Intermediate size of the shared expert, a multiple of `expert_width`; 0 where there is none."""
+    if config.model_type == "glm4_moe":
+        return int(config.n_shared_experts * config.moe_intermediate_size)
     return config.shared_expert_intermediate_size if config.model_type == "qwen2_moe" else 0
+
+
+def kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a layer's tensor is kept in where the model is in `dtype`: in 16 bits CORRECTION would choose other experts."""
+    return accumulation_dtype(dtype) if name.endswith(CORRECTION) else dtype
 
 
 def expert_form(config: Any) -> ExpertForm:
@@ -67,6 +81,15 @@ def check_experts(config: Any) -> None:
     if config.model_type == "olmoe" and config.clip_qkv is not None:
         problem = "clip_qkv of config.json clips values one by one, which does not commute with R2"
         raise UserError(problem, "use a model without it")
+    if expert_count(config) and not 0 <= dense_layers(config) < config.num_hidden_layers:
+        problem = f"first_k_dense_replace={dense_layers(config)} of config.json leaves no layer with experts"
+        raise UserError(problem, "use another model")
+    if config.model_type == "glm4_moe":
+        groups, each = config.n_group, config.n_routed_experts // max(1, config.n_group)
+        chosen_from = config.topk_group * each
+        if groups * each != config.n_routed_experts or each < 2 or not config.num_experts_per_tok <= chosen_from:
+            problem = f"n_group={groups} and topk_group={config.topk_group} of config.json do not fit its experts"
+            raise UserError(problem, "use another model")
     if expert_count(config) and shared_width(config) % expert_width(config):
         problem = f"the shared expert is {shared_width(config)} wide, no multiple of an expert's {expert_width(config)}"
         raise UserError(problem, "use another model")
@@ -91,6 +114,37 @@ class Router(nn.Module):
         if self.normalised:
             shares = shares / shares.sum(-1, keepdim=True)
         return shares.to(x.dtype), experts
+
+
+class SigmoidRouter(nn.Module):
+    """Scores sigmoid(logits), as in GLM-4.5 and DeepSeek-V3 (2024, arXiv 2412.19437, eq. 16), in max(fp32, input dtype).
+
+    Experts are chosen by score and correction, within the `kept` of `groups` whose best two have the largest sums; their
+    shares are scores, without the correction, times `factor`.
+    """
+
+    def __init__(
+        self, hidden: int, experts: int, chosen: int, *, normalised: bool, groups: int, kept: int, factor: float
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, hidden))
+        self.e_score_correction_bias = nn.Parameter(torch.empty(experts))
+        self.chosen, self.normalised, self.groups, self.kept, self.factor = chosen, normalised, groups, kept, factor
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [n, h] to the shares of the chosen experts [n, chosen], in x's dtype, and which they are, int64."""
+        wide = accumulation_dtype(x.dtype)
+        scores = (x.to(wide) @ self.weight.to(wide).T).sigmoid()
+        ranks = (scores.detach() + self.e_score_correction_bias.to(wide)).unflatten(-1, (self.groups, -1))
+        if self.kept < self.groups:
+            best = ranks.topk(2, -1).values.sum(-1)  # [n, groups]
+            others = torch.ones_like(best, dtype=torch.bool).scatter(-1, best.topk(self.kept, -1).indices, value=False)
+            ranks = ranks.masked_fill(others.unsqueeze(-1), -torch.inf)
+        experts = chosen_experts(ranks.flatten(-2), self.chosen)
+        shares = scores.gather(-1, experts)
+        if self.normalised:
+            shares = shares / (shares.sum(-1, keepdim=True) + 1e-20)
+        return (shares * self.factor).to(x.dtype), experts
 
 
 class Expert(nn.Module):
@@ -144,16 +198,22 @@ class MixtureOfExperts(nn.Module):
         # gpt-oss takes the softmax of the chosen logits alone, which is the same.
         normalised = config.model_type in ("mixtral", "gpt_oss") or config.norm_topk_prob
         count, hidden, width, form = expert_count(config), config.hidden_size, expert_width(config), expert_form(config)
-        self.gate = Router(hidden, count, config.num_experts_per_tok, normalised=normalised, bias=form.biases)
+        self.gate: nn.Module
+        if config.model_type == "glm4_moe":
+            how = {"groups": config.n_group, "kept": config.topk_group, "factor": config.routed_scaling_factor}
+            self.gate = SigmoidRouter(hidden, count, config.num_experts_per_tok, normalised=normalised, **how)
+        else:
+            self.gate = Router(hidden, count, config.num_experts_per_tok, normalised=normalised, bias=form.biases)
         self.input_site: nn.Module = nn.Identity()
         self.experts: Any
         if stacked:
             self.experts = StackedExperts(count, hidden, width, form)
         else:
             self.experts = ExpertList([Expert(hidden, width, form) for _ in range(count)])
-        self.has_shared = shared_width(config) > 0
+        self.has_shared, self.has_share = shared_width(config) > 0, config.model_type == "qwen2_moe"
         if self.has_shared:
             self.shared_expert = Expert(hidden, shared_width(config), form)
+        if self.has_shared and self.has_share:
             self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,5 +223,6 @@ class MixtureOfExperts(nn.Module):
         inputs = self.input_site(tokens)
         out = self.experts(inputs, shares, chosen)
         if self.has_shared:
-            out = out + self.shared_expert_gate(tokens).sigmoid() * self.shared_expert(inputs)
+            shared = self.shared_expert(inputs)
+            out = out + (self.shared_expert_gate(tokens).sigmoid() * shared if self.has_share else shared)
         return out.view_as(x)

@@ -17,6 +17,7 @@ from dist_spin.model.architecture import (
     rotary,
     skeleton,
 )
+from dist_spin.model.experts import kept_dtype
 from dist_spin.model.loss import Targets, cross_entropy, distillation, most_probable, sparse_distillation
 from dist_spin.model.rotation import Rotations
 from dist_spin.model.scales_and_clips import ScalesAndClips
@@ -118,6 +119,8 @@ class FakeQuantModel(nn.Module):
         # R1 where the residual stream is kept in the rotated basis, None where it is in its own.
         self.rotated = None if weight_quantizer is None else rotations.r1_param
         base = skeleton(config, stacked_experts=True).to(dtype)
+        for name, parameter in base.named_parameters():
+            parameter.data = parameter.data.to(kept_dtype(name, dtype))
         self.config, self.device = base.config, device
         shape = Shape.of(config)
         self.folded, self.scaling = rotations.turns_r1, shape.scaling
@@ -128,7 +131,7 @@ class FakeQuantModel(nn.Module):
             if weight_quantizer is None:
                 learned = None if transforms is None else transforms.layer(i)
                 unfold = transforms is not None and transforms.scales
-                attach(layer, shape, sites, r1, rotations.r2_params[i], learned, unfold=unfold)
+                attach(layer, shape.layer(i), sites, r1, rotations.r2_params[i], learned, unfold=unfold)
             else:
                 assert rotations.turns_r1, "weights are rounded in the basis of R1"
                 attach_fake_quant(layer, shape, sites, weight_quantizer, rotations.r1_param, rotations.r2_params[i])

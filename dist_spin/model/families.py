@@ -57,6 +57,7 @@ FAMILIES = {
         windows="by layer",
         how="gate and up of the experts are read apart; dequantised first, see below",
     ),
+    "glm4_moe": Family("GLM-4.5 to 4.7, GLM-4.5-Air"),
     "phi3": Family(
         "Phi-3 and 3.5 mini, Phi-3 medium, Phi-4 14B",
         windows="all",
@@ -102,16 +103,16 @@ FAMILIES = {
     ),
 }
 
+# Whose position embedding may turn a part of each head; keys then learn no scales (`Shape.unscaled`).
+PARTIAL = ("glm4_moe",)
+
 # Why a family that people ask for is refused; anything else is simply unknown.
-_LATENT = (
-    "queries and keys made from latent vectors with norms of their own (MLA), and dense layers among those with experts"
-)
+_LATENT = "queries and keys made from latent vectors with norms of their own (MLA), which are sites that are not built"
 _WRAPPER = "a vision or audio model around its language model; only the language model alone is read"
 REFUSED = {
     "gemma3": _WRAPPER,
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
-    "glm4_moe": "experts beside dense layers, a router of sigmoids with a correction, and a position embedding of half a head",
     "granitemoe": "multipliers of embedding, attention, residual and logits around its experts",
     "qwen3_next": "linear attention in most layers, whose state R2 and R3 do not go through",
     "llama4": "a router that scales what experts read, shared experts, and attention in chunks",
@@ -157,7 +158,9 @@ def check_flags(config: Any) -> None:
     partial = next((p for values in ropes if (p := values.get("partial_rotary_factor")) not in (None, 0, 1)), 1.0)
     two_sided = getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True)
     for problem in (
-        partial != 1 and f"partial_rotary_factor {partial}: only a position embedding of whole heads is built",
+        partial != 1
+        and config.model_type not in PARTIAL
+        and f"partial_rotary_factor {partial}: only a position embedding of whole heads is built",
         two_sided
         and "attention to later tokens (use_bidirectional_attention, is_causal): only causal attention is built",
     ):

@@ -14,6 +14,7 @@ from dist_spin.model.architecture import (
     rotary,
     skeleton,
 )
+from dist_spin.model.experts import kept_dtype
 from dist_spin.model.sites_config import INPUT_SCALES, Sites, attach, widen_norms
 
 
@@ -36,7 +37,8 @@ class LayerRunner:
         Among the weights may be INPUT_SCALES, which go to the sites.
         """
         layer: nn.Module = copy.deepcopy(self.base.model.layers[index])
-        layer.load_state_dict({k: w.to(self.device, self.dtype) for k, w in weights.items()}, strict=False, assign=True)
+        here = {k: w.to(self.device, kept_dtype(k, self.dtype)) for k, w in weights.items()}
+        layer.load_state_dict(here, strict=False, assign=True)
         widen_norms(layer, folded=self.rotated, kind=self.shape.norm)
         missing = [name for name, p in layer.named_parameters() if p.is_meta]
         assert not missing, f"layer {index} was given no {missing[0]}"
@@ -46,7 +48,7 @@ class LayerRunner:
 
     def attach(self, layer: nn.Module, index: int, sites: Sites) -> None:
         """Put the sites into decoder layer `index`, in place."""
-        attach(layer, self.shape, sites)
+        attach(layer, self.shape.layer(index), sites)
 
     def context(self, index: int, hidden: Tensor) -> dict[str, Any]:
         """What a layer or its attention takes beside hidden states [batch, T, h]: mask and rotary embeddings."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dist_spin.model.architecture import ATTENTION_NORM, FINAL_NORM, HEAD, MLP_NORM, Shape, layer_name
 from dist_spin.model.attention import SINKS
-from dist_spin.model.experts import ROUTERS
+from dist_spin.model.experts import CORRECTION, ROUTERS
 from dist_spin.model.output_norms import OUTPUT_NORMS
 from dist_spin.model.sites import across_heads
 from dist_spin.model.weight_source import WeightSource
@@ -115,10 +115,10 @@ def rotated_layer(
             factors, empty for none. scales: of this layer, by the names of `scales_and_clips.scale_shapes`.
 
     Returns:
-        name within the layer (`self_attn.q_proj.weight`, ...) to tensor; q/k norms and sinks as they are, layer norms left out
-        unless they are scales or not folded.
+        name within the layer (`self_attn.q_proj.weight`, ...) to tensor; q/k norms, SINKS and CORRECTION
+        as they are, layer norms left out unless they are scales or not folded.
     """
-    r1, r2 = r1.to(device), r2.to(device)
+    r1, r2, shape = r1.to(device), r2.to(device), shape.layer(index)
     turned = not left_out(r1)
     r4, heads = (tuple(f.to(device) for f in factors) for factors in (r4, heads))
     s = {name: scale.to(device, torch.float64) for name, scale in (scales or {}).items()}
@@ -145,10 +145,13 @@ def rotated_layer(
         if norm is not None:
             scale = rows.pop(role.replace("norm", "proj"), None)
             out[f"{role}.weight"] = norm if scale is None else norm * scale[: len(norm)]
-    if source.has(sinks := f"{layer_name(index)}.{SINKS}"):
-        out[SINKS] = source.rows(sinks, device=device).double()
+    for name in (SINKS, CORRECTION):
+        if source.has(f"{layer_name(index)}.{name}"):
+            out[name] = source.rows(f"{layer_name(index)}.{name}", device=device).double()
     for role, before in norms_before(shape).items():
         w, b = read(role, "weight"), read(role, "bias")
+        if w is None and role == ROUTERS[1]:  # a shared expert that counts in full
+            continue
         assert w is not None
         if turned:
             w = apply_rotation(w, r1)

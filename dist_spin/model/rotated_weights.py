@@ -13,7 +13,7 @@ from dist_spin.model.architecture import (
     layer_name,
 )
 from dist_spin.model.attention import SINKS
-from dist_spin.model.experts import ROUTERS
+from dist_spin.model.experts import CORRECTION, ROUTERS, kept_dtype
 from dist_spin.model.loss import cross_entropy
 from dist_spin.model.merge import rotated_embedding, rotated_layer
 from dist_spin.model.output_norms import OUTPUT_NORMS
@@ -53,13 +53,14 @@ class RotatedWeights:
             merged = rotated_layer(
                 self.source, index, self.shape, r1, r2[index], self.r4, self.device, self.heads, scales
             )
-            return {name: w.to(self.dtype) for name, w in merged.items()}
+            return {name: w.to(kept_dtype(name, self.dtype)) for name, w in merged.items()}
         norms = (ATTENTION_NORM, MLP_NORM, *OUTPUT_NORMS, "self_attn.q_norm", "self_attn.k_norm")
-        roles = (*self.shape.linears, *ROUTERS, *norms)
-        names = [*(f"{role}.{kind}" for role in roles for kind in ("weight", "bias")), SINKS]
+        roles = (*self.shape.layer(index).linears, *ROUTERS, *norms)
+        names = [*(f"{role}.{kind}" for role in roles for kind in ("weight", "bias")), SINKS, CORRECTION]
         prefix = layer_name(index)
         stored = [name for name in names if self.source.has(f"{prefix}.{name}")]
-        return {n: self.source.rows(f"{prefix}.{n}", device=self.device).to(self.dtype) for n in stored}
+        rows = {n: self.source.rows(f"{prefix}.{n}", device=self.device) for n in stored}
+        return {n: w.to(kept_dtype(n, self.dtype)) for n, w in rows.items()}
 
     def embedding(self) -> Tensor:
         """[vocab, h] in the model's dtype, without the family's factor."""

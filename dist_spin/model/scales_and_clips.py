@@ -25,12 +25,12 @@ def scale_shapes(shape: Shape, *, shared_keys: bool) -> dict[str, tuple[int, ...
 
     The names of the norms: after R1, before the linears they feed. up: up_proj's rows, of every expert, before R4. value:
     channels of V, after R2. key: RoPE pairs of K; shared_keys: one set for all heads, since it goes into the gain of the keys'
-    norm. Where up_proj's rows cannot be scaled (`Shape.scales_up`) there is no "up".
+    norm. Those of `Shape.unscaled` are left out.
     """
     h, d, kv = shape.hidden, shape.head_dim, shape.kv_heads
     keys = 1 if shared_keys else kv
-    up = {"up": shape.up_scales} if shape.scales_up else {}
-    return {ATTENTION_NORM: (h,), MLP_NORM: (h,), **up, "value": (kv, d), "key": (keys, d // 2)}
+    found = {ATTENTION_NORM: (h,), MLP_NORM: (h,), "up": shape.up_scales, "value": (kv, d), "key": (keys, d // 2)}
+    return {name: size for name, size in found.items() if name not in shape.unscaled}
 
 
 def initial_clip(bits: int) -> float:

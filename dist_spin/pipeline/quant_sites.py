@@ -58,6 +58,7 @@ def sites_for(config: RunConfig, shape: Shape, *, rotated: bool = True, heads: b
             )
     check_format_groups(config, shape)
     inputs = {shape.hidden, shape.heads * d, shape.intermediate}  # a shared expert's is a multiple of the last
+    inputs |= {shape.dense_width} if shape.dense else set()
     for which in ("w", "a"):
         group = getattr(q, f"{which}_group_size")
         if group and any(size % group for size in inputs):
@@ -100,6 +101,13 @@ def _r4(config: RunConfig, shape: Shape) -> tuple[Tensor, ...]:
     if not rotation.r4_block and rotation.block and size % rotation.block:
         problem = f"rotation.block={rotation.block} does not divide this model's intermediate size {size}"
         raise UserError(problem, f"give R4 a block of its own, rotation.r4_block={largest_block(size)} for example")
+    block = rotation.r4_size or size
+    if shape.dense and shape.dense_width % block:
+        common = math.gcd(size, shape.dense_width)
+        raise UserError(
+            f"R4 of {block} channels, as experts are wide, does not divide the {shape.dense_width} of the layers without them",
+            f"set rotation.r4_block={common & -common}, or rotation.online=false",
+        )
     return hadamard_factors(size, rotation.r4_size, "rotation.r4_block")
 
 

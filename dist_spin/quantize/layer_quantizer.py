@@ -72,14 +72,10 @@ class LayerQuantizer:
         Raises:
             NumericsError: the hidden states, or what a linear reads, are not finite.
         """
-        self._index, self._layer = index, self.runner.build(index, weights)
+        self._index, self._layer, shape = index, self.runner.build(index, weights), self.runner.shape.layer(index)
         self._result = QuantizedLayer(
             {},
-            {
-                k: w
-                for k, w in weights.items()
-                if not (k.endswith(".weight") and k[: -len(".weight")] in self.runner.shape.linears)
-            },
+            {k: w for k, w in weights.items() if not (k.endswith(".weight") and k[: -len(".weight")] in shape.linears)},
             {},
             {},
             self.options.symmetric,
@@ -114,7 +110,7 @@ class LayerQuantizer:
         self._add_to_residual(hidden, inputs, output.linear, ATTENTION_OUTPUT_NORM, aside)
 
         self._scale_norm(mlp_norm, hidden, found)
-        if self.runner.shape.experts:
+        if shape.experts:
             self._quantize_experts(mlp, mlp_norm, hidden)
             return self._result
         self._solve(["mlp.gate_proj", "mlp.up_proj"], (mlp_norm(h) for h in hidden), self.options)

@@ -26,7 +26,7 @@ def expert_tokens(path: Path) -> list[tuple[int, int]]:
 
 
 def expert_table(summary: RunSummary) -> Table | None:
-    """A line for each layer; None where there are no experts, or an earlier version quantised them."""
+    """A line for each layer with experts; None where there are none, or an earlier version quantised them."""
     layers = {
         index: expert_tokens(summary.run.layers() / f"{index:03d}.safetensors")
         for index in summary.layers.get(LEARNED, {})
@@ -39,7 +39,9 @@ def expert_table(summary: RunSummary) -> Table | None:
         "Routed to each expert. One that too few chose is rounded from the Hessian of all (quantize.expert_tokens)."
     )
     for index, experts in layers.items():
-        tokens = [count for count, _ in experts] or [0]
+        if not experts:
+            continue
+        tokens = [count for count, _ in experts]
         whole = sum(calibrated > count for count, calibrated in experts)
         mean = sum(tokens) / len(tokens)
         numbers = (len(experts), min(tokens), int(median(tokens)), max(tokens))

@@ -178,9 +178,9 @@ def _rounding_figures(path: Path) -> dict[str, dict[str, float]] | None:
 
 def _has_experts(summary: RunSummary) -> bool:
     """Whether layers that were quantised are those of a mixture of experts."""
-    first = min(summary.run.layers().glob("[0-9]*.safetensors"), default=None)
+    last = max(summary.run.layers().glob("[0-9]*.safetensors"), default=None)  # the first ones may be dense
     try:
-        return first is not None and ".experts." in (read_metadata(first) or {})["layer"]
+        return last is not None and ".experts." in (read_metadata(last) or {})["layer"]
     except (ValueError, KeyError, TypeError):  # damaged
         return False
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dist_spin.model.attention import SINKS
+from dist_spin.model.experts import CORRECTION, kept_dtype
 from dist_spin.model.sites_config import INPUT_SCALES
 from dist_spin.numerics.format_weights import pack_e2m1, unpack_e2m1
 from dist_spin.numerics.gptq import QuantizedWeight
@@ -43,7 +44,8 @@ class QuantizedLayer:
     def weights(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """All parameters by their names within the layer, dequantised."""
         exact = {name for role in self.quantized_weights for name in (f"{role}.kept", f"{role}.columns")}
-        out = {name: tensor.to(device, dtype) for name, tensor in self.others.items() if name not in exact}
+        kept = {name: tensor for name, tensor in self.others.items() if name not in exact}
+        out = {name: tensor.to(device, kept_dtype(name, dtype)) for name, tensor in kept.items()}
         if INPUT_SCALES in self.others:  # no parameters: they stay as they are
             out[INPUT_SCALES] = self.others[INPUT_SCALES]
         for role, quantized in self.quantized_weights.items():
@@ -103,7 +105,7 @@ def load_layer(path: Path, device: torch.device | str = "cpu") -> tuple[Quantize
             quantized_weights[role] = QuantizedWeight(
                 codes, scale, tensors.get(f"{role}.zero", torch.zeros_like(scale))
             )
-        elif kind in ("weight", "bias", "kept", "columns") or name in (INPUT_SCALES, SINKS):
+        elif kind in ("weight", "bias", "kept", "columns") or name in (INPUT_SCALES, SINKS, CORRECTION):
             others[name] = tensor
     return QuantizedLayer(
         quantized_weights, others, **{f.name: header[f.name] for f in fields(QuantizedLayer) if f.name in header}
