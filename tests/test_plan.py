@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Glm4MoeConfig
 
 from dist_spin.bench.plan import evaluated_tokens
 from dist_spin.bench.plan_model import (
@@ -250,3 +251,23 @@ def test_a_mixture_of_experts_is_planned_by_all_its_weights_and_the_work_of_thos
     seconds = [gptq_layer_seconds(s, 128 * 2048, 2048, 1.0) for s in (shape, dense)]
     assert seconds[0]["solve"] == seconds[1]["solve"]
     assert seconds[0]["hessian"] < seconds[1]["hessian"] / 3
+
+
+def test_dense_layers_before_those_with_experts_are_planned_as_what_they_are(tmp_path, capsys):
+    air = Glm4MoeConfig(head_dim=128)  # GLM-4.5-Air: 106 billion weights with the layer for predicting several tokens
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(air, dtype=torch.bfloat16)
+    stored = sum(parameter.numel() for parameter in model.parameters())
+    shape = Shape.of(air)
+    assert model_bytes(shape) == pytest.approx(2 * stored, rel=1e-5)  # of norms there are few
+    alike = dataclasses.replace(shape, dense=0, dense_width=0)
+    assert model_bytes(alike) > 1.015 * model_bytes(shape)
+    met, all_met = (gptq_layer_seconds(one, 128 * 2048, 2048, 1.0) for one in (shape, alike))
+    assert all(met[part] < all_met[part] for part in ("merge", "solve", "experts"))
+    assert gptq_bytes(shape, 128 * 2048) > gptq_bytes(alike, 128 * 2048)
+    air.save_pretrained(tmp_path)
+    words = ["plan", f"model.path={tmp_path}", "--gpus", "8", "--gpu", "h200"]
+    assert main(words) == 2
+    assert "set rotation.r4_block=64, or rotation.online=false" in capsys.readouterr().err
+    assert main([*words, "rotation.r4_block=64"]) == 0
+    assert f"46 layers, {2 * stored / 1e9:.0f} GB in 16 bits" in capsys.readouterr().out

@@ -207,7 +207,7 @@ def step_flop(shape: Shape, tokens: int, seq_len: int, block: int = 0) -> float:
     backward 2.5 times), and per rotated site two products forward and one backward, with R1 as a whole or in blocks.
     """
     h, q = shape.hidden, shape.heads * shape.head_dim
-    linears = shape.active_weights + h * shape.experts
+    linears = shape.mean(lambda layer: layer.active_weights + h * layer.experts)
     attention = 2 * q * seq_len / 2 * 3.5 * 2  # per token: (QK^T and PV) over half of the positions
     rotations = 2 * 3 * 2 * h * (block or h)
     per_layer = tokens * (2 * 2 * linears + attention + rotations)

@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 
 from dist_spin.bench import scaling_model as scaling
 from dist_spin.bench.scaling_model import DTYPE, GIB
-from dist_spin.bench.stage_costs import code_bytes, forward_flop, hessian_flop, model_bytes, vocab_bytes
+from dist_spin.bench.stage_costs import (
+    code_bytes,
+    forward_flop,
+    hessian_flop,
+    mean_layer_bytes,
+    model_bytes,
+    vocab_bytes,
+)
 from dist_spin.config.run import RunConfig
 from dist_spin.evaluate.teacher import HOST_SHARE as STATES_SHARE
 from dist_spin.model.architecture import Shape
@@ -137,7 +144,7 @@ def step_seconds(config: RunConfig, shape: Shape, point: scaling.Point, offloade
     copied = point.micro_batches * 2 * offloaded * layer / HOST_LINK
     seconds = max(seconds, copied) if point.shards == 1 else seconds + copied
     if o.w_bits < 16:
-        seconds += REQUANTIZE * shape.layers * layer_bytes(shape, DTYPE) / DTYPE.itemsize / point.shards / speed
+        seconds += REQUANTIZE * shape.layers * mean_layer_bytes(shape) / DTYPE.itemsize / point.shards / speed
     seconds *= SYMMETRIC if config.quant.a_symmetric and config.quant.a_bits < 16 else 1.0
     seconds *= SCALES if o.scales or o.clips else 1.0
     seconds *= KL if o.objective != "cross_entropy" and not o.teacher_top_k else 1.0
@@ -189,19 +196,20 @@ def fitted_start_seconds(shape: Shape, hardware: Hardware) -> float:
     computing = FIT_TOKENS * forward_flop(shape, FIT_TOKENS) / FORWARD / speed / hardware.gpus
     product = 2 * shape.hidden**3 / speed
     step = ITERATIONS * product / TF32 + 1.5 * product / FP32  # the last product and those of the rows in fp32
-    return shape.layers * layer_bytes(shape, DTYPE) / READ + computing + FIT_STEPS * step
+    return shape.layers * mean_layer_bytes(shape) / READ + computing + FIT_STEPS * step
 
 
 def gptq_layer_seconds(shape: Shape, tokens: float, seq_len: int, speed: float, cd_passes: int = 0) -> dict[str, float]:
-    """Parts of quantising one layer on one GPU with `tokens` tokens of calibration text, seconds."""
-    layers, products = shape.layers, shape.products
-    squares = sum(count * rows * columns**2 for columns, rows, count, _ in products)
-    experts = sum(count * columns**1.5 for columns, _, count, _ in products if count > 1)
+    """Parts of quantising one layer, the mean of all, on one GPU with `tokens` tokens of calibration text, seconds."""
+    layers = shape.layers
+    squares = shape.mean(lambda one: sum(count * rows * columns**2 for columns, rows, count, _ in one.products))
+    cubes = shape.mean(lambda one: sum(count * columns**3 for columns, _, count, _ in one.products))
+    experts = shape.mean(lambda one: sum(count * columns**1.5 for columns, _, count, _ in one.products if count > 1))
     return {
-        "merge": 2 * shape.weights * shape.hidden / MERGE / speed,
+        "merge": 2 * shape.mean(lambda one: one.weights) * shape.hidden / MERGE / speed,
         "forward": tokens * forward_flop(shape, seq_len) / layers / FORWARD / speed,
         "hessian": tokens * hessian_flop(shape) / layers / HESSIAN / speed,
-        "factor": sum(count * columns**3 for columns, _, count, _ in products) / FACTOR / speed,
+        "factor": cubes / FACTOR / speed,
         "solve": (1 + cd_passes) * squares / SOLVE / speed,
         "errors": squares / ERRORS / speed,
         "waiting": WAITING,
@@ -212,7 +220,7 @@ def gptq_layer_seconds(shape: Shape, tokens: float, seq_len: int, speed: float, 
 def gptq_bytes(shape: Shape, tokens: float) -> float:
     """Bytes of one GPU: states entering a layer and the inputs of down_proj, its Hessian and two of that size while it is
     factored, the largest weights in fp32 twice, two layers, and what the allocator and the libraries keep."""
-    h, i = shape.hidden, max(shape.hidden, shape.intermediate)
+    h, i = shape.hidden, max(shape.hidden, shape.intermediate, shape.dense_width)
     wide = 4 * (3 * i * i + 2 * 2 * i * h) + (8 * shape.weights if shape.experts else 0)  # merged in fp64
     return tokens * (h + i) * DTYPE.itemsize + wide + 2 * layer_bytes(shape, DTYPE) + 2 * GIB
 
@@ -226,7 +234,7 @@ def quantize(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
     gptq = q.method == "gptq"
     seconds = gptq_layer_seconds(shape, tokens if gptq else 0, q.seq_len, hardware.gpu.speed, q.cd_passes)
     reading = (
-        layer_bytes(shape, DTYPE) / READ
+        mean_layer_bytes(shape) / READ
     )  # of the next layer meanwhile; its merge takes turns with the work on the GPU
     computing = seconds if gptq else {"merge": seconds["merge"]}
     alone = max(sum(computing.values()), reading)
@@ -276,7 +284,7 @@ def evaluate(config: RunConfig, shape: Shape, hardware: Hardware, tokens: int) -
     merged = rotations if config.evaluate.unquantized_weights or not quantised else 0
     computing = tokens * forward_flop(shape, config.evaluate.seq_len) / layers / FORWARD / hardware.gpu.speed / gpus
     codes = code_bytes(shape, config) / layers
-    full = max(computing, layer_bytes(shape, DTYPE) / READ)
+    full = max(computing, mean_layer_bytes(shape) / READ)
     merging = gptq_layer_seconds(shape, 0, 1, hardware.gpu.speed)["merge"]
     seconds = layers * (full + merged * max(full, merging) + quantised * max(computing, codes / READ))
     seconds += (1 + merged + quantised) * vocab_bytes(shape) / READ
@@ -302,7 +310,7 @@ def evaluate(config: RunConfig, shape: Shape, hardware: Hardware, tokens: int) -
 
 def report(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
     """Drawing, by one process, which first measures activations without rotations and under each of them."""
-    reading = layer_bytes(shape, DTYPE) / READ
+    reading = mean_layer_bytes(shape) / READ
     merging = gptq_layer_seconds(shape, 0, 1, hardware.gpu.speed)["merge"]
     rotated = 1 + len(config.quantize.baselines)
     measured = bool(config.report.sequences) and not shape.experts

@@ -119,14 +119,14 @@ class Prediction:
 
 
 def layer_flop(shape: Shape, seq_len: int, w_bits: int) -> tuple[float, float]:
-    """FLOP per token of one decoder layer, forward and backward, nothing computed twice.
+    """FLOP per token of one decoder layer, the mean of all, forward and backward, nothing computed twice.
 
     With 16-bit weights the two sites rotate (two products of [h, h] forward, one backward each) and weights take no
     gradient; forward + backward is then `bench.optimize.step_flop`. With fewer bits nothing rotates, but every linear has
     one more product of its size and its gradients of R1 and R2 (model/weight_quant.py).
     """
     h, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    linears = 2 * (shape.active_weights + h * shape.experts)
+    linears = 2 * shape.mean(lambda layer: layer.active_weights + h * layer.experts)
     attention = 2 * q * seq_len  # QK^T and PV, over half of the positions
     rotations = 8 * h * h if w_bits == 16 else 0
     forward = linears + attention + rotations
@@ -140,7 +140,8 @@ def layer_flop(shape: Shape, seq_len: int, w_bits: int) -> tuple[float, float]:
 def shard_bytes(shape: Shape, point: Point) -> float:
     """Bytes of frozen weights on one rank."""
     embedding_and_head = 2 * shape.vocab * shape.hidden * DTYPE.itemsize
-    return (point.layers * layer_bytes(shape, DTYPE, point.w_bits) + embedding_and_head) / point.shards
+    layer = shape.mean(lambda one: layer_bytes(one, DTYPE, point.w_bits))
+    return (point.layers * layer + embedding_and_head) / point.shards
 
 
 def hidden_cost(gather: float, compute: float, contention: float) -> float:
@@ -158,7 +159,7 @@ def layers_time(shape: Shape, point: Point, fit: Fit, machine: Machine) -> tuple
     backward += (
         (forward + backward) * sum(RECOMPUTE_COST[kind] * count for kind, count in point.levels.items()) / point.layers
     )
-    layer = layer_bytes(shape, DTYPE, point.w_bits)
+    layer = shape.mean(lambda one: layer_bytes(one, DTYPE, point.w_bits))
     vocab_matrix = shape.vocab * shape.hidden * DTYPE.itemsize
     received = (point.shards - 1) / point.shards
 

@@ -31,20 +31,30 @@ def vocab_bytes(shape: Shape) -> float:
     return 2 * shape.vocab * shape.hidden * DTYPE.itemsize
 
 
+def mean_layer_bytes(shape: Shape) -> float:
+    """Bytes of a decoder layer in 16 bits, the mean of all."""
+    return shape.mean(lambda layer: layer_bytes(layer, DTYPE))
+
+
 def model_bytes(shape: Shape) -> float:
     """Bytes of the 16-bit model."""
-    return shape.layers * layer_bytes(shape, DTYPE) + vocab_bytes(shape)
+    return shape.layers * mean_layer_bytes(shape) + vocab_bytes(shape)
 
 
 def code_bytes(shape: Shape, config: RunConfig) -> float:
     """Bytes of all quantised layers: 4-bit codes two to a byte, others one each, and their scales."""
-    q, total = config.quant, 0.0
-    for index, (columns, rows, count, _) in enumerate(shape.products):
-        is_down = index >= 2 and index % 2 == 1  # attention's two come first, then up and down of every kind of MLP
-        bits = (q.down_bits if is_down else 0) or q.w_bits
-        total += count * rows * columns / (2 if bits == 4 else 1)
-        total += count * rows * columns / (q.weights_per_scale or columns) * SCALE_BYTES * (1 if q.w_symmetric else 2)
-    return shape.layers * total
+    q = config.quant
+
+    def of_layer(layer: Shape) -> float:
+        total = 0.0
+        for index, (columns, rows, count, _) in enumerate(layer.products):
+            is_down = index >= 2 and index % 2 == 1  # attention's two come first, then up and down of every kind of MLP
+            bits = (q.down_bits if is_down else 0) or q.w_bits
+            scales = count * rows * columns / (q.weights_per_scale or columns) * (1 if q.w_symmetric else 2)
+            total += count * rows * columns / (2 if bits == 4 else 1) + scales * SCALE_BYTES
+        return total
+
+    return shape.layers * shape.mean(of_layer)
 
 
 def forward_flop(shape: Shape, seq_len: int) -> float:
@@ -54,7 +64,9 @@ def forward_flop(shape: Shape, seq_len: int) -> float:
 
 def hessian_flop(shape: Shape) -> float:
     """Operations per token of every layer's Hessians, of which one half is the other's mirror image."""
-    return shape.layers * sum(count * share * inputs**2 for inputs, _, count, share in shape.products)
+    return shape.layers * shape.mean(
+        lambda layer: sum(count * share * inputs**2 for inputs, _, count, share in layer.products)
+    )
 
 
 def costs(config: RunConfig, shape: Shape, evaluated_tokens: int) -> dict[str, Cost]:

@@ -6,6 +6,7 @@ size) is read from the modules and the config where it is needed.
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +99,11 @@ class Shape:
         return dataclasses.replace(
             self, intermediate=wide, experts=0, experts_per_token=0, shared=0, dense=0, dense_width=0
         )
+
+    def mean(self, of: Callable[["Shape"], float]) -> float:
+        """The mean over all decoder layers of what `of` says of the sizes of one."""
+        dense = min(self.dense, self.layers)
+        return (dense * of(self.layer(0)) + (self.layers - dense) * of(self)) / self.layers if dense else of(self)
 
     @property
     def linears(self) -> tuple[str, ...]:

@@ -56,8 +56,9 @@ FAMILIES = {
         "gpt-oss 20B, 120B",
         windows="by layer",
         how="gate and up of the experts are read apart; dequantised first, see below",
+        engines="vLLM",
     ),
-    "glm4_moe": Family("GLM-4.5 to 4.7, GLM-4.5-Air"),
+    "glm4_moe": Family("GLM-4.5 to 4.7, GLM-4.5-Air", engines="vLLM"),
     "phi3": Family(
         "Phi-3 and 3.5 mini, Phi-3 medium, Phi-4 14B",
         windows="all",

@@ -11,6 +11,7 @@ import os
 import tempfile
 import threading
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dist_spin.errors import DamagedWeights, UserError
-from dist_spin.model.architecture import EMBEDDING, HEAD, Shape
+from dist_spin.model.architecture import EMBEDDING, HEAD, Shape, skeleton
 from dist_spin.model.checkpoint_check import check_tensors
 from dist_spin.model.checkpoint_headers import (
     DOWNLOAD_AGAIN,
@@ -185,10 +186,12 @@ class DummyWeights:
     """Seeded random weights of a config's shapes, the same for any split into rows; nothing is read from disk."""
 
     def __init__(self, config: Any, dtype: torch.dtype, seed: int = 0) -> None:
-        from dist_spin.model.architecture import skeleton
+        self._config, self._dtype, self._seed = config, dtype, seed
 
-        self._shapes = {name: tuple(p.shape) for name, p in skeleton(config).named_parameters()}
-        self._dtype, self._seed = dtype, seed
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        # When they are asked for: thousands of experts take seconds, and a plan reads no weights.
+        return {name: tuple(p.shape) for name, p in skeleton(self._config).named_parameters()}
 
     def has(self, name: str) -> bool:
         return name in self._shapes

@@ -39,7 +39,7 @@ def memory_needed(shape: Shape, tokens: int, itemsize: int) -> int:
     """Bytes that quantising with all sequences on one rank takes about: states, inputs of down_proj, matrices in fp32, the
     merge of the next layer in fp64, weights.
     """
-    widest = max(shape.intermediate, shape.heads * shape.head_dim)
+    widest = max(shape.intermediate, shape.dense_width, shape.heads * shape.head_dim)
     merged = 8 * shape.weights if shape.experts else 3 * 8 * widest * shape.hidden
     states = tokens * (shape.hidden + widest) * itemsize
     return states + 3 * 4 * widest**2 + merged + 3 * shape.weights * itemsize
