@@ -123,12 +123,14 @@ def test_experts_solved_together_are_those_solved_one_by_one(files, alone, monke
         SiteSolver, "solve", lambda self, sites, *more: (groups.append(len(sites)), solve(self, sites, *more))
     )
     generator = torch.Generator().manual_seed(0)
-    entered = [torch.randn(1, 20, 64, generator=generator, dtype=WIDE) for _ in range(10)]
+    entered = [torch.randn(1, 20, files.shape.hidden, generator=generator, dtype=WIDE) for _ in range(10)]
     made, left = [], []
     for memory in (1, 2**20, 2**28):
         monkeypatch.setattr("dist_spin.quantize.site_solver.CPU_BYTES", memory)
         weights = source.layer(1)
         weights["mlp.experts.1.up_proj.weight"] = torch.zeros_like(weights["mlp.experts.1.up_proj.weight"])
+        if (bias := "mlp.experts.1.up_proj.bias") in weights:  # gpt-oss's experts multiply by up_proj's output and 1
+            weights[bias] = torch.full_like(weights[bias], -1)
         hidden = list(entered)
         made.append(quantizer.quantize(1, weights, hidden))
         left.append(torch.cat(hidden))
