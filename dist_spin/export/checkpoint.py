@@ -59,6 +59,8 @@ def write_checkpoint(
     config = copy.deepcopy(files.config)
     config.tie_word_embeddings = head is None  # a folded gain of the final norm is in lm_head alone
     config.dtype = dtype
+    if getattr(config, "num_mtp_layers", 0):
+        config.num_mtp_layers = 0  # layers for predicting several tokens are not read, and nothing must look for them
     config.save_pretrained(directory)
     content = json.loads((directory / "config.json").read_text())
     write_json(directory / "config.json", content | legacy_fields(config, dtype) | extra)
@@ -76,4 +78,6 @@ def legacy_fields(config: Any, dtype: torch.dtype) -> dict[str, Any]:
     if "rope_theta" in rope:
         fields["rope_theta"] = rope.pop("rope_theta")
         fields["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+    if "partial_rotary_factor" in rope:
+        fields["partial_rotary_factor"] = rope["partial_rotary_factor"]
     return fields
