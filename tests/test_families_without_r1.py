@@ -140,6 +140,10 @@ def test_a_run_learns_r2_and_its_exports_load_elsewhere(name, tmp_path, capsys):
     for verb in ("optimize", "quantize", "evaluate"):
         assert main([verb, *settings]) == 0
     capsys.readouterr()
+    assert main(["report", *settings]) == 0
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "- Rotations: R2, online R3, R4; start" in report
+    assert "largest entry of |RRᵀ − I|: R2" in report
     assert main(["export", *settings, "rotation.online=false", "export.target=hf"]) != 0  # learned with R4
     settings = tiny_run(
         tmp_path, "rotation.r1=false", "rotation.online=false", "model.dtype=float32", "export.profile=no-had", "name=two",

@@ -124,7 +124,11 @@ def _content(summary: RunSummary) -> dict[str, Any]:
         "outliers": outlier_table(summary, NAMES),
         "stages": stage_table(summary, clock),
         "all_stages": f"{clock(sum(row['seconds'] for row in times))} in all",
-        "orthogonality": {name.upper(): short(value) for name, value in summary.orthogonality.items()},
+        "orthogonality": {
+            name.upper(): short(value)
+            for name, value in summary.orthogonality.items()
+            if name != "r1" or summary.config.get("rotation", {}).get("r1", True)
+        },
         "command": command(summary),
         "versions": summary.job.get("versions", {"dist-spin": __version__}),
         "job": summary.job,
@@ -140,9 +144,9 @@ def headline(summary: RunSummary) -> list[tuple[str, str]]:
     q, optimize, quantize = config["quant"], config["optimize"], config["quantize"]
     rotation = config["rotation"]
     start = rotation["load"] or f"{rotation['init']}, seed {rotation['seed']}"
-    blocks = Blocks(
-        rotation.get("block", 0) if rotation.get("r1", True) else 1, shared=rotation.get("block_shared", False)
-    ).label
+    whole = rotation.get("r1", True)
+    blocks = Blocks(rotation.get("block", 0), shared=rotation.get("block_shared", False)).label if whole else ""
+    merged = "R1, R2" if whole else "R2"
     bits = f"{bits_label(q)}, weights by {quantize['method']}"
     if summary.only_compared:
         compared = config["compare"]
@@ -151,7 +155,7 @@ def headline(summary: RunSummary) -> list[tuple[str, str]]:
     return [
         ("Model", f"{config['model']['path']} ({config['model']['dtype']})"),
         ("Bits", bits),
-        ("Rotations", f"R1, R2{', online R3, R4' if rotation['online'] else ''}{blocks}; start: {start}"),
+        ("Rotations", f"{merged}{', online R3, R4' if rotation['online'] else ''}{blocks}; start: {start}"),
         (
             "Learning",
             f"{optimize['steps']} steps of {optimize['batch_size']} × {optimize['seq_len']} tokens, {optimize['source']}",
