@@ -60,6 +60,7 @@ LEARNED = [*ADAM, *SCALES, *MIXED, *STEPS]
 GROUP = {name: number_format.group for name, number_format in FORMATS.items()}
 
 BY_ACTIVATION, PASSES, BOTH = "GPTQ, columns by activation", "GPTQ, passes", "GPTQ, passes, columns by activation"
+UNROUNDED = "weights of 16 bits"
 ROUNDINGS = {
     PASSES: ["quantize.cd_passes=4", "quantize.clip_norm=2"],
     BOTH: ["quantize.cd_passes=4", "quantize.clip_norm=2", "quantize.act_order=true"],
@@ -69,6 +70,7 @@ ROUNDINGS = {
     "GPTQ, passes, no four over six": ["quantize.cd_passes=4", "quantize.clip_norm=2"],
     "RTN, scales searched": ["quantize.method=rtn", "quantize.clip_norm=2"],
     "RTN": ["quantize.method=rtn", "quant.w_mse_clip=false"],
+    UNROUNDED: ["quant.w_bits=16"],
 }
 TUNE = ["quantize.tune_steps=60"]
 TUNINGS = {
@@ -97,15 +99,18 @@ class Run:
 
 def main_runs(name: str) -> Iterator[Run]:
     """The rows that are compared in the format `name`."""
-    yield Run("no rotation", name, [OFFLINE, UNLEARNED], ["RTN", "GPTQ", PASSES])
+    plain = ["RTN", "GPTQ", PASSES]
     if name == "fp8":
-        yield Run("no rotation", name, [OFFLINE, UNLEARNED], [SCALES_TUNED])
-        yield Run("no rotation, 16-bit activations", name, [OFFLINE, UNLEARNED, "quant.a_bits=16"], ["RTN", PASSES])
+        alone = [OFFLINE, UNLEARNED, "quant.a_bits=16"]
+        yield Run("no rotation", name, [OFFLINE, UNLEARNED], [*plain, SCALES_TUNED, UNROUNDED])
+        yield Run("no rotation, 16-bit activations", name, alone, [*plain, SCALES_TUNED, UNROUNDED])
         yield Run("global Hadamard, int8", name, [UNLEARNED, "quant.w_format=int", "quant.a_format=int"], [PASSES])
         return
     blocks = f"rotation.block={GROUP[name]}"
+    yield Run("no rotation", name, [OFFLINE, UNLEARNED], plain)
     yield Run("ours", name, OURS[name], [PASSES, BOTH])
     yield Run(f"Hadamard in blocks of {GROUP[name]}", name, [blocks, UNLEARNED], ["GPTQ", BY_ACTIVATION, BOTH])
+    yield Run(f"Hadamard in blocks of {GROUP[name]}, no R4", name, [blocks, UNLEARNED, OFFLINE], [BOTH])
     yield Run("global Hadamard", name, [UNLEARNED], ["GPTQ"])
     yield Run("whole R1, learned", name, [*ADAM, *STEPS], ["GPTQ"])
 
@@ -123,10 +128,10 @@ def parts_runs(name: str) -> Iterator[Run]:
     recipe, caches = OURS[name], ["16"]
 
     def changed(what: str, *settings: str) -> Run:
-        return Run(f"ours, {what}", name, [*recipe, *settings], [PASSES], caches)
+        return Run(f"ours, {what}", name, [*recipe, *settings], [BOTH], caches)
 
     def unlearned(what: str, *settings: str) -> Run:
-        return Run(f"unlearned, {what}", name, [UNLEARNED, *settings], [PASSES], caches)
+        return Run(f"unlearned, {what}", name, [UNLEARNED, *settings], [BOTH], caches)
 
     yield Run("ours", name, recipe, [*ROUNDINGS, TUNED], caches)
     for size in (16, 32, 64, 192, 0):  # 128 divides neither 576 nor what SmolLM2's heads make
@@ -194,6 +199,8 @@ class Measuring:
         config = self.config(run.name, run.format, run.seed, [*run.settings, *ROUNDINGS[plain]])
         rotation, layers = "none" if run.unrotated else LEARNED_NAME, self.files.shape.layers
         variant = build_variant(config, self.files, rotation, self.world.device)
+        if plain == UNROUNDED:
+            return self.figures(run, config, EvalTarget(variant, "none"))
         variant = dataclasses.replace(variant, name=plain.replace(" ", "-").replace(",", ""))
         tokens = calibration_tokens(config, self.files)
         job = QuantizeJob(config, self.world, self.files, variant, tokens, StopRequest())
@@ -205,7 +212,10 @@ class Measuring:
             job = QuantizeJob(config, self.world, self.files, variant, tokens, StopRequest())
             job.make_embeddings()
             tune(job, rounded)
-        target = EvalTarget(variant, config.quantize.method, fingerprint=job.fingerprint)
+        return self.figures(run, config, EvalTarget(variant, config.quantize.method, fingerprint=job.fingerprint))
+
+    def figures(self, run: Run, config: RunConfig, target: EvalTarget) -> list[tuple[float, float]]:
+        """Perplexity and divergence of `target` for each cache and text of the run."""
         jobs = []
         for cache in run.caches:
             cached = self.config(run.name, run.format, run.seed, [*run.settings, *KV[cache]])
