@@ -2,6 +2,7 @@
 
     dist-spin bench quantize --shape 70b --sequences 128 --seq-len 2048 --out layer70b.json
     dist-spin bench quantize --shape 8b --baseline           beside a plain column loop in PyTorch
+    torchrun --nproc_per_node 2 -m dist_spin bench quantize --shape 30b-a3b      ranks share the layer
 
 Parts are timed apart: merging the rotations, forward passes, Hessians, factorisation, solve and error figures. Beside their sum
 stands a floor: the products of forward passes and Hessians alone, at the rate of a large product.
@@ -23,6 +24,7 @@ from dist_spin.bench.device import describe, matmul_ceiling, synchronize
 from dist_spin.bench.options import EXPERT_SHAPES, SHAPES
 from dist_spin.bench.plain_gptq import plain_gptq
 from dist_spin.bench.stage_costs import forward_flop, hessian_flop
+from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
 from dist_spin.model.layers import LayerRunner
 from dist_spin.model.rotated_weights import RotatedWeights
@@ -70,12 +72,14 @@ class Stopwatch:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark and print its table; returns the exit code."""
+    """Run the benchmark; rank 0 prints its table. Returns the exit code."""
     world = distributed.start(args.device)
     try:
         figures = measure(args, world)
     finally:
         distributed.stop()
+    if not world.is_rank0:
+        return 0
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(figures, indent=1) + "\n")
@@ -84,7 +88,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(args: argparse.Namespace, world: distributed.World) -> dict[str, Any]:
-    """The figures: seconds per part and layer, peak memory, and the solvers side by side if asked."""
+    """The figures: seconds per part and layer, peak memory, and the solvers side by side if asked.
+
+    Ranks share the layer, each with its part of the sequences; seconds and memory are those of this rank.
+
+    Raises:
+        UserError: the sequences do not divide among the ranks.
+    """
+    if args.sequences % world.size:
+        problem = f"--sequences {args.sequences} does not divide among {world.size} ranks"
+        raise UserError(problem, "give a multiple of their number", shared=True)
     device, on_gpu = world.device, world.device.type == "cuda"
     config = layer_config(args.shape)
     shape = Shape.of(config)
@@ -98,6 +111,7 @@ def measure(args: argparse.Namespace, world: distributed.World) -> dict[str, Any
     runs: list[dict[str, float]] = []
     for repeat in range(args.repeats + 1):
         states = random_hidden(args.sequences, args.seq_len, shape.hidden, dtype, device)
+        states = states[slice(*world.own_range(args.sequences))]
         hidden = list(torch.cat(states).split(sequences_at_once(args.seq_len, device)))
         del states
         synchronize(device)
@@ -112,7 +126,8 @@ def measure(args: argparse.Namespace, world: distributed.World) -> dict[str, Any
         if repeat:
             runs.append(watch.seconds())
     seconds = {part: statistics.median(run[part] for run in runs) for part in (MERGE, *PARTS, LAYER)}
-    flop = args.sequences * args.seq_len * (forward_flop(shape, args.seq_len) + hessian_flop(shape))
+    tokens = args.sequences * args.seq_len // world.size
+    flop = tokens * (forward_flop(shape, args.seq_len) + hessian_flop(shape))
     figures: dict[str, Any] = {
         "shape": args.shape,
         "sequences": args.sequences,
@@ -121,6 +136,7 @@ def measure(args: argparse.Namespace, world: distributed.World) -> dict[str, Any
         "cd_passes": args.cd_passes,
         "mse_clip": options.mse_clip,
         "device": describe(device),
+        "ranks": world.size,
         "dtype": str(dtype),
         "seconds": seconds,
         "runs": runs,
@@ -209,8 +225,9 @@ def compare_solvers(
 def table(figures: dict[str, Any]) -> str:
     """The same for a person to read."""
     f, seconds = figures, figures["seconds"]
+    shared = f", shared by {f['ranks']} ranks" if f["ranks"] > 1 else ""
     lines = [
-        f"one {f['shape']} decoder layer, {f['sequences']} x {f['seq_len']} tokens, {f['device']}",
+        f"one {f['shape']} decoder layer, {f['sequences']} x {f['seq_len']} tokens, {f['device']}{shared}",
         *(f"  {part:8} {seconds[part]:8.3f} s" for part in (MERGE, *PARTS, LAYER)),
     ]
     lines.append(f"  floor    {f['floor_s']:8.3f} s, {100 * f['floor_s'] / seconds[LAYER]:.1f} % of the layer's")
