@@ -53,6 +53,10 @@ def run(options: argparse.Namespace) -> int:
                         rows.append(reference.predicted(ranks, shards, sequences))
             if options.quantize and reference.w_bits == 16:
                 seconds = json.loads(options.quantize.read_text())
+                if (sharing := seconds.get("ranks", 1)) > 1:
+                    raise UserError(
+                        f"{options.quantize} is of a layer shared by {sharing} ranks", "time the layer on one GPU"
+                    )
                 gpus = sorted({reference.ranks, *options.predict})
                 whole_runs += [reference.whole_run(ranks, sequences, seconds, options) for ranks in gpus]
     print(table(rows))

@@ -14,10 +14,12 @@ from tiny import write_model
 from dist_spin.bench import scaling_model as model
 from dist_spin.bench.optimize import step_flop
 from dist_spin.bench.options import add_arguments
+from dist_spin.bench.quantize import measure
 from dist_spin.bench.scaling import HEADER, read, run
 from dist_spin.cli import main
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
+from dist_spin.runtime.distributed import World
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("restored_process")]
 
@@ -229,6 +231,20 @@ def scaling(*words: str) -> int:
     parser = argparse.ArgumentParser()
     add_arguments("scaling", parser)
     return run(parser.parse_args(words))
+
+
+def test_ranks_share_a_layer_of_experts_and_one_of_them_answers(measured, tmp_path):
+    out = tmp_path / "q.json"
+    words = ["--shape", "tiny-moe", "--sequences", "2", "--seq-len", "16", "--repeats", "1", "--device", "cpu"]
+    job = Job(2, narrow_command, "bench", "quantize", *words, "--out", str(out), log=tmp_path / "log")
+    assert job.wait() == [0, 0], job.log.read_text()
+    assert job.log.read_text().count("one tiny-moe decoder layer, 2 x 16 tokens") == 1
+    figures = json.loads(out.read_text())
+    assert (figures["ranks"], figures["sequences"]) == (2, 2)
+    with pytest.raises(UserError, match="shared by 2 ranks"):
+        scaling(str(measured / "1.json"), "--shape", str(measured / "shape"), "--quantize", str(out))
+    with pytest.raises(UserError, match="--sequences 3 does not divide among 2 ranks"):
+        measure(argparse.Namespace(sequences=3), World(0, 2, 0, 2, torch.device("cpu")))
 
 
 def test_what_does_not_fit_says_so(measured, capsys):
