@@ -15,12 +15,16 @@ from transformers import (
     Cohere2Config,
     CohereConfig,
     CwmConfig,
+    Dots1Config,
+    Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     Glm4MoeConfig,
     GptOssConfig,
     GraniteConfig,
+    InternLM3Config,
+    IQuestCoderConfig,
     LlamaConfig,
     MinistralConfig,
     MistralConfig,
@@ -36,6 +40,7 @@ from transformers import (
     Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
+    SolarOpenConfig,
 )
 
 from dist_spin.model.layers import LayerRunner
@@ -146,6 +151,10 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "phi-3-mini-4k (3072, 8192)": _config(Phi3Config, 48, 128, 4, 4, sliding_window=7),
     "phi-3.5-mini (3072, 8192)": _config(Phi3Config, 48, 128, 4, 4, **LONG_ROPE),
     "phi-4-14b (5120, 17920)": _config(Phi3Config, 80, 280, 10, 5),
+    "internlm3-8b (4096, 10240)": _config(
+        InternLM3Config, 64, 160, 8, 1, head_dim=8, attention_bias=True, mlp_bias=True
+    ),
+    "iquest-coder-40b (5120, 27648)": _config(IQuestCoderConfig, 40, 216, 5, 1, head_dim=8),
     "granite-3-2b (2048, 8192)": _config(GraniteConfig, 64, 256, 8, 2, **_granite(1 / 64, 8.0)),
     "granite-3-8b (4096, 12800)": _config(GraniteConfig, 64, 200, 8, 2, **_granite(1 / 128, 16.0)),
     "gemma-2b (2048, 16384)": _config(GemmaConfig, 64, 512, 4, 1, head_dim=32, **TIED),
@@ -206,6 +215,33 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         first_k_dense_replace=1,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     ),
+    "solar-open-100b (4096, 1280)": _config(
+        SolarOpenConfig,
+        64,
+        20,
+        8,
+        1,
+        head_dim=8,
+        moe_intermediate_size=20,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+    ),
+    "dots-llm1 (4608, 1408)": _config(
+        Dots1Config,
+        144,
+        88,
+        8,
+        8,
+        head_dim=16,
+        moe_intermediate_size=44,
+        n_routed_experts=4,
+        n_shared_experts=2,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+        first_k_dense_replace=1,
+        sliding_window=None,
+    ),
 }
 
 WINDOWS: dict[str, Any] = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
@@ -242,6 +278,7 @@ WITHOUT_R1: dict[str, PreTrainedConfig] = {
     "olmo-2-7b (4096, 11008)": _config(Olmo2Config, 128, 344, 8, 8),
     "olmo-2-32b (5120, 27648)": _config(Olmo2Config, 80, 432, 10, 2),
     "olmo-3-7b (4096, 11008)": _config(Olmo3Config, 128, 344, 8, 8, **WINDOWS),
+    "exaone-4-1.2b (2048, 4096)": _config(Exaone4Config, 64, 128, 8, 2, **TIED, **WINDOWS),
     "aya-8b (4096, 14336)": _config(CohereConfig, 64, 224, 8, 2, **TIED),
     "command-r-plus (12288, 33792)": _config(CohereConfig, 96, 264, 12, 2, use_qk_norm=True, logit_scale=0.8, **TIED),
     "command-r7b (4096, 14336)": _config(Cohere2Config, 64, 224, 8, 2, **TIED, **WINDOWS),

@@ -64,7 +64,7 @@ def reference_logits(files: ModelFiles, ids: Tensor, dtype: torch.dtype) -> Tens
         return scores, router.routed_scaling_factor * shares, experts
 
     for module in list(model.modules()):
-        if type(module).__name__ == "Glm4MoeTopkRouter":
+        if type(module).__name__.endswith("TopkRouter"):  # of GLM-4.5 and its like
             module.forward = route_by_sigmoid.__get__(module)
         if type(module).__name__.endswith("TopKRouter"):
             module.forward = route.__get__(module)

@@ -29,7 +29,9 @@ def tables() -> str:
         lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
     lines += ["", "| Without R1 | Because |", "|---|---|"]
     lines += [f"| `{kind}` | {family.without_r1} |" for kind, family in FAMILIES.items() if family.without_r1]
-    lines += ["", "| Refused | Because of |", "|---|---|", *(f"| `{kind}` | {why} |" for kind, why in REFUSED.items())]
+    lines += ["", "| Refused | Because of |", "|---|---|"]
+    for reason in dict.fromkeys(REFUSED.values()):
+        lines.append(f"| {', '.join(f'`{kind}`' for kind, why in REFUSED.items() if why == reason)} | {reason} |")
     return "\n".join(lines)
 
 

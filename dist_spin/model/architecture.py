@@ -88,7 +88,7 @@ class Shape:
             norm=FAMILIES[config.model_type].norm if config.model_type in FAMILIES else "rms",
             dense=dense_layers(config),
             dense_width=config.intermediate_size if dense_layers(config) else 0,
-            unscaled={"gpt_oss": ("up",), "glm4_moe": ("up", "key")}.get(config.model_type, ()),
+            unscaled=FAMILIES[config.model_type].unscaled if config.model_type in FAMILIES else (),
         )
 
     def layer(self, index: int) -> "Shape":

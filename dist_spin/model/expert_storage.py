@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dist_spin.model.experts import SIGMOID_FAMILIES
+
 MIXTRAL_LINEARS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}  # as its checkpoints name them
 STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 EXPERTS = "mlp.experts."
@@ -84,7 +86,7 @@ def name_in_checkpoints(model_type: str, name: str) -> str:
     """The reverse of `name_here`, for a name within a layer."""
     if model_type == "gpt_oss":
         return name.replace("mlp.gate.", "mlp.router.", 1)
-    if model_type == "glm4_moe":
+    if model_type in SIGMOID_FAMILIES:
         return name.replace("mlp.shared_expert.", "mlp.shared_experts.", 1)
     if model_type != "mixtral" or not name.startswith("mlp."):
         return name

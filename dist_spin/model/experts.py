@@ -13,7 +13,9 @@ from dist_spin.errors import UserError
 from dist_spin.model.stacked_experts import ExpertForm, GatedActivation, StackedExperts, by_expert, chosen_experts
 from dist_spin.numerics.dtypes import accumulation_dtype
 
-EXPERT_FAMILIES = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "gpt_oss", "glm4_moe")
+# Routers of sigmoids with a correction, shared experts that count in full, and the first layers may be dense.
+SIGMOID_FAMILIES = ("glm4_moe", "solar_open", "dots1")
+EXPERT_FAMILIES = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "gpt_oss", *SIGMOID_FAMILIES)
 SHARED = "mlp.shared_expert"  # which every token computes, in Qwen2-MoE times a share of its own
 ROUTERS = ("mlp.gate", f"{SHARED}_gate")  # never rounded; the second where a shared expert has a share of its own
 CORRECTION = "mlp.gate.e_score_correction_bias"  # added to scores to choose experts by; in fp32 or wider
@@ -24,13 +26,15 @@ def expert_count(config: Any) -> int:
     """Experts per layer of a transformers config; 0 for a dense model."""
     if config.model_type not in EXPERT_FAMILIES:
         return 0
-    name = {"mixtral": "num_local_experts", "gpt_oss": "num_local_experts", "glm4_moe": "n_routed_experts"}
-    return int(getattr(config, name.get(config.model_type, "num_experts")))
+    if config.model_type in SIGMOID_FAMILIES:
+        return config.n_routed_experts or 0
+    name = "num_local_experts" if config.model_type in ("mixtral", "gpt_oss") else "num_experts"
+    return int(getattr(config, name))
 
 
 def dense_layers(config: Any) -> int:
     """How many layers, the first ones, have a dense MLP in place of experts."""
-    return config.first_k_dense_replace if config.model_type == "glm4_moe" else 0
+    return getattr(config, "first_k_dense_replace", 0) if config.model_type in SIGMOID_FAMILIES else 0
 
 
 def expert_width(config: Any) -> int:
@@ -41,8 +45,8 @@ def expert_width(config: Any) -> int:
 
 def shared_width(config: Any) -> int:
     """Intermediate size of the shared expert, a multiple of `expert_width`; 0 where there is none."""
-    if config.model_type == "glm4_moe":
-        return int(config.n_shared_experts * config.moe_intermediate_size)
+    if config.model_type in SIGMOID_FAMILIES:
+        return int((config.n_shared_experts or 0) * config.moe_intermediate_size)
     return config.shared_expert_intermediate_size if config.model_type == "qwen2_moe" else 0
 
 
@@ -84,10 +88,11 @@ def check_experts(config: Any) -> None:
     if expert_count(config) and not 0 <= dense_layers(config) < config.num_hidden_layers:
         problem = f"first_k_dense_replace={dense_layers(config)} of config.json leaves no layer with experts"
         raise UserError(problem, "use another model")
-    if config.model_type == "glm4_moe":
-        groups, each = config.n_group, config.n_routed_experts // max(1, config.n_group)
-        chosen_from = config.topk_group * each
-        if groups * each != config.n_routed_experts or each < 2 or not config.num_experts_per_tok <= chosen_from:
+    if config.model_type in SIGMOID_FAMILIES:
+        groups, experts = config.n_group or 1, expert_count(config)
+        each = experts // groups
+        chosen_from = (config.topk_group or 1) * each
+        if groups * each != experts or each < 2 or not config.num_experts_per_tok <= chosen_from:
             problem = f"n_group={groups} and topk_group={config.topk_group} of config.json do not fit its experts"
             raise UserError(problem, "use another model")
     if expert_count(config) and shared_width(config) % expert_width(config):
@@ -199,7 +204,7 @@ class MixtureOfExperts(nn.Module):
         normalised = config.model_type in ("mixtral", "gpt_oss") or config.norm_topk_prob
         count, hidden, width, form = expert_count(config), config.hidden_size, expert_width(config), expert_form(config)
         self.gate: nn.Module
-        if config.model_type == "glm4_moe":
+        if config.model_type in SIGMOID_FAMILIES:
             how = {"groups": config.n_group, "kept": config.topk_group, "factor": config.routed_scaling_factor}
             self.gate = SigmoidRouter(hidden, count, config.num_experts_per_tok, normalised=normalised, **how)
         else:

@@ -19,7 +19,8 @@ class Family:
     them, or those that `layer_types` names. read_as: `model_type` of the equal model that the weights are read as, "" for its
     own. how: what is done for that, for that page. norms: where a layer's norms stand (`output_norms.PLACES`). norm: what they
     are, "rms", "rms from one" (which store w of a gain 1 + w) or "layer" (LayerNorm without bias). without_r1: why R1 cannot
-    turn the residual stream, "" where it can. engines: those that have loaded an export, with what was compared.
+    turn the residual stream, "" where it can. engines: those that have loaded an export, with what was compared. unscaled: which
+    scales cannot be merged (`architecture.Shape`).
     """
 
     models: str
@@ -30,11 +31,13 @@ class Family:
     norm: str = "rms"
     without_r1: str = ""
     engines: str = ""
+    unscaled: tuple[str, ...] = ()
 
 
 _OUTPUT_NORMS = (
     "norms with a gain on the outputs of attention and MLP do not commute with a rotation of the residual stream"
 )
+_RENAMED = "a Llama under a name of its own"
 _GELU = "none: theirs compute a Llama with SiLU alone"
 _LAYER_NORM = "LayerNorm, whose mean does not commute with a rotation of the residual stream"
 
@@ -57,8 +60,11 @@ FAMILIES = {
         windows="by layer",
         how="gate and up of the experts are read apart; dequantised first, see below",
         engines="vLLM",
+        unscaled=("up",),
     ),
-    "glm4_moe": Family("GLM-4.5 to 4.7, GLM-4.5-Air", engines="vLLM"),
+    "glm4_moe": Family("GLM-4.5 to 4.7, GLM-4.5-Air", engines="vLLM", unscaled=("up", "key")),
+    "solar_open": Family("Solar Open 100B", engines="vLLM"),
+    "dots1": Family("dots.llm1", windows="by layer", engines="vLLM", unscaled=("up",)),
     "phi3": Family(
         "Phi-3 and 3.5 mini, Phi-3 medium, Phi-4 14B",
         windows="all",
@@ -66,6 +72,8 @@ FAMILIES = {
         how="fused q, k, v and gate, up are read apart",
         engines="vLLM",
     ),
+    "internlm3": Family("InternLM3 8B", read_as="llama", how=_RENAMED, engines="vLLM"),
+    "iquestcoder": Family("IQuest-Coder-V1 40B, without loops", read_as="llama", how=_RENAMED, engines="vLLM"),
     "granite": Family(
         "Granite 3, dense",
         read_as="llama",
@@ -91,6 +99,7 @@ FAMILIES = {
     ),
     "olmo2": Family("OLMo 2", norms="after", without_r1=_OUTPUT_NORMS, engines="vLLM"),
     "olmo3": Family("OLMo 3", "by layer", norms="after", without_r1=_OUTPUT_NORMS, engines="vLLM"),
+    "exaone4": Family("EXAONE 4.0", "by layer", norms="after", without_r1=_OUTPUT_NORMS, engines="vLLM"),
     "cohere": Family(
         "Command R, Aya 23 and Expanse", norms="shared", norm="layer", without_r1=_LAYER_NORM, engines="vLLM"
     ),
@@ -110,23 +119,25 @@ PARTIAL = ("glm4_moe",)
 # Why a family that people ask for is refused; anything else is simply unknown.
 _LATENT = "queries and keys made from latent vectors with norms of their own (MLA), which are sites that are not built"
 _WRAPPER = "a vision or audio model around its language model; only the language model alone is read"
+_LINEAR = "linear attention in most layers, whose state R2 and R3 do not go through"
+_STATES = "state-space layers or convolutions beside attention, which are sites that are not built"
+_NEIGHBOURS = "a position embedding that turns neighbouring channels, with which learned scales of keys do not commute"
+_NO_GATE = "an MLP without a gate, for which no sites are built"
+_LATE_NORMS = "norms of queries and keys behind the position embedding, which are not built"
 REFUSED = {
-    "gemma3": _WRAPPER,
-    "deepseek_v2": _LATENT,
-    "deepseek_v3": _LATENT,
+    **dict.fromkeys(("gemma3", "mistral3", "mllama", "qwen2_5_vl", "qwen3_vl", "gemma4"), _WRAPPER),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "glm4_moe_lite", "glm_moe_dsa"), _LATENT),
+    "minicpm3": _LATENT,
+    **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe", "kimi_linear", "minimax"), _LINEAR),
+    **dict.fromkeys(("granitemoehybrid", "nemotron_h", "falcon_h1", "jamba", "lfm2", "lfm2_moe"), _STATES),
+    **dict.fromkeys(("phi", "gpt2", "gpt_neox", "falcon", "olmo", "stablelm", "starcoder2", "nemotron"), _LAYER_NORM),
+    "phimoe": _LAYER_NORM,
+    **dict.fromkeys(("ernie4_5", "ernie4_5_moe", "helium", "glm", "glm4"), _NEIGHBOURS),
+    **dict.fromkeys(("arcee", "apertus"), _NO_GATE),
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe"), _LATE_NORMS),
     "granitemoe": "multipliers of embedding, attention, residual and logits around its experts",
-    "qwen3_next": "linear attention in most layers, whose state R2 and R3 do not go through",
     "llama4": "a router that scales what experts read, shared experts, and attention in chunks",
-    "ernie4_5": "a position embedding that turns neighbouring channels, with which learned scales of keys do not commute",
-    "phi": _LAYER_NORM,
-    "gpt2": _LAYER_NORM,
-    "gpt_neox": _LAYER_NORM,
-    "falcon": _LAYER_NORM,
-    "olmo": _LAYER_NORM,
     "ministral3": "queries scaled by their position, which the layers here are not told",
-    "mistral3": _WRAPPER,
-    "mllama": _WRAPPER,
-    "qwen2_5_vl": _WRAPPER,
 }
 
 

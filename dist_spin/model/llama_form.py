@@ -37,7 +37,9 @@ class LlamaForm:
 
 def llama_form(config: Any) -> LlamaForm | None:
     """How a model of `config`, from transformers, is read as another family; None where it is read as it is."""
-    make = {"phi3": _phi3, "granite": _granite, "gemma": _gemma}.get(config.model_type)
+    make = {"phi3": _phi3, "granite": _granite, "gemma": _gemma, "internlm3": _same, "iquestcoder": _same}.get(
+        config.model_type
+    )
     return None if make is None else make(config)
 
 
@@ -62,6 +64,10 @@ def _config(config: Any, *, tied: bool) -> Any:
     if original := content["rope_parameters"].get("original_max_position_embeddings"):
         made.original_max_position_embeddings = original  # where vLLM and older transformers look for it
     return made
+
+
+def _same(config: Any) -> LlamaForm:
+    return LlamaForm(_config(config, tied=config.tie_word_embeddings))
 
 
 def _phi3(config: Any) -> LlamaForm:
