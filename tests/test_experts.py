@@ -46,7 +46,7 @@ from dist_spin.runtime import distributed
 WIDE = torch.float64
 IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(1))
 GPT_OSS, GLM = "gpt-oss-20b (2880, 2880)", "glm-4.5 (5120, 1536)"
-AS_GLM = ("solar_open", "dots1")  # have its modules; tests/test_families.py holds what is theirs
+AS_GLM = ("solar_open", "dots1", "minimax_m2")  # have its modules; tests/test_families.py holds what is theirs
 MODELS = [name for name, c in FAMILIES.items() if c.model_type in EXPERT_FAMILIES and c.model_type not in AS_GLM]
 
 

@@ -1,5 +1,6 @@
 """Settings in the config of a supported family: each does what it does in transformers, or is refused."""
 
+import copy
 import random
 from dataclasses import fields
 from itertools import combinations
@@ -191,7 +192,8 @@ def test_a_changed_flag_is_honoured_or_refused(kind, tmp_path):
         if "rope_parameters" in change and kind in ("gemma3_text", "olmo3"):
             change = change | {"rope_parameters": by_kind_of_layer(change["rope_parameters"])}
         try:
-            config = type(plain).from_dict(plain.to_dict() | change)
+            # A copy: configs write into the rope_parameters that they are given.
+            config = type(plain).from_dict(copy.deepcopy(plain.to_dict() | change))
         except Exception:  # transformers refuses it
             continue
         wanted = theirs(config, directory)

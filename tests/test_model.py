@@ -63,11 +63,18 @@ def reference_logits(files: ModelFiles, ids: Tensor, dtype: torch.dtype) -> Tens
             shares = shares / (shares.sum(-1, keepdim=True) + 1e-20)
         return scores, router.routed_scaling_factor * shares, experts
 
+    def route_with_correction(router: nn.Module, x: Tensor, correction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scores = nn.functional.linear(x.flatten(0, -2), router.weight).sigmoid()
+        experts = (scores + correction).topk(router.top_k, -1).indices
+        shares = scores.gather(-1, experts)
+        return scores, shares / shares.sum(-1, keepdim=True), experts
+
     for module in list(model.modules()):
         if type(module).__name__.endswith("TopkRouter"):  # of GLM-4.5 and its like
             module.forward = route_by_sigmoid.__get__(module)
         if type(module).__name__.endswith("TopKRouter"):
-            module.forward = route.__get__(module)
+            own = route_with_correction if files.config.model_type == "minimax_m2" else route
+            module.forward = own.__get__(module)
         for name, child in list(module.named_children()):
             kind = type(child).__name__
             if kind.startswith("Gemma") and kind.endswith("RMSNorm"):  # which store w of a gain 1 + w

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dist_spin.model.experts import SIGMOID_FAMILIES
+from dist_spin.model.experts import CORRECTION, GLM_LIKE
 
 MIXTRAL_LINEARS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}  # as its checkpoints name them
 STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -76,9 +76,10 @@ def expert_parts(name: str, shape: tuple[int, ...], *, interleaved: bool = False
 
 
 def name_here(stored: str) -> str:
-    """The name within our modules of a tensor as a checkpoint of Mixtral, gpt-oss or GLM stores it; others as they are."""
+    """The name within our modules of a tensor as checkpoints of Mixtral, gpt-oss, GLM or MiniMax store it; others as they are."""
     name = stored.replace(".block_sparse_moe.", ".mlp.").replace(".mlp.router.", ".mlp.gate.")
     name = name.replace(".mlp.shared_experts.", ".mlp.shared_expert.")
+    name = name.replace(".mlp.e_score_correction_bias", f".{CORRECTION}")
     return re.sub(r"(\.experts\.\d+)\.(w[123])\.", lambda m: f"{m[1]}.{MIXTRAL_LINEARS[m[2]]}.", name)
 
 
@@ -86,10 +87,12 @@ def name_in_checkpoints(model_type: str, name: str) -> str:
     """The reverse of `name_here`, for a name within a layer."""
     if model_type == "gpt_oss":
         return name.replace("mlp.gate.", "mlp.router.", 1)
-    if model_type in SIGMOID_FAMILIES:
+    if model_type in GLM_LIKE:
         return name.replace("mlp.shared_expert.", "mlp.shared_experts.", 1)
-    if model_type != "mixtral" or not name.startswith("mlp."):
+    if model_type not in ("mixtral", "minimax_m2") or not name.startswith("mlp."):
         return name
+    if name == CORRECTION:
+        return "block_sparse_moe.e_score_correction_bias"
     stored = {linear: w for w, linear in MIXTRAL_LINEARS.items()}
     name = re.sub(r"(experts\.\d+)\.(\w+)\.", lambda m: f"{m[1]}.{stored[m[2]]}.", name)
     return name.replace("mlp.", "block_sparse_moe.", 1)

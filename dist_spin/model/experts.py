@@ -13,8 +13,9 @@ from dist_spin.errors import UserError
 from dist_spin.model.stacked_experts import ExpertForm, GatedActivation, StackedExperts, by_expert, chosen_experts
 from dist_spin.numerics.dtypes import accumulation_dtype
 
-# Routers of sigmoids with a correction, shared experts that count in full, and the first layers may be dense.
-SIGMOID_FAMILIES = ("glm4_moe", "solar_open", "dots1")
+# Shared experts that count in full, the first layers may be dense, and names of entries of config.json as DeepSeek-V3 has them.
+GLM_LIKE = ("glm4_moe", "solar_open", "dots1")
+SIGMOID_FAMILIES = (*GLM_LIKE, "minimax_m2")  # routers of sigmoids with a correction
 EXPERT_FAMILIES = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "gpt_oss", *SIGMOID_FAMILIES)
 SHARED = "mlp.shared_expert"  # which every token computes, in Qwen2-MoE times a share of its own
 ROUTERS = ("mlp.gate", f"{SHARED}_gate")  # never rounded; the second where a shared expert has a share of its own
@@ -26,26 +27,26 @@ def expert_count(config: Any) -> int:
     """Experts per layer of a transformers config; 0 for a dense model."""
     if config.model_type not in EXPERT_FAMILIES:
         return 0
-    if config.model_type in SIGMOID_FAMILIES:
+    if config.model_type in GLM_LIKE:
         return config.n_routed_experts or 0
-    name = "num_local_experts" if config.model_type in ("mixtral", "gpt_oss") else "num_experts"
+    name = "num_local_experts" if config.model_type in ("mixtral", "gpt_oss", "minimax_m2") else "num_experts"
     return int(getattr(config, name))
 
 
 def dense_layers(config: Any) -> int:
     """How many layers, the first ones, have a dense MLP in place of experts."""
-    return getattr(config, "first_k_dense_replace", 0) if config.model_type in SIGMOID_FAMILIES else 0
+    return getattr(config, "first_k_dense_replace", 0) if config.model_type in GLM_LIKE else 0
 
 
 def expert_width(config: Any) -> int:
     """Intermediate size of one expert."""
-    of_all = config.model_type in ("mixtral", "olmoe", "gpt_oss")
+    of_all = config.model_type in ("mixtral", "olmoe", "gpt_oss", "minimax_m2")
     return config.intermediate_size if of_all else config.moe_intermediate_size
 
 
 def shared_width(config: Any) -> int:
     """Intermediate size of the shared expert, a multiple of `expert_width`; 0 where there is none."""
-    if config.model_type in SIGMOID_FAMILIES:
+    if config.model_type in GLM_LIKE:
         return int((config.n_shared_experts or 0) * config.moe_intermediate_size)
     return config.shared_expert_intermediate_size if config.model_type == "qwen2_moe" else 0
 
@@ -88,7 +89,7 @@ def check_experts(config: Any) -> None:
     if expert_count(config) and not 0 <= dense_layers(config) < config.num_hidden_layers:
         problem = f"first_k_dense_replace={dense_layers(config)} of config.json leaves no layer with experts"
         raise UserError(problem, "use another model")
-    if config.model_type in SIGMOID_FAMILIES:
+    if config.model_type in GLM_LIKE:
         groups, experts = config.n_group or 1, expert_count(config)
         each = experts // groups
         chosen_from = (config.topk_group or 1) * each
@@ -201,11 +202,13 @@ class MixtureOfExperts(nn.Module):
         """
         super().__init__()
         # gpt-oss takes the softmax of the chosen logits alone, which is the same.
-        normalised = config.model_type in ("mixtral", "gpt_oss") or config.norm_topk_prob
+        normalised = config.model_type in ("mixtral", "gpt_oss", "minimax_m2") or config.norm_topk_prob
         count, hidden, width, form = expert_count(config), config.hidden_size, expert_width(config), expert_form(config)
         self.gate: nn.Module
         if config.model_type in SIGMOID_FAMILIES:
-            how = {"groups": config.n_group, "kept": config.topk_group, "factor": config.routed_scaling_factor}
+            how: dict[str, Any] = {"groups": 1, "kept": 1, "factor": 1.0}
+            if config.model_type in GLM_LIKE:
+                how = {"groups": config.n_group, "kept": config.topk_group, "factor": config.routed_scaling_factor}
             self.gate = SigmoidRouter(hidden, count, config.num_experts_per_tok, normalised=normalised, **how)
         else:
             self.gate = Router(hidden, count, config.num_experts_per_tok, normalised=normalised, bias=form.biases)

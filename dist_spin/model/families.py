@@ -64,6 +64,9 @@ FAMILIES = {
     ),
     "glm4_moe": Family("GLM-4.5 to 4.7, GLM-4.5-Air", engines="vLLM", unscaled=("up", "key")),
     "solar_open": Family("Solar Open 100B", engines="vLLM"),
+    "minimax_m2": Family(
+        "MiniMax-M2 to M2.5", engines="none: vLLM's router on CPUs knows no correction", unscaled=("key",)
+    ),
     "dots1": Family("dots.llm1", windows="by layer", engines="vLLM", unscaled=("up",)),
     "phi3": Family(
         "Phi-3 and 3.5 mini, Phi-3 medium, Phi-4 14B",
@@ -114,7 +117,7 @@ FAMILIES = {
 }
 
 # Whose position embedding may turn a part of each head; keys then learn no scales (`Shape.unscaled`).
-PARTIAL = ("glm4_moe",)
+PARTIAL = ("glm4_moe", "minimax_m2")
 
 # Why a family that people ask for is refused; anything else is simply unknown.
 _LATENT = "queries and keys made from latent vectors with norms of their own (MLA), which are sites that are not built"
