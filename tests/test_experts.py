@@ -15,7 +15,7 @@ from test_model import CPU, eager_and_compiled, learning_model, online_sites, re
 from test_transforms import build, learned_transforms, merged
 from tiny import tiny_run, write_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, Mxfp4Config
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
 
 import dist_spin
 from dist_spin.cli import main
@@ -23,7 +23,7 @@ from dist_spin.config.loader import load_config
 from dist_spin.errors import UserError
 from dist_spin.model.activation_checkpoint import LEVELS
 from dist_spin.model.architecture import Shape
-from dist_spin.model.expert_storage import layer_in_checkpoints
+from dist_spin.model.expert_storage import layer_in_checkpoints, name_here
 from dist_spin.model.experts import CORRECTION, EXPERT_FAMILIES, Expert, ExpertList
 from dist_spin.model.fake_quant_model import FakeQuantModel
 from dist_spin.model.layers import LayerRunner
@@ -45,7 +45,7 @@ from dist_spin.runtime import distributed
 
 WIDE = torch.float64
 IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(1))
-GPT_OSS, GLM = "gpt-oss-20b (2880, 2880)", "glm-4.5 (5120, 1536)"
+GPT_OSS, GLM, MINIMAX = "gpt-oss-20b (2880, 2880)", "glm-4.5 (5120, 1536)", "minimax-m2 (3072, 1536)"
 AS_GLM = ("solar_open", "dots1", "minimax_m2")  # have its modules; tests/test_families.py holds what is theirs
 MODELS = [name for name, c in FAMILIES.items() if c.model_type in EXPERT_FAMILIES and c.model_type not in AS_GLM]
 
@@ -294,6 +294,34 @@ def test_a_published_gpt_oss_is_dequantised_as_its_refusal_says(tmp_path):
         files.weights.rows("model.layers.1.mlp.experts.3.up_proj.weight"), expert.gate_up_proj[3].T[1::2]
     )
     assert torch.equal(files.weights.rows("model.layers.1.mlp.experts.3.down_proj.weight"), expert.down_proj[3].T)
+
+
+def test_a_published_minimax_is_dequantised_as_its_refusal_says(tmp_path):
+    """Checkpoints of MiniMax-M2 hold FP8 codes, and `weight_scale_inv` of blocks of 128 x 128, in which these weights fit."""
+    packed, model = tmp_path / "packed", write_model(FAMILIES[MINIMAX], tmp_path / "model", dtype=torch.bfloat16)
+    tensors, wanted = load_file(model / "model.safetensors"), {}
+    kept = ("gate.weight", "norm.weight", "lm_head.weight", "embed_tokens.weight")
+    for name in [name for name in tensors if name.endswith("weight") and not name.endswith(kept)]:
+        scale = tensors[name].float().abs().max() / 448
+        tensors[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale.view(1, 1)
+        wanted[name] = (tensors[name].float() * scale).bfloat16()
+    packed.mkdir()
+    save_file(tensors, packed / "model.safetensors", {"format": "pt"})
+    how = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["gate", "lm_head"]}
+    content = json.loads((model / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps(content | {"quantization_config": how}))
+    with pytest.raises(UserError, match=r"already quantised \(fp8, .*FineGrainedFP8Config\(dequantize=True\)"):
+        open_model(str(packed))
+    theirs = AutoModelForCausalLM.from_pretrained(
+        packed, quantization_config=FineGrainedFP8Config(dequantize=True), dtype=torch.bfloat16
+    )
+    theirs.save_pretrained(tmp_path / "dequantised", save_original_format=False)
+    files = open_model(str(tmp_path / "dequantised"))
+    assert not files.notes
+    assert len(wanted) == 2 * (4 + 3 * files.shape.experts)
+    for name, weight in wanted.items():
+        assert relative(files.weights.rows(name_here(name)), weight) < 2**-8, name
 
 
 def test_what_corrects_a_router_is_not_rounded_to_16_bits(tmp_path):

@@ -22,9 +22,10 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors writes them; anyt
 POINTER = b"version https://git-lfs"
 DOWNLOAD_AGAIN = "download the model again"
 GIVE_16_BIT = "give the 16-bit model that it was made from"
-# gpt-oss was published in no other form. In its original format transformers would give 16-bit tensors the names of codes.
+# Families published in no other form. In the original format transformers would give 16-bit tensors the names of codes.
+DEQUANTISERS = {("gpt_oss", "mxfp4"): "Mxfp4Config", ("minimax_m2", "fp8"): "FineGrainedFP8Config"}
 DEQUANTISE = (
-    "let transformers write it in 16 bits: from_pretrained with quantization_config=Mxfp4Config(dequantize=True), then "
+    "let transformers write it in 16 bits: from_pretrained with quantization_config={}(dequantize=True), then "
     "save_pretrained with save_original_format=False"
 )
 
@@ -137,7 +138,8 @@ def check_config(directory: Path, *, dummy: bool = False) -> dict[str, Any]:
     quantization = content.get("quantization_config")
     if quantization and not dummy:
         method = quantization_method(quantization)
-        remedy = DEQUANTISE if (model_type, method) == ("gpt_oss", "mxfp4") else GIVE_16_BIT
+        dequantiser = DEQUANTISERS.get((str(model_type), method))
+        remedy = DEQUANTISE.format(dequantiser) if dequantiser else GIVE_16_BIT
         raise UserError(f"{directory} is already quantised ({method}, says its config.json)", remedy)
     return content
 
