@@ -94,11 +94,9 @@ def plan_trials(config: RunConfig) -> list[Trial]:
     """Every trial of a comparison, none twice: the table of the first seed, the study of the spread, the other seeds.
 
     Raises:
-        UserError: a method is not built, or has no place for a number format or for `quant.a8_inputs`.
+        UserError: a method is not built, or has no place for a number format.
     """
     c, systems = config.compare, all_systems()
-    if config.quant.a8_inputs:
-        raise UserError("quant.a8_inputs has no place in columns of one number of bits", "compare without it")
     for method in c.methods:
         if method not in systems or method == FULL:
             known = ", ".join(name for name in systems if name != FULL)

@@ -1,14 +1,12 @@
 """Settings of the quantisers of weights, activations, keys and values."""
 
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from dist_spin.config.checks import BITS, FP32_TINY, MAX_CHANNELS, check_range, check_unique, require
+from dist_spin.config.checks import BITS, FP32_TINY, MAX_CHANNELS, check_range, require
 from dist_spin.numerics.formats import FORMATS
 
 Format = Literal["int", "fp8", "mxfp8", "mxfp4", "nvfp4"]
-WIDE_INPUT = re.compile(r"(0|[1-9][0-9]{0,5})\.(attention|o|mlp|down)")
 CLIP_PRESETS: dict[str, dict[str, Any]] = {"quarot": {"a_clip_ratio": 0.9, "k_clip_ratio": 0.95, "v_clip_ratio": 0.95}}
 
 
@@ -35,9 +33,6 @@ class QuantConfig:
     """Bits of lm_head (2 to 8, or 16 = off), rounded as the embedding is; tied weights are rounded separately."""
     a_bits: int = 4
     """Bits of the inputs of linear layers (2 to 8, or 16 = off), quantised per token at run time."""
-    a8_inputs: list[str] = field(default_factory=list)
-    """Inputs of linears with 8 bits instead of a_bits once rotations are learned, LAYER.INPUT each, such as [29.mlp, 0.down]:
-    attention (of q, k and v), o, mlp (of gate and up) or down. benchmarks/input_bits.py finds those that pay most."""
     a_format: Format = "int"
     """Number format of the inputs of linear layers, as w_format; fp8 has a scale per token. All but int are symmetric."""
     a_symmetric: bool = False
@@ -87,7 +82,6 @@ class QuantConfig:
             require(bits in BITS, f"quant.{prefix}_bits", bits, "use 2 to 8 bits, or 16 = off")
         same = "use 2 to 8 bits, or 0 for the same as quant.w_bits"
         require(self.down_bits in (0, *BITS[:-1]), "quant.down_bits", self.down_bits, same)
-        self._check_a8_inputs()
         if self.w_bits == 16:  # nothing would read them
             off = "quant.w_bits=16 leaves all weights as they are, so use"
             require(self.down_bits == 0, "quant.down_bits", self.down_bits, f"{off} 0")
@@ -107,18 +101,6 @@ class QuantConfig:
             "v": self.v_group_size,
         }.items():
             check_range(f"quant.{prefix}_group_size", size, 0, MAX_CHANNELS, channels)
-
-    def _check_a8_inputs(self) -> None:
-        """Refuse inputs that are named wrongly or twice, and 8 bits where they widen nothing."""
-        if not self.a8_inputs:
-            return
-        named = "name inputs as LAYER.INPUT, such as 29.mlp: attention, o, mlp or down"
-        for name in self.a8_inputs:
-            require(bool(WIDE_INPUT.fullmatch(name)), "quant.a8_inputs", name, named)
-        check_unique("quant.a8_inputs", self.a8_inputs, "name each input once")
-        narrow = self.a_bits < 8 and self.a_format == "int"
-        remedy = "leave them out, or use quant.a_format=int with quant.a_bits below 8, which they widen"
-        require(narrow, "quant.a8_inputs", self.a8_inputs, remedy)
 
     def _check_format(self, prefix: str, kind: str) -> None:
         """Refuse what the format `kind` of weights, activations, keys or values has no place for."""

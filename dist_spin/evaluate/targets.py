@@ -75,7 +75,6 @@ def describe(config: RunConfig, target: EvalTarget) -> dict[str, Any]:
         "w_bits": q.w_bits if target.weights != "none" else 16,
         **{f"{s}_bits": 16 if off else getattr(q, f"{s}_bits") for s in "akv"},
         **{name: value for name, value in formats.items() if value != "int"},
-        **({"a8_inputs": q.a8_inputs} if q.a8_inputs and not off else {}),
         "group_size": q.weights_per_scale if target.weights != "none" else 0,
         "seed": config.rotation.seed,
     }

@@ -107,7 +107,7 @@ def _method(job: ExportJob) -> list[str]:
 
 
 def _bits(row: dict[str, Any]) -> str:
-    if any(name in row for name in (*FORMAT_SETTINGS, "a8_inputs")):
+    if any(name in row for name in FORMAT_SETTINGS):
         return bits_label(row)
     return f"W{row['w_bits']}A{row['a_bits']}K{row['k_bits']}V{row['v_bits']}"
 
@@ -117,8 +117,7 @@ def _online_bits(q: QuantConfig) -> str:
         return f"{bits} ({name})" if bits < 16 and name != "int" else str(bits)
 
     keys, values = width(q.k_bits, q.kv_format), width(q.v_bits, q.kv_format)
-    wide = f" ({', '.join(q.a8_inputs)}: 8)" if q.a8_inputs else ""
-    return f"activations {width(q.a_bits, q.a_format)} bits{wide}, keys {keys}, values {values}"
+    return f"activations {width(q.a_bits, q.a_format)} bits, keys {keys}, values {values}"
 
 
 def _perplexity(job: ExportJob) -> list[str]:

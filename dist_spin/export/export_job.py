@@ -35,8 +35,8 @@ DirectoryWriter = Callable[[Path], None]  # writes an export's own files into an
 # What the card tells of a measurement; seconds and other figures of how it was made decide nothing.
 FORMAT_SETTINGS = ("w_format", "a_format", "kv_format")  # in a row where they are not int
 CARD_FIGURES = ("dataset", "w_bits", "a_bits", "k_bits", "v_bits", "method", "weights", "ppl")
-CARD_EXTRAS = {"layers", "a8_inputs", *FORMAT_SETTINGS, *(figure.name for figure in FIDELITY)}  # of rows that have them
-CARD_GREEDY = {"prompts", *CARD_FIGURES[1:-1], *FORMAT_SETTINGS, "a8_inputs", "layers", "n", "prompt_tokens"}
+CARD_EXTRAS = {"layers", *FORMAT_SETTINGS, *(figure.name for figure in FIDELITY)}  # of rows that have them
+CARD_GREEDY = {"prompts", *CARD_FIGURES[1:-1], *FORMAT_SETTINGS, "layers", "n", "prompt_tokens"}
 CARD_GREEDY |= {"greedy_first", "greedy_equal"}
 REQUANTIZE = "run `dist-spin quantize` with the settings of this export"
 
@@ -98,8 +98,6 @@ class ExportJob:
         same = {f"{s}_bits": getattr(q, f"{s}_bits") for s in "akv"} | {"rotation": LEARNED}
         if any(row.get(name, "int") != getattr(q, name) for name in FORMAT_SETTINGS[1:]):
             return False
-        if row.get("a8_inputs", []) != q.a8_inputs:
-            return False
         if any(row.get(name) != value for name, value in same.items()) or (self.config.rotation.online and not self.r4):
             return False
         if self.target == "compressed-tensors":
@@ -143,8 +141,6 @@ class ExportJob:
         }
         if self.greedy:  # exports of runs without prompts keep their fingerprint
             export["greedy"] = [{k: v for k, v in row.items() if k in CARD_GREEDY} for row in self.greedy]
-        if self.config.quant.a8_inputs:
-            export["a8_inputs"] = self.config.quant.a8_inputs
         return identity_hash(model | export)
 
     def check_run(self) -> None:

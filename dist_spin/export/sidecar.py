@@ -24,7 +24,6 @@ from dist_spin.storage.tensor_file import CorruptFile, load_tensors, save_tensor
 NAME, ONLINE = "dist_spin.json", "dist_spin/online.safetensors"
 SPECS, HADAMARDS, CLIP_FIELD = ("a", "o", "k", "v"), ("r3", "r4"), "clips"  # fields of Sites
 APART_FIELD = "k_bias_apart"  # of Sites, too; in the file where it is true
-WIDE_FIELD = "wide"  # of Sites, too: layer and site of each; in the file where there are any
 EXPORT_AGAIN = "copy the whole directory again, or export again"
 
 
@@ -53,7 +52,6 @@ def write_sidecar(directory: Path, sidecar: Sidecar) -> None:
         "online": {name: [len(f) for f in getattr(sidecar.sites, name)] for name in HADAMARDS},
         "clips": CLIP_FIELD in tensors,
         **({APART_FIELD: True} if sidecar.sites.k_bias_apart else {}),
-        **({WIDE_FIELD: [list(each) for each in sidecar.sites.wide]} if sidecar.sites.wide else {}),
         "weights": files_fingerprint(directory, weight_map(directory).values()),
     }
     write_description(directory, {**content, "checksum": _checksum(content, tensors)})
@@ -84,7 +82,6 @@ def read_sidecar(directory: Path) -> Sidecar:
     fields |= {name: tuple(tensors[f"{name}.{i}"] for i in range(len(online[name]))) for name in HADAMARDS}
     fields |= {CLIP_FIELD: tensors[CLIP_FIELD]} if clips else {}
     fields |= {APART_FIELD: content.pop(APART_FIELD, False)}
-    fields |= {WIDE_FIELD: tuple((layer, site) for layer, site in content.pop(WIDE_FIELD, []))}
     plain = {key: value for key, value in content.items() if key not in ("sites", "online", "clips", "weights")}
     return Sidecar(**_renamed(plain), sites=Sites(**fields))
 

@@ -30,7 +30,6 @@ INPUT_SCALES = (
     "input.tensor_scales"  # name, among a layer's tensors, of NVFP4's global scales [4] of the inputs of linears
 )
 SCALED_SITES = CLIP_SITES[:4]  # whose they are, in this order
-WIDE_BITS = 8  # of the inputs named in `Sites.wide`
 SITE_OF_LINEAR = {role: i for i, roles in enumerate(LINEARS_BY_SITE) for role in roles}  # index among them
 
 
@@ -40,8 +39,7 @@ class Sites:
 
     k_bias_apart: keys are quantised without the bias of k_proj.
     mlp, down: quantisers of these inputs where they are not those of `a`. clips: learned clip ratios [layers, sites] of
-    merged layers, fp64 on the CPU, which `layer` puts into the quantisers. wide: layer and site of SCALED_SITES of the inputs
-    that have 8 bits where activations are quantised, and their whole range.
+    merged layers, fp64 on the CPU, which `layer` puts into the quantisers.
     """
 
     a: QuantSpec = QuantSpec()
@@ -55,7 +53,6 @@ class Sites:
     down: QuantSpec | None = None
     clips: Tensor | None = None
     k_bias_apart: bool = False
-    wide: tuple[tuple[int, str], ...] = ()
 
     @property
     def bits(self) -> dict[str, int]:
@@ -69,15 +66,12 @@ class Sites:
         return dataclasses.replace(self, r3=moved[0], r4=moved[1], heads=moved[2])
 
     def layer(self, index: int) -> "Sites":
-        """The sites of one merged layer, its learned clips on top of the configured ones, but for inputs of 8 bits."""
-        if self.clips is None and not self.wide:
+        """The sites of one merged layer, its learned clips on top of the configured ones."""
+        if self.clips is None:
             return self
-        learned = [1.0] * len(CLIP_SITES) if self.clips is None else self.clips[index].tolist()
-        ratios = dict(zip(CLIP_SITES, learned, strict=True))
+        ratios = dict(zip(CLIP_SITES, self.clips[index].tolist(), strict=True))
 
         def clip(spec: QuantSpec, site: str) -> QuantSpec:
-            if (index, site) in self.wide:
-                return dataclasses.replace(spec, bits=WIDE_BITS, clip_ratio=1.0) if spec.enabled else spec
             return dataclasses.replace(spec, clip_ratio=spec.clip_ratio * ratios[site])
 
         return dataclasses.replace(
@@ -89,7 +83,6 @@ class Sites:
             k=clip(self.k, "k"),
             v=clip(self.v, "v"),
             clips=None,
-            wide=(),
         )
 
     def with_tensor_scales(self, scales: Tensor | None) -> "Sites":
@@ -125,9 +118,8 @@ def attach(
     learned_at = dict.fromkeys(CLIP_SITES, NO_SCALE_OR_CLIP) if learned is None else learned
     d, mlp_spec, down_spec = shape.head_dim, sites.mlp or sites.a, sites.down or sites.a
     norm_spec = QuantSpec() if shape.experts else mlp_spec  # a router reads the norm too, unquantised
-    shared = getattr(layer, MLP_NORM) is getattr(layer, ATTENTION_NORM)  # then both read one site, the wider of the two
-    first = mlp_spec if shared and mlp_spec.bits > sites.a.bits else sites.a
-    for name, spec, site in ((ATTENTION_NORM, first, "attention"), (MLP_NORM, norm_spec, "mlp")):
+    shared = getattr(layer, MLP_NORM) is getattr(layer, ATTENTION_NORM)  # then both read one site
+    for name, spec, site in ((ATTENTION_NORM, sites.a, "attention"), (MLP_NORM, norm_spec, "mlp")):
         setattr(layer, name, NormSite(getattr(layer, name), spec, r1, learned_at[site]))
     if shared:
         setattr(layer, MLP_NORM, getattr(layer, ATTENTION_NORM))

@@ -305,10 +305,9 @@ def build_adam(transforms: ScalesAndClips, settings: OptimizeConfig) -> AdamOpti
 def run_fingerprint(config: RunConfig, files: ModelFiles, tokens: Tensor) -> dict[str, object]:
     """What must not change between the starts of one run, field by field."""
     learned = {k: v for k, v in flat(config.optimize, "optimize").items() if k.split(".")[1] not in FREE_SETTINGS}
-    weights = (
+    decides_nothing = (
         WEIGHT_SETTINGS if config.optimize.w_bits == 16 else ("quant.w_bits", "quant.down_bits", *EMBEDDING_SETTINGS)
     )
-    decides_nothing = (*weights, "quant.a8_inputs")
     sites = {k: v for k, v in flat(config.quant, "quant").items() if not k.startswith(decides_nothing)}
     return {
         "model weights": files.weights.fingerprint(),

@@ -115,9 +115,6 @@ def conflicts(target: str, config: RunConfig, model: Any, *, starting: bool) -> 
         yield from _of_compressed_tensors(config, shape)
     if target in QUANTISED:
         yield from _of_formats(target, config)
-    if target in QUANTISED and config.quant.a8_inputs:
-        problem = f"{target} is written with one number of bits for all inputs of linears, not with quant.a8_inputs"
-        yield UserError(problem, "leave them out, or export as hf")
     if target == "executorch" and not config.rotation.r1:
         yield UserError("executorch is written with the gains of norms folded, which R1 does", "set rotation.r1=true")
     if target == "executorch":

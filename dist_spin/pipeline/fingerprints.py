@@ -31,7 +31,6 @@ WEIGHT_SETTINGS = ("quant.w_", "quant.down_bits", *EMBEDDING_SETTINGS)  # beginn
 
 NEWER: dict[str, Any] = {  # settings that runs of before do not name, with what those did
     "quant.a_group_size": 0,
-    "quant.a8_inputs": [],
     "rotation.r1": True,
     "quant.k_bias_apart": False,
     "optimize.teacher_top_k": 0,

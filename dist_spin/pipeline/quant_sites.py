@@ -47,7 +47,7 @@ def sites_for(config: RunConfig, shape: Shape, *, rotated: bool = True, heads: b
     heads: QuaRot's Hadamard across the heads that o_proj reads, over the largest block of heads that has one.
 
     Raises:
-        UserError: a group size or an input's layer does not fit the model, or an order has no Hadamard.
+        UserError: a group size does not fit the model, or an order has no Hadamard.
     """
     q, d = config.quant, shape.head_dim
     for which in ("k", "v"):
@@ -93,18 +93,7 @@ def sites_for(config: RunConfig, shape: Shape, *, rotated: bool = True, heads: b
         r3=hadamard_factors(d, 0, "rotation.online") if online and q.k_bits < 16 else (),
         r4=_r4(config, shape) if online else (),
         heads=hadamard_factors(shape.heads, block, "rotation.online") if online and heads and block > 1 else (),
-        wide=_wide_inputs(config, shape),
     )
-
-
-def _wide_inputs(config: RunConfig, shape: Shape) -> tuple[tuple[int, str], ...]:
-    """Layer and site of each of `quant.a8_inputs`."""
-    named = [name.split(".") for name in config.quant.a8_inputs]
-    wide = tuple((int(layer), site) for layer, site in named)
-    if wide and (last := max(wide))[0] >= shape.layers:
-        problem = f"quant.a8_inputs has {last[0]}.{last[1]}, but the model has {shape.layers} layers, counted from 0"
-        raise UserError(problem, f"use layers up to {shape.layers - 1}")
-    return wide
 
 
 def _r4(config: RunConfig, shape: Shape) -> tuple[Tensor, ...]:
@@ -144,10 +133,8 @@ def check_format_groups(config: RunConfig, shape: Shape) -> None:
 def while_learning(config: RunConfig) -> RunConfig:
     """The configuration whose sites learning sees: activations, keys and values at `optimize.a_bits`, if that is set.
 
-    Keys and values in a number format have its bits. `quant.a8_inputs` are chosen by what was learned, so it knows none.
+    Keys and values in a number format have its bits.
     """
-    if config.quant.a8_inputs:
-        config = dataclasses.replace(config, quant=dataclasses.replace(config.quant, a8_inputs=[]))
     q, bits = config.quant, config.optimize.a_bits
     if not bits:
         return config

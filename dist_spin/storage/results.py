@@ -75,14 +75,9 @@ def measured_fidelity(rows: Iterable[Mapping[str, Any]]) -> list[Figure]:
 
 
 def bits_label(row: dict[str, Any]) -> str:
-    """The bit widths and formats of a row or of the settings `quant` as tables name them: W4A4KV4, W4A4K4V8, W4A4-nvfp4.
-
-    Inputs of linears that have 8 bits are counted behind them: W4A4KV4 + 12 x A8.
-    """
+    """The bit widths and formats of a row or of the settings `quant` as tables name them: W4A4KV4, W4A4K4V8, W4A4-nvfp4."""
     widths = {name: row[f"{name.lower()}_bits"] for name in "WAKV"}
-    label = column_name(widths, {name: row.get(f"{name.lower()}_format", "int") for name in ("W", "A", "KV")})
-    wide = len(row.get("a8_inputs") or ())
-    return f"{label} + {wide} x A8" if wide else label
+    return column_name(widths, {name: row.get(f"{name.lower()}_format", "int") for name in ("W", "A", "KV")})
 
 
 def system_label(system: str, clips: str) -> str:
