@@ -153,6 +153,11 @@ def starter_yaml(name: str, model: str, gpus: int, target: str) -> str:
             f"  clip_lr: {0.15 if small else 0.05}",
         ]
     if not small:
+        if fitted:
+            lines += [
+                "  objective: kl  # learn from what the original predicts, to stay close to it,",
+                "  teacher_top_k: 256  # stored once, for each token its most probable next ones",
+            ]
         lines.append("  guard_every: 10  # keep the best state on held-out text")
     if bits["a_bits"] == 16:
         lines.append("  a_bits: 4  # 16-bit activations round nothing, so learn from what 4 bits would round")
