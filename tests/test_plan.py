@@ -36,7 +36,7 @@ SHAPES = {
     name: Shape.of(AutoConfig.from_pretrained(ROOT / "configs" / "shapes" / f"llama-3-{name}"))
     for name in ("8b", "70b")
 }
-PAGE = (ROOT / "docs" / "performance.md").read_text()
+PAGE, MODELS_PAGE = ((ROOT / "docs" / page).read_text() for page in ("performance.md", "models.md"))
 # Shape, GPU, how many, sequences of 2048 tokens, weight bits; measured seconds of a step; peak GiB of one GPU, where measured.
 LEARNING = [
     ("8b", "h100", 1, 8, 16, 1.22, 47),
@@ -58,6 +58,15 @@ LEARNING = [
     ("70b", "h200", 4, 16, 16, 5.65, None),
     ("70b", "h200", 2, 16, 4, 20.79, None),
     ("70b", "h200", 4, 16, 4, 9.85, None),
+]
+# Shape, layers, GPUs, sequences, ranks that share a copy; seconds of a step, GiB of one GPU: docs/models.md.
+MIXTURES = [
+    ("qwen3-30b-a3b", 48, 2, 8, 2, 0.643, 64.8),
+    ("qwen3-30b-a3b", 4, 2, 8, 2, 0.096, None),
+    ("qwen3-30b-a3b", 4, 2, 8, 1, 0.085, None),
+    ("qwen3-235b-a22b", 2, 2, 8, 2, 0.143, 21.4),
+    ("qwen3-235b-a22b", 2, 2, 8, 1, 0.115, None),
+    ("qwen3-235b-a22b", 2, 2, 2, 2, 0.081, 20.5),
 ]
 PREDICTED = [
     (16, 8, 1.63),
@@ -102,6 +111,19 @@ def test_learning_takes_what_was_measured(shape, kind, gpus, sequences, bits, se
     assert not part.lacks
     if peak is not None:
         assert part.gpu / GIB == pytest.approx(peak, rel=0.15 if bits == 16 else 0.2)  # see plan_model
+
+
+@pytest.mark.parametrize(("name", "layers", "gpus", "sequences", "shards", "seconds", "peak"), MIXTURES)
+def test_learning_through_experts_takes_what_was_measured(name, layers, gpus, sequences, shards, seconds, peak):
+    shape = dataclasses.replace(Shape.of(AutoConfig.from_pretrained(ROOT / "configs" / "shapes" / name)), layers=layers)
+    config = settings(f"optimize.batch_size={sequences}", f"distributed.shard_ranks={shards}")
+    hardware = machine("h200", gpus)
+    point, offloaded = learning_point(config, shape, hardware)
+    assert point.levels == {"none": layers}
+    assert step_seconds(config, shape, point, offloaded, hardware) == pytest.approx(seconds, rel=0.15)
+    assert f"{seconds} s" in MODELS_PAGE
+    if peak is not None:  # as above, more is planned than was used
+        assert peak < optimize(config, shape, hardware).gpu / GIB < 1.21 * peak
 
 
 @pytest.mark.parametrize(("bits", "sequences", "seconds"), PREDICTED)
@@ -244,9 +266,14 @@ def test_a_mixture_of_experts_is_planned_by_all_its_weights_and_the_work_of_thos
     assert main(["plan", f"model.path={place}", "--gpus", "2", "--gpu", "h200", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert planned["fits"]
-    for name, measured in (("qwen3-30b-a3b", 2.53), ("qwen3-235b-a22b", 8.15)):  # docs/models.md
+    shared = settings("quantize.n_sequences=64", "quantize.parallel=ranks")
+    for name, alone, by_two, peak in (("qwen3-30b-a3b", 1.34, 1.47, 9.5), ("qwen3-235b-a22b", 3.25, 2.96, 28.8)):
         of_shape = Shape.of(AutoConfig.from_pretrained(ROOT / "configs" / "shapes" / name))
-        assert sum(gptq_layer_seconds(of_shape, 64 * 2048, 2048, 1.0).values()) == pytest.approx(measured, rel=0.15)
+        assert sum(gptq_layer_seconds(of_shape, 64 * 2048, 2048, 1.0).values()) == pytest.approx(alone, rel=0.15)
+        said = quantize(shared, of_shape, machine("h200", 2, 500)).notes[0]
+        assert float(said.split()[0]) == pytest.approx(by_two, rel=0.15)
+        assert gptq_bytes(of_shape, 64 * 2048) / GIB == pytest.approx(peak, rel=0.15)
+        assert all(f"{figure} s" in MODELS_PAGE for figure in (alone, by_two))
     dense = dataclasses.replace(shape, experts_per_token=128)
     seconds = [gptq_layer_seconds(s, 128 * 2048, 2048, 1.0) for s in (shape, dense)]
     assert seconds[0]["solve"] == seconds[1]["solve"]

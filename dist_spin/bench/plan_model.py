@@ -37,16 +37,25 @@ from dist_spin.pipeline.range_init import STEPS as FIT_STEPS
 from dist_spin.pipeline.range_init import TOKENS as FIT_TOKENS
 from dist_spin.quantize.tune import BATCH as TUNE_BATCH
 
-# Of one H200, fitted to the rows of docs/performance.md.
+# Of one H200, fitted to the rows of docs/performance.md and, of experts, docs/models.md.
 LINK, COPY, CONTENTION = 375e9, 4000e9, 0.3  # as `bench scaling` has them
 RATE, ROUNDED_RATE = 625e12, 559e12  # FLOP/s of learning with 16-bit weights, and with fewer bits
 OVERHEAD = 3.9e-7  # seconds per layer and pass, times the hidden size
 REQUANTIZE = 7.9e-11  # seconds per weight on one GPU, in each step that learns with fewer weight bits
+LOGIT = (
+    2e-11  # seconds of the loss for each logit: of a large vocabulary they are read and written more often than counted
+)
+EXPERT_ROWS = 1.05e-11  # seconds for each value of the rows that experts read and write: sorted, rounded and summed
 SYMMETRIC = 0.88  # times that a step takes with symmetric activations; measured together with R4 in blocks of 2048
-OTHER_SHARE = 0.0065  # of a step: all-reduce, Cayley step, checkpoint
+STEP_END, CAYLEY = (
+    4.8e-3,
+    1.3e-13,
+)  # seconds of all-reduce and checkpoint; of the Cayley step of R1, times hidden ** 3 over ranks
 SCALES, KL = 1.2, 1.3  # times that a step takes with scales or clips; besides with the divergence from the original
 FORWARD, HESSIAN, FACTOR, SOLVE, ERRORS, MERGE = 563e12, 510e12, 52e12, 20e12, 52e12, 43e12  # FLOP/s of parts of GPTQ
-EXPERT = 1.58e-7  # seconds of each expert's matrices times inputs ** 1.5: they are too small to keep a GPU busy
+EXPERT = (
+    1.8e-5  # seconds of GPTQ for each expert's matrices times inputs ** 0.75: they are too small to keep a GPU busy
+)
 FP32, TF32 = 50e12, 350e12  # FLOP/s of large products, of which the fitted start is made
 # Not of the GPU.
 START = 7.6  # seconds before a process starts its work and after it: imports, CUDA, NCCL
@@ -139,7 +148,11 @@ def step_seconds(config: RunConfig, shape: Shape, point: scaling.Point, offloade
     fit = scaling.Fit(
         (RATE if o.w_bits == 16 else ROUNDED_RATE) * speed, OVERHEAD * shape.hidden if o.w_bits == 16 else 0.0
     )
-    seconds = sum(scaling.layers_time(shape, point, fit, hardware.machine())[:3])
+    compute, copies, exposed, _ = scaling.layers_time(shape, point, fit, hardware.machine())
+    tokens = point.micro_batches * point.tokens
+    seconds = compute + exposed + (copies if point.shards > 1 else 0.0)  # FSDP2 gathers nothing from a single rank
+    rows = shape.mean(lambda one: one.experts_per_token * (2 * one.hidden + 3 * one.intermediate))
+    seconds += tokens * (LOGIT * shape.vocab + EXPERT_ROWS * shape.layers * rows) / speed
     layer = layer_bytes(shape, DTYPE, o.w_bits) / point.shards
     copied = point.micro_batches * 2 * offloaded * layer / HOST_LINK
     seconds = max(seconds, copied) if point.shards == 1 else seconds + copied
@@ -148,7 +161,7 @@ def step_seconds(config: RunConfig, shape: Shape, point: scaling.Point, offloade
     seconds *= SYMMETRIC if config.quant.a_symmetric and config.quant.a_bits < 16 else 1.0
     seconds *= SCALES if o.scales or o.clips else 1.0
     seconds *= KL if o.objective != "cross_entropy" and not o.teacher_top_k else 1.0
-    return seconds / (1 - OTHER_SHARE)
+    return seconds + STEP_END + CAYLEY * shape.hidden**3 / point.ranks / speed
 
 
 def optimize(config: RunConfig, shape: Shape, hardware: Hardware) -> Part:
@@ -204,7 +217,7 @@ def gptq_layer_seconds(shape: Shape, tokens: float, seq_len: int, speed: float, 
     layers = shape.layers
     squares = shape.mean(lambda one: sum(count * rows * columns**2 for columns, rows, count, _ in one.products))
     cubes = shape.mean(lambda one: sum(count * columns**3 for columns, _, count, _ in one.products))
-    experts = shape.mean(lambda one: sum(count * columns**1.5 for columns, _, count, _ in one.products if count > 1))
+    experts = shape.mean(lambda one: sum(count * columns**0.75 for columns, _, count, _ in one.products if count > 1))
     return {
         "merge": 2 * shape.mean(lambda one: one.weights) * shape.hidden / MERGE / speed,
         "forward": tokens * forward_flop(shape, seq_len) / layers / FORWARD / speed,
