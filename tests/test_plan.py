@@ -212,6 +212,16 @@ def test_tuning_takes_the_whole_model_on_each_gpu():
     assert quantize(tuned, SHAPES["70b"], machine("h200", 4, 900)).lacks == "GPU memory"
 
 
+def test_a_plan_with_tuning_says_to_leave_it_out_and_proposes_no_ranges_of_layers(capsys):
+    shape = ROOT / "configs" / "shapes" / "llama-3-70b"
+    words = [f"model.path={shape}", "quantize.tune_steps=100", "--gpu", "h200", "--gpus", "4", "--host-memory", "900"]
+    assert main(["plan", *words, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert not planned["fits"]
+    assert any(line.startswith("quantize.tune_steps=0: ") for line in planned["changes"])
+    assert not any("layers_per_job" in line for line in planned["changes"])
+
+
 def test_a_plan_is_printed_with_what_to_change(tmp_path, capsys):
     config = tmp_path / "config.yaml"
     shape = ROOT / "configs" / "shapes" / "llama-3-70b"

@@ -95,9 +95,12 @@ def changes(config: RunConfig, shape: Shape, hardware: Hardware, planned: dict[s
         advice.append(f"use {enough} GPUs" if enough else "use GPUs with more memory")
         if "quantize" in planned and planned["quantize"].lacks == "GPU memory":
             advice.append("fewer calibration tokens: a smaller quantize.n_sequences or quantize.seq_len")
+            if config.quantize.tune_steps:
+                advice.append("quantize.tune_steps=0: tuning holds the whole model on each GPU, however many there are")
     if "optimize" in planned and learning_point(config, shape, hardware)[1]:
         advice.append("with more GPUs no layers would have to be copied from host memory in every step")
-    if "quantize" in planned and hardware.gpus > 1 and not config.quantize.layers_per_job:
+    in_one = not (config.quantize.layers_per_job or config.quantize.tune_steps)  # which ranges cannot be tuned in
+    if "quantize" in planned and hardware.gpus > 1 and in_one:
         per_gpu = math.ceil(shape.layers / hardware.gpus)
         in_jobs = dataclasses.replace(config, quantize=dataclasses.replace(config.quantize, layers_per_job=per_gpu))
         saved = planned["quantize"].seconds - quantize(in_jobs, shape, hardware).seconds
