@@ -106,7 +106,7 @@ def test_a_file_that_is_damaged_while_learning_goes_on_is_an_error_that_says_wha
 
 
 def test_settings_that_do_not_fit_are_refused(tmp_path, world):
-    with pytest.raises(UserError, match="cross entropy has no teacher"):
+    with pytest.raises(UserError, match="cross entropy has no teacher: set it to 0"):
         OptimizeConfig(teacher_top_k=5)
-    with pytest.raises(UserError, match="the vocabulary has 97 tokens; use fewer"):
+    with pytest.raises(UserError, match="the vocabulary has 97 tokens; use fewer, or 0"):
         train(load_config(None, settings(tmp_path, "run", "optimize.teacher_top_k=98")), world)

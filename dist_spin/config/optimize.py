@@ -120,7 +120,7 @@ class OptimizeConfig:
         check_range("optimize.keep_checkpoints", self.keep_checkpoints, 1, MAX_COUNT, "use 1 or more")
         check_range("optimize.teacher_top_k", self.teacher_top_k, 0, MAX_TOP_K, "use a number such as 256, or 0")
         if self.teacher_top_k:
-            unused = "cross entropy has no teacher: add optimize.objective=kl or mixed, or leave it out"
+            unused = "cross entropy has no teacher: set it to 0, or use optimize.objective=kl or mixed"
             distils = self.objective != "cross_entropy"
             require(distils, "optimize.teacher_top_k", self.teacher_top_k, unused)
         require(0 < self.kl_share < 1, "optimize.kl_share", self.kl_share, "use a share above 0 and below 1")

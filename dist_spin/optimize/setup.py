@@ -216,7 +216,7 @@ def store_teacher(train_state: TrainState, files: ModelFiles, all_tokens: Tensor
         problem = (
             f"optimize.teacher_top_k is {settings.teacher_top_k}, and the vocabulary has {files.shape.vocab} tokens"
         )
-        raise UserError(problem, "use fewer, such as 256")
+        raise UserError(problem, "use fewer, or 0 to store none")
     identity = {
         "model": files.weights.fingerprint(),
         "dtype": dtype_name(config),
