@@ -110,3 +110,4 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, world):
         OptimizeConfig(teacher_top_k=5)
     with pytest.raises(UserError, match="the vocabulary has 97 tokens; use fewer, or 0"):
         train(load_config(None, settings(tmp_path, "run", "optimize.teacher_top_k=98")), world)
+    assert not (tmp_path / "run" / "fingerprint.json").exists()  # which would hold the run to what was refused

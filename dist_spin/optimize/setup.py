@@ -209,14 +209,9 @@ def store_teacher(train_state: TrainState, files: ModelFiles, all_tokens: Tensor
     all_tokens: the learning text [n, T], at whose end the held-out sequences stand.
 
     Raises:
-        UserError: the vocabulary has fewer tokens than are to be stored, or the disk no room for them.
+        UserError: the disk has no room for them.
     """
     config, settings, count = train_state.config, train_state.config.optimize, len(train_state.tokens)
-    if settings.teacher_top_k > files.shape.vocab:
-        problem = (
-            f"optimize.teacher_top_k is {settings.teacher_top_k}, and the vocabulary has {files.shape.vocab} tokens"
-        )
-        raise UserError(problem, "use fewer, or 0 to store none")
     identity = {
         "model": files.weights.fingerprint(),
         "dtype": dtype_name(config),

@@ -68,13 +68,18 @@ def open_configured_model(config: RunConfig) -> ModelFiles:
 
 
 def check_model_settings(config: RunConfig, shape: Shape, model_type: str) -> None:
-    """Refuse settings that are not for a model, as `check_expert_settings` and `check_r1` do.
+    """Refuse settings that are not for a model: its experts (`check_expert_settings`), family (`check_r1`) or vocabulary.
 
     Raises:
         UserError: names the settings to change.
     """
     check_expert_settings(config, shape)
     check_r1(config, model_type)
+    if config.optimize.teacher_top_k > shape.vocab:
+        problem = (
+            f"optimize.teacher_top_k is {config.optimize.teacher_top_k}, and the vocabulary has {shape.vocab} tokens"
+        )
+        raise UserError(problem, "use fewer, or 0 to store none", shared=True)
 
 
 def check_tuning(config: RunConfig) -> None:
