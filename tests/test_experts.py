@@ -445,6 +445,23 @@ def test_dense_layers_among_the_experts_are_refused(files, tmp_path):
         open_model(str(tmp_path), dummy=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n_group", None),
+        ("topk_group", None),
+        ("first_k_dense_replace", None),
+        ("num_experts_per_tok", None),
+        ("num_experts_per_tok", 9),
+    ],
+)
+def test_routers_that_cannot_choose_are_refused_by_the_name_of_the_setting(name, value, tmp_path):
+    config = FAMILIES["dots-llm1 (4608, 1408)"].to_dict() | {name: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"{name}={value} of config.json"):
+        open_model(str(tmp_path), dummy=True)
+
+
 def test_packed_experts_have_the_names_and_bits_that_engines_read(files, tmp_path, capsys):
     more = (
         "optimize.steps=0",

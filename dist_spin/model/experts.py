@@ -74,7 +74,7 @@ def expert_linears(experts: int, shared: int) -> tuple[str, ...]:
 
 
 def check_experts(config: Any) -> None:
-    """Refuse a mixture of experts some of whose layers are dense, or whose parts no rotation goes through.
+    """Refuse a mixture of experts some of whose layers are dense, whose router cannot choose, or that no rotation goes through.
 
     Raises:
         UserError: names the setting of config.json.
@@ -86,17 +86,29 @@ def check_experts(config: Any) -> None:
     if config.model_type == "olmoe" and config.clip_qkv is not None:
         problem = "clip_qkv of config.json clips values one by one, which does not commute with R2"
         raise UserError(problem, "use a model without it")
-    if expert_count(config) and not 0 <= dense_layers(config) < config.num_hidden_layers:
+    if config.model_type not in EXPERT_FAMILIES:
+        return
+    least_values = {"num_experts_per_tok": 1}
+    if config.model_type in GLM_LIKE:
+        least_values |= {"n_routed_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}
+    for name, least in least_values.items():
+        value = getattr(config, name, least)
+        if not isinstance(value, int) or value < least:  # null, for example
+            problem = f"{name}={value} of config.json is no number from {least}"
+            raise UserError(problem, "use another model")
+    experts = expert_count(config)
+    if config.num_experts_per_tok > experts:
+        problem = f"num_experts_per_tok={config.num_experts_per_tok} of config.json is more than its {experts} experts"
+        raise UserError(problem, "use another model")
+    if dense_layers(config) >= config.num_hidden_layers:
         problem = f"first_k_dense_replace={dense_layers(config)} of config.json leaves no layer with experts"
         raise UserError(problem, "use another model")
     if config.model_type in GLM_LIKE:
-        groups, experts = config.n_group or 1, expert_count(config)
-        each = experts // groups
-        chosen_from = (config.topk_group or 1) * each
-        if groups * each != experts or each < 2 or not config.num_experts_per_tok <= chosen_from:
+        groups, each = config.n_group, experts // config.n_group
+        if groups * each != experts or each < 2 or not config.num_experts_per_tok <= config.topk_group * each:
             problem = f"n_group={groups} and topk_group={config.topk_group} of config.json do not fit its experts"
             raise UserError(problem, "use another model")
-    if expert_count(config) and shared_width(config) % expert_width(config):
+    if shared_width(config) % expert_width(config):
         problem = f"the shared expert is {shared_width(config)} wide, no multiple of an expert's {expert_width(config)}"
         raise UserError(problem, "use another model")
 
