@@ -17,7 +17,7 @@ from dist_spin.config.run import RunConfig
 from dist_spin.data import token_rows
 from dist_spin.model.architecture import Shape
 from dist_spin.model.weights import open_model
-from dist_spin.pipeline.model import check_model_settings, check_tuning
+from dist_spin.pipeline.model import check_model_settings, check_stored_teacher, check_tuning
 from dist_spin.pipeline.quant_sites import sites_for
 from dist_spin.runtime.host_memory import host_bytes_free
 from dist_spin.runtime.text_table import aligned
@@ -52,6 +52,7 @@ def plan(
     shape = Shape.of(model)
     check_tuning(config)
     check_model_settings(config, shape, model.model_type)
+    check_stored_teacher(config, shape)
     sites_for(config, shape)  # which refuses groups and Hadamards that the model has no sizes for
     planned = parts(config, shape, hardware, evaluated_tokens(config))
     advice = changes(config, shape, hardware, planned)

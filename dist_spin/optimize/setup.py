@@ -29,7 +29,7 @@ from dist_spin.pipeline.dtype import dtype_name
 from dist_spin.pipeline.export_limits import check_export_target, tell_exportable
 from dist_spin.pipeline.fingerprints import EMBEDDING_SETTINGS, WEIGHT_SETTINGS, flat
 from dist_spin.pipeline.initial_rotations import fits_start, starting_rotations
-from dist_spin.pipeline.model import check_vocabulary, model_dtype, open_configured_model
+from dist_spin.pipeline.model import check_stored_teacher, check_vocabulary, model_dtype, open_configured_model
 from dist_spin.pipeline.quant_sites import (
     check_learning_formats,
     learned_transforms,
@@ -91,6 +91,7 @@ def build_training(config: RunConfig, world: World) -> TrainState:
     # open the model
     files = open_configured_model(config)
     check_export_target(config, files.config)
+    check_stored_teacher(config, files.shape)
     shape, dtype = files.shape, model_dtype(config)
 
     # build sites

@@ -68,14 +68,22 @@ def open_configured_model(config: RunConfig) -> ModelFiles:
 
 
 def check_model_settings(config: RunConfig, shape: Shape, model_type: str) -> None:
-    """Refuse settings that are not for a model: its experts (`check_expert_settings`), family (`check_r1`) or vocabulary.
+    """Refuse settings that are not for a model, as `check_expert_settings` and `check_r1` do.
 
     Raises:
         UserError: names the settings to change.
     """
     check_expert_settings(config, shape)
     check_r1(config, model_type)
-    if config.optimize.teacher_top_k > shape.vocab:
+
+
+def check_stored_teacher(config: RunConfig, shape: Shape) -> None:
+    """Refuse to store more predictions of a token than the vocabulary has.
+
+    Raises:
+        UserError: names the setting to change.
+    """
+    if config.optimize.steps and config.optimize.teacher_top_k > shape.vocab:
         problem = (
             f"optimize.teacher_top_k is {config.optimize.teacher_top_k}, and the vocabulary has {shape.vocab} tokens"
         )
