@@ -264,11 +264,30 @@ def test_experts_of_gpt_oss_are_read_out_of_its_stacks_and_written_as_them(gpt_o
         assert torch.equal(tensor, of_layer[name]), name
 
 
+def dequantised(tmp_path, model, tensors, how, dequantiser):
+    """A checkpoint of codes, refused as its 16-bit `model` is not, as transformers dequantises it: our files and its model."""
+    packed, written = tmp_path / "packed", tmp_path / "dequantised"
+    packed.mkdir()
+    save_file(tensors, packed / "model.safetensors", {"format": "pt"})
+    content = json.loads((model / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps(content | {"quantization_config": how}))
+    name = f"{how['quant_method']}, .*{dequantiser.__name__}"
+    with pytest.raises(UserError, match=rf"already quantised \({name}\(dequantize=True\)"):
+        open_model(str(packed))
+    theirs = AutoModelForCausalLM.from_pretrained(
+        packed, quantization_config=dequantiser(dequantize=True), dtype=torch.bfloat16
+    )
+    theirs.save_pretrained(written, save_original_format=False)
+    files = open_model(str(written))
+    assert not files.notes
+    return files, theirs
+
+
 def test_a_published_gpt_oss_is_dequantised_as_its_refusal_says(tmp_path):
     """Checkpoints of gpt-oss hold its experts in MXFP4, [experts, outputs, inputs / 32, 16] bytes and a scale for each 16."""
     config = copy.deepcopy(FAMILIES[GPT_OSS])
     config.hidden_size, config.intermediate_size = 64, 32
-    packed, model = tmp_path / "packed", write_model(config, tmp_path / "model", dtype=torch.bfloat16)
+    model = write_model(config, tmp_path / "model", dtype=torch.bfloat16)
     tensors = load_file(model / "model.safetensors")
     g = torch.Generator().manual_seed(0)
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "experts.down_proj"))]:
@@ -277,18 +296,7 @@ def test_a_published_gpt_oss_is_dequantised_as_its_refusal_says(tmp_path):
             256, (count, outputs, inputs // 32, 16), generator=g, dtype=torch.uint8
         )
         tensors[f"{name}_scales"] = torch.randint(122, 126, (count, outputs, inputs // 32), generator=g).byte()
-    packed.mkdir()
-    save_file(tensors, packed / "model.safetensors", {"format": "pt"})
-    content = json.loads((model / "config.json").read_text())
-    (packed / "config.json").write_text(json.dumps(content | {"quantization_config": {"quant_method": "mxfp4"}}))
-    with pytest.raises(UserError, match=r"already quantised \(mxfp4, .*Mxfp4Config\(dequantize=True\)"):
-        open_model(str(packed))
-    theirs = AutoModelForCausalLM.from_pretrained(
-        packed, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.bfloat16
-    )
-    theirs.save_pretrained(tmp_path / "dequantised", save_original_format=False)
-    files = open_model(str(tmp_path / "dequantised"))
-    assert not files.notes
+    files, theirs = dequantised(tmp_path, model, tensors, {"quant_method": "mxfp4"}, Mxfp4Config)
     expert = theirs.model.layers[1].mlp.experts
     assert torch.equal(
         files.weights.rows("model.layers.1.mlp.experts.3.up_proj.weight"), expert.gate_up_proj[3].T[1::2]
@@ -298,7 +306,7 @@ def test_a_published_gpt_oss_is_dequantised_as_its_refusal_says(tmp_path):
 
 def test_a_published_minimax_is_dequantised_as_its_refusal_says(tmp_path):
     """Checkpoints of MiniMax-M2 hold FP8 codes, and `weight_scale_inv` of blocks of 128 x 128, in which these weights fit."""
-    packed, model = tmp_path / "packed", write_model(FAMILIES[MINIMAX], tmp_path / "model", dtype=torch.bfloat16)
+    model = write_model(FAMILIES[MINIMAX], tmp_path / "model", dtype=torch.bfloat16)
     tensors, wanted = load_file(model / "model.safetensors"), {}
     kept = ("gate.weight", "norm.weight", "lm_head.weight", "embed_tokens.weight")
     for name in [name for name in tensors if name.endswith("weight") and not name.endswith(kept)]:
@@ -306,19 +314,8 @@ def test_a_published_minimax_is_dequantised_as_its_refusal_says(tmp_path):
         tensors[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
         tensors[f"{name}_scale_inv"] = scale.view(1, 1)
         wanted[name] = (tensors[name].float() * scale).bfloat16()
-    packed.mkdir()
-    save_file(tensors, packed / "model.safetensors", {"format": "pt"})
     how = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["gate", "lm_head"]}
-    content = json.loads((model / "config.json").read_text())
-    (packed / "config.json").write_text(json.dumps(content | {"quantization_config": how}))
-    with pytest.raises(UserError, match=r"already quantised \(fp8, .*FineGrainedFP8Config\(dequantize=True\)"):
-        open_model(str(packed))
-    theirs = AutoModelForCausalLM.from_pretrained(
-        packed, quantization_config=FineGrainedFP8Config(dequantize=True), dtype=torch.bfloat16
-    )
-    theirs.save_pretrained(tmp_path / "dequantised", save_original_format=False)
-    files = open_model(str(tmp_path / "dequantised"))
-    assert not files.notes
+    files, _ = dequantised(tmp_path, model, tensors, how, FineGrainedFP8Config)
     assert len(wanted) == 2 * (4 + 3 * files.shape.experts)
     for name, weight in wanted.items():
         assert relative(files.weights.rows(name_here(name)), weight) < 2**-8, name

@@ -11,12 +11,11 @@ import math
 from dataclasses import dataclass, field
 
 from dist_spin.bench import scaling_model as scaling
-from dist_spin.bench.scaling_model import DTYPE, GIB
+from dist_spin.bench.scaling_model import DTYPE, GIB, mean_layer_bytes
 from dist_spin.bench.stage_costs import (
     code_bytes,
     forward_flop,
     hessian_flop,
-    mean_layer_bytes,
     model_bytes,
     vocab_bytes,
 )

@@ -18,7 +18,6 @@ from dist_spin.bench import scaling_model as model
 from dist_spin.bench.optimize import json_config, step_flop
 from dist_spin.errors import UserError
 from dist_spin.model.architecture import Shape
-from dist_spin.optimize.sharding.memory_planner import layer_bytes
 
 GIB = model.GIB
 RENAMED = {"stall_s": "checkpoint_wait_s", "fit_grids_s": "requantize_s"}  # figures as earlier versions called them
@@ -198,7 +197,7 @@ class Reference:
         """One line: every stage of a run of the whole shape on `ranks` GPUs."""
         shape, last = self.shape, self.last
         step = self.predict(self.planned(ranks, ranks, sequences)).step
-        weights = shape.layers * layer_bytes(shape, model.DTYPE)
+        weights = shape.layers * model.mean_layer_bytes(shape)
         seconds = model.pipeline(
             shape.layers,
             ranks,

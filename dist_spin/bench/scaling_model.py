@@ -137,11 +137,15 @@ def layer_flop(shape: Shape, seq_len: int, w_bits: int) -> tuple[float, float]:
     return forward, backward
 
 
+def mean_layer_bytes(shape: Shape, w_bits: int = 16) -> float:
+    """Bytes of a decoder layer, the mean of all; w_bits: of the weights that are learned with."""
+    return shape.mean(lambda layer: layer_bytes(layer, DTYPE, w_bits))
+
+
 def shard_bytes(shape: Shape, point: Point) -> float:
     """Bytes of frozen weights on one rank."""
     embedding_and_head = 2 * shape.vocab * shape.hidden * DTYPE.itemsize
-    layer = shape.mean(lambda one: layer_bytes(one, DTYPE, point.w_bits))
-    return (point.layers * layer + embedding_and_head) / point.shards
+    return (point.layers * mean_layer_bytes(shape, point.w_bits) + embedding_and_head) / point.shards
 
 
 def hidden_cost(gather: float, compute: float, contention: float) -> float:
@@ -159,7 +163,7 @@ def layers_time(shape: Shape, point: Point, fit: Fit, machine: Machine) -> tuple
     backward += (
         (forward + backward) * sum(RECOMPUTE_COST[kind] * count for kind, count in point.levels.items()) / point.layers
     )
-    layer = shape.mean(lambda one: layer_bytes(one, DTYPE, point.w_bits))
+    layer = mean_layer_bytes(shape, point.w_bits)
     vocab_matrix = shape.vocab * shape.hidden * DTYPE.itemsize
     received = (point.shards - 1) / point.shards
 

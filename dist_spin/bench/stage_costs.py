@@ -5,10 +5,9 @@ From them follows a floor, the seconds that a part would take if it did nothing 
 
 from dataclasses import dataclass
 
-from dist_spin.bench.scaling_model import DTYPE, layer_flop
+from dist_spin.bench.scaling_model import DTYPE, layer_flop, mean_layer_bytes
 from dist_spin.config.run import RunConfig
 from dist_spin.model.architecture import Shape
-from dist_spin.optimize.sharding.memory_planner import layer_bytes
 
 SCALE_BYTES = 4  # scales of quantised weights are fp32 in our files, whatever their number format
 
@@ -29,11 +28,6 @@ class Cost:
 def vocab_bytes(shape: Shape) -> float:
     """Bytes of the embedding and lm_head."""
     return 2 * shape.vocab * shape.hidden * DTYPE.itemsize
-
-
-def mean_layer_bytes(shape: Shape) -> float:
-    """Bytes of a decoder layer in 16 bits, the mean of all."""
-    return shape.mean(lambda layer: layer_bytes(layer, DTYPE))
 
 
 def model_bytes(shape: Shape) -> float:

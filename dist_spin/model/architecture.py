@@ -24,7 +24,7 @@ from dist_spin.model.experts import (
     expert_width,
     shared_width,
 )
-from dist_spin.model.families import FAMILIES
+from dist_spin.model.families import FAMILIES, Family
 from dist_spin.model.output_norms import ATTENTION_NORM as ATTENTION_NORM
 from dist_spin.model.output_norms import MLP_NORM as MLP_NORM
 from dist_spin.model.output_norms import OutputNormLayer
@@ -73,6 +73,7 @@ class Shape:
     def of(config: Any) -> "Shape":
         """Read from a transformers config; an explicit `head_dim` wins over hidden / heads (Qwen3, Mistral-Nemo)."""
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        family = FAMILIES.get(config.model_type, Family(""))
         return Shape(
             hidden=config.hidden_size,
             intermediate=expert_width(config) if expert_count(config) else config.intermediate_size,
@@ -85,10 +86,10 @@ class Shape:
             experts_per_token=config.num_experts_per_tok if expert_count(config) else 0,
             shared=shared_width(config),
             scaling=Scaling.of(config),
-            norm=FAMILIES[config.model_type].norm if config.model_type in FAMILIES else "rms",
+            norm=family.norm,
             dense=dense_layers(config),
             dense_width=config.intermediate_size if dense_layers(config) else 0,
-            unscaled=FAMILIES[config.model_type].unscaled if config.model_type in FAMILIES else (),
+            unscaled=family.unscaled,
         )
 
     def layer(self, index: int) -> "Shape":

@@ -127,13 +127,18 @@ def _content(summary: RunSummary) -> dict[str, Any]:
         "orthogonality": {
             name.upper(): short(value)
             for name, value in summary.orthogonality.items()
-            if name != "r1" or summary.config.get("rotation", {}).get("r1", True)
+            if name != "r1" or _has_r1(summary.config)
         },
         "command": command(summary),
         "versions": summary.job.get("versions", {"dist-spin": __version__}),
         "job": summary.job,
         "commit": summary.job.get("commit"),
     }
+
+
+def _has_r1(config: dict[str, Any]) -> bool:
+    """Whether a run's settings, which may be missing or older than `rotation.r1`, rotate by R1."""
+    return bool(config.get("rotation", {}).get("r1", True))
 
 
 def headline(summary: RunSummary) -> list[tuple[str, str]]:
@@ -144,7 +149,7 @@ def headline(summary: RunSummary) -> list[tuple[str, str]]:
     q, optimize, quantize = config["quant"], config["optimize"], config["quantize"]
     rotation = config["rotation"]
     start = rotation["load"] or f"{rotation['init']}, seed {rotation['seed']}"
-    whole = rotation.get("r1", True)
+    whole = _has_r1(config)
     blocks = Blocks(rotation.get("block", 0), shared=rotation.get("block_shared", False)).label if whole else ""
     merged = "R1, R2" if whole else "R2"
     bits = f"{bits_label(q)}, weights by {quantize['method']}"
